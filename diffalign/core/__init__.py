@@ -1,0 +1,30 @@
+"""Types, costs, errors and the registry. Imports torch and nothing else of ours."""
+
+from .budget import Budget, Meter
+from .context import Context
+from .errors import BudgetExceeded, Cancelled, GuidanceMismatch, SessionError, UnsupportedModel
+from .types import COND, UNCOND, Pass, Reward, Sampler, Search, Site, Space, StepInfo, Tensor, linear_mix
+from .window import Windowed
+
+__all__ = [
+    "COND",
+    "UNCOND",
+    "Budget",
+    "BudgetExceeded",
+    "Cancelled",
+    "Context",
+    "GuidanceMismatch",
+    "Meter",
+    "Pass",
+    "Reward",
+    "Sampler",
+    "Search",
+    "SessionError",
+    "Site",
+    "Space",
+    "StepInfo",
+    "Tensor",
+    "UnsupportedModel",
+    "Windowed",
+    "linear_mix",
+]

@@ -1,0 +1,24 @@
+"""What a technique may know about the pipeline before the first step."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Facts that resolve a technique's ``None`` options.
+
+    ``scale``: the pipeline's own guidance scale for this call, ``scale_source``: "call" or "pipeline default".
+    ``steps``: sampling steps asked for. ``flow``: sigma is in [0, 1]. ``order``: model evaluations per solver step.
+    ``family``: e.g. "sd", "sdxl", "flux"; ``pipeline``, ``scheduler``: class names. ``denoiser``: attribute name.
+    """
+
+    pipeline: str
+    family: str
+    denoiser: str
+    scheduler: str
+    scale: float
+    scale_source: str
+    steps: int
+    batch: int
+    flow: bool = False
+    order: int = 1

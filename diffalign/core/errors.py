@@ -1,0 +1,31 @@
+"""What can go wrong, by name. Bad arguments are ValueError or TypeError; these are the rest."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UnsupportedModel(ValueError):
+    """A technique or a session cannot act on this pipeline, layer or scheduler; the message says why and what to do."""
+
+
+class SessionError(RuntimeError):
+    """A session is used against its rules: nested twice, closed out of order, or busy with another generation."""
+
+
+class GuidanceMismatch(RuntimeError):
+    """What reached the scheduler is not what the guidance computed: the result would be wrong, so the run stops."""
+
+
+class Cancelled(RuntimeError):
+    """The generation was stopped by ``session.cancel()``; the pipeline is as it was before."""
+
+
+class BudgetExceeded(RuntimeError):
+    """A budget is used up. Search methods catch it and return the best result so far."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names nearest to ``name`` as text for an error message, or all of them when none is near."""
+    names = sorted(known)
+    found = get_close_matches(name, names, n=count, cutoff=0.4) or names
+    return ", ".join(found)

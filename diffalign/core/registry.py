@@ -1,0 +1,140 @@
+"""Techniques by name, for the command line, the app and saved settings. Importing a class never needs it.
+
+Plugins join by the entry point group ``diffalign.techniques``; each entry loads a technique class.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from .errors import nearest
+
+# name on the command line -> where the class lives; modules are imported when first asked for
+BUILTIN: dict[str, str] = {
+    "cfg": "diffalign.guidance.cfg:CFG",
+    "scheduled-cfg": "diffalign.guidance.scheduled_cfg:ScheduledCFG",
+    "interval-cfg": "diffalign.guidance.interval_cfg:IntervalCFG",
+    "adaptive-guidance": "diffalign.guidance.adaptive_guidance:AdaptiveGuidance",
+}
+
+
+@cache
+def methods() -> dict[str, type]:
+    """Every registered technique: name -> class, plugins included (a plugin may not take a built-in name)."""
+    found: dict[str, type] = {}
+    for name, target in BUILTIN.items():
+        module, _, attribute = target.partition(":")
+        found[name] = getattr(import_module(module), attribute)
+    for entry in entry_points(group="diffalign.techniques"):
+        if entry.name in found:
+            raise ValueError(f"The plugin {entry.value!r} registers {entry.name!r}, which is taken; it must choose another name.")
+        found[entry.name] = entry.load()
+    return found
+
+
+def name_of(technique: object) -> str:
+    """The registered name of a technique, or its class name when it is not registered."""
+    for name, cls in methods().items():
+        if type(technique) is cls:
+            return name
+    return type(technique).__name__
+
+
+def make(name: str, options: Mapping[str, Any]) -> Any:
+    """Build the technique ``name`` from ``options``, values as Python objects or as text; unknown names offer the nearest."""
+    known = methods()
+    if name not in known:
+        raise ValueError(f"Unknown technique {name!r}. Nearest: {nearest(name, known)}. `diffalign methods` lists all.")
+    cls = known[name]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in options.items():
+        if key not in fields:
+            raise ValueError(f"{name} has no option {key!r}. Nearest: {nearest(key, fields)}.")
+        values[key] = _convert(value, hints[key], f"{name}:{key}")
+    return cls(**values)
+
+
+def parse(text: str) -> tuple[Any, ...]:
+    """``"name:key=value,key=value+name2"`` -> techniques, in that order."""
+    made = []
+    for part in text.split("+"):
+        name, _, rest = part.strip().partition(":")
+        options: dict[str, str] = {}
+        for item in filter(None, _split(rest)):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ValueError(f"Technique option {item!r} in {text!r} is not key=value.")
+            options[key.strip().replace("-", "_")] = value.strip()
+        made.append(make(name.strip().lower(), options))
+    return tuple(made)
+
+
+def to_config(technique: Any) -> dict[str, Any]:
+    """A technique as JSON data: ``{"name": ..., fields}``; ``from_config`` is the inverse."""
+    return {"name": name_of(technique), **{f.name: getattr(technique, f.name) for f in dataclasses.fields(technique) if f.init}}
+
+
+def from_config(config: Mapping[str, Any]) -> Any:
+    return make(config["name"], {key: value for key, value in config.items() if key != "name"})
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        else:
+            depth += (char in "([") - (char in ")]")
+            if char == "," and depth == 0:
+                parts.append(text[start:i])
+                start = i + 1
+    return [*parts, text[start:]]
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the annotated type; text is read as the type says, lists become tuples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in args):
+            return None
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _convert(value, option, where)
+            except ValueError as error:
+                errors.append(str(error))
+        raise ValueError(errors[0])
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise ValueError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}.")
+    if origin is tuple:
+        items = json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
+        inner = args[:1] * len(items) if len(args) == 2 and args[1] is Ellipsis else args
+        if not isinstance(items, list | tuple) or len(inner) != len(items):
+            raise ValueError(f"{where} must be {len(args)} values like (0.2,5.0); got {value!r}.")
+        return tuple(_convert(item, kind, where) for item, kind in zip(items, inner))
+    if hint is str:
+        return value.strip("\"'") if isinstance(value, str) else str(value)
+    if hint is bool:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if str(value).lower() not in known:
+            raise ValueError(f"{where} must be true or false; got {value!r}.")
+        return known[str(value).lower()]
+    if hint in (int, float):
+        try:
+            return hint(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where} must be {'an integer' if hint is int else 'a number'}; got {value!r}.") from None
+    return value

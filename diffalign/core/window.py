@@ -1,0 +1,38 @@
+"""When a technique acts: a band of noise levels or a part of the steps."""
+
+import math
+from dataclasses import dataclass
+
+from .types import StepInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windowed:
+    """Options of techniques that act only for a while. Intervals are half-open.
+
+    ``sigma=(lo, hi)``: acts while ``lo <= sigma < hi`` (noise levels as in ``StepInfo``).
+    ``start``, ``stop``: fractions of the steps in [0, 1], acts for ``floor(start * S) <= index < floor(stop * S)``.
+    Give one or the other.
+    """
+
+    sigma: tuple[float, float] | None = None
+    start: float = 0.0
+    stop: float = 1.0
+
+    def active(self, step: StepInfo) -> bool:
+        """Whether the technique acts at this step."""
+        if self.sigma is not None:
+            return self.sigma[0] <= step.sigma < self.sigma[1]
+        first, last = (math.floor(fraction * step.count + 1e-9) for fraction in (self.start, self.stop))
+        return first <= step.index < last
+
+    def check_window(self) -> None:
+        """Raise ValueError unless the window is one, and not empty."""
+        owner = type(self).__name__
+        if self.sigma is not None:
+            if (self.start, self.stop) != (0.0, 1.0):
+                raise ValueError(f"{owner} takes sigma=(lo, hi) or start/stop, not both; got sigma={self.sigma}, {self.start}, {self.stop}.")
+            if len(self.sigma) != 2 or not 0.0 <= self.sigma[0] < self.sigma[1]:
+                raise ValueError(f"{owner}(sigma=(lo, hi)) needs 0 <= lo < hi; got {self.sigma}.")
+        elif not 0.0 <= self.start < self.stop <= 1.0:
+            raise ValueError(f"{owner} needs 0 <= start < stop <= 1, as fractions of the steps; got start={self.start}, stop={self.stop}.")

@@ -1,0 +1,48 @@
+"""The contract of a guidance technique: name the passes you need, combine their predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, Generic, Self, TypeVar
+
+from diffalign.core import Context, Pass, Space, StepInfo, Tensor
+
+S = TypeVar("S")
+
+
+class Guidance(Generic[S]):
+    """Base of every guidance; subclasses are frozen dataclasses whose first field is ``scale: float | None = None``.
+
+    ``combine_space``: the space in which ``combine`` receives and returns predictions. "native" leaves the model's output as it is,
+    which keeps plain mixing bit-identical; anything with a norm, a cosine or a projection names "eps" or "x0" and the tap converts.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "guidance"
+    combine_space: ClassVar[Space] = "native"
+
+    def init(self, batch: int) -> S:
+        """State before the first step, for ``batch`` images."""
+        return None  # type: ignore[return-value]
+
+    def passes(self, step: StepInfo, state: S) -> tuple[Pass, ...]:
+        """The evaluations this step needs; everything else is not run and not paid for."""
+        raise NotImplementedError
+
+    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: S) -> tuple[Tensor, S]:
+        """The guided prediction, same shape and dtype as the inputs, and the next state. Must not change its arguments.
+
+        A solver's second evaluation of a step arrives with ``step.evaluation == 1``: decide at evaluation 0 only.
+        """
+        raise NotImplementedError
+
+    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
+        """A copy with every ``None`` option filled in, and where each value came from (field -> source).
+
+        Raises ``UnsupportedModel`` when the technique cannot act on this pipeline, scheduler or call.
+        """
+        if getattr(self, "scale", 0.0) is None:
+            source = "guidance scale of the call" if context.scale_source == "call" else "default of the pipeline"
+            return dataclasses.replace(self, scale=context.scale), {"scale": source}  # type: ignore[type-var, call-arg]
+        return self, {}
