@@ -1,0 +1,133 @@
+"""What every tiny family shares: the table of builders, seeded weights and seeded inputs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the caller of ``tiny_pipeline`` or ``tiny_inputs`` asked for.
+
+    ``batch`` and ``steps`` matter to inputs only, ``text`` (real tiny text encoders, prompts as strings) to both, and ``params``
+    (least size of a benchmark UNet; 0 means tiny) to the UNet builder.
+    """
+
+    name: str
+    variant: str = ""
+    text: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    batch: int = 1
+    steps: int = 4
+    params: int = 0
+
+    def has(self, *words: str) -> bool:
+        """Whether the class name contains one of ``words``."""
+        return any(word in self.name for word in words)
+
+
+Build = Callable[[Request], Any]
+MakeInputs = Callable[[Request, "Draw"], Inputs]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One row of the table: how to build the pipeline, how to call it, and which variants exist."""
+
+    build: Build
+    inputs: MakeInputs
+    variants: tuple[str, ...] = ("",)
+    text: bool = False
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(names: Iterable[str], build: Build, inputs: MakeInputs, *, variants: tuple[str, ...] = ("",), text: bool = False) -> None:
+    """Enter a family for each class name; a name entered twice is a programming error."""
+    for name in names:
+        assert name not in FAMILIES, name
+        FAMILIES[name] = Family(build, inputs, variants, text)
+
+
+class Draw:
+    """Seeded random inputs: every draw has its own label, so adding one input never changes another."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.seed = seed
+        self.dtype = dtype
+
+    def generator(self, label: str) -> torch.Generator:
+        """A CPU generator that depends on the seed and the label only."""
+        return torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed}/{label}".encode()))
+
+    def normal(self, label: str, *shape: int) -> Tensor:
+        """Standard normal tensor of ``shape``."""
+        return torch.randn(shape, generator=self.generator(label)).to(self.dtype)
+
+    def image(self, label: str, *shape: int) -> Tensor:
+        """Uniform tensor in [0, 1] of ``shape``, usually ``[B, 3, H, W]``."""
+        return torch.rand(shape, generator=self.generator(label))
+
+    def mask(self, *shape: int) -> Tensor:
+        """Zeros with ones in the right half (of the last axis): repaint the right half."""
+        mask = torch.zeros(shape)
+        mask[..., shape[-1] // 2 :] = 1.0
+        return mask
+
+    def ones(self, batch: int, length: int, *, pad: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Attention mask ``[batch, length]`` whose last ``pad`` tokens are padding."""
+        mask = torch.ones(batch, length, dtype=dtype)
+        if pad:
+            mask[:, length - pad :] = 0
+        return mask
+
+
+def randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Give every parameter a random value, so that nothing is silent by construction (in place, reproducible).
+
+    Layers that start at zero (output projections, adaptive gates, ControlNet joints) would make a fresh model ignore text, time
+    or noise. Here weights are normal with variance 1 / fan-in (embeddings: 1), biases and free tables normal with standard
+    deviation 0.2, and gains (all ones at the start) normal around 1 with 0.1. Predictions are then of order one.
+    """
+    with torch.no_grad():
+        for owner in module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if not parameter.is_floating_point():
+                    continue
+                noise = torch.randn(parameter.shape, generator=generator)
+                if isinstance(owner, nn.Embedding):
+                    value = noise
+                elif name == "weight" and parameter.ndim >= 2:
+                    value = noise * parameter[0].numel() ** -0.5
+                elif bool((parameter == 1).all()):
+                    value = 1 + 0.1 * noise
+                else:
+                    value = 0.2 * noise
+                parameter.copy_(value.to(parameter.dtype))
+
+
+def assemble(request: Request) -> Any:
+    """Build the pipeline of ``request`` with seeded weights; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        pipe = FAMILIES[request.name].build(request)
+    draw = Draw(request.seed, request.dtype)
+    done: set[int] = set()
+    for label, part in sorted(pipe.components.items()):
+        if isinstance(part, nn.Module) and id(part) not in done:
+            done.add(id(part))
+            randomise(part, draw.generator(label))
+            part.eval()
+    pipe.to(dtype=request.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
