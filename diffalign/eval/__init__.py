@@ -1,9 +1,9 @@
-"""Evaluation: GenEval's rules and prompts, contact sheets. Submodules load on first use; importing this package loads nothing."""
+"""Evaluation: GenEval, contact sheets, settings in PNG files. Submodules load on first use; importing this package loads nothing."""
 
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["geneval", "geneval_prompts", "geneval_summary", "sheet"]
+__all__ = ["geneval", "geneval_prompts", "geneval_summary", "png", "sheet"]
 
 
 def __getattr__(name: str) -> ModuleType:
