@@ -40,10 +40,12 @@ def methods() -> dict[str, type]:
 
 def name_of(technique: object) -> str:
     """The registered name of a technique, or its class name when it is not registered."""
-    for name, cls in methods().items():
-        if type(technique) is cls:
+    cls = type(technique)
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    for name, known in BUILTIN.items():
+        if known == target:
             return name
-    return type(technique).__name__
+    return next((name for name, known_cls in methods().items() if known_cls is cls), cls.__name__)
 
 
 def make(name: str, options: Mapping[str, Any]) -> Any:

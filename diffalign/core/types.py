@@ -43,7 +43,7 @@ def linear_mix(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
-def _native_only(prediction: Tensor, source: Space, target: Space) -> Tensor:
+def _native_only(prediction: Tensor, source: Space, target: Space, rows: Sequence[int] | None = None) -> Tensor:
     if source != target:
         raise ValueError(f"This StepInfo was made without a parametrisation and cannot convert {source!r} to {target!r}.")
     return prediction
@@ -55,8 +55,8 @@ class StepInfo:
 
     ``index`` in [0, count): 0 is the noisiest step; solvers with two evaluations keep one index per step and count ``evaluation``.
     ``sigma``, ``sigma_next``: noise level here and after the step: sqrt((1-abar)/abar) for variance preserving and exploding models,
-    in [0, 1] for flow models. ``timestep``: what the scheduler calls it. ``scale``: the guidance scale the pipeline itself was given.
-    ``mix``: classifier-free guidance in the pipeline's own arithmetic. ``convert(prediction, source, target)`` changes the space.
+    in [0, 1] for flow models. ``timestep``: what the scheduler calls it. ``mix``: guidance in the pipeline's own arithmetic.
+    ``convert(prediction, source, target, rows=None)`` changes the space in float32; pass ``rows`` when the prediction holds only those.
     """
 
     index: int
@@ -66,7 +66,7 @@ class StepInfo:
     timestep: float = float("nan")
     evaluation: int = 0
     mix: Mix = linear_mix
-    convert: Callable[[Tensor, Space, Space], Tensor] = _native_only
+    convert: Callable[..., Tensor] = _native_only
 
     @property
     def progress(self) -> float:

@@ -1,0 +1,6 @@
+"""All knowledge of diffusers pipelines: the registry of families, the tap on the denoiser, sessions. Nothing else touches diffusers."""
+
+from .report import Report
+from .session import Session, active, apply, disable, enable, techniques_of
+
+__all__ = ["Report", "Session", "active", "apply", "disable", "enable", "techniques_of"]

@@ -1,0 +1,55 @@
+"""Which step is this: read once from the scheduler, then counted on the host so that no step waits for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.core import StepInfo
+from diffalign.core.types import Mix
+
+
+class Clock:
+    """Counts ``scheduler.step`` calls. ``start`` copies the scheduler's tables to the host, the only synchronisation."""
+
+    def __init__(self, scheduler: Any, mix: Mix, sigma: Callable[[float], float]) -> None:
+        self.scheduler, self.mix, self.sigma_of = scheduler, mix, sigma
+        self.calls = 0
+        self.order = int(getattr(scheduler, "order", 1))
+        self.timesteps: list[float] = []
+
+    def start(self, first: float, planned: int | None) -> None:
+        """``first``: the scheduler timestep of the first denoiser call; ``planned``: evaluations the pipeline announced, if it did."""
+        self.timesteps = [float(t) for t in self.scheduler.timesteps.tolist()]
+        self.sigmas = self._sigmas()
+        self.offset = min(range(len(self.timesteps)), key=lambda i: (abs(self.timesteps[i] - first), i))
+        left = len(self.timesteps) - self.offset
+        self.evaluations = min(planned, left) if planned else left
+        self.count = -(-self.evaluations // self.order)
+
+    def _sigmas(self) -> list[float]:
+        """Noise level at each timestep, and one more for the end."""
+        table = getattr(self.scheduler, "sigmas", None)
+        if table is not None and len(table) >= len(self.timesteps):
+            values = table.tolist() if isinstance(table, Tensor) else list(table)
+            return [self.sigma_of(float(v)) for v in [*values[: len(self.timesteps) + 1], 0.0][: len(self.timesteps) + 1]]
+        alphas = self.scheduler.alphas_cumprod.tolist()
+        final = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
+        bars = [alphas[min(max(int(t), 0), len(alphas) - 1)] for t in self.timesteps]
+        return [math.sqrt((1.0 - a) / max(a, 1e-20)) for a in (*bars, final)]
+
+    def now(self, convert: Callable[..., Tensor]) -> StepInfo:
+        i = min(self.offset + self.calls, len(self.timesteps) - 1)
+        return StepInfo(
+            index=self.calls // self.order,
+            count=self.count,
+            sigma=self.sigmas[i],
+            sigma_next=self.sigmas[i + 1],
+            timestep=self.timesteps[i],
+            evaluation=self.calls % self.order,
+            mix=self.mix,
+            convert=convert,
+        )

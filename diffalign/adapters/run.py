@@ -1,0 +1,413 @@
+"""One generation under a session: the tap on the denoiser, the check at the scheduler, and the bookkeeping."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign.core import COND, UNCOND, Cancelled, GuidanceMismatch, Meter, Pass, StepInfo, UnsupportedModel
+from diffalign.core.checks import rowwise
+
+from . import space
+from .clock import Clock
+from .report import Report
+from .row import Row
+from .rows_of import count_rows, prediction_of, take_arguments, with_prediction
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One denoiser call as attention and block techniques see it: ``conditioned[r]`` says whether row r carries the prompt."""
+
+    denoiser: str
+    step: StepInfo
+    passes: tuple[Pass, ...]
+    conditioned: tuple[bool, ...]
+
+
+Denoise = Callable[[Evaluation, dict[str, Any]], Any]
+
+
+class Technique(Protocol):
+    """Anything that ``apply`` accepts. ``kind`` is "guidance", "attention" or "block"."""
+
+    kind: str
+
+
+@functools.cache
+def parameter_names(cls: type) -> tuple[str, ...]:
+    """Names of the positional parameters of a denoiser's forward."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+class Run:
+    """One call of the pipeline. ``middleware`` and ``meter`` are what attention and block techniques use."""
+
+    def __init__(self, pipe: Any, row: Row, guidances: Mapping[str, Any], own: Mapping[str, Any], opened: bool, dummy: float) -> None:
+        self.pipe, self.row, self.guidances, self.own, self.opened = pipe, row, guidances, own, opened
+        # an affine pipeline computes c + k' (c - u) or u + s (c - u); k is the weight of (c - u') that the algebraic form must undo
+        self.k = dummy - 1.0 + row.scale_shift
+        self.meter = Meter()
+        self.middleware: list[Callable[[Denoise], Denoise]] = []
+        self.layers: dict[str, tuple[int, int]] = {}
+        self.notes: list[str] = []
+        self.cancelled = False
+        self.clock = Clock(pipe.scheduler, row.mix, row.sigma)
+        self.kind = "flow" if row.kind == "flow" else space.kind_of(pipe.scheduler)
+        self.batch = 0
+        self.state: Any = None
+        self.began = perf_counter()
+        self._step: StepInfo | None = None
+        self._guided_steps: set[int] = set()
+        self._sigma: dict[int, float] = {}
+        self._log: dict[int, Tensor] = {}
+        self._fixed: dict[int, bool] = {}
+        self._bad: list[tuple[int, Tensor, Tensor]] = []
+        self._new_step()
+
+    # -- the two intercepted calls --------------------------------------------------------------------------------------------------
+
+    def denoise(self, name: str, module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The denoiser was called: evaluate what the guidance needs and answer so that the pipeline's formula gives the guided result."""
+        if self.cancelled:
+            raise Cancelled("The generation was cancelled; the pipeline is as it was before.")
+        base = getattr(module, "_orig_mod", module)
+        kwargs = {**dict(zip(parameter_names(_plain_class(base)), args)), **kwargs}
+        hidden = next(iter(kwargs.values()))
+        if self._step is None:
+            self._begin_step(kwargs, hidden)
+        assert self._step is not None
+
+        def call(passes: tuple[Pass, ...], conditioned: tuple[bool, ...], arguments: dict[str, Any]) -> Any:
+            inner: Denoise = lambda evaluation, given: original(**given)  # noqa: E731
+            for wrap in reversed(self.middleware):
+                inner = wrap(inner)
+            assert self._step is not None
+            self.meter.charge(rows=len(conditioned))
+            return inner(Evaluation(name, self._step, passes, conditioned), arguments)
+
+        guidance = self.guidances.get(name)
+        if guidance is None:
+            return self._pass_through(call, kwargs, hidden)
+        if self.state is None:
+            self.state = (guidance.init(self.batch),)
+        if self.opened and self.row.mode == "batched":
+            return self._batched(guidance, module, call, kwargs, hidden)
+        if self.opened and self.row.mode == "sequential":
+            return self._sequential(guidance, module, call, kwargs, hidden)
+        output = self._evaluate(guidance, (COND,), module, call, kwargs, hidden, range(self.batch))
+        return with_prediction(output, self._combine(guidance))
+
+    def scheduler_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``scheduler.step`` was called: check what arrived, then advance the clock."""
+        if self.guidances:
+            bound = inspect.signature(original).bind(*args, **kwargs).arguments
+            self._check(bound["model_output"], bound["sample"])
+        self.clock.calls += 1
+        self._new_step()
+        return original(*args, **kwargs)
+
+    # -- one step -------------------------------------------------------------------------------------------------------------------
+
+    def _new_step(self) -> None:
+        self._step = None
+        self._guided: Tensor | None = None
+        self._first: Tensor | None = None
+        self._first_input: Any = None
+        self._preds: dict[Pass, Tensor] = {}
+        self._calls = 0
+
+    def _begin_step(self, kwargs: dict[str, Any], hidden: Any) -> None:
+        total = count_rows(hidden)
+        doubled = self.opened and self.row.mode == "batched"
+        if not self.clock.timesteps:
+            time = next((kwargs[key] for key in ("timestep", "t", "timesteps") if key in kwargs), None)
+            if time is None:
+                raise UnsupportedModel(f"{type(self.pipe).__name__}: the denoiser was called without a timestep.")
+            first = float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
+            self.clock.start(self.row.time(first, self.pipe), self.pipe.__dict__.get("_num_timesteps"))
+            self.batch = total // 2 if doubled else total
+            if doubled and (total % 2 or not _halves_equal(hidden)):
+                raise UnsupportedModel(
+                    f"{type(self.pipe).__name__} did not run both branches in one batch although its guidance was switched on "
+                    f"(the denoiser got {total} rows). Is this model distilled? Then there is nothing to guide; use NAG."
+                )
+        x = torch.stack(list(hidden)) if isinstance(hidden, list) else hidden
+        if doubled:
+            x = x[: self.batch]
+        sigma = self.clock.now(lambda value, *_: value).sigma
+
+        def convert(value: Tensor, source: Any, target: Any, rows: Sequence[int] | None = None) -> Tensor:
+            inputs = x if rows is None else x[list(rows)]
+            return space.convert(value, inputs, sigma, self.kind, self.row.sign, source, target)  # type: ignore[arg-type]
+
+        self._step = self.clock.now(convert)
+        self._sigma.setdefault(self._step.index, self._step.sigma)
+
+    def _wanted(self, guidance: Any, module: Any) -> tuple[Pass, ...]:
+        assert self._step is not None
+        step = self._step
+        for own in self.row.own:
+            if own.stops is not None and own.stops(self.own[own.name], step.index, step.count, step.timestep):
+                return (COND,)
+        wanted: tuple[Pass, ...] = guidance.passes(step, self.state[0])
+        if self._rows_are_fixed(module):
+            wanted = tuple(Pass(p.name, p.conditioned, p.blocks) for p in wanted)
+        return wanted
+
+    def _rows_are_fixed(self, module: Any) -> bool:
+        if id(module) not in self._fixed:
+            self._fixed[id(module)] = fixed_rows(module)
+        return self._fixed[id(module)]
+
+    def _batched(self, guidance: Any, module: Any, call: Any, kwargs: dict[str, Any], hidden: Any) -> Any:
+        if count_rows(hidden) != 2 * self.batch:
+            raise UnsupportedModel(f"Expected {2 * self.batch} rows (both branches) at the denoiser; got {count_rows(hidden)}.")
+        wanted = self._wanted(guidance, module)
+        first, second = range(self.batch), range(self.batch, 2 * self.batch)
+        self._branches = (second, first) if self.row.order == "uc" else (first, second)
+        output = self._evaluate(guidance, wanted, module, call, kwargs, hidden, self._branches[0], self._branches[1])
+        guided = self._combine(guidance)
+        return with_prediction(output, torch.cat([guided, guided]))
+
+    def _sequential(self, guidance: Any, module: Any, call: Any, kwargs: dict[str, Any], hidden: Any) -> Any:
+        """Conditional call first; its result is a placeholder that the second call fills with the guided prediction."""
+        rows = range(self.batch)
+        self._calls += 1
+        if self._calls == 1:
+            self._plan = self._wanted(guidance, module)
+            conditioned = tuple(p for p in self._plan if p.conditioned) or (COND,)
+            output = self._evaluate(guidance, conditioned, module, call, kwargs, hidden, rows)
+            self._first_input = hidden
+            if len(conditioned) == len(self._plan):
+                self._first = self._combine(guidance)
+            else:
+                self._first = self._preds[conditioned[0]].clone()
+            return with_prediction(output, self._first)
+        if self._calls > 2 or hidden is not self._first_input and not _same(hidden, self._first_input):
+            raise UnsupportedModel(f"Expected a second call with the same latents at step {self._step}; got call {self._calls}. Report this model.")
+        if self._guided is not None:
+            return self._answer(self._template, self._guided, self._guided)
+        output = self._evaluate(guidance, tuple(p for p in self._plan if not p.conditioned), module, call, kwargs, hidden, (), rows)
+        cond = self._preds[COND] if COND in self._preds else None
+        if not any(p.conditioned for p in self._plan):
+            cond = self._preds.pop(COND)
+        guided = self._combine(guidance)
+        return self._answer(output, guided, cond)
+
+    def _answer(self, output: Any, guided: Tensor, cond: Tensor | None) -> Any:
+        """The second call's result: ``guided`` written into the first as well, or the algebraic form where that cannot work."""
+        assert self._first is not None
+        if cond is guided or self._first is guided:
+            return with_prediction(output, guided)
+        if self.row.affine or guided.requires_grad:
+            assert cond is not None
+            return with_prediction(output, cond - (guided - cond) / self.k)
+        self._first.copy_(guided)
+        return with_prediction(output, guided)
+
+    def _pass_through(self, call: Any, kwargs: dict[str, Any], hidden: Any) -> Any:
+        """No guidance of ours: the pipeline's own call, metered and open to attention and block techniques."""
+        total, self._calls = count_rows(hidden), self._calls + 1
+        if self.opened and self.row.mode == "batched":
+            half = (True,) * (total // 2)
+            other = (False,) * (total // 2)
+            return call((COND, UNCOND), (other + half) if self.row.order == "uc" else (half + other), kwargs)
+        conditioned = self._calls == 1
+        return call((COND,) if conditioned else (UNCOND,), (conditioned,) * total, kwargs)
+
+    def _evaluate(
+        self,
+        guidance: Any,
+        wanted: tuple[Pass, ...],
+        module: Any,
+        call: Any,
+        kwargs: dict[str, Any],
+        hidden: Any,
+        cond_rows: Sequence[int],
+        uncond_rows: Sequence[int] = (),
+    ) -> Any:
+        """Run ``wanted`` on the rows of each branch: plain passes together in one call, passes with blocks in a call of their own."""
+        total = count_rows(hidden)
+        plain = [p for p in wanted if p.blocks is None]
+        plain.sort(key=lambda p: p.conditioned is (self.row.order == "uc"))
+        template: Any = None
+        groups: list[list[Pass]] = [plain] if plain else []
+        groups += [[p] for p in wanted if p.blocks is not None]
+        for group in groups:
+            rows: list[int] = []
+            for p in group:
+                branch = cond_rows if p.conditioned else uncond_rows
+                rows += list(branch) if p.rows is None else [branch[i] for i in p.rows]
+            given = kwargs if rows == list(range(total)) else take_arguments(kwargs, rows, total, self.row.shared, self.row.lists)
+            self._reset_cache(module, len(rows))
+            sizes = [len(cond_rows if p.conditioned else uncond_rows) if p.rows is None else len(p.rows) for p in group]
+            flags = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
+            with _cache_context(module, group[0]) if group[0].blocks is not None else nullcontext():
+                output = call(tuple(group), flags, given)
+            template = output if template is None else template
+            prediction = prediction_of(output)
+            for p, part in zip(group, prediction.split(sizes) if len(sizes) > 1 else [prediction]):
+                self._preds[p] = part
+        self._template = template
+        return template
+
+    def _combine(self, guidance: Any) -> Tensor:
+        assert self._step is not None
+        step, preds = self._step, dict(self._preds)
+        uncond = preds.get(UNCOND)
+        if any(not p.conditioned for p in preds):
+            self._guided_steps.add(step.index)
+        target = guidance.combine_space
+        if target == "native" or not preds:
+            guided, state = guidance.combine(preds, step, self.state[0])
+        else:
+            rows = {p.name: p.rows for p in preds}
+            given = {p: step.convert(v, "native", target, rows[p.name]) for p, v in preds.items()}
+            guided, state = guidance.combine(given, step, self.state[0])
+            guided = space.widen(step.convert(guided, target, "native"), preds.get(COND, guided))
+        self.state = (state,)
+        cond = preds.get(COND)
+        if cond is not None and uncond is not None and len(preds) > 1:
+            rows_of_uncond = next(p.rows for p in preds if p == UNCOND)
+            picked = slice(None) if rows_of_uncond is None else list(rows_of_uncond)
+            for own in self.row.own:
+                if own.post is not None:
+                    done = own.post(guided[picked], cond[picked], self.own[own.name])
+                    if rows_of_uncond is None:
+                        guided = done
+                    else:
+                        guided = guided.clone()
+                        guided[picked] = done
+            if step.evaluation == 0:
+                self._record(guidance, guided[picked], cond[picked], uncond, rows_of_uncond)
+        self._guided = guided
+        return guided
+
+    @torch.no_grad()
+    def _record(self, guidance: Any, guided: Tensor, cond: Tensor, uncond: Tensor, rows: Sequence[int] | None) -> None:
+        """Effective scale, orthogonal part and cosine, kept on the device until the run ends."""
+        assert self._step is not None
+        difference, moved = rowwise(cond - uncond), rowwise(guided - uncond)
+        square = difference.square().sum(1).clamp_min(1e-30)
+        scale = (moved * difference).sum(1) / square
+        orthogonal = ((moved - scale[:, None] * difference).square().sum(1) / square).sqrt()
+        where = getattr(guidance, "space", "eps")
+        a, b = (rowwise(self._step.convert(value, "native", where, rows)) for value in (cond, uncond))
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
+        self._log[self._step.index] = torch.stack([scale, orthogonal, cosine]).mean(1)
+
+    # -- checks ---------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _check(self, arrived: Tensor, sample: Tensor) -> None:
+        """Closed loop: the scheduler must receive the guided prediction through the row's map; flags stay on the device."""
+        if self._guided is None:
+            raise GuidanceMismatch("scheduler.step ran without a denoiser call before it; the guidance had no effect at this step.")
+        index = self.clock.calls
+        expected = self.row.to_step(self._guided, arrived)
+        if self.row.affine:
+            s = self.clock.sigmas[self.clock.offset + index]
+            expected = (sample + expected) * (1.0 - s)
+        if expected.shape != arrived.shape:
+            raise GuidanceMismatch(f"The scheduler got {list(arrived.shape)}, the guidance computed {list(expected.shape)}.")
+        if self.row.affine:
+            # the pipeline divides x - x0 by the noise level, so rounding of x0 grows as the level falls
+            slack = 4 * torch.finfo(self._guided.dtype).eps * (1.0 + self.k) * (expected.abs().amax() + sample.abs().amax() / max(s, 1e-6))
+            wrong = (arrived.float() - expected.float()).abs().amax() > slack
+        else:
+            wrong = (arrived != expected.to(arrived.dtype)).any()
+        self._bad.append((index, ~torch.isfinite(self._guided).all(), wrong))
+        if index == 0:
+            self.verify()
+
+    def verify(self) -> None:
+        """Read the flags collected so far, with one synchronisation, and raise for the first bad step."""
+        flags, self._bad = self._bad, []
+        if not flags:
+            return
+        values = torch.stack([torch.stack((a, b)) for _, a, b in flags]).tolist()
+        for (index, _, _), (infinite, wrong) in zip(flags, values):
+            if infinite:
+                raise GuidanceMismatch(f"The guided prediction is not finite at step {index}. Lower the scale or use a wider dtype.")
+            if wrong:
+                raise GuidanceMismatch(
+                    f"What reached the scheduler at step {index} is not the guided prediction: {type(self.pipe).__name__} changes the "
+                    "prediction in a way that diffalign does not know. Without this check the image would be silently wrong."
+                )
+
+    def _reset_cache(self, module: Any, rows: int) -> None:
+        if self.__dict__.get("_last_rows", rows) != rows and getattr(module, "is_cache_enabled", False):
+            module._reset_stateful_cache()
+        self._last_rows = rows
+
+    def report(self) -> Report:
+        """The finished run as a report; the logged scalars come off the device here, all at once."""
+        self.verify()
+        steps = self.clock.calls // self.clock.order + (self.clock.calls % self.clock.order > 0)
+        logged = dict(zip(self._log, torch.stack(list(self._log.values())).tolist())) if self._log else {}
+
+        def column(i: int) -> list[float | None]:
+            return [logged[s][i] if s in logged else None for s in range(steps)]
+
+        return Report(
+            pipeline=_plain_class(self.pipe).__name__,
+            images=self.batch,
+            steps=steps,
+            guided_steps=len(self._guided_steps),
+            nfe=self.meter.rows / max(self.batch, 1),
+            nfe_cfg=2.0 * self.clock.calls,
+            rows=self.meter.rows,
+            calls=self.meter.calls,
+            seconds=perf_counter() - self.began,
+            sigma=[self._sigma.get(s, float("nan")) for s in range(steps)],
+            scale=column(0),
+            orthogonal=column(1),
+            cosine=column(2),
+            layers=dict(self.layers),
+            notes=list(self.notes),
+        )
+
+
+def _plain_class(obj: Any) -> type:
+    cls = type(obj)
+    return cls.__dict__.get("_diffalign_base", cls)
+
+
+def fixed_rows(module: Any) -> bool:
+    """Whether row counts must stay {B, 2B}: the module is compiled, in whole or in part, or runs a feature cache."""
+    if getattr(module, "is_cache_enabled", False) or hasattr(module, "_orig_mod"):
+        return True
+    return any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
+
+
+def _cache_context(module: Any, p: Pass) -> AbstractContextManager[Any]:
+    return module.cache_context(p.name) if hasattr(module, "cache_context") else nullcontext()
+
+
+def _halves_equal(hidden: Any) -> bool:
+    if isinstance(hidden, list):
+        half = len(hidden) // 2
+        return all(torch.equal(a, b) for a, b in zip(hidden[:half], hidden[half:]))
+    half = hidden.shape[0] // 2
+    return torch.equal(hidden[:half], hidden[half:])
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
+def enter_attachments(run: Run, techniques: Sequence[Any], stack: ExitStack) -> None:
+    """Install attention and block techniques for this run, by kind and never by the user's order."""
+    for kind in ("attention", "block"):
+        group = [t for t in techniques if t.kind == kind]
+        if group:
+            stack.enter_context(type(group[0]).attach(group, run))

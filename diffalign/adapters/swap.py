@@ -1,0 +1,95 @@
+"""Class swaps: override one method of one live object, and put its class back exactly.
+
+A swapped object gets a same-named subclass of its class, created once per (class, method) and cached, so that a compiled model sees at
+most two classes in its life. The override asks a ``ContextVar`` for its handler and passes straight through without one: another
+thread, or another pipeline that shares the module, never notices. Copies and pickles are of the original class.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_CLASSES: dict[tuple[type, str], type] = {}
+_COUNTS: dict[int, int] = {}
+_LOCK = threading.RLock()
+_HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default={})  # noqa: B039 (never mutated)
+
+
+def _rebuild(cls: type) -> Any:
+    return cls.__new__(cls)
+
+
+def subclass(base: type, method: str, find: Callable[[Any], Handler | None]) -> type:
+    """The cached subclass of ``base`` whose ``method`` first asks ``find(self)`` for a handler ``(original, args, kwargs) -> result``."""
+    with _LOCK:
+        if (base, method) not in _CLASSES:
+            inner = getattr(base, method)
+
+            @functools.wraps(inner)
+            def override(self: Any, *args: Any, **kwargs: Any) -> Any:
+                handler = find(self)
+                if handler is None:
+                    return inner(self, *args, **kwargs)
+                return handler(functools.partial(inner, self), args, kwargs)
+
+            def reduce(self: Any, protocol: Any) -> Any:
+                made = super(swapped, self).__reduce_ex__(protocol)
+                return (_rebuild, (base,), *made[2:])
+
+            names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+            swapped = type(base)(base.__name__, (base,), {**names, method: override, "__reduce_ex__": reduce, "_diffalign_base": base})
+            _CLASSES[base, method] = swapped
+        return _CLASSES[base, method]
+
+
+def original_class(obj: Any) -> type:
+    """The class of ``obj`` without any swap of ours."""
+    cls = type(obj)
+    return cls.__dict__.get("_diffalign_base", cls)
+
+
+def acquire(obj: Any, method: str, find: Callable[[Any], Handler | None]) -> None:
+    """Swap the class of ``obj``; counted, so that holders may overlap."""
+    with _LOCK:
+        count = _COUNTS.get(id(obj), 0)
+        if count == 0:
+            object.__setattr__(obj, "__class__", subclass(type(obj), method, find))
+        _COUNTS[id(obj)] = count + 1
+
+
+def release(obj: Any) -> None:
+    """Undo one ``acquire``; the last one restores the class, unless somebody else has changed it since."""
+    with _LOCK:
+        _COUNTS[id(obj)] -= 1
+        if _COUNTS[id(obj)] == 0:
+            del _COUNTS[id(obj)]
+            base = type(obj).__dict__.get("_diffalign_base")
+            if base is not None:
+                object.__setattr__(obj, "__class__", base)
+
+
+def _handler_of(obj: Any) -> Handler | None:
+    return _HANDLERS.get().get(id(obj))
+
+
+@contextmanager
+def intercepted(handlers: Mapping[Any, tuple[str, Handler]]) -> Iterator[None]:
+    """Within the block and this context only, calls of ``method`` on each object go to its handler."""
+    taken: list[Any] = []
+    token = _HANDLERS.set({**_HANDLERS.get(), **{id(obj): handler for obj, (_, handler) in handlers.items()}})
+    try:
+        for obj, (method, _) in handlers.items():
+            acquire(obj, method, _handler_of)
+            taken.append(obj)
+        yield
+    finally:
+        _HANDLERS.reset(token)
+        for obj in reversed(taken):
+            release(obj)
