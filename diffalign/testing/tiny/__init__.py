@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffalign.testing.tiny import flux, pixart, sana, sd, sd3, wan  # noqa: F401  (importing enters the families)
+from diffalign.testing.tiny import cosmos, flux, lumina, others, pixart, qwen, sana, sd, sd3, video, wan  # noqa: F401  (importing enters the families)
 from diffalign.testing.tiny.base import FAMILIES, Draw, Inputs, Request, assemble
 
 __all__ = ["tiny_inputs", "tiny_names", "tiny_pipeline", "tiny_unet_pipeline", "tiny_variants"]
@@ -29,9 +29,13 @@ def _request(name: str, variant: str, text: bool, **rest: Any) -> Request:
     return Request(name=name, variant=variant, text=text, **rest)
 
 
-def tiny_names(*, text: bool | None = None) -> tuple[str, ...]:
-    """Class names with a tiny form, sorted; ``text=True`` keeps those that also exist with text encoders."""
-    return tuple(sorted(name for name, family in FAMILIES.items() if text is None or family.text == text))
+def tiny_names(*, text: bool | None = None, slow: bool | None = None) -> tuple[str, ...]:
+    """Class names with a tiny form, sorted.
+
+    ``text`` selects by whether the class also exists with text encoders, ``slow`` by whether one call takes more than half a second.
+    """
+    chosen = (n for n, family in FAMILIES.items() if text in (None, family.text) and slow in (None, family.slow))
+    return tuple(sorted(chosen))
 
 
 def tiny_variants(class_name: str) -> tuple[str, ...]:

@@ -41,22 +41,27 @@ MakeInputs = Callable[[Request, "Draw"], Inputs]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the table: how to build the pipeline, how to call it, and which variants exist."""
+    """One row of the table: how to build the pipeline, how to call it, and which variants exist.
+
+    ``text``: also exists with text encoders; ``slow``: one call takes more than half a second.
+    """
 
     build: Build
     inputs: MakeInputs
     variants: tuple[str, ...] = ("",)
     text: bool = False
+    slow: bool = False
 
 
 FAMILIES: dict[str, Family] = {}
 
 
-def register(names: Iterable[str], build: Build, inputs: MakeInputs, *, variants: tuple[str, ...] = ("",), text: bool = False) -> None:
-    """Enter a family for each class name; a name entered twice is a programming error."""
+def register(names: Iterable[str], build: Build, inputs: MakeInputs, **options: Any) -> None:
+    """Enter a family for each class name, with the options of ``Family``; a name entered twice is a programming error."""
+    family = Family(build, inputs, **options)
     for name in names:
         assert name not in FAMILIES, name
-        FAMILIES[name] = Family(build, inputs, variants, text)
+        FAMILIES[name] = family
 
 
 class Draw:
@@ -116,6 +121,15 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
                 parameter.copy_(value.to(parameter.dtype))
 
 
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast as ``from_pretrained(torch_dtype=dtype)`` does: modules a class wants in float32 and unsaved buffers stay as they are."""
+    keep = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    saved = module.state_dict().keys()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in saved and tensor.is_floating_point() and not keep.intersection(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+
+
 def assemble(request: Request) -> Any:
     """Build the pipeline of ``request`` with seeded weights; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -128,6 +142,6 @@ def assemble(request: Request) -> Any:
             done.add(id(part))
             randomise(part, draw.generator(label))
             part.eval()
-    pipe.to(dtype=request.dtype)
+            cast(part, request.dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
