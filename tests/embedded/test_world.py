@@ -27,7 +27,8 @@ def test_a_seed_fixes_the_stream_and_a_longer_stream_begins_alike() -> None:
 def test_arrays_repeat_the_scenes() -> None:
     images, captions, truth = World().arrays(3, 30)
     for i, scene in enumerate(World().scenes(3, 30)):
-        assert (images[i] == scene.image).all() and captions[i] == scene.caption
+        assert (images[i] == scene.image).all()
+        assert captions[i] == scene.caption
         boxes = [tuple(row[2:]) for row in truth[i] if row[0] >= 0]
         assert boxes == [thing.box for thing in scene.objects]
         assert [OBJECTS[row[0]] for row in truth[i] if row[0] >= 0] == [thing.name for thing in scene.objects]
@@ -39,7 +40,8 @@ def test_boxes_contain_all_that_differs_from_the_background(scenes: list[Scene])
         inside = np.zeros((64, 64), dtype=bool)
         for thing in scene.objects:
             x1, y1, x2, y2 = thing.box
-            assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
+            assert 0 <= x1 < x2 <= 64
+            assert 0 <= y1 < y2 <= 64
             inside[y1:y2, x1:x2] = True
         for y in range(64):
             free = scene.image[y][~inside[y]]
@@ -57,7 +59,8 @@ def test_boxes_are_tight(scenes: list[Scene]) -> None:
             rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
             assert thing.box[2] - thing.box[0] == columns[-1] - columns[0] + 1
             assert thing.box[3] - thing.box[1] == rows[-1] - rows[0] + 1
-            assert (thing.box[0] - columns[0]) % 8 == 0 and (thing.box[1] - rows[0]) % 8 == 0
+            assert (thing.box[0] - columns[0]) % 8 == 0
+            assert (thing.box[1] - rows[0]) % 8 == 0
 
 
 def test_opaque_pixels_lie_on_the_ramp_of_their_colour() -> None:
@@ -69,7 +72,8 @@ def test_opaque_pixels_lie_on_the_ramp_of_their_colour() -> None:
             opaque = pixels[pixels[..., 3] == 255][:, :3].astype(float)
             place = ((opaque - low) @ (high - low)) / ((high - low) @ (high - low))
             assert np.abs(low + place[:, None] * (high - low) - opaque).max() <= 1
-            assert place.min() > -0.02 and place.max() < 1.02
+            assert place.min() > -0.02
+            assert place.max() < 1.02
 
 
 def test_mean_colours_of_tints_are_nearest_to_their_own_ramp() -> None:
@@ -109,7 +113,8 @@ def test_relations_hold_by_genevals_rule_and_their_opposites_do_not() -> None:
     for scene in World({"position": 1.0}).scenes(1_000_001, 1_000):
         subject, target = scene.objects
         holds = geneval_relations(subject.box, target.box)
-        assert scene.relation in holds and opposite[scene.relation] not in holds
+        assert scene.relation in holds
+        assert opposite[scene.relation] not in holds
 
 
 def test_grammar_is_genevals() -> None:
@@ -131,7 +136,8 @@ def test_metadata_has_the_published_form() -> None:
     counting = next(World({"count": 1.0}).scenes(0, 1)).metadata()
     assert counting["exclude"] == [{"class": counting["include"][0]["class"], "count": counting["include"][0]["count"] + 1}]
     subject, relation, target = re.match(r"a photo of an? (.*) (left of|right of|above|below) an? (.*)", position["prompt"]).groups()  # type: ignore[union-attr]
-    assert position["include"][1] == {"class": subject, "count": 1, "position": [relation, 0]} and position["include"][0]["class"] == target
+    assert position["include"][1] == {"class": subject, "count": 1, "position": [relation, 0]}
+    assert position["include"][0]["class"] == target
     with pytest.raises(ValueError, match="three"):
         next(World({"three": 1.0}).scenes(0, 1)).metadata()
 
@@ -154,14 +160,16 @@ def holds(scene: Scene, metadata: dict) -> bool:  # type: ignore[type-arg]
 def test_own_metadata_is_true_and_wrong_metadata_is_false(scenes: list[Scene]) -> None:
     assert all(holds(scene, scene.metadata()) for scene in scenes if scene.tag)
     pairs = list(World().wrong(1_000_002, 600))
-    assert len(pairs) == 600 and not any(holds(scene, metadata) for scene, metadata in pairs)
+    assert len(pairs) == 600
+    assert not any(holds(scene, metadata) for scene, metadata in pairs)
     assert {metadata["tag"] for _, metadata in pairs} == {tag for tag in KINDS.values() if tag}
 
 
 def test_mixture_is_followed_and_checked() -> None:
     kinds = [scene.kind for scene in World({"single": 3.0, "two": 1.0}).scenes(0, 400)]
     # 300 expected with a standard deviation of 8.7; five of them.
-    assert set(kinds) == {"single", "two"} and abs(kinds.count("single") - 300) < 44
+    assert set(kinds) == {"single", "two"}
+    assert abs(kinds.count("single") - 300) < 44
     with pytest.raises(ValueError, match="portrait"):
         World({"portrait": 1.0})
     with pytest.raises(ValueError, match="positive sum"):

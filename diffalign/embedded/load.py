@@ -1,0 +1,70 @@
+"""Load the models that ship with the package by name; nothing is downloaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MODELS", "Available", "available", "load"]
+
+FOLDER = Path(__file__).parent / "models"
+
+
+def _pipeline(folder: Path) -> Any:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`folder` below `models/`, what it is in one line, and a function from the folder's path to the loaded model."""
+
+    folder: str
+    description: str
+    loader: Callable[[Path], Any]
+
+
+MODELS: dict[str, Entry] = {
+    "emoji": Entry("emoji", "text to 64 x 64 emoji scenes: StableDiffusionPipeline, 20 steps, v-prediction", _pipeline),
+}
+"""Name -> entry. Further embedded models add their own line."""
+
+
+@dataclass(frozen=True)
+class Available:
+    """One model on disk: name, description and size of its files in bytes."""
+
+    name: str
+    description: str
+    bytes: int
+
+
+def available() -> tuple[Available, ...]:
+    """The embedded models whose files are installed, in the order of `MODELS`."""
+    found = []
+    for name, entry in MODELS.items():
+        files = [path for path in (FOLDER / entry.folder).rglob("*") if path.is_file()]
+        if files:
+            found.append(Available(name, entry.description, sum(path.stat().st_size for path in files)))
+    return tuple(found)
+
+
+def load(name: str) -> Any:
+    """The embedded model `name` in fp32 on the CPU; "emoji" is a plain `StableDiffusionPipeline`.
+
+    Raises ValueError for an unknown name, and for a known one whose files are not installed.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3) or list(MODELS)
+        raise ValueError(f"name: expected an embedded model, got {name!r}; nearest: {', '.join(close)}")
+    folder = FOLDER / MODELS[name].folder
+    if not folder.is_dir():
+        raise ValueError(f"name: the files of {name!r} are not installed (expected models/{folder.name}); reinstall diffalign")
+    return MODELS[name].loader(folder)
