@@ -22,6 +22,24 @@ def _pipeline(folder: Path) -> Any:
     return pipe
 
 
+def _judge(folder: Path) -> Any:
+    from diffalign.embedded.judge import load_judge
+
+    return load_judge(folder)
+
+
+def _audit(folder: Path) -> Any:
+    from diffalign.embedded.audit import load_audit
+
+    return load_audit(folder)
+
+
+def _clip(folder: Path) -> Any:
+    from diffalign.embedded.clip import load_clip
+
+    return load_clip(folder)
+
+
 @dataclass(frozen=True)
 class Entry:
     """`folder` below `models/`, what it is in one line, and a function from the folder's path to the loaded model."""
@@ -33,6 +51,9 @@ class Entry:
 
 MODELS: dict[str, Entry] = {
     "emoji": Entry("emoji", "text to 64 x 64 emoji scenes: StableDiffusionPipeline, 20 steps, v-prediction", _pipeline),
+    "emoji-judge": Entry("emoji-judge", "detector of the emoji world: class, score, box and colour of each object", _judge),
+    "emoji-judge-audit": Entry("emoji-judge-audit", "second detector, of another architecture, that checks the first one", _audit),
+    "emoji-clip": Entry("emoji-clip", "open_clip dual encoder of 64 x 64 scenes and captions, with its tokenizer", _clip),
 }
 """Name -> entry. Further embedded models add their own line."""
 
