@@ -60,7 +60,7 @@ def pick(op: str, fused: Call, plain: Call, refusal: str | None, what: str, back
 @cache
 def note_once(op: str, reason: str) -> None:
     """Log a fallback of ``op`` once per process and reason."""
-    log.info("%s runs on the %s", op, reason)
+    log.info("%s: %s", op, reason)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
