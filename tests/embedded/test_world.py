@@ -86,6 +86,19 @@ def test_mean_colours_of_tints_are_nearest_to_their_own_ramp() -> None:
             assert ((middles - opaque.mean(0)) ** 2).sum(1).argmin() == index
 
 
+def test_pixels_in_the_scene_have_the_colour_of_the_truth(scenes: list[Scene]) -> None:
+    """Where a picture is opaque, the scene's pixels are its tint: their mean is nearest to the middle of the named ramp."""
+    middles = np.array([(np.array(low) + np.array(high)) / 2 for low, high in RAMPS.values()])
+    tinted = [(scene, thing) for scene in scenes for thing in scene.objects if thing.colour in COLOURS]
+    assert {thing.colour for _, thing in tinted} == set(COLOURS)
+    for scene, thing in tinted:
+        opaque = sprites(CELL, 1)[OBJECTS.index(thing.name), -1, ..., 3] == 255
+        rows, columns = np.nonzero(sprites(CELL, 1)[OBJECTS.index(thing.name), -1, ..., 3] > 24)
+        top, left = thing.box[1] - rows.min(), thing.box[0] - columns.min()
+        pixels = scene.image[top : top + CELL, left : left + CELL][opaque]
+        assert COLOURS[((middles - pixels.mean(0)) ** 2).sum(1).argmin()] == thing.colour
+
+
 def test_objects_never_overlap(scenes: list[Scene]) -> None:
     for scene in scenes:
         for first, second in combinations(scene.objects, 2):
