@@ -2,5 +2,6 @@
 
 from .report import Report
 from .session import Session, active, apply, disable, enable, techniques_of
+from .supports import Support, SupportTable, supports
 
-__all__ = ["Report", "Session", "active", "apply", "disable", "enable", "techniques_of"]
+__all__ = ["Report", "Session", "Support", "SupportTable", "active", "apply", "disable", "enable", "supports", "techniques_of"]

@@ -47,8 +47,9 @@ def cap(guided: Tensor, cond: Tensor, limit: Any) -> Tensor:
 
 
 def twice_first_channels(guided: Tensor, like: Tensor) -> Tensor:
-    """DiT hands the scheduler both halves of the batch, without the variance channels."""
-    return torch.cat([guided, guided])[:, : like.shape[1]]
+    """DiT hands the scheduler every row it ran, both halves under guidance, without the variance channels."""
+    both = guided if guided.shape[0] == like.shape[0] else torch.cat([guided, guided])
+    return both[:, : like.shape[1]]
 
 
 def _distilled_unet(pipe: Any) -> str | None:
@@ -76,7 +77,12 @@ PIXART = Row("pixart", to_step=first_channels)
 SANA = Row("sana", mix=upcast_mix, to_step=first_channels, time=lambda value, pipe: value / float(pipe.transformer.config.timestep_scale))
 FLUX = Row("flux", mode="sequential", gates=("true_cfg_scale",), needs_negative=True, time=_per_thousand)
 QWEN = Row(
-    "qwen", mode="sequential", gates=("true_cfg_scale",), needs_negative=True, time=_per_thousand, own=(Own("cfg_renorm", True, post=renorm),)
+    "qwen",
+    mode="sequential",
+    gates=("true_cfg_scale",),
+    needs_negative=True,
+    time=_per_thousand,
+    own=(Own("cfg_renorm", True, post=renorm),),
 )
 CHROMA = Row("chroma", mode="sequential", time=_per_thousand)
 LUMINA2 = Row(
@@ -103,7 +109,11 @@ ZIMAGE = Row(
     time=_reversed,
     own=(
         Own("cfg_normalization", False, post=cap),
-        Own("cfg_truncation", 1.0, stops=lambda limit, index, count, time: limit is not None and limit <= 1 and (1000.0 - time) / 1000.0 > limit),
+        Own(
+            "cfg_truncation",
+            1.0,
+            stops=lambda limit, index, count, time: limit is not None and limit <= 1 and (1000.0 - time) / 1000.0 > limit,
+        ),
     ),
 )
 WAN = Row("wan", denoisers=("transformer", "transformer_2"), gates=("guidance_scale", "guidance_scale_2"), mode="sequential")

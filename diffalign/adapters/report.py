@@ -15,7 +15,8 @@ from diffalign.core.chart import Curve, chart
 class Report:
     """One generation. Lists have one entry per step.
 
-    ``nfe``: denoiser rows per image; ``nfe_cfg``: what plain guidance at every step costs. ``rows``, ``calls``: rows and denoiser calls in all.
+    ``nfe``: denoiser rows per image; ``nfe_cfg``: what plain guidance at every step costs.
+    ``rows``, ``calls``: denoiser rows and calls in all.
     ``scale``: effective guidance scale ``<d - d_n, d_c - d_n> / |d_c - d_n|^2``, mean over images, None where only one branch ran;
     ``orthogonal``: the part of ``d - d_n`` that is not along ``d_c - d_n``, relative to it; ``cosine``: between the branches, as noise
     predictions. ``layers``: technique -> (layers acting, layers selected). ``resolved``: technique -> option -> (value, source).

@@ -16,16 +16,12 @@ from diffalign.core.types import Mix
 Post = Callable[[Tensor, Tensor, Any], Tensor]
 
 
-def cond_mix(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """``cond + scale * (cond - uncond)`` in float32 where scale 0 is off (Z-Image's own convention); ours stays 1 = off."""
-    return cond + (scale - 1.0) * (cond - uncond)
-
-
 def renorm(guided: Tensor, cond: Tensor, on: Any) -> Tensor:
     """Scale each token of ``guided`` back to the norm of ``cond`` along the last axis (Qwen-Image, Lumina2)."""
     if not on:
         return guided
-    return guided * (torch.norm(cond, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
+    shrunk: Tensor = guided * (torch.norm(cond, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
+    return shrunk
 
 
 def rescale(guided: Tensor, cond: Tensor, phi: Any) -> Tensor:
@@ -34,7 +30,8 @@ def rescale(guided: Tensor, cond: Tensor, phi: Any) -> Tensor:
         return guided
     axes = list(range(1, cond.ndim))
     scaled = guided * (cond.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
-    return phi * scaled + (1 - phi) * guided
+    mixed: Tensor = phi * scaled + (1 - phi) * guided
+    return mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +62,13 @@ class Row:
 
     ``mode``: "batched" (one call with both branches), "sequential" (two calls, conditional first) or "single".
     ``order``: branch order of the batch, "uc" or "cu". ``gates``: call argument with the scale of each denoiser; guidance runs natively
-    while it is above ``opens``. ``off``: native value that turns guidance off. ``needs_negative``: the branch exists only with a negative prompt.
-    ``mix``: the pipeline's own arithmetic. ``affine``: the pipeline maps each prediction before combining them (k = ``affine_k``).
+    while it is above ``opens``. ``off``: native value that turns guidance off. ``scale_shift``: our scale minus the native one.
+    ``needs_negative``: the branch exists only with a negative prompt. ``dummy``: native scale while our guidance runs.
+    ``mix``: the pipeline's own arithmetic. ``affine``: the pipeline maps each prediction before combining them.
     ``to_step``: guided prediction -> what ``scheduler.step`` receives. ``time``: denoiser timestep -> scheduler timestep.
     ``sign``: -1 where the network predicts the negated target. ``kind``: parametrisation, "scheduler" reads its config.
-    ``check``: a reason why this pipeline object has nothing to guide. ``lists``: tensors come as Python lists of rows. ``shared``: arguments never split by rows. ``refuses``: call argument -> reason.
+    ``check``: a reason why this pipeline object has nothing to guide. ``lists``: tensors come as Python lists of rows.
+    ``shared``: arguments never split by rows. ``refuses``: call argument -> reason. ``text``, ``encode``: for attention techniques.
     """
 
     family: str

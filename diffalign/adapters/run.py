@@ -21,6 +21,7 @@ from .clock import Clock
 from .report import Report
 from .row import Row
 from .rows_of import count_rows, prediction_of, take_arguments, with_prediction
+from .swap import original_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Run:
         if self.cancelled:
             raise Cancelled("The generation was cancelled; the pipeline is as it was before.")
         base = getattr(module, "_orig_mod", module)
-        kwargs = {**dict(zip(parameter_names(_plain_class(base)), args)), **kwargs}
+        kwargs = {**dict(zip(parameter_names(original_class(base)), args)), **kwargs}
         hidden = next(iter(kwargs.values()))
         if self._step is None:
             self._begin_step(kwargs, hidden)
@@ -121,6 +122,7 @@ class Run:
         self._step = None
         self._guided: Tensor | None = None
         self._first: Tensor | None = None
+        self._algebraic: Tensor | None = None
         self._first_input: Any = None
         self._preds: dict[Pass, Tensor] = {}
         self._calls = 0
@@ -147,7 +149,7 @@ class Run:
 
         def convert(value: Tensor, source: Any, target: Any, rows: Sequence[int] | None = None) -> Tensor:
             inputs = x if rows is None else x[list(rows)]
-            return space.convert(value, inputs, sigma, self.kind, self.row.sign, source, target)  # type: ignore[arg-type]
+            return space.convert(value, inputs, sigma, self.kind, self.row.sign, source, target)
 
         self._step = self.clock.now(convert)
         self._sigma.setdefault(self._step.index, self._step.sigma)
@@ -192,12 +194,14 @@ class Run:
             else:
                 self._first = self._preds[conditioned[0]].clone()
             return with_prediction(output, self._first)
-        if self._calls > 2 or hidden is not self._first_input and not _same(hidden, self._first_input):
-            raise UnsupportedModel(f"Expected a second call with the same latents at step {self._step}; got call {self._calls}. Report this model.")
+        if self._calls > 2 or not (hidden is self._first_input or _same(hidden, self._first_input)):
+            raise UnsupportedModel(
+                f"Expected a second call with the same latents at step {self._step}; got call {self._calls}. Report this model."
+            )
         if self._guided is not None:
             return self._answer(self._template, self._guided, self._guided)
         output = self._evaluate(guidance, tuple(p for p in self._plan if not p.conditioned), module, call, kwargs, hidden, (), rows)
-        cond = self._preds[COND] if COND in self._preds else None
+        cond = self._preds.get(COND)
         if not any(p.conditioned for p in self._plan):
             cond = self._preds.pop(COND)
         guided = self._combine(guidance)
@@ -210,6 +214,7 @@ class Run:
             return with_prediction(output, guided)
         if self.row.affine or guided.requires_grad:
             assert cond is not None
+            self._algebraic = cond
             return with_prediction(output, cond - (guided - cond) / self.k)
         self._first.copy_(guided)
         return with_prediction(output, guided)
@@ -255,7 +260,7 @@ class Run:
                 output = call(tuple(group), flags, given)
             template = output if template is None else template
             prediction = prediction_of(output)
-            for p, part in zip(group, prediction.split(sizes) if len(sizes) > 1 else [prediction]):
+            for p, part in zip(group, torch.split(prediction, sizes)):
                 self._preds[p] = part
         self._template = template
         return template
@@ -281,7 +286,7 @@ class Run:
             picked = slice(None) if rows_of_uncond is None else list(rows_of_uncond)
             for own in self.row.own:
                 if own.post is not None:
-                    done = own.post(guided[picked], cond[picked], self.own[own.name])
+                    done = own.post(guided[picked], cond[picked].to(guided.dtype), self.own[own.name])
                     if rows_of_uncond is None:
                         guided = done
                     else:
@@ -289,8 +294,9 @@ class Run:
                         guided[picked] = done
             if step.evaluation == 0:
                 self._record(guidance, guided[picked], cond[picked], uncond, rows_of_uncond)
-        self._guided = guided
-        return guided
+        out: Tensor = guided
+        self._guided = out
+        return out
 
     @torch.no_grad()
     def _record(self, guidance: Any, guided: Tensor, cond: Tensor, uncond: Tensor, rows: Sequence[int] | None) -> None:
@@ -321,8 +327,12 @@ class Run:
             raise GuidanceMismatch(f"The scheduler got {list(arrived.shape)}, the guidance computed {list(expected.shape)}.")
         if self.row.affine:
             # the pipeline divides x - x0 by the noise level, so rounding of x0 grows as the level falls
-            slack = 4 * torch.finfo(self._guided.dtype).eps * (1.0 + self.k) * (expected.abs().amax() + sample.abs().amax() / max(s, 1e-6))
-            wrong = (arrived.float() - expected.float()).abs().amax() > slack
+            size = expected.abs().amax() + sample.abs().amax() / max(s, 1e-6)
+        elif self._algebraic is not None:
+            size = expected.abs().amax() + self._algebraic.abs().amax()
+        if self.row.affine or self._algebraic is not None:
+            slack = 4 * torch.finfo(self._guided.dtype).eps * (1.0 + 2.0 * self.k) * size
+            wrong = (arrived - expected.to(arrived.dtype)).abs().amax() > slack
         else:
             wrong = (arrived != expected.to(arrived.dtype)).any()
         self._bad.append((index, ~torch.isfinite(self._guided).all(), wrong))
@@ -359,7 +369,7 @@ class Run:
             return [logged[s][i] if s in logged else None for s in range(steps)]
 
         return Report(
-            pipeline=_plain_class(self.pipe).__name__,
+            pipeline=original_class(self.pipe).__name__,
             images=self.batch,
             steps=steps,
             guided_steps=len(self._guided_steps),
@@ -375,11 +385,6 @@ class Run:
             layers=dict(self.layers),
             notes=list(self.notes),
         )
-
-
-def _plain_class(obj: Any) -> type:
-    cls = type(obj)
-    return cls.__dict__.get("_diffalign_base", cls)
 
 
 def fixed_rows(module: Any) -> bool:

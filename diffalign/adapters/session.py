@@ -193,7 +193,9 @@ def _tapped(pipe: Any, row: Row, run: Run, techniques: Sequence[Any]) -> Iterato
 class _Plan:
     """The call's arguments as the pipeline will get them, and the techniques with every option resolved."""
 
-    def __init__(self, pipe: Any, row: Row, techniques: Sequence[Any], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe: Any, row: Row, techniques: Sequence[Any], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         signature = inspect.signature(original)
         bound = signature.bind(*args, **kwargs)
         given = dict(bound.arguments)
@@ -254,15 +256,12 @@ class _Plan:
             self._open(pipe, row, value, any(getattr(g, "needs_uncond", True) for g in self.guidances.values()))
 
     def _warn(self, technique: Any, context: Context, given: dict[str, Any]) -> None:
-        mine = getattr(technique, "scale", None)
+        name, mine = type(technique).__name__, getattr(technique, "scale", None)
         if mine is not None and context.scale_source == "call" and mine != context.scale:
-            warn_once(
-                f"The call asks for guidance scale {context.scale:g} and {type(technique).__name__} for {mine:g}; the technique's value is used."
-            )
-        if not getattr(self.guidances[context.denoiser], "needs_uncond", True) and any(
-            given.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds")
-        ):
-            warn_once(f"The negative prompt has no effect: {type(technique).__name__} at scale 1 never evaluates it. Use da.NAG or a scale above 1.")
+            warn_once(f"The call asks for guidance scale {context.scale:g} and {name} for {mine:g}; the technique's value is used.")
+        negative = any(given.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds"))
+        if negative and not getattr(self.guidances[context.denoiser], "needs_uncond", True):
+            warn_once(f"The negative prompt has no effect: {name} at scale 1 never evaluates it. Use da.NAG or a scale above 1.")
 
     def _open(self, pipe: Any, row: Row, value: dict[str, Any], wanted: bool) -> None:
         """Switch the pipeline's guidance on with a dummy scale, or off, and take over what it does to the guided result."""
@@ -271,11 +270,11 @@ class _Plan:
             missing = row.missing_negative(pipe, value)
             if missing is not None:
                 raise UnsupportedModel(f"{swap.original_class(pipe).__name__}: {missing}")
-            self.arguments.update({gate: row.dummy for gate in gates})
+            self.arguments.update(dict.fromkeys(gates, row.dummy))
             if row.needs_negative and not row.negative_given(pipe, value):
                 self.arguments["negative_prompt"] = "" if not isinstance(value.get("prompt"), list) else [""] * len(value["prompt"])
         else:
-            self.arguments.update({gate: row.off for gate in gates})
+            self.arguments.update(dict.fromkeys(gates, row.off))
         self.opened = wanted
         self.arguments.update({own.name: own.neutral for own in row.own if own.name in value})
 

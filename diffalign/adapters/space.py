@@ -31,7 +31,7 @@ def kind_of(scheduler: Any) -> Kind:
 def convert(prediction: Tensor, x: Tensor, sigma: float, kind: Kind, sign: int, source: Space, target: Space) -> Tensor:
     """``prediction`` in ``source`` space as ``target``, in float32. "native" is ``sign`` times the ``kind``'s own quantity.
 
-    Variance channels beyond the latent's are dropped; ``x`` may carry more channels or tokens (inpainting, image conditions), which are ignored.
+    Variance channels beyond the latent's are dropped; ``x`` may carry more channels or tokens (image conditions), which are ignored.
     """
     if source == target:
         return prediction
@@ -63,7 +63,7 @@ def convert(prediction: Tensor, x: Tensor, sigma: float, kind: Kind, sign: int, 
 
 
 def widen(guided: Tensor, like: Tensor) -> Tensor:
-    """``guided`` with the variance channels (or extra tokens) that ``like`` has and a converted prediction lacks, in the dtype of ``like``."""
+    """``guided`` in the dtype of ``like``, with the variance channels or tokens of ``like`` that a converted prediction lacks."""
     if guided.shape == like.shape:
         return guided.to(like.dtype)
     out = torch.clone(like)

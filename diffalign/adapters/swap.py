@@ -16,14 +16,14 @@ from typing import Any
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-_CLASSES: dict[tuple[type, str], type] = {}
+_CLASSES: dict[tuple[type, str], Any] = {}
 _COUNTS: dict[int, int] = {}
 _LOCK = threading.RLock()
 _HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default={})  # noqa: B039 (never mutated)
 
 
 def _rebuild(cls: type) -> Any:
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def subclass(base: type, method: str, find: Callable[[Any], Handler | None]) -> type:
@@ -40,13 +40,14 @@ def subclass(base: type, method: str, find: Callable[[Any], Handler | None]) -> 
                 return handler(functools.partial(inner, self), args, kwargs)
 
             def reduce(self: Any, protocol: Any) -> Any:
-                made = super(swapped, self).__reduce_ex__(protocol)
+                made: Any = getattr(base, "__reduce_ex__")(self, protocol)  # noqa: B009 (typed as the metaclass's)
                 return (_rebuild, (base,), *made[2:])
 
             names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-            swapped = type(base)(base.__name__, (base,), {**names, method: override, "__reduce_ex__": reduce, "_diffalign_base": base})
+            swapped: Any = type(base)(base.__name__, (base,), {**names, method: override, "__reduce_ex__": reduce, "_diffalign_base": base})
             _CLASSES[base, method] = swapped
-        return _CLASSES[base, method]
+        found: type = _CLASSES[base, method]
+        return found
 
 
 def original_class(obj: Any) -> type:

@@ -8,7 +8,7 @@ from .errors import BudgetExceeded
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Upper limits; None is no limit. ``nfe``: denoiser rows. ``rewards``: scored images. ``seconds``: wall time since the meter started."""
+    """Upper limits; None is no limit. ``nfe``: denoiser rows. ``rewards``: scored images. ``seconds``: wall time."""
 
     nfe: int | None = None
     rewards: int | None = None

@@ -14,7 +14,7 @@ COLOURS = ((31, 104, 196), (206, 84, 26), (36, 138, 82), (140, 70, 170), (190, 4
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """``points`` (x, y) joined by lines. ``right``: read on the right-hand axis. ``low``, ``high``: interval ends per point, drawn as bars."""
+    """``points`` (x, y) joined by lines. ``right``: read on the right-hand axis. ``low``, ``high``: interval ends."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -31,14 +31,20 @@ def ticks(lo: float, hi: float, count: int = 5) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
     first = math.floor(lo / step + 1e-9)
-    values = []
+    values: list[float] = []
     while (first + len(values) - 1) * step < hi - 1e-9 * span:
         values.append((first + len(values)) * step)
     return values
 
 
 def chart(
-    curves: Sequence[Curve], *, title: str = "", x_label: str = "", y_label: str = "", size: tuple[int, int] = (900, 480), names: bool = False
+    curves: Sequence[Curve],
+    *,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+    size: tuple[int, int] = (900, 480),
+    names: bool = False,
 ) -> Image.Image:
     """Curves over shared x, up to two y axes. ``names`` writes each curve's label beside its last point instead of in the legend only."""
     width, height = size
@@ -62,7 +68,9 @@ def chart(
         pad = max(max(ys) - min(ys), abs(max(ys)) * 1e-3, 1e-9) * 0.05
         marks = ticks(min(ys) - pad, max(ys) + pad)
         scales[side] = (marks[0], marks[-1])
-        digits = max(0, math.ceil(-math.log10(max(marks[1] - marks[0], 1e-12)) - 1e-9) + (1 if f"{marks[1] - marks[0]:.1e}"[:3] == "2.5" else 0))
+        digits = max(
+            0, math.ceil(-math.log10(max(marks[1] - marks[0], 1e-12)) - 1e-9) + (1 if f"{marks[1] - marks[0]:.1e}"[:3] == "2.5" else 0)
+        )
         for mark in marks:
             y = bottom - (mark - marks[0]) / (marks[-1] - marks[0]) * (bottom - top)
             if side is sides[0]:
@@ -74,7 +82,7 @@ def chart(
     draw.text((left, 14), title, fill=INK, font=font)
     draw.text(((left + right) / 2, height - 10), x_label, fill=INK, font=small, anchor="mb")
     draw.text((8, top - 22), y_label, fill=INK, font=small)
-    legend = left
+    legend = float(left)
     for i, curve in enumerate(curves):
         colour = COLOURS[i % len(COLOURS)]
         lo, hi = scales.get(curve.right, (0.0, 1.0))

@@ -25,27 +25,32 @@ BUILTIN: dict[str, str] = {
 
 
 @cache
+def plugins() -> dict[str, type]:
+    """Techniques that other packages register; a plugin may not take a built-in name."""
+    found: dict[str, type] = {}
+    for entry in entry_points(group="diffalign.techniques"):
+        if entry.name in BUILTIN:
+            raise ValueError(f"The plugin {entry.value!r} registers {entry.name!r}, which is taken; it must choose another name.")
+        found[entry.name] = entry.load()
+    return found
+
+
+@cache
 def methods() -> dict[str, type]:
-    """Every registered technique: name -> class, plugins included (a plugin may not take a built-in name)."""
+    """Every registered technique, plugins included: name -> class."""
     found: dict[str, type] = {}
     for name, target in BUILTIN.items():
         module, _, attribute = target.partition(":")
         found[name] = getattr(import_module(module), attribute)
-    for entry in entry_points(group="diffalign.techniques"):
-        if entry.name in found:
-            raise ValueError(f"The plugin {entry.value!r} registers {entry.name!r}, which is taken; it must choose another name.")
-        found[entry.name] = entry.load()
-    return found
+    return found | plugins()
 
 
 def name_of(technique: object) -> str:
     """The registered name of a technique, or its class name when it is not registered."""
     cls = type(technique)
     target = f"{cls.__module__}:{cls.__qualname__}"
-    for name, known in BUILTIN.items():
-        if known == target:
-            return name
-    return next((name for name, known_cls in methods().items() if known_cls is cls), cls.__name__)
+    named = {known: name for name, known in BUILTIN.items()} | {f"{c.__module__}:{c.__qualname__}": name for name, c in plugins().items()}
+    return named.get(target, cls.__name__)
 
 
 def make(name: str, options: Mapping[str, Any]) -> Any:

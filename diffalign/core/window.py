@@ -31,7 +31,9 @@ class Windowed:
         owner = type(self).__name__
         if self.sigma is not None:
             if (self.start, self.stop) != (0.0, 1.0):
-                raise ValueError(f"{owner} takes sigma=(lo, hi) or start/stop, not both; got sigma={self.sigma}, {self.start}, {self.stop}.")
+                raise ValueError(
+                    f"{owner} takes sigma=(lo, hi) or start/stop, not both; got sigma={self.sigma}, {self.start}, {self.stop}."
+                )
             if len(self.sigma) != 2 or not 0.0 <= self.sigma[0] < self.sigma[1]:
                 raise ValueError(f"{owner}(sigma=(lo, hi)) needs 0 <= lo < hi; got {self.sigma}.")
         elif not 0.0 <= self.start < self.stop <= 1.0:

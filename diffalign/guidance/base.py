@@ -22,6 +22,11 @@ class Guidance(Generic[S]):
     kind: ClassVar[str] = "guidance"
     combine_space: ClassVar[Space] = "native"
 
+    @property
+    def needs_uncond(self) -> bool:
+        """False when no step can ask for the unconditional branch; the pipeline then does not even encode the negative prompt."""
+        return True
+
     def init(self, batch: int) -> S:
         """State before the first step, for ``batch`` images."""
         return None  # type: ignore[return-value]
@@ -44,5 +49,5 @@ class Guidance(Generic[S]):
         """
         if getattr(self, "scale", 0.0) is None:
             source = "guidance scale of the call" if context.scale_source == "call" else "default of the pipeline"
-            return dataclasses.replace(self, scale=context.scale), {"scale": source}  # type: ignore[type-var, call-arg]
+            return dataclasses.replace(self, scale=context.scale), {"scale": source}  # type: ignore[type-var]
         return self, {}

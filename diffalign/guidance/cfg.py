@@ -22,6 +22,10 @@ class CFG(Guidance[None]):
     def __post_init__(self) -> None:
         check_scale("CFG", self.scale)
 
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
         if self.scale == 1.0:
             return (COND,)
