@@ -62,6 +62,7 @@ class Run:
         self.notes: list[str] = []
         self.cancelled = False
         self.clock = Clock(pipe.scheduler, row.mix, row.sigma)
+        self._step_names = tuple(inspect.signature(pipe.scheduler.step).parameters)
         self.kind = "flow" if row.kind == "flow" else space.kind_of(pipe.scheduler)
         self.batch = 0
         self.state: Any = None
@@ -110,8 +111,8 @@ class Run:
     def scheduler_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``scheduler.step`` was called: check what arrived, then advance the clock."""
         if self.guidances:
-            bound = inspect.signature(original).bind(*args, **kwargs).arguments
-            self._check(bound["model_output"], bound["sample"])
+            given = {**dict(zip(self._step_names, args)), **kwargs}
+            self._check(given["model_output"], given["sample"])
         self.clock.calls += 1
         self._new_step()
         return original(*args, **kwargs)
@@ -161,7 +162,7 @@ class Run:
             if own.stops is not None and own.stops(self.own[own.name], step.index, step.count, step.timestep):
                 return (COND,)
         wanted: tuple[Pass, ...] = guidance.passes(step, self.state[0])
-        if self._rows_are_fixed(module):
+        if any(p.rows is not None for p in wanted) and self._rows_are_fixed(module):
             wanted = tuple(Pass(p.name, p.conditioned, p.blocks) for p in wanted)
         return wanted
 
@@ -302,14 +303,12 @@ class Run:
     def _record(self, guidance: Any, guided: Tensor, cond: Tensor, uncond: Tensor, rows: Sequence[int] | None) -> None:
         """Effective scale, orthogonal part and cosine, kept on the device until the run ends."""
         assert self._step is not None
-        difference, moved = rowwise(cond - uncond), rowwise(guided - uncond)
-        square = difference.square().sum(1).clamp_min(1e-30)
-        scale = (moved * difference).sum(1) / square
-        orthogonal = ((moved - scale[:, None] * difference).square().sum(1) / square).sqrt()
+        vectors = torch.stack((rowwise(cond), rowwise(uncond), rowwise(guided)), dim=1)
+        moves, pair = vectors[:, ::2] - vectors[:, 1:2], vectors[:, :2]
         where = getattr(guidance, "space", "eps")
-        a, b = (rowwise(self._step.convert(value, "native", where, rows)) for value in (cond, uncond))
-        cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
-        self._log[self._step.index] = torch.stack([scale, orthogonal, cosine]).mean(1)
+        if self.kind != where:
+            pair = torch.stack([rowwise(self._step.convert(value, "native", where, rows)) for value in (cond, uncond)], dim=1)
+        self._log[self._step.index] = torch.cat((moves @ moves.mT, pair @ pair.mT), dim=1)
 
     # -- checks ---------------------------------------------------------------------------------------------------------------------
 
@@ -363,7 +362,7 @@ class Run:
         """The finished run as a report; the logged scalars come off the device here, all at once."""
         self.verify()
         steps = self.clock.calls // self.clock.order + (self.clock.calls % self.clock.order > 0)
-        logged = dict(zip(self._log, torch.stack(list(self._log.values())).tolist())) if self._log else {}
+        logged = dict(zip(self._log, _means(list(self._log.values()))))
 
         def column(i: int) -> list[float | None]:
             return [logged[s][i] if s in logged else None for s in range(steps)]
@@ -385,6 +384,21 @@ class Run:
             layers=dict(self.layers),
             notes=list(self.notes),
         )
+
+
+def _means(products: list[Tensor]) -> list[list[float]]:
+    """Per step: effective scale, orthogonal part and cosine, means over images. ``products`` [B, 4, 2]: inner products of
+    (d_c - d_n, d - d_n) and of (d_c, d_n). One transfer for all steps."""
+    if not products:
+        return []
+    p = torch.cat(products).cpu().double()
+    square = p[:, 0, 0].clamp_min(1e-30)
+    scale = p[:, 0, 1] / square
+    orthogonal = (p[:, 1, 1] / square - scale.square()).clamp_min(0).sqrt()
+    cosine = p[:, 2, 1] / (p[:, 2, 0] * p[:, 3, 1]).sqrt().clamp_min(1e-30)
+    columns = torch.stack((scale, orthogonal, cosine), dim=1)
+    means: list[list[float]] = torch.stack([part.mean(0) for part in columns.split([len(q) for q in products])]).tolist()
+    return means
 
 
 def fixed_rows(module: Any) -> bool:

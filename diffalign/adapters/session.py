@@ -190,20 +190,25 @@ def _tapped(pipe: Any, row: Row, run: Run, techniques: Sequence[Any]) -> Iterato
             pipe.__dict__.setdefault("_num_timesteps", announced)
 
 
+@functools.cache
+def _signature(cls: type) -> inspect.Signature:
+    return inspect.signature(cls.__call__)
+
+
 class _Plan:
     """The call's arguments as the pipeline will get them, and the techniques with every option resolved."""
 
     def __init__(
         self, pipe: Any, row: Row, techniques: Sequence[Any], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        signature = inspect.signature(original)
-        bound = signature.bind(*args, **kwargs)
+        signature = _signature(swap.original_class(pipe))
+        bound = signature.bind(pipe, *args, **kwargs)
+        bound.arguments.pop("self")
         given = dict(bound.arguments)
         extra = next((n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
         if extra is not None:
             given.update(given.pop(extra, {}))
-        bound.apply_defaults()
-        value = bound.arguments
+        value = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty} | given
         self.arguments = given
         self.resolved: dict[str, dict[str, tuple[Any, str]]] = {}
         guidance = next((t for t in techniques if t.kind == "guidance"), None)

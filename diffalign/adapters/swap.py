@@ -53,7 +53,8 @@ def subclass(base: type, method: str, find: Callable[[Any], Handler | None]) -> 
 def original_class(obj: Any) -> type:
     """The class of ``obj`` without any swap of ours."""
     cls = type(obj)
-    return cls.__dict__.get("_diffalign_base", cls)
+    found: type = cls.__dict__.get("_diffalign_base", cls)
+    return found
 
 
 def acquire(obj: Any, method: str, find: Callable[[Any], Handler | None]) -> None:

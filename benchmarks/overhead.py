@@ -1,0 +1,92 @@
+"""What does a session cost? Plain CFG through a session against the pipeline's own CFG: equal evaluations, paired, medians.
+
+    python benchmarks/overhead.py [--runs 20] [--compile] [--output benchmarks/results]
+
+The network of the first table has at least 5 M parameters; the per-family table uses networks of a few kilobytes, where the
+session's fixed cost per step is all one sees, so it is given in milliseconds per step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from results import write
+
+import diffalign as da
+from diffalign.adapters.registry import ROWS
+from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_unet_pipeline
+
+FAMILIES = (
+    "StableDiffusionPipeline StableDiffusionXLPipeline StableDiffusion3Pipeline PixArtSigmaPipeline SanaPipeline FluxPipeline QwenImagePipeline "
+    "ChromaPipeline Lumina2Pipeline ZImagePipeline WanPipeline LTXPipeline CogVideoXPipeline DiTPipeline Cosmos2TextToImagePipeline"
+).split()
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def paired(pipe: Any, name: str, batch: int, steps: int, runs: int) -> tuple[float, float, float]:
+    """Median seconds of native and tapped runs, and the median of the paired ratios; the order alternates."""
+    pipe.set_progress_bar_config(disable=True)
+    gate = ROWS[name].gates[0]
+
+    def call() -> None:
+        pipe(**{**tiny_inputs(name, batch=batch, steps=steps), gate: 4.0})
+
+    def tapped() -> None:
+        with da.apply(pipe, da.CFG()):
+            call()
+
+    call()
+    tapped()
+    native, ours = [], []
+    for run in range(runs):
+        for kind in ("native", "ours") if run % 2 else ("ours", "native"):
+            (native if kind == "native" else ours).append(seconds(call if kind == "native" else tapped))
+    return statistics.median(native), statistics.median(ours), statistics.median(b / a for a, b in zip(native, ours))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser of the large network as well")
+    parser.add_argument("--output", default="benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for compiled in (False, True) if options.compile else (False,):
+        for batch in (1, 2, 8):
+            pipe = tiny_unet_pipeline(5_000_000)
+            size = sum(p.numel() for p in pipe.unet.parameters())
+            if compiled:
+                torch._dynamo.reset()
+                pipe.unet.compile()
+            native, ours, ratio = paired(pipe, "StableDiffusionPipeline", batch, options.steps, options.runs)
+            network = f"U-Net {size / 1e6:.1f} M" + (", compiled" if compiled else "")
+            rows.append({"network": network, "batch": batch, "native_s": native, "session_s": ours, "ratio": ratio})
+    for name in FAMILIES:
+        for batch in (1, 2, 8):
+            native, ours, _ = paired(tiny_pipeline(name), name, batch, 4, max(options.runs // 2, 3))
+            rows.append(
+                {
+                    "network": f"tiny {name}",
+                    "batch": batch,
+                    "native_s": native,
+                    "session_s": ours,
+                    "ms_per_step": 1000 * (ours - native) / 4,
+                }
+            )
+    write("overhead", rows, options, title="Session overhead: plain CFG through a session against native CFG")
+
+
+if __name__ == "__main__":
+    main()

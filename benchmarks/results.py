@@ -1,0 +1,50 @@
+"""Write a benchmark's rows as JSON and Markdown, with everything needed to read or repeat them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit of this run."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    device = (
+        torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}"
+    )
+    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "diffalign")}
+    return {"device": device, "commit": commit, "python": platform.python_version(), "versions": packages, "command": shlex.join(sys.argv)}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table; floats to four significant digits, absent values as a dash."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value: Any) -> str:
+        return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(cell(row.get(key)) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write(name: str, rows: Sequence[dict[str, Any]], options: Namespace, title: str) -> None:
+    """``<output>/<name>.json`` and ``.md``; the table also goes to standard output."""
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    env = environment()
+    (folder / f"{name}.json").write_text(json.dumps({"environment": env, "options": vars(options), "rows": list(rows)}, indent=1) + "\n")
+    text = f"# {title}\n\n{table(rows)}\n\n{env['device']}; torch {env['versions']['torch']}, diffusers {env['versions']['diffusers']}; "
+    text += f"commit {env['commit']}; `{env['command']}`\n"
+    (folder / f"{name}.md").write_text(text)
+    print(text)
