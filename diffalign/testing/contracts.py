@@ -1,0 +1,155 @@
+"""What every technique must do, as tests to inherit; written for our own techniques and for plugins.
+
+class TestMyGuidance(GuidanceContract):
+    def make(self): return MyGuidance(3.0)
+    def off(self): return MyGuidance(1.0), CFG(1.0)
+    def rows(self, steps, batch): return 2 * steps * batch
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from diffalign.core import Tensor
+from diffalign.core.registry import from_config, name_of, parse, to_config
+
+from .oracles import Trace, TwoGaussians, run
+
+
+def ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """DDIM as Stable Diffusion configures it, down to a clean image."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+class GuidanceContract:
+    """Eleven facts of a guidance, checked on exact denoisers under diffusers' DDIM, or flow matching where ``flow`` is set.
+
+    ``off_tolerance``: 0 asks for equal bits; a technique that cannot give them states its derived bound, relative to the largest value.
+    """
+
+    flow: ClassVar[bool] = False
+    steps: ClassVar[int] = 8
+    batch: ClassVar[int] = 3
+    shape: ClassVar[tuple[int, ...]] = (4, 5, 6)
+    off_tolerance: ClassVar[float] = 0.0
+    scale: ClassVar[float] = 3.0
+
+    def make(self) -> Any:
+        """The technique, acting."""
+        raise NotImplementedError
+
+    def off(self) -> tuple[Any, Any]:
+        """The technique switched off, and the plain guidance that it must then equal."""
+        raise NotImplementedError
+
+    def rows(self, steps: int, batch: int) -> int:
+        """Denoiser rows that ``make()`` costs, worked out by hand from its documentation."""
+        raise NotImplementedError
+
+    def scheduler(self) -> Any:
+        """A fresh scheduler that the technique supports."""
+        return FlowMatchEulerDiscreteScheduler(shift=3.0) if self.flow else ddim()
+
+    def noise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(self.batch, *self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+    def model(self) -> TwoGaussians:
+        """Rows differ in how far the prompt moves them, so that decisions per image differ too."""
+        rng = torch.Generator().manual_seed(2)
+        low, move = (torch.randn(self.batch, *self.shape, generator=rng, dtype=torch.float64) for _ in range(2))
+        reach = torch.linspace(0.2, 1.5, self.batch, dtype=torch.float64).reshape(-1, *(1,) * len(self.shape))
+        return TwoGaussians(low + reach * move, low, std=0.6)
+
+    def sample(self, technique: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Trace:
+        return run(
+            technique, options.pop("model", self.model()), self.scheduler(), options.pop("noise", self.noise(dtype)),
+            steps=self.steps, scale=self.scale, **options,
+        )  # fmt: skip
+
+    def test_off_is_plain_guidance(self) -> None:
+        technique, plain = self.off()
+        a, b = self.sample(technique).sample, self.sample(plain).sample
+        worst = (a - b).abs().max().item()
+        assert worst <= self.off_tolerance * b.abs().max().item(), f"off differs from {plain} by {worst}"
+
+    def test_on_does_something(self) -> None:
+        assert not torch.equal(self.sample(self.make()).sample, self.sample(self.off()[1]).sample)
+
+    def test_rows_are_permutable(self) -> None:
+        order = list(reversed(range(self.batch)))
+        whole = self.sample(self.make())
+        turned = self.sample(self._for(order), noise=self.noise()[order], model=self.model().select(order))
+        assert torch.equal(turned.sample, whole.sample[order])
+
+    def test_rows_are_independent(self) -> None:
+        whole = self.sample(self.make()).sample
+        # one image alone: reductions may round differently, by a few last places per step and weight
+        bound = 64 * self.steps * torch.finfo(torch.float32).eps * whole.abs().max().item()
+        for row in range(self.batch):
+            alone = self.sample(self._for([row]), noise=self.noise()[[row]], model=self.model().select([row])).sample
+            assert (alone - whole[[row]]).abs().max().item() <= bound
+
+    def _for(self, rows: Sequence[int]) -> Any:
+        """The technique for those images; a technique that holds anything per image overrides this."""
+        return self.make()
+
+    def test_cost_is_as_documented(self) -> None:
+        assert self.sample(self.make()).rows == self.rows(self.steps, self.batch)
+
+    def test_second_run_is_identical(self) -> None:
+        technique = self.make()
+        first, second = self.sample(technique), self.sample(technique)
+        assert torch.equal(first.sample, second.sample)
+        assert first.rows_per_call == second.rows_per_call
+
+    def test_resumes_from_its_state(self) -> None:
+        technique, cut = self.make(), self.steps // 2
+        whole = self.sample(technique)
+        half = self.sample(technique, stop=cut)
+        kept = copy.deepcopy(half.state)
+        for _ in range(2):  # twice: continuing must not use the state up
+            assert torch.equal(self.sample(technique, start=cut, state=half.state, noise=half.sample).sample, whole.sample)
+        if kept is not None:
+            order = list(reversed(range(self.batch)))
+            turned = self.sample(
+                self._for(order), start=cut, state=kept.select(order), noise=half.sample[order], model=self.model().select(order)
+            )
+            assert torch.equal(turned.sample, whole.sample[order])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_dtype_is_kept(self, dtype: torch.dtype) -> None:
+        for guided in self.sample(self.make(), dtype).guided:
+            assert guided.dtype == dtype
+            assert guided.isfinite().all()
+
+    def test_is_frozen_and_leaves_global_randomness_alone(self) -> None:
+        technique, before = self.make(), torch.get_rng_state()
+        self.sample(technique)
+        assert torch.equal(torch.get_rng_state(), before)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(technique, dataclasses.fields(technique)[0].name, 2.0)
+
+    def test_config_and_text_round_trip(self) -> None:
+        technique = self.make()
+        config = to_config(technique)
+        assert from_config(json.loads(json.dumps(config))) == technique
+        options = ",".join(f"{key.replace('_', '-')}={self._text(value)}" for key, value in config.items() if key != "name")
+        assert parse(f"{name_of(technique)}:{options}") == (technique,)
+
+    def _text(self, value: Any) -> str:
+        return "(" + ",".join(map(self._text, value)) + ")" if isinstance(value, list | tuple) else str(value)
