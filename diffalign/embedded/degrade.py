@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from diffalign.embedded.world import CELL
 
-__all__ = ["blurred", "corrupt", "moved", "noisy", "round_trip"]
+__all__ = ["blurred", "corrupt", "morph", "moved", "noisy", "round_trip"]
 
 PATCH = 8
 
@@ -96,10 +96,16 @@ def corrupt(images: Tensor, truth: Tensor, rng: torch.Generator, share: float = 
     return images, truth
 
 
-def _cell(image: Tensor, row: Tensor) -> Tensor:
-    """View [3, 32, 32] of the object's cell: the grid place whose centre is nearest to the box's, which the world keeps within 4 pixels."""
+def _corner(row: Tensor) -> tuple[int, int]:
+    """Left and top of an object's cell in steps of 8 pixels: the place whose centre is nearest to the box's, at most 4 pixels away."""
     x1, y1, x2, y2 = row[2:].tolist()
-    left, top = (min(max(round(((low + high) / 2 - CELL / 2) / PATCH), 0), 4) * PATCH for low, high in ((x1, x2), (y1, y2)))
+    left, top = (min(max(round(((low + high) / 2 - CELL / 2) / PATCH), 0), 4) for low, high in ((x1, x2), (y1, y2)))
+    return left, top
+
+
+def _cell(image: Tensor, row: Tensor) -> Tensor:
+    """View [3, 32, 32] of the object's cell."""
+    left, top = (place * PATCH for place in _corner(row))
     return image[:, top : top + CELL, left : left + CELL]
 
 
@@ -111,4 +117,30 @@ def round_trip(vae: Any, images: Tensor, rng: torch.Generator, spread: float, *,
     latents = vae.encoder((images * 2 - 1).to(dtype)).float()
     latents = latents + torch.randn(latents.shape, generator=rng) * (spread if exact else _uniform(rng, len(images), 0.0, spread))
     decoded: Tensor = vae.decoder(latents.to(dtype)).float()
+    return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def morph(vae: Any, images: Tensor, truth: Tensor, rng: torch.Generator) -> Tensor:
+    """Each image with one object spoilt in the latent space, decoded: its latent cells are mixed half and half with those of an object of
+    the next image, or flooded with noise of 1 to 2 standard deviations. This is how generators fail. Shapes as in `corrupt`."""
+    dtype = next(vae.parameters()).dtype
+    latents = vae.encoder((images * 2 - 1).to(dtype)).float()
+    spoilt = latents.clone()
+    size, reach = len(images), CELL // PATCH
+    places = []
+    for index in range(size):
+        rows = (truth[index, :, 0] >= 0).nonzero().flatten()
+        row = rows[int(torch.randint(len(rows), (1,), generator=rng))]
+        places.append(_corner(truth[index, row]))
+    for index, (left, top) in enumerate(places):
+        cell = spoilt[index, :, top : top + reach, left : left + reach]
+        if int(torch.randint(2, (1,), generator=rng)):
+            x, y = places[(index + 1) % size]
+            other = latents[(index + 1) % size, :, y : y + reach, x : x + reach]
+            weight = 0.35 + 0.3 * float(torch.rand(1, generator=rng))
+            cell.lerp_(other, weight)
+        else:
+            cell.add_(torch.randn(cell.shape, generator=rng), alpha=1 + float(torch.rand(1, generator=rng)))
+    decoded: Tensor = vae.decoder(spoilt.to(dtype)).float()
     return (decoded / 2 + 0.5).clamp(0, 1)

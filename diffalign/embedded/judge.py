@@ -73,7 +73,8 @@ class JudgeNet(nn.Module):
             nn.init.constant_(bias[: len(OBJECTS)], -5.0)  # start from "nothing anywhere", or the empty cells drown the first updates
 
     def forward(self, images: Tensor) -> Maps:
-        output = self.head(self.neck(self.blocks(self.stem(images * 4 - 2)))).float()
+        output = self.head(self.neck(self.blocks(self.stem(images * 4 - 2))))
+        output = output if output.dtype == torch.float64 else output.float()
         return Maps(*output.split((len(OBJECTS), 4, len(COLOURS) + 1), dim=1))
 
 
