@@ -1,0 +1,57 @@
+"""The command line: ``diffalign generate | compare | models | methods | env``, one file per command.
+
+Exit codes: 0 done, 2 bad input (one line on standard error, before anything is computed), 130 after Ctrl-C, 1 anything unexpected.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .compare import compare
+from .env import env
+from .generate import generate
+from .methods import methods
+from .models import models
+from .problem import complain
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+for function in (generate, compare, models, methods, env):
+    app.command()(function)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from diffalign import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Inference-time alignment and guidance for diffusers pipelines."""
+
+
+def main(program: typer.Typer = app) -> None:
+    """Run the command line and exit. Wrong usage is one line too, as every other bad input."""
+    try:
+        code = program(standalone_mode=False)
+    except typer.Abort:
+        complain("interrupted", "stopped")
+        code = 130
+    except BrokenPipeError:  # the reader (head, less) has left: nothing more to say, and Python must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        say = getattr(error, "format_message", None)  # typer's usage errors
+        if say is None:
+            raise
+        complain(f"{say()} Try --help.")
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
