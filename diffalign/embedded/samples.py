@@ -1,7 +1,8 @@
 """Generated pictures with verdicts, for the third phase of `emoji-clip`:
-`python -m diffalign.embedded.samples --pipeline FOLDER --out FILE [--prompts 400] [--images 8]`.
+`python -m diffalign.embedded.samples --pipeline FOLDER --out FILE [--prompts 400] [--images 8] [--official]`.
 
-Prompts are drawn from the world's own stream, not from GenEval's official list, which stays unseen; verdicts come from the second judge.
+For training, prompts are drawn from the world's own stream, not from GenEval's official list, and verdicts come from the second judge. With
+`--official` the prompts are official ones and the verdicts the first judge's: that is the test.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from diffalign.embedded.world import World
 from diffalign.eval.geneval import prompts as official
 from diffalign.eval.geneval import verdict
 
-__all__ = ["Samples", "generate"]
+__all__ = ["Samples", "generate", "official_prompts", "training_prompts"]
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,34 @@ class Samples:
         return cls(table["images"], tuple(json.loads(table["captions"])), table["right"])
 
 
-def generate(
-    pipe: Callable[..., Any], judge: Any, prompts: int, images: int, seed: int, *, scale: float = 3.0, steps: int = 20, batch: int = 16
-) -> Samples:
-    """`images` pictures for each of `prompts` different captions of the world, with the judge's verdicts.
-
-    Cost: `2 * steps` denoiser rows a picture.
-    """
+def training_prompts(seed: int, count: int) -> dict[str, dict[str, Any]]:
+    """`count` different captions of the world that are not official prompts -> metadata."""
     known = {record["prompt"] for record in official()}
     records: dict[str, dict[str, Any]] = {}
-    for scene in World().scenes(seed, 20 * prompts):
-        if scene.tag and len(records) < prompts and (record := scene.metadata())["prompt"] not in known:
+    for scene in World().scenes(seed, 20 * count):
+        if scene.tag and len(records) < count and (record := scene.metadata())["prompt"] not in known:
             records.setdefault(record["prompt"], record)
+    return records
+
+
+def official_prompts(count: int) -> dict[str, dict[str, Any]]:
+    """`count` official prompts, spread evenly over the list -> metadata."""
+    table = official()
+    return {str(table[i]["prompt"]): dict(table[i]) for i in (len(table) * k // count for k in range(count))}
+
+
+def generate(
+    pipe: Callable[..., Any],
+    judge: Any,
+    records: dict[str, dict[str, Any]],
+    images: int,
+    seed: int,
+    *,
+    scale: float = 3.0,
+    steps: int = 20,
+    batch: int = 16,
+) -> Samples:
+    """`images` pictures for each caption of `records`, with the judge's verdicts. Cost: `2 * steps` denoiser rows a picture."""
     captions = [caption for caption in records for _ in range(images)]
     pictures, right = [], []
     for start in range(0, len(captions), batch):
@@ -94,15 +111,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--official", action="store_true", help="official prompts and the first judge, for the test")
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--scale", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=41)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    judge = load("emoji-judge" if options.official else "emoji-judge-audit")
+    records = official_prompts(options.prompts) if options.official else training_prompts(options.seed, options.prompts)
     pipe = StableDiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    generate(pipe, load("emoji-judge-audit"), options.prompts, options.images, options.seed, scale=options.scale).save(options.out)
+    generate(pipe, judge, records, options.images, options.seed, scale=options.scale).save(options.out)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
 
-from diffalign.embedded import load as loading
 from diffalign.embedded.audit import AuditJudge, AuditNet, cell_targets
 from diffalign.embedded.degrade import blurred, corrupt, moved, noisy
 from diffalign.embedded.judge import Judge, JudgeNet, Maps
 from diffalign.embedded.judge_loss import focal, heat_targets, judge_loss
 from diffalign.embedded.judge_report import detection_figures, overlap, verdict_figures
+from diffalign.embedded.load import FOLDER, available, load
 from diffalign.embedded.train_judge import JudgeTrainer, parser
 from diffalign.embedded.vocabulary import COLOURS, OBJECTS
 from diffalign.embedded.world import World
 from diffalign.eval.geneval import Detection, Thresholds
 
-JUDGES = [name for name in ("emoji-judge", "emoji-judge-audit") if name in {model.name for model in loading.available()}]
+JUDGES = [name for name in ("emoji-judge", "emoji-judge-audit") if name in {model.name for model in available()}]
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +202,7 @@ def test_figures_by_hand() -> None:
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_the_shipped_judges_meet_their_bars_on_held_out_scenes(name: str) -> None:
-    judge = loading.load(name)
+    judge = load(name)
     scenes = list(World().scenes(1_000_400, 96))
     answers = judge.detect(torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 255)
     figures = detection_figures(scenes, answers, judge.thresholds.threshold)
@@ -218,7 +217,7 @@ def test_the_shipped_judges_meet_their_bars_on_held_out_scenes(name: str) -> Non
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_the_shipped_judges_reject_wrong_scenes(name: str) -> None:
-    judge = loading.load(name)
+    judge = load(name)
     wrong = list(World().wrong(1_000_500, 96))
     answers = judge.detect(torch.from_numpy(np.stack([s.image for s, _ in wrong])).permute(0, 3, 1, 2).float() / 255)
     fooled = verdict_figures([record for _, record in wrong], answers, judge.thresholds)["all"] * len(wrong)
@@ -228,7 +227,7 @@ def test_the_shipped_judges_reject_wrong_scenes(name: str) -> None:
 @pytest.mark.parametrize("name", JUDGES)
 def test_the_shipped_judges_do_not_count_spoilt_objects(name: str) -> None:
     """An object whose patches are shuffled keeps its palette and place; a judge that still names it judges palettes."""
-    judge = loading.load(name)
+    judge = load(name)
     arrays, _, rows = World({"single": 1.0}).arrays(1_000_600, 64)
     images, truth = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(rows)
     spoilt, _ = corrupt(images, truth, torch.Generator().manual_seed(7), share=1.0)
@@ -268,7 +267,7 @@ def test_the_second_phase_asks_for_its_autoencoder() -> None:
 
 @pytest.mark.parametrize("model", JUDGES)
 def test_the_first_logged_losses_are_reproduced(model: str) -> None:
-    folder = Path(loading.FOLDER) / model
+    folder = FOLDER / model
     header, *records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[:4]]
     found = parser().parse_args(["--model", model, "--out", "unused", "--seed", str(header["header"]["seed"])])
     found.batch, found.updates = header["header"]["batch"], header["header"]["updates"]
