@@ -56,6 +56,7 @@ class Run:
         self.pipe, self.row, self.guidances, self.own, self.opened = pipe, row, guidances, own, opened
         # an affine pipeline computes c + k' (c - u) or u + s (c - u); k is the weight of (c - u') that the algebraic form must undo
         self.k = dummy - 1.0 + row.scale_shift
+        self.call: Mapping[str, Any] = {}
         self.meter = Meter()
         self.middleware: list[Callable[[Denoise], Denoise]] = []
         self.layers: dict[str, tuple[int, int]] = {}

@@ -156,6 +156,7 @@ def _generate(pipe: Any, stack: list[Session], original: Callable[..., Any], arg
         techniques = [t for session in stack for t in session.techniques]
         plan = _Plan(pipe, row, techniques, original, args, kwargs)
         run = Run(pipe, row, plan.guidances, plan.own, plan.opened, row.dummy)
+        run.call = plan.value
         for session in stack:
             session._run = run
         with _tapped(pipe, row, run, plan.techniques):
@@ -209,7 +210,7 @@ class _Plan:
         if extra is not None:
             given.update(given.pop(extra, {}))
         value = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty} | given
-        self.arguments = given
+        self.arguments, self.value = given, value
         self.resolved: dict[str, dict[str, tuple[Any, str]]] = {}
         guidance = next((t for t in techniques if t.kind == "guidance"), None)
         refusals = [(name, why) for name, why in row.refuses.items() if value.get(name) not in (None, 0, 0.0, False)]
