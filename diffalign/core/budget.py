@@ -40,7 +40,8 @@ class Meter:
     def seconds(self) -> float:
         return perf_counter() - self.started
 
-    def charge(self, *, rows: int = 0, decodes: int = 0, rewards: int = 0, backward: int = 0) -> None:
+    def charge(self, *, rows: int = 0, decodes: int = 0, rewards: int = 0, backward: int = 0, joined: bool = False) -> None:
+        """``joined``: the rows join a denoiser call that is already counted."""
         limits = ((self.budget.nfe, self.rows + rows, "nfe"), (self.budget.rewards, self.rewards + rewards, "rewards"))
         for limit, after, name in limits:
             if limit is not None and after > limit:
@@ -48,7 +49,7 @@ class Meter:
         if self.budget.seconds is not None and self.seconds > self.budget.seconds:
             raise BudgetExceeded(f"seconds: {self.seconds:.1f} passed the budget of {self.budget.seconds}.")
         self.rows += rows
-        self.calls += rows > 0
+        self.calls += rows > 0 and not joined
         self.decodes += decodes
         self.rewards += rewards
         self.backward += backward

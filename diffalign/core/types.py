@@ -76,16 +76,24 @@ class StepInfo:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One attention layer as a technique sees it.
+    """One attention layer as a technique sees it, in one denoiser call.
 
     ``layer``: dotted module name. ``kind``: "cross" (text keys only), "joint" (text and image in one softmax) or "self".
-    ``text``: positions of the text tokens among the keys, None if there are none. ``tokens``: number of image queries.
+    ``text``, ``image``: positions of the prompt's tokens among the keys, and of the image tokens among the queries; None if there are
+    none, or if they differ between rows: then ``spans`` has (text, image) for each row. ``tokens``: number of image queries.
+    ``conditioned``: for each row, whether it carries the prompt. ``negative``: positions of NAG's negative text among the keys (and among
+    the queries of joint layers). ``twins``: pairs (row, its copy that carries NAG's negative text).
     """
 
     layer: str
     kind: Literal["self", "cross", "joint"]
     text: slice | None = None
     tokens: int = 0
+    image: slice | None = None
+    negative: slice | None = None
+    conditioned: tuple[bool, ...] = ()
+    spans: tuple[tuple[slice, slice], ...] | None = None
+    twins: tuple[tuple[int, int], ...] = ()
 
 
 @runtime_checkable
