@@ -1,0 +1,167 @@
+"""Normalised attention guidance, NAG (Chen et al. 2025, arXiv:2505.21179, eq. 7-10)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+
+from diffalign.core import Context, Site, Tensor, Windowed
+from diffalign.core.checks import check_choice, check_range, check_scale
+from diffalign.kernels.nag import NagCall, choose
+
+from .base import AttentionTechnique, check_layers, matches
+from .intercept import cut, put, take, together
+from .negative import NegativeStream, refusal
+from .presets import preset
+
+if TYPE_CHECKING:
+    from diffalign.adapters.run import Run
+
+    from .intercept import Attend
+
+
+@dataclass(frozen=True, slots=True)
+class NAG(Windowed, AttentionTechnique):
+    """A negative prompt inside attention, at one denoiser call per step, with or without classifier-free guidance.
+
+    Each text layer attends with the prompt and with the negative text; the image tokens ``z`` [B, N, E] are pushed from the second
+    towards the first, their growth limited to ``tau`` per token and blended with ``alpha``.
+    ``scale``: 1 is off. It is s = phi + 1 where the paper's tables give phi; the authors' code also uses s, some ports use phi.
+    ``tau`` >= 1, ``alpha`` in [0, 1], ``scale``, and the window: None takes the family's published value, which the report names.
+    ``negative_prompt``: one text, or one per prompt; None takes the call's ``negative_prompt_embeds``, else its ``negative_prompt``,
+    else "". ``norm``: "l1" (paper) or "l2" (first Flux release, for old images). ``layers``: patterns of layer names.
+    ``share_image``: one image stream serves both texts. False follows the published Flux layout, which runs a second image stream in the
+    single blocks, modulated with the negative pooled text.
+    Differs from the paper: on models with pooled text the negative text tokens are modulated with the prompt's pooled text.
+    Cost: no extra pass; the negative text's tokens at every layer, and a second row per guided image on Lumina2, Z-Image, CogVideoX,
+    Wan image-to-video, and with ``share_image=False``.
+    """
+
+    scale: float | None = None
+    _: KW_ONLY
+    tau: float | None = None
+    alpha: float | None = None
+    negative_prompt: str | tuple[str, ...] | None = None
+    norm: Literal["l1", "l2"] = "l1"
+    layers: tuple[str, ...] | None = None
+    share_image: bool = True
+
+    order: ClassVar[int] = 0
+    everywhere: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_scale("NAG", self.scale)
+        if self.tau is not None:
+            check_range("NAG", "tau", self.tau, 1.0, math.inf)
+        if self.alpha is not None:
+            check_range("NAG", "alpha", self.alpha, 0.0, 1.0)
+        check_choice("NAG", "norm", self.norm, ("l1", "l2"))
+        check_layers("NAG", self.layers)
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            texts = self.negative_prompt
+            if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"NAG(negative_prompt=...) must be a text, a tuple of texts or None; got {texts!r}.")
+            object.__setattr__(self, "negative_prompt", tuple(texts))
+        self.check_window()
+
+    @property
+    def off(self) -> bool:
+        return self.scale == 1.0 or self.alpha == 0.0
+
+    def selects(self, site: Site) -> bool:
+        return site.kind != "self" and matches(self.layers, site.layer)
+
+    def refuses(self, pipe: Any, row: Any) -> str | None:
+        return super(NAG, self).refuses(pipe, row) or refusal(row, self.share_image)
+
+    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
+        values: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        for option in ("scale", "tau", "alpha"):
+            if getattr(self, option) is None and (found := preset("nag", option, context)) is not None:
+                values[option], sources[option] = found
+        if self.sigma is None and (self.start, self.stop) == (0.0, 1.0) and (found := preset("nag", "stops", context)) is not None:
+            values["sigma"], sources["sigma"] = (found[0], math.inf), found[1]
+        return replace(self, **values), sources
+
+    def stream(self, run: Run) -> NegativeStream:
+        return NegativeStream(self, run)
+
+    def __call__(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        if site.twins:
+            return self._twins(attend, q, k, v, site)
+        if site.negative is None:
+            return attend(q, k, v)
+        rows = [row for row, conditioned in enumerate(site.conditioned) if conditioned]
+        assert site.text is not None
+        assert site.image is not None
+        if site.kind == "cross":
+            positive = replace(site, text=slice(0, site.text.stop - site.text.start), negative=None)
+            z = attend.narrow(positive, keys=[site.text])(q, cut(k, [site.text]), cut(v, [site.text]))
+            if not self.selects(site):
+                return z
+            away = self._negative(attend, q, k, v, site, rows, None, [site.negative])
+            return put(z, rows, self._guide(attend, take(z, rows), away))
+        kept, (text, image) = together(site.text, site.image)
+        positive = replace(site, text=text, image=image, negative=None)
+        z = attend.narrow(positive, None, kept, kept)(cut(q, kept), cut(k, kept), cut(v, kept))
+        other, (negative, _) = together(site.negative, site.image)
+        away = self._negative(attend, q, k, v, site, rows, other, other)
+        guided = cut(z, [image])
+        if self.selects(site):
+            guided = put(guided, rows, self._guide(attend, take(guided, rows), cut(away, [together(site.negative, site.image)[1][1]])))
+        stream = cut(away, [negative])
+        if len(rows) < len(site.conditioned):  # rows of the unconditional branch have a negative stream that nobody reads
+            stream = put(z.new_zeros((z.shape[0], *stream.shape[1:])), rows, stream)
+        pieces = {site.text.start: cut(z, [text]), site.negative.start: stream, site.image.start: guided}
+        return torch.cat([pieces[start] for start in sorted(pieces)], 2)
+
+    def _negative(
+        self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, rows: list[int], queries: list[slice] | None, keys: list[slice]
+    ) -> Tensor:
+        """Attention of the guided rows over the negative text (and the image, where ``keys`` has it)."""
+        assert site.negative is not None
+        if queries is None:
+            text, image = slice(0, site.negative.stop - site.negative.start), site.image
+        else:
+            assert site.image is not None
+            text, image = together(site.negative, site.image)[1]
+        part = replace(site, text=text, image=image, negative=None, conditioned=(True,) * len(rows))
+        asked = take(q, rows) if queries is None else cut(take(q, rows), queries)
+        return attend.narrow(part, rows, queries, keys)(asked, cut(take(k, rows), keys), cut(take(v, rows), keys))
+
+    def _twins(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Two rows in lock-step: the guided image tokens are written to both."""
+        spans = [site.image or site.spans[row][1] for row in range(q.shape[0])]  # type: ignore[index]
+        if not self.share_image and not site.layer.startswith("single_"):  # here the published layout has one image stream
+            q, k, v = (_copy_image(x, site.twins, spans) for x in (q, k, v))
+        z = attend.narrow(replace(site, twins=()))(q, k, v)
+        first = torch.stack([z[row, :, spans[row]] for row, _ in site.twins])
+        if self.selects(site):
+            first = self._guide(attend, first, torch.stack([z[twin, :, spans[twin]] for _, twin in site.twins]))
+        z = z.clone()
+        for guided, pair in zip(first, site.twins):
+            for row in pair:
+                z[row, :, spans[row]] = guided
+        return z
+
+    def _guide(self, attend: Attend, z: Tensor, away: Tensor) -> Tensor:
+        """Eq. 7-10 on image tokens [B, A, N, D], one norm per token over all heads."""
+        assert self.scale is not None
+        assert self.tau is not None
+        assert self.alpha is not None
+        flat, other = (x.transpose(1, 2).flatten(2) for x in (z, away))
+        call: NagCall = attend.kernel("NAG", (flat.device, flat.dtype, flat.shape[-1]), lambda: choose(flat))
+        guided = call(flat, other, scale=self.scale, tau=self.tau, alpha=self.alpha, norm=self.norm)
+        return guided.reshape(z.shape[0], z.shape[2], z.shape[1], z.shape[3]).transpose(1, 2)
+
+
+def _copy_image(x: Tensor, twins: Sequence[tuple[int, int]], spans: Sequence[slice]) -> Tensor:
+    x = x.clone()
+    for row, twin in twins:
+        x[twin, :, spans[twin]] = x[row, :, spans[row]]
+    return x
