@@ -21,6 +21,8 @@ BUILTIN: dict[str, str] = {
     "scheduled-cfg": "diffalign.guidance.scheduled_cfg:ScheduledCFG",
     "interval-cfg": "diffalign.guidance.interval_cfg:IntervalCFG",
     "adaptive-guidance": "diffalign.guidance.adaptive_guidance:AdaptiveGuidance",
+    "nag": "diffalign.attention.nag:NAG",
+    "pladis": "diffalign.attention.pladis:PLADIS",
 }
 
 
