@@ -90,7 +90,7 @@ class Run:
         assert self._step is not None
 
         def call(passes: tuple[Pass, ...], conditioned: tuple[bool, ...], arguments: dict[str, Any]) -> Any:
-            inner: Denoise = lambda evaluation, given: original(**given)  # noqa: E731
+            inner: Denoise = functools.partial(self._raw, module, original)
             for wrap in reversed(self.middleware):
                 inner = wrap(inner)
             assert self._step is not None
@@ -106,8 +106,40 @@ class Run:
             return self._batched(guidance, module, call, kwargs, hidden)
         if self.opened and self.row.mode == "sequential":
             return self._sequential(guidance, module, call, kwargs, hidden)
-        output = self._evaluate(guidance, (COND,), module, call, kwargs, hidden, range(self.batch))
+        wanted = self._wanted(guidance, module)
+        if not all(p.conditioned for p in wanted):
+            raise UnsupportedModel(
+                f"{type(guidance).__name__} asks for {[p.name for p in wanted]}, but {type(self.pipe).__name__} runs without an "
+                "unconditional branch here; give a scale of 1 or a model whose guidance can be switched on."
+            )
+        output = self._evaluate(guidance, wanted, module, call, kwargs, hidden, range(self.batch))
         return with_prediction(output, self._combine(guidance))
+
+    def _raw(self, module: Any, original: Callable[..., Any], evaluation: Evaluation, given: dict[str, Any]) -> Any:
+        """The denoiser beneath every technique; a pass with ``blocks`` is entered by its guidance, also when it is recomputed."""
+        wanted = evaluation.passes[0]
+        if wanted.blocks is None:
+            return original(**given)
+        with self.guidances[evaluation.denoiser].around(wanted, module):
+            return original(**given)
+
+    def accompany(self, module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A ControlNet was called for both branches: where the denoiser will run the conditional one alone, so does it."""
+        guidance = self.guidances.get(self.row.denoisers[0])
+        given = {**dict(zip(parameter_names(original_class(module)), args)), **kwargs}
+        hidden = next(iter(given.values()))
+        total = count_rows(hidden)
+        if guidance is None or not self.opened or self.row.mode != "batched" or (self.batch and total != 2 * self.batch):
+            return original(*args, **kwargs)
+        if self._step is None:
+            self._begin_step(given, hidden)
+        if self.state is None:
+            self.state = (guidance.init(self.batch),)
+        if any(not p.conditioned or p.rows is not None for p in self._wanted(guidance, module)):
+            return original(*args, **kwargs)
+        rows = range(self.batch) if self.row.order == "cu" else range(self.batch, 2 * self.batch)
+        output = original(**take_arguments(given, rows, total, self.row.shared, self.row.lists))
+        return doubled(output, self.batch)
 
     def scheduler_step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``scheduler.step`` was called: check what arrived, then advance the clock."""

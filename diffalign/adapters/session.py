@@ -242,6 +242,7 @@ class _Plan:
                 batch=0,
                 flow="FlowMatch" in type(scheduler).__name__ or getattr(scheduler.config, "prediction_type", "") == "flow_prediction",
                 order=int(getattr(scheduler, "order", 1)),
+                module=getattr(pipe, name, None),
             )
             if getattr(pipe, name, None) is None:
                 continue
@@ -251,7 +252,9 @@ class _Plan:
                 made, sources = technique.resolve(context)
                 suffix = f" [{name}]" if technique.kind == "guidance" and len(row.denoisers) > 1 and row.family == "wan" and i else ""
                 self.resolved[name_of(technique) + suffix] = {
-                    f.name: (getattr(made, f.name), sources.get(f.name, "")) for f in fields(made) if getattr(made, f.name) is not None
+                    f.name: (setting, sources.get(f.name, ""))
+                    for f in fields(made)
+                    if f.init and (setting := getattr(made, f.name)) is not None
                 }
                 if technique.kind == "guidance":
                     self.guidances[name] = made

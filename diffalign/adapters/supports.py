@@ -60,6 +60,7 @@ def context_of(pipe: Any, row: Row) -> Context:
         batch=1,
         flow="FlowMatch" in type(scheduler).__name__ or getattr(scheduler.config, "prediction_type", "") == "flow_prediction",
         order=int(getattr(scheduler, "order", 1)),
+        module=getattr(pipe, row.denoisers[0], None),
     )
 
 

@@ -1,6 +1,7 @@
 """What a technique may know about the pipeline before the first step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,6 +11,7 @@ class Context:
     ``scale``: the pipeline's own guidance scale for this call, ``scale_source``: "call" or "pipeline default".
     ``steps``: sampling steps asked for. ``flow``: sigma is in [0, 1]. ``order``: model evaluations per solver step.
     ``family``: e.g. "sd", "sdxl", "flux"; ``pipeline``, ``scheduler``: class names. ``denoiser``: attribute name.
+    ``module``: the denoiser itself, None where a technique runs without a pipeline.
     """
 
     pipeline: str
@@ -22,3 +24,4 @@ class Context:
     batch: int
     flow: bool = False
     order: int = 1
+    module: Any = field(default=None, compare=False, repr=False)

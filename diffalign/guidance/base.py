@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Generic, Self, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from diffalign.core import Context, Pass, Space, StepInfo, Tensor
 
@@ -41,6 +42,12 @@ class Guidance(Generic[S]):
         A solver's second evaluation of a step arrives with ``step.evaluation == 1``: decide at evaluation 0 only.
         """
         raise NotImplementedError
+
+    def around(self, wanted: Pass, module: Any) -> AbstractContextManager[None]:
+        """Entered around the denoiser call of a pass that names ``blocks``: here they are skipped."""
+        from diffalign.attention.blocks import skipped
+
+        return skipped(module, wanted.blocks or ())
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         """A copy with every ``None`` option filled in, and where each value came from (field -> source).
