@@ -6,6 +6,7 @@ A row is a claim about a pipeline's source; each is identity-tested against the 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from diffalign.core import UnsupportedModel, linear_mix
 from diffalign.core.errors import nearest
 
+from .encode import with_text
 from .row import Own, Row, first_channels, negated, renorm, rescale
 
 
@@ -50,6 +52,27 @@ def twice_first_channels(guided: Tensor, like: Tensor) -> Tensor:
     """DiT hands the scheduler every row it ran, both halves under guidance, without the variance channels."""
     both = guided if guided.shape[0] == like.shape[0] else torch.cat([guided, guided])
     return both[:, : like.shape[1]]
+
+
+def first_tokens(guided: Tensor, like: Tensor) -> Tensor:
+    """Editing models also predict the tokens of the reference image; the scheduler gets the first ones."""
+    return guided[:, : like.shape[1]]
+
+
+def without_first_frame(guided: Tensor, like: Tensor) -> Tensor:
+    """LTX image-to-video: tokens ``[B, T H W, C]`` as ``[B, C, T, H, W]`` without the first, given frame (patches of one latent)."""
+    b, c, t, h, w = like.shape
+    return guided.reshape(b, t + 1, h, w, c).permute(0, 4, 1, 2, 3)[:, :, 1:]
+
+
+def half_rescale(guided: Tensor, cond: Tensor, phi: Any) -> Tensor:
+    """Hunyuan-DiT rescales after it has dropped the variance channels."""
+    half = guided.shape[1] // 2
+    return torch.cat((rescale(guided[:, :half], cond[:, :half], phi), guided[:, half:]), dim=1) if phi else guided
+
+
+def _embedded_guidance(pipe: Any) -> str | None:
+    return "guidance is distilled into the model (guidance_scale is an input): there is no unconditional branch to guide with; use NAG."
 
 
 def _distilled_unet(pipe: Any) -> str | None:
@@ -120,6 +143,11 @@ WAN = Row("wan", denoisers=("transformer", "transformer_2"), gates=("guidance_sc
 LTX = Row("ltx", mix=upcast_mix, own=RESCALE)
 COGVIDEOX = Row("cogvideox", mix=upcast_mix, refuses=DYNAMIC)
 DIT = Row("dit", order="cu", to_step=twice_first_channels)
+KOLORS = replace(SDXL, family="kolors")
+HUNYUAN_DIT = Row("hunyuan-dit", to_step=first_channels, own=(Own("guidance_rescale", 0.0, post=half_rescale),))
+AURAFLOW = Row("auraflow", time=_per_thousand)
+COGVIEW4 = Row("cogview4", mode="sequential")
+FLUX_DISTILLED = Row("flux", mode="single", gates=(), time=_per_thousand, check=_embedded_guidance)
 COSMOS2 = Row(
     "cosmos2",
     mode="sequential",
@@ -131,27 +159,99 @@ COSMOS2 = Row(
     time=lambda value, pipe: 1000.0 * value / max(1.0 - value, 1e-6),
 )
 
-ROWS: dict[str, Row] = {
-    name: row
-    for row, names in (
-        (SD, "StableDiffusionPipeline"),
-        (SDXL, "StableDiffusionXLPipeline"),
-        (SD3, "StableDiffusion3Pipeline"),
-        (PIXART, "PixArtAlphaPipeline PixArtSigmaPipeline"),
-        (SANA, "SanaPipeline"),
-        (FLUX, "FluxPipeline"),
-        (QWEN, "QwenImagePipeline"),
-        (CHROMA, "ChromaPipeline"),
-        (LUMINA2, "Lumina2Pipeline"),
-        (ZIMAGE, "ZImagePipeline"),
-        (WAN, "WanPipeline"),
-        (LTX, "LTXPipeline"),
-        (COGVIDEOX, "CogVideoXPipeline"),
-        (DIT, "DiTPipeline"),
-        (COSMOS2, "Cosmos2TextToImagePipeline"),
-    )
-    for name in names.split()
-}
+_FAMILIES: tuple[tuple[Row, tuple[str, ...]], ...] = (
+    (
+        SD,
+        (
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
+            "StableDiffusionAdapterPipeline",
+        ),
+    ),
+    (
+        SDXL,
+        (
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLControlNetPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
+            "StableDiffusionXLControlNetUnionPipeline",
+            "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+            "StableDiffusionXLControlNetUnionInpaintPipeline",
+            "StableDiffusionXLAdapterPipeline",
+        ),
+    ),
+    (KOLORS, ("KolorsPipeline",)),
+    (
+        SD3,
+        (
+            "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+            "StableDiffusion3ControlNetPipeline",
+            "StableDiffusion3ControlNetInpaintingPipeline",
+        ),
+    ),
+    (PIXART, ("PixArtAlphaPipeline", "PixArtSigmaPipeline")),
+    (SANA, ("SanaPipeline", "SanaControlNetPipeline")),
+    (HUNYUAN_DIT, ("HunyuanDiTPipeline",)),
+    (AURAFLOW, ("AuraFlowPipeline",)),
+    (FLUX, ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline")),
+    (replace(FLUX, to_step=first_tokens), ("FluxKontextPipeline", "FluxKontextInpaintPipeline")),
+    (
+        FLUX_DISTILLED,
+        (
+            "FluxFillPipeline",
+            "FluxControlPipeline",
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
+        ),
+    ),
+    (
+        QWEN,
+        (
+            "QwenImagePipeline",
+            "QwenImageImg2ImgPipeline",
+            "QwenImageInpaintPipeline",
+            "QwenImageControlNetPipeline",
+            "QwenImageControlNetInpaintPipeline",
+        ),
+    ),
+    (replace(QWEN, to_step=first_tokens), ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")),
+    (CHROMA, ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline")),
+    (LUMINA2, ("Lumina2Pipeline",)),
+    (
+        ZIMAGE,
+        (
+            "ZImagePipeline",
+            "ZImageImg2ImgPipeline",
+            "ZImageInpaintPipeline",
+            "ZImageControlNetPipeline",
+            "ZImageControlNetInpaintPipeline",
+        ),
+    ),
+    (WAN, ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")),
+    (replace(WAN, denoisers=("transformer",), gates=("guidance_scale",)), ("WanVideoToVideoPipeline",)),
+    (LTX, ("LTXPipeline",)),
+    (replace(LTX, mix=linear_mix, to_step=negated), ("LTXConditionPipeline",)),
+    (replace(LTX, to_step=without_first_frame), ("LTXImageToVideoPipeline",)),
+    (
+        COGVIDEOX,
+        ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline"),
+    ),
+    (COGVIEW4, ("CogView4Pipeline",)),
+    (DIT, ("DiTPipeline",)),
+    (COSMOS2, ("Cosmos2TextToImagePipeline",)),
+)
+ROWS: dict[str, Row] = {name: with_text(row) for row, names in _FAMILIES for name in names}
 
 
 @cache

@@ -66,6 +66,7 @@ class Row:
     ``needs_negative``: the branch exists only with a negative prompt. ``dummy``: native scale while our guidance runs.
     ``mix``: the pipeline's own arithmetic. ``affine``: the pipeline maps each prediction before combining them.
     ``to_step``: guided prediction -> what ``scheduler.step`` receives. ``time``: denoiser timestep -> scheduler timestep.
+    ``companions``: networks that run before the denoiser on the same rows; they skip what it skips.
     ``sign``: -1 where the network predicts the negated target. ``kind``: parametrisation, "scheduler" reads its config.
     ``check``: a reason why this pipeline object has nothing to guide. ``lists``: tensors come as Python lists of rows.
     ``shared``: arguments never split by rows. ``refuses``: call argument -> reason. ``text``, ``encode``: for attention techniques.
@@ -88,9 +89,10 @@ class Row:
     time: Callable[[float, Any], float] = field(default=lambda value, pipe: value)
     sigma: Callable[[float], float] = field(default=lambda value: value)
     sign: int = 1
+    companions: tuple[str, ...] = ("controlnet",)
     kind: Literal["scheduler", "flow"] = "scheduler"
     lists: bool = False
-    shared: tuple[str, ...] = ("img_ids", "txt_ids", "image_rotary_emb", "video_coords", "attention_kwargs", "joint_attention_kwargs")
+    shared: tuple[str, ...] = ("img_ids", "txt_ids", "image_rotary_emb", "attention_kwargs", "joint_attention_kwargs")
     refuses: Mapping[str, str] = field(default_factory=dict)
     text: tuple[Argument, ...] = (Argument("encoder_hidden_states"),)
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]] | None = None

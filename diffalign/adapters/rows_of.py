@@ -36,6 +36,17 @@ def take_arguments(kwargs: dict[str, Any], rows: Sequence[int], total: int, shar
     return {name: value if name in shared else take(value, rows, total, lists) for name, value in kwargs.items()}
 
 
+def doubled(value: Any, rows: int) -> Any:
+    """The inverse of taking one half: every tensor whose first axis is ``rows`` stacked on itself, through the containers."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value]) if value.ndim and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        return type(value)({key: doubled(item, rows) for key, item in value.items()})
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(doubled(item, rows) for item in value)
+    return value
+
+
 def count_rows(hidden: Any) -> int:
     """Rows of the denoiser's first argument, a tensor or a list of rows."""
     return len(hidden) if isinstance(hidden, list) else int(hidden.shape[0])

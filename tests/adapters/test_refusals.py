@@ -9,7 +9,6 @@ import pytest
 from diffusers import DiffusionPipeline, ModularPipeline
 
 from diffalign.adapters.registry import ROWS, refusals
-from diffalign.testing import tiny_names
 
 
 def exported() -> Iterator[tuple[str, type]]:
@@ -32,7 +31,7 @@ def source(name: str) -> str:
 
 def test_every_exported_class_has_a_row_or_a_reason_and_not_both() -> None:
     assert len(EXPORTED) > 300
-    known = set(ROWS) | set(tiny_names())
+    known = set(ROWS)
     assert set(EXPORTED) - known - set(refusals()) == set()
     assert set(refusals()) & known == set()
     assert set(refusals()) - set(EXPORTED) == set()
@@ -52,7 +51,7 @@ def test_classes_named_as_alternatives_can_be_used() -> None:
         for other in re.findall(r"(?:use|use the plain|as|as in|of) (\w+Pipeline)\b", reason) + re.findall(
             r"(\w+Pipeline) is supported", reason
         ):
-            assert other in set(ROWS) | set(tiny_names()), (name, other)
+            assert other in set(ROWS), (name, other)
 
 
 @pytest.mark.parametrize(
