@@ -195,8 +195,6 @@ class Run:
             if own.stops is not None and own.stops(self.own[own.name], step.index, step.count, step.timestep):
                 return (COND,)
         wanted: tuple[Pass, ...] = guidance.passes(step, self.state[0])
-        if any(p.rows is not None for p in wanted) and self._rows_are_fixed(module):
-            wanted = tuple(Pass(p.name, p.conditioned, p.blocks) for p in wanted)
         return wanted
 
     def _rows_are_fixed(self, module: Any) -> bool:
@@ -283,19 +281,21 @@ class Run:
         groups += [[p] for p in wanted if p.blocks is not None]
         for group in groups:
             rows: list[int] = []
+            # a compiled or cached model must not meet a third batch size: whole branches, and the asked rows picked afterwards
+            whole = any(p.rows is not None for p in group) and self._rows_are_fixed(module)
             for p in group:
                 branch = cond_rows if p.conditioned else uncond_rows
-                rows += list(branch) if p.rows is None else [branch[i] for i in p.rows]
+                rows += list(branch) if p.rows is None or whole else [branch[i] for i in p.rows]
             given = kwargs if rows == list(range(total)) else take_arguments(kwargs, rows, total, self.row.shared, self.row.lists)
             self._reset_cache(module, len(rows))
-            sizes = [len(cond_rows if p.conditioned else uncond_rows) if p.rows is None else len(p.rows) for p in group]
+            sizes = [len(cond_rows if p.conditioned else uncond_rows) if p.rows is None or whole else len(p.rows) for p in group]
             flags = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
             with _cache_context(module, group[0]) if group[0].blocks is not None else nullcontext():
                 output = call(tuple(group), flags, given)
             template = output if template is None else template
             prediction = prediction_of(output)
             for p, part in zip(group, torch.split(prediction, sizes)):
-                self._preds[p] = part
+                self._preds[p] = part if p.rows is None or not whole else part[list(p.rows)]
         self._template = template
         return template
 
@@ -430,7 +430,8 @@ def _means(products: list[Tensor]) -> list[list[float]]:
     orthogonal = (p[:, 1, 1] / square - scale.square()).clamp_min(0).sqrt()
     cosine = p[:, 2, 1] / (p[:, 2, 0] * p[:, 3, 1]).sqrt().clamp_min(1e-30)
     columns = torch.stack((scale, orthogonal, cosine), dim=1)
-    means: list[list[float]] = torch.stack([part.mean(0) for part in columns.split([len(q) for q in products])]).tolist()
+    parts = torch.split(columns, [len(q) for q in products])
+    means: list[list[float]] = torch.stack([part.mean(0) for part in parts]).tolist()
     return means
 
 
