@@ -92,6 +92,23 @@ def share_double_blocks(twin: Any, side: int, meeting: Meeting) -> None:
     twin.single_transformer_blocks[0].register_forward_pre_hook(start, with_kwargs=True)
 
 
+def _image_keys(part: Any) -> Callable[[], Tensor]:
+    """Wan image-to-video adds attention over image keys to the same output: what it adds in the running call."""
+    held: dict[str, Tensor] = {}
+    for name in ("norm_q", "norm_added_k", "add_v_proj"):
+        getattr(part, name).register_forward_hook(lambda _, given, output, name=name: held.update({name: output}))
+
+    def added() -> Tensor:
+        q, k, v = (
+            held[name].reshape(*held[name].shape[:2], part.heads, -1).transpose(1, 2) for name in ("norm_q", "norm_added_k", "add_v_proj")
+        )
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        image: Tensor = (weights @ v).transpose(1, 2).flatten(2)
+        return image
+
+    return added
+
+
 def hooked(module: nn.Module, family: str, side: int, meeting: Meeting, kwargs: dict[str, Any], more: More | None = None) -> nn.Module:
     """A copy of ``module`` whose text layers meet the other copy's."""
     twin = copy.deepcopy(module)
@@ -102,7 +119,13 @@ def hooked(module: nn.Module, family: str, side: int, meeting: Meeting, kwargs: 
             if not hasattr(part, "processor") or not re.fullmatch(pattern, name):
                 continue
 
-            def visit(tensor: Tensor, name: str = name, what: str = what) -> Tensor:
+            added = _image_keys(part) if family == "wan" and part.add_k_proj is not None else None
+
+            def visit(tensor: Tensor, name: str = name, what: str = what, added: Any = added) -> Tensor:
+                if added is not None:
+                    image = added()
+                    moved: Tensor = meeting.exchange(side, tensor - image, name) + image
+                    return moved
                 where = [_span(what, tensor, kwargs, row) for row in range(len(tensor))]
                 guided = meeting.exchange(side, torch.stack([tensor[r, w] for r, w in enumerate(where)]), name)
                 tensor = tensor.clone()

@@ -26,6 +26,8 @@ FAMILIES = {
     "SanaPipeline": MASKED,
     "LTXPipeline": MASKED,
     "WanPipeline": TEXT,
+    "WanImageToVideoPipeline": TEXT,
+    "WanVACEPipeline": TEXT,
     "Cosmos2TextToImagePipeline": TEXT,
     "StableDiffusion3Pipeline": TEXT,
     "FluxPipeline": TEXT,
@@ -37,6 +39,13 @@ FAMILIES = {
 }
 VARIANTS = [("StableDiffusion3Pipeline", "3.5"), ("CogVideoXPipeline", "rotary"), ("WanPipeline", "2.2"), ("WanPipeline", "2.2-5b")]
 CASES = [(name, "") for name in FAMILIES] + VARIANTS
+
+
+@pytest.fixture(autouse=True)
+def float64_throughout(monkeypatch):
+    """Models that ask for float32 in places (Wan's residuals and norms) would round a difference of 1e-16 to one of 1e-7."""
+    narrow = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x))
 
 
 def negative_arguments(name, inputs, kwargs):
@@ -126,7 +135,7 @@ def reference(pipe, name, inputs, guided, formula, batch, negative=None, more=No
         return calls(pipe, name, inputs), met
     finally:
         for part in denoisers(pipe, name):
-            del part.forward
+            part.__dict__.pop("forward", None)
 
 
 def make(name, variant, guided, batch=2, steps=2):
@@ -136,6 +145,8 @@ def make(name, variant, guided, batch=2, steps=2):
 def compare(name, variant, guided, nag, formula, batch=2, negative=None, more=None):
     """Run ours and the reference; every prediction must agree. ``negative``: its text, when it is not the call's."""
     pipe = tiny_pipeline(name, variant=variant, dtype=torch.float64)
+    for part in denoisers(pipe, name):
+        torch.nn.Module.to(part, torch.float64)  # parts that a class keeps in float32 as well
     expected, met = reference(pipe, name, make(name, variant, guided, batch), guided, formula, batch, negative, more)
     plain = calls(pipe, name, make(name, variant, guided, batch))
     with da.apply(pipe, nag) as session:
@@ -159,10 +170,10 @@ def theirs(positive, negative, layer):
 @pytest.mark.parametrize("guided", [False, True], ids=["alone", "with CFG"])
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_two_models_in_lock_step(name, variant, guided):
-    report, met = compare(name, variant, guided, ours(), theirs)
+    report, met = compare(name, variant, guided, ours(), theirs, batch=1 if "VACE" in name else 2)
     layers = met[0] * (2 if variant == "2.2" else 1)
     assert report.layers["NAG"] == (layers, layers)
-    two_rows = name in ("CogVideoXPipeline", "Lumina2Pipeline", "ZImagePipeline")
+    two_rows = name in ("CogVideoXPipeline", "Lumina2Pipeline", "ZImagePipeline", "WanImageToVideoPipeline")
     assert report.nfe == report.steps * (1 + guided + two_rows)
 
 
