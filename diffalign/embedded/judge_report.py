@@ -100,6 +100,27 @@ def report(judge: Detector, count: int, vae: Any | None = None, spread: float = 
     return {name: {key: round(value, 4) for key, value in table.items()} for name, table in figures.items()}
 
 
+def sweep(judge: Detector, count: int, vae: Any, spread: float, seed: int) -> list[dict[str, float]]:
+    """How the figures depend on the thresholds, on half renderings and half noisy round trips of `count` validation scenes each; how the
+    shipped thresholds were chosen. Both thresholds take the same value in a row."""
+    scenes, wrong = list(World().scenes(seed, count)), list(World().wrong(seed + 1, count))
+    ways = ((None, 0.0), (vae, spread))
+    answers = [detections(judge, scenes, *way) for way in ways]
+    fooled = [detections(judge, [scene for scene, _ in wrong], *way) for way in ways]
+    asked = [i for i, scene in enumerate(scenes) if scene.tag]
+    records = [scenes[i].metadata() for i in asked]
+    rows = []
+    for step in range(2, 15):
+        value = step / 20
+        limits = Thresholds(threshold=value, counting_threshold=value)
+        row = detection_figures(scenes * 2, answers[0] + answers[1], value)
+        right = verdict_figures(records * 2, [answer[i] for answer in answers for i in asked], limits)
+        row |= {"true": right["all"], "true counting": right.get("counting", math.nan)}
+        row["wrong"] = verdict_figures([record for _, record in wrong] * 2, fooled[0] + fooled[1], limits)["all"]
+        rows.append({"threshold": value} | {key: round(figure, 4) for key, figure in row.items()})
+    return rows
+
+
 def main() -> None:
     """Command line."""
     from diffalign.embedded.load import load
@@ -110,6 +131,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a folder with another export of the model")
     parser.add_argument("--vae", type=Path, help="folder of the autoencoder: judge round trips instead of renderings")
     parser.add_argument("--spread", type=float, default=0.0, help="latent noise of the round trips, in standard deviations")
+    parser.add_argument("--sweep", action="store_true", help="figures for a range of thresholds; give a --seed that is not held out")
     parser.add_argument("--count", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=HELD_OUT[0])
     options = parser.parse_args()
@@ -121,6 +143,10 @@ def main() -> None:
 
         judge = MODELS[options.model].loader(options.folder)
     vae = load_vae(options.vae).float() if options.vae is not None else None
+    if options.sweep:
+        for row in sweep(judge, options.count, vae, options.spread, options.seed):
+            sys.stdout.write(json.dumps(row) + "\n")
+        return
     figures = report(judge, options.count, vae, options.spread, options.seed)
     sys.stdout.write(json.dumps({"model": options.model, "count": options.count, "seed": options.seed, **figures}, indent=1) + "\n")
 

@@ -117,13 +117,14 @@ def load_vae(folder: Path) -> Any:
     """The autoencoder in bf16 for round trips."""
     from diffusers import AutoencoderTiny
 
-    return AutoencoderTiny.from_pretrained(folder).to(torch.bfloat16, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    return vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def thresholds(model: str) -> dict[str, float]:
     """The chosen thresholds of each judge; how they were chosen is in the model card."""
     return {
-        "emoji-judge": {"threshold": 0.3, "counting_threshold": 0.3},
+        "emoji-judge": {"threshold": 0.4, "counting_threshold": 0.4},
         "emoji-judge-audit": {"threshold": 0.5, "counting_threshold": 0.5},
     }[model]
 
