@@ -1,0 +1,234 @@
+"""The evidence set: how every technique is measured on an embedded model, and how two runs are compared.
+
+200 official GenEval prompts, stratified by tag, x 2 seeds; another 100 prompts for choosing thresholds. A run is a folder with one JSON
+line per image and its picture; it resumes by skipping prompts that are finished. One prompt's images stay in one batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bootstrap import Interval, interval
+from .geneval import prompts, verdict
+from .geneval_prompts import TAGS
+
+
+def stratified(count: int, *, offset: int = 0) -> list[int]:
+    """Ids of ``count`` official prompts, as equal over the six tags as possible, in a fixed shuffled order within each tag.
+
+    ``offset`` prompts per tag are skipped first, so that two sets can be disjoint. Raises ValueError when a tag runs out.
+    """
+    official = prompts()
+    chosen: list[int] = []
+    for i, tag in enumerate(TAGS):
+        ids = [n for n, item in enumerate(official) if item["tag"] == tag]
+        order = sorted(ids, key=lambda n: hashlib.sha256(f"diffalign evidence {n}".encode()).digest())
+        take = count // len(TAGS) + (i < count % len(TAGS))
+        if offset + take > len(ids):
+            raise ValueError(f"stratified({count}, offset={offset}) needs {offset + take} prompts of {tag}; there are {len(ids)}.")
+        chosen += order[offset : offset + take]
+    return sorted(chosen)
+
+
+def evidence_prompts() -> list[int]:
+    """The 200 prompts that every claim is measured on."""
+    return stratified(200)
+
+
+def tuning_prompts() -> list[int]:
+    """The 100 other prompts on which thresholds and defaults are chosen."""
+    return stratified(100, offset=34)
+
+
+def tag_of(prompt_id: int) -> str:
+    """The tag of an official prompt."""
+    return str(prompts()[prompt_id]["tag"])
+
+
+def seed_of(prompt_id: int, sample: int, base: int = 0) -> int:
+    """The seed of one image: 63 bits of SHA-256, the same for every technique and batch size."""
+    digest = hashlib.sha256(f"{base}/geneval/{prompt_id}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One column of a comparison. ``techniques``: for ``apply``; none and ``scale`` is the pipeline's own guidance."""
+
+    name: str
+    techniques: tuple[Any, ...] = ()
+    scale: float | None = None
+    steps: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A finished run: one record per image, in prompt order."""
+
+    config: Config
+    records: tuple[Mapping[str, Any], ...]
+
+    def per_prompt(self, key: str = "correct") -> dict[int, float]:
+        """Prompt id -> mean of ``key`` over its images."""
+        values: dict[int, list[float]] = {}
+        for record in self.records:
+            values.setdefault(record["prompt_id"], []).append(float(record[key]))
+        return {n: sum(v) / len(v) for n, v in values.items()}
+
+    def mean(self, key: str) -> float:
+        return float(np.mean([record[key] for record in self.records]))
+
+    def score(self, **options: Any) -> Interval:
+        """Mean over tags of the share of correct images, with its interval. Not GenEval's overall: a subset of its prompts."""
+        values = self.per_prompt()
+        return interval(list(values.values()), [tag_of(n) for n in values], **options)
+
+    def tags(self) -> dict[str, float]:
+        values = self.per_prompt()
+        by_tag: dict[str, list[float]] = {tag: [] for tag in TAGS}
+        for n, value in values.items():
+            by_tag[tag_of(n)].append(value)
+        return {tag: float(np.mean(v)) for tag, v in by_tag.items() if v}
+
+
+def compare(a: Measured, b: Measured, key: str = "correct", **options: Any) -> Interval:
+    """``a`` minus ``b``, paired by prompt. Raises ValueError unless both hold the same prompts and seeds."""
+    seeds = [[(r["prompt_id"], r["sample"], r["seed"]) for r in m.records] for m in (a, b)]
+    if seeds[0] != seeds[1]:
+        raise ValueError(f"{a.config.name} and {b.config.name} were not run on the same prompts and seeds; a paired comparison needs that.")
+    left, right = a.per_prompt(key), b.per_prompt(key)
+    return interval([left[n] - right[n] for n in left], [tag_of(n) for n in left], **options)
+
+
+def measure(
+    pipe: Any,
+    judge: Any,
+    config: Config,
+    folder: Path,
+    *,
+    prompt_ids: Sequence[int],
+    samples: int = 2,
+    batch: int = 16,
+    scorers: Mapping[str, Callable[[Any, Sequence[str]], Any]] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Measured:
+    """Generate, judge and record ``samples`` images of each prompt under ``config``; finished prompts are read from ``folder``.
+
+    ``batch``: images per call, a multiple of ``samples``. ``scorers``: name -> ``f(images [B, 3, H, W], prompts) -> [B]``.
+    Cost: ``len(prompt_ids) * samples`` images. Raises ValueError when ``folder`` holds a run with other settings.
+    """
+    from diffalign.core.registry import to_config
+
+    if batch % samples:
+        raise ValueError(f"batch must be a multiple of samples={samples}, so that a prompt's images share a batch; got {batch}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "techniques": [to_config(t) for t in config.techniques],
+        "scale": config.scale,
+        "steps": config.steps,
+        "samples": samples,
+        "batch": batch,
+        "scheduler": type(pipe.scheduler).__name__,
+        "model": fingerprint(pipe),
+    }
+    manifest = folder / "manifest.json"
+    settings = json.loads(json.dumps(settings))
+    if manifest.exists() and json.loads(manifest.read_text()) != settings:
+        old = json.loads(manifest.read_text())
+        differing = [key for key in settings if settings[key] != old.get(key)]
+        raise ValueError(f"{folder} holds a run with other settings ({', '.join(differing)}); give another folder or delete it.")
+    manifest.write_text(json.dumps(settings, indent=1) + "\n")
+    found = {(r["prompt_id"], r["sample"]): r for r in read_lines(folder / "records.jsonl")}
+    left = [n for n in prompt_ids if any((n, k) not in found for k in range(samples))]
+    with (folder / "records.jsonl").open("a") as lines:
+        for records in _batches(pipe, judge, config, left, samples, batch // samples, scorers or {}):
+            lines.write("".join(json.dumps(record) + "\n" for record in records))
+            lines.flush()
+            found.update({(r["prompt_id"], r["sample"]): r for r in records})
+            progress(len(records))
+    return Measured(config, tuple(found[n, k] for n in prompt_ids for k in range(samples)))
+
+
+def _batches(
+    pipe: Any,
+    judge: Any,
+    config: Config,
+    left: Sequence[int],
+    samples: int,
+    size: int,
+    scorers: Mapping[str, Callable[[Any, Sequence[str]], Any]],
+) -> Iterator[list[dict[str, Any]]]:
+    import torch
+
+    import diffalign
+
+    official = prompts()
+    for start in range(0, len(left), size):
+        ids = left[start : start + size]
+        seeds = [seed_of(n, k) for n in ids for k in range(samples)]
+        texts = [str(official[n]["prompt"]) for n in ids]
+        given: dict[str, Any] = {} if config.scale is None else {"guidance_scale": config.scale}
+        with diffalign.apply(pipe, *config.techniques) as session:
+            began = time.perf_counter()
+            images = pipe(
+                texts,
+                num_images_per_prompt=samples,
+                num_inference_steps=config.steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="pt",
+                **given,
+            ).images
+            seconds = (time.perf_counter() - began) / len(seeds)
+        report = session.report()
+        scales = [s for s in report.scale if s is not None]
+        with torch.no_grad():
+            repeated = [text for text in texts for _ in range(samples)]
+            scores = {name: scorer(images, repeated).tolist() for name, scorer in scorers.items()}
+        records = []
+        for i, (seed, seen) in enumerate(zip(seeds, judge.detect(images))):
+            n = ids[i // samples]
+            said = verdict(official[n], seen, judge.thresholds)
+            records.append(
+                {"prompt_id": n, "sample": i % samples, "seed": seed, "correct": said.correct, "reason": said.reason, "nfe": report.nfe}
+                | {"seconds": seconds, "scale": sum(scales) / len(scales) if scales else 1.0, "spread": _spread(images, i, samples)}
+                | {name: values[i] for name, values in scores.items()}
+            )
+        yield records
+
+
+def _spread(images: Any, i: int, samples: int) -> float:
+    """Diversity: mean absolute pixel difference of image i to the other images of its prompt, in [0, 1]; 0 for a single sample."""
+    first = i - i % samples
+    others = [j for j in range(first, first + samples) if j != i]
+    return float(sum((images[i] - images[j]).abs().mean() for j in others) / len(others)) if others else 0.0
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON lines file; a torn last line, left by an interruption, is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def fingerprint(pipe: Any) -> str:
+    """Short hash of the denoiser's weights, so that records of another model are never mixed in."""
+    import torch
+
+    digest = hashlib.sha256()
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
