@@ -1,0 +1,50 @@
+# Every target does its own set-up in $(VENV) on a fresh machine, once; then its job.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+TORCH := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
+
+.PHONY: demo test check lint bench embedded help
+
+help:
+	@echo "make demo      images of six GenEval prompts on the embedded model, plain guidance beside AdaptiveGuidance (outputs/demo)"
+	@echo "make test      the whole test suite"
+	@echo "make check     format, lint, types, README, and the tests that are not slow"
+	@echo "make bench     benchmarks, after the quick tests"
+	@echo "make embedded  train the embedded models again (hours)"
+
+# The tested versions; where this platform lacks them, and not in CI, the newest that pyproject.toml allows.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt $(TORCH) -e ".[dev,app,eval]" || { \
+	  test -z "$$CI" || exit 1; \
+	  echo "The tested versions cannot be had here; installing the newest allowed ones."; \
+	  $(PY) -m pip install --disable-pip-version-check -q -e ".[dev,app,eval]"; }
+	@touch $@
+
+demo: $(READY)
+	$(PY) -m diffalign.cli.demo
+
+test: $(READY)
+	$(PY) -m pytest --fail-on-skip
+
+lint: $(READY)
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
+	$(PY) -m mypy
+
+check: lint
+	$(PY) -m pytest -m "not slow"
+
+bench: $(READY)
+	$(PY) -m pytest -m "not slow"
+	$(PY) benchmarks/overhead.py
+
+# Hours: autoencoder, denoiser, judges, reward; each stage resumes what an earlier run left in runs/.
+embedded: $(READY)
+	$(PY) -m diffalign.embedded.train_vae --out runs/vae --resume
+	$(PY) -m diffalign.embedded.train_denoiser --vae runs/vae/vae --out runs/emoji --resume
+	$(PY) -m diffalign.embedded.train_judge --model emoji-judge --vae runs/vae/vae --out runs/judge --resume
+	$(PY) -m diffalign.embedded.train_judge --model emoji-judge-audit --vae runs/vae/vae --out runs/audit --resume

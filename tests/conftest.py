@@ -1,0 +1,71 @@
+"""What every test gets: one thread, no network, and no skip that nobody would notice."""
+
+import os
+import socket
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+ALLOWED = {"gpu": "needs an accelerator", "hub": "needs the network; set DIFFALIGN_HUB=1"}
+_unmarked: list[str] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fail-on-skip", action="store_true", help="fail when a test was skipped that is not marked gpu or hub")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+    _unmarked.clear()
+
+
+def pytest_collection_modifyitems(items):
+    there = {"gpu": torch.cuda.is_available(), "hub": os.environ.get("DIFFALIGN_HUB") == "1"}
+    for item in items:
+        for name, reason in ALLOWED.items():
+            if item.get_closest_marker(name) and not there[name]:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _no_network(request, monkeypatch):
+    """Connecting anywhere but to this machine is an error, except in tests marked hub."""
+    if request.node.get_closest_marker("hub"):
+        return
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"A test tried to reach {address[0]!r}; tests run without a network.")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if skipped and not any(item.get_closest_marker(name) for name in ALLOWED):
+        _unmarked.append(f"{item.nodeid}: {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}")
+    return report
+
+
+def pytest_collectreport(report):
+    if report.skipped:
+        _unmarked.append(f"{report.nodeid}: skipped while collecting")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    if _unmarked and exitstatus == 0 and session.config.getoption("--fail-on-skip"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if _unmarked and config.getoption("--fail-on-skip"):
+        terminalreporter.section("skipped without a gpu or hub mark (counts as failure)")
+        for line in _unmarked:
+            terminalreporter.write_line(line)
