@@ -100,12 +100,15 @@ def find(name: str) -> Model:
         row, _ = row_of(cls)
     model = Model(name, kind, source, cls, row, str((index.get("scheduler") or ("", ""))[1]))
     parameters = model.parameters()
-    required = [
+    inputs = [n for n in parameters if n in ("image", "control_image", "video")]
+    inputs += [
         n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n not in ("self", "prompt")
     ]
-    if "prompt" not in parameters or required or "num_frames" in parameters:
-        what = "makes videos" if "num_frames" in parameters else f"needs {', '.join(required) or 'more than a prompt'}"
-        raise BadInput(f"{cls.__name__} {what}; the command line makes images from prompts. Use diffalign.apply(pipe, ...) in Python.")
+    if "num_frames" in parameters:
+        raise BadInput(f"{cls.__name__} makes videos; the command line makes images. Use diffalign.apply(pipe, ...) in Python.")
+    if "prompt" not in parameters or inputs:
+        what = ", ".join(inputs) or "no prompt"
+        raise BadInput(f"{cls.__name__} takes {what}; the command line gives prompts only. Use diffalign.apply(pipe, ...) in Python.")
     return model
 
 

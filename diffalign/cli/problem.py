@@ -5,6 +5,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import typer
@@ -44,12 +45,12 @@ def _refused(error: ValueError) -> bool:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1]):
         complain(message, "warning")
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """A command whose failures end it with the exit codes of this module; warnings become one line each."""
+    """A command whose failures end it with the exit codes of this module; our own warnings become one line each."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
