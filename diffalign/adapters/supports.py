@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.core import Context, UnsupportedModel
+from diffalign.core import Context
 from diffalign.core.registry import methods
 
 from .registry import row_of
@@ -83,7 +83,7 @@ def supports(pipe: Any) -> SupportTable:
                 technique.resolve(context)
                 if hasattr(technique, "refuses"):
                     reason = technique.refuses(pipe, row) or ""
-            except UnsupportedModel as error:
+            except ValueError as error:  # UnsupportedModel, or options that have no default for this model
                 reason = str(error)
         found.append(Support(name, not reason, reason, cost_of(cls)))
     return SupportTable(found)

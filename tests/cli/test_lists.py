@@ -1,0 +1,113 @@
+"""``methods``, ``models``, ``env``, ``--version`` and ``--help``: complete, and the same as tables and as JSON."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+import diffalign as da
+from diffalign.adapters.registry import ROWS, refusals
+from diffalign.cli.methods import default_text, type_text
+from diffalign.core.registry import BUILTIN, make
+
+
+def test_every_technique_is_listed_with_paper_cost_and_options(run):
+    table, data = run("methods").stdout, json.loads(run("methods", "--json").stdout)
+    assert [entry["name"] for entry in data] == list(da.methods())
+    for entry in data:
+        assert entry["name"] in table
+        cls = da.methods()[entry["name"]]
+        assert [o["name"].replace("-", "_") for o in entry["options"]] == [f.name for f in dataclasses.fields(cls) if f.init]
+        if entry["name"] in BUILTIN:
+            assert re.fullmatch(r".+ \d{4}, arXiv:\d{4}\.\d{5}", entry["paper"]), entry
+            assert entry["cost"], entry
+
+
+def test_printed_defaults_are_what_the_command_line_reads(run):
+    """Giving every printed default back makes the technique with its defaults."""
+    for entry in json.loads(run("methods", "--json").stdout):
+        options = {o["name"].replace("-", "_"): o["default"] for o in entry["options"]}
+        if "required" not in options.values():
+            assert make(entry["name"], options) == da.methods()[entry["name"]]()
+
+
+def test_one_technique_with_its_documentation(run):
+    text = run("methods", "adaptive-guidance").stdout
+    assert "Castillo et al. 2023" in text
+    assert re.search(r"threshold\s+\S\s+number or none\s+\S\s+none", text)
+    assert re.search(r"space\s+\S\s+eps \| x0\s+\S\s+eps", text)
+
+
+@pytest.mark.parametrize(
+    ("hint", "text"),
+    [
+        (float | None, "number or none"),
+        (tuple[float, float] | None, "(number, number) or none"),
+        (tuple[str, ...], "(text, ...)"),
+        (bool, "true | false"),
+        (int, "integer"),
+    ],
+)
+def test_types_as_text(hint, text):
+    assert type_text(hint) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "1"), (True, "true"), (None, "none"), ((0.0, 1.0), "(0,1)"), ("eps", "eps"), (1, "1"), (float("inf"), "inf")]
+)
+def test_defaults_as_text(value, text):
+    assert default_text(value) == text
+
+
+def test_techniques_on_a_model(run, folder):
+    found = {e["name"]: e for e in json.loads(run("methods", "--model", folder, "--json").stdout)}
+    assert found["cfg"]["works"]
+    assert not found["skip-layer-guidance"]["works"]
+    assert "layers" in found["skip-layer-guidance"]["reason"]
+    assert "layers" in run("methods", "--model", folder).stdout
+
+
+def test_models_lists_embedded_models_and_families(run, emoji):
+    data = json.loads(run("models", "--json").stdout)
+    assert [m["name"] for m in data["embedded"]] == ["emoji", "emoji-judge"]
+    assert sorted(name for names in data["families"].values() for name in names) == sorted(ROWS)
+    assert data["refused"] == len(refusals())
+    table = run("models").stdout
+    assert "emoji" in table
+    assert all(family in table for family in data["families"])
+
+
+def test_one_pipeline_class_or_the_reason_against_it(run):
+    assert "family sd," in run("models", "StableDiffusionPipeline").stdout
+    assert json.loads(run("models", "FluxPipeline", "--json").stdout)["scale"] == ["true_cfg_scale"]
+    name, reason = next(iter(refusals().items()))
+    result = run("models", name)
+    assert result.exit_code == 2
+    assert " ".join(reason.split()) in result.stderr
+
+
+def test_env(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    data = json.loads(run("env", "--json").stdout)
+    assert data["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert data["threads"]["torch"] == torch.get_num_threads()
+    assert set(data["extras"]) == {"app", "eval", "video", "triton", "xformers"}
+    assert data["kernels"]["triton"] == "not usable: no CUDA device"
+    assert data["devices"][-1].startswith("cpu")
+    table = run("env").stdout
+    assert all(name in table for name in data["packages"])
+
+
+def test_version_and_help(run):
+    assert run("--version").stdout.strip() == da.__version__
+    text = run("--help").stdout
+    assert all(name in text for name in ("generate", "compare", "models", "methods", "env"))
+    for command in ("generate", "compare"):
+        assert "--technique" in run(command, "--help").stdout
+
+
+def test_program_ends_with_zero(program):
+    code, out, err = program("--version")
+    assert (code, out.strip(), err) == (0, da.__version__, "")
