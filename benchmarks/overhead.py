@@ -21,10 +21,23 @@ import diffalign as da
 from diffalign.adapters.registry import ROWS
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_unet_pipeline
 
-FAMILIES = (
-    "StableDiffusionPipeline StableDiffusionXLPipeline StableDiffusion3Pipeline PixArtSigmaPipeline SanaPipeline FluxPipeline QwenImagePipeline "
-    "ChromaPipeline Lumina2Pipeline ZImagePipeline WanPipeline LTXPipeline CogVideoXPipeline DiTPipeline Cosmos2TextToImagePipeline"
-).split()
+FAMILIES = [
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "PixArtSigmaPipeline",
+    "SanaPipeline",
+    "FluxPipeline",
+    "QwenImagePipeline",
+    "ChromaPipeline",
+    "Lumina2Pipeline",
+    "ZImagePipeline",
+    "WanPipeline",
+    "LTXPipeline",
+    "CogVideoXPipeline",
+    "DiTPipeline",
+    "Cosmos2TextToImagePipeline",
+]
 
 
 def seconds(call: Callable[[], Any]) -> float:

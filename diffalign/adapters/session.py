@@ -248,6 +248,7 @@ class _Plan:
                 batch=0,
                 flow="FlowMatch" in type(scheduler).__name__ or getattr(scheduler.config, "prediction_type", "") == "flow_prediction",
                 order=int(getattr(scheduler, "order", 1)),
+                negative_prompt=_one_text(value.get("negative_prompt")),
                 module=getattr(pipe, name, None),
             )
             if getattr(pipe, name, None) is None:
@@ -292,6 +293,13 @@ class _Plan:
             self.arguments.update(dict.fromkeys(gates, row.off))
         self.opened = wanted
         self.arguments.update({own.name: own.neutral for own in row.own if own.name in value})
+
+
+def _one_text(value: Any) -> str | None:
+    """A prompt argument as one text: itself, or what every entry of a list says."""
+    texts = set(value) if isinstance(value, list | tuple) else {value}
+    only = texts.pop() if len(texts) == 1 else None
+    return only if isinstance(only, str) else None
 
 
 def techniques_of(config: dict[str, Any]) -> tuple[Any, ...]:

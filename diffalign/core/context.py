@@ -11,6 +11,7 @@ class Context:
     ``scale``: the pipeline's own guidance scale for this call, ``scale_source``: "call" or "pipeline default".
     ``steps``: sampling steps asked for. ``flow``: sigma is in [0, 1]. ``order``: model evaluations per solver step.
     ``family``: e.g. "sd", "sdxl", "flux"; ``pipeline``, ``scheduler``: class names. ``denoiser``: attribute name.
+    ``negative_prompt``: of the call when it is one text, or one text for every image; None otherwise.
     ``module``: the denoiser itself, None where a technique runs without a pipeline.
     """
 
@@ -24,4 +25,5 @@ class Context:
     batch: int
     flow: bool = False
     order: int = 1
+    negative_prompt: str | None = None
     module: Any = field(default=None, compare=False, repr=False)
