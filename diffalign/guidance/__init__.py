@@ -1,9 +1,36 @@
 """Guidance techniques: one file each. ``base.py`` is the contract, ``cfg.py`` the smallest example."""
 
 from .adaptive_guidance import AdaptiveGuidance
+from .apg import APG
 from .base import Guidance
+from .beta_cfg import BetaCFG
 from .cfg import CFG
+from .cfg_plus_plus import CFGPlusPlus
+from .cfg_zero_star import CFGZeroStar
+from .dynamic_cfg import DynamicCFG
+from .evaluators import DecodedReward, Evaluator
 from .interval_cfg import IntervalCFG
+from .linear_ag import LinearAG
+from .magnitude_aware import MagnitudeAware
+from .rescaled_cfg import RescaledCFG
 from .scheduled_cfg import ScheduledCFG
+from .tcfg import TCFG
 
-__all__ = ["CFG", "AdaptiveGuidance", "Guidance", "IntervalCFG", "ScheduledCFG"]
+__all__ = [
+    "APG",
+    "CFG",
+    "TCFG",
+    "AdaptiveGuidance",
+    "BetaCFG",
+    "CFGPlusPlus",
+    "CFGZeroStar",
+    "DecodedReward",
+    "DynamicCFG",
+    "Evaluator",
+    "Guidance",
+    "IntervalCFG",
+    "LinearAG",
+    "MagnitudeAware",
+    "RescaledCFG",
+    "ScheduledCFG",
+]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, Self
 
 import torch
@@ -42,9 +42,10 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
     """
 
     scale: float | None = None
-    threshold: float | None = dataclasses.field(default=None, kw_only=True)
-    space: Literal["eps", "x0"] = dataclasses.field(default="eps", kw_only=True)
-    min_guided_steps: int = dataclasses.field(default=2, kw_only=True)
+    _: KW_ONLY
+    threshold: float | None = None
+    space: Literal["eps", "x0"] = "eps"
+    min_guided_steps: int = 2
 
     def __post_init__(self) -> None:
         check_scale("AdaptiveGuidance", self.scale)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from typing import Literal
 
@@ -68,6 +68,7 @@ class ScheduledCFG(Guidance[None]):
     """
 
     scale: float | None = None
+    _: KW_ONLY
     shape: Shape = "linear"
     power: float = 1.0
     band: tuple[float, float] = (0.0, 1.0)

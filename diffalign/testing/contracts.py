@@ -152,4 +152,4 @@ class GuidanceContract:
         assert parse(f"{name_of(technique)}:{options}") == (technique,)
 
     def _text(self, value: Any) -> str:
-        return "(" + ",".join(map(self._text, value)) + ")" if isinstance(value, list | tuple) else str(value)
+        return "(" + ",".join(json.dumps(item) for item in value) + ")" if isinstance(value, list | tuple) else str(value)

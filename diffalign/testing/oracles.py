@@ -151,8 +151,9 @@ def run(
     """Sample ``noise [B, ...]`` (of unit scale) under ``guidance`` with exact rows and a real scheduler.
 
     ``sigmas``: noise levels instead of ``steps``, for schedulers that take them (Euler's list ends with 0, flow matching's does not).
-    ``scale``: what the pipeline would have asked for. ``mix``: the pipeline's arithmetic.
-    ``start``, ``stop``, ``state``: a part of the calls; ``noise`` is then the latents at ``start``. ``seed``: of the noise that ancestral schedulers add. Predictions have the dtype of ``noise``.
+    ``scale``: what the pipeline would have asked for. ``mix``: the pipeline's arithmetic. ``seed``: of the noise that ancestral
+    schedulers add. ``start``, ``stop``, ``state``: a part of the calls; ``noise`` is then the latents at ``start``.
+    Predictions have the dtype of ``noise``.
     Raises AssertionError when ``combine`` changes its arguments, or the shape or dtype of a prediction.
     """
     if sigmas is None:
