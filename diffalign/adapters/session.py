@@ -218,6 +218,7 @@ class _Plan:
         self.arguments, self.value = given, value
         self.resolved: dict[str, dict[str, tuple[Any, str]]] = {}
         guidance = next((t for t in techniques if t.kind == "guidance"), None)
+        self.reads_negative = any(getattr(t, "reads_negative", False) for t in techniques)
         refusals = [(name, why) for name, why in row.refuses.items() if value.get(name) not in (None, 0, 0.0, False)]
         if guidance is not None and refusals:
             raise UnsupportedModel(f"{refusals[0][0]}={value[refusals[0][0]]!r} cannot be combined with a guidance: {refusals[0][1]}")
@@ -254,14 +255,14 @@ class _Plan:
             if getattr(pipe, name, None) is None:
                 continue
             for technique in techniques:
-                if technique.kind != "guidance" and i > 0:
+                if technique.kind != "guidance" and any(type(t) is type(technique) for t in self.techniques):
                     continue
                 made, sources = technique.resolve(context)
                 suffix = f" [{name}]" if technique.kind == "guidance" and len(row.denoisers) > 1 and row.family == "wan" and i else ""
                 self.resolved[name_of(technique) + suffix] = {
                     f.name: (setting, sources.get(f.name, ""))
                     for f in fields(made)
-                    if f.init and (setting := getattr(made, f.name)) is not None
+                    if f.init and not f.metadata.get("tensors") and (setting := getattr(made, f.name)) is not None
                 }
                 if technique.kind == "guidance":
                     self.guidances[name] = made
@@ -276,7 +277,7 @@ class _Plan:
         if mine is not None and context.scale_source == "call" and mine != context.scale:
             warn_once(f"The call asks for guidance scale {context.scale:g} and {name} for {mine:g}; the technique's value is used.")
         negative = any(given.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds"))
-        if negative and not getattr(self.guidances[context.denoiser], "needs_uncond", True):
+        if negative and not self.reads_negative and not getattr(self.guidances[context.denoiser], "needs_uncond", True):
             warn_once(f"The negative prompt has no effect: {name} at scale 1 never evaluates it. Use da.NAG or a scale above 1.")
 
     def _open(self, pipe: Any, row: Row, value: dict[str, Any], wanted: bool) -> None:

@@ -96,7 +96,13 @@ def parse(text: str) -> tuple[Any, ...]:
 
 def to_config(technique: Any) -> dict[str, Any]:
     """A technique as JSON data: ``{"name": ..., fields}``; ``from_config`` is the inverse."""
-    return {"name": name_of(technique), **{f.name: getattr(technique, f.name) for f in dataclasses.fields(technique) if f.init}}
+    options = {f.name: _saved(f, getattr(technique, f.name)) for f in dataclasses.fields(technique) if f.init}
+    return {"name": name_of(technique), **options}
+
+
+def _saved(field: dataclasses.Field[Any], value: Any) -> Any:
+    """An option as JSON data; tensors leave a mark, which the technique refuses when the settings are read back."""
+    return "given as tensors" if value is not None and field.metadata.get("tensors") else value
 
 
 def from_config(config: Mapping[str, Any]) -> Any:
