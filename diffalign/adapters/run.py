@@ -443,7 +443,7 @@ def fixed_rows(module: Any) -> bool:
 
 
 def _cache_context(module: Any, p: Pass) -> AbstractContextManager[Any]:
-    return module.cache_context(p.name) if hasattr(module, "cache_context") else nullcontext()
+    return module.cache_context(p.name) if getattr(module, "is_cache_enabled", False) else nullcontext()
 
 
 def _halves_equal(hidden: Any) -> bool:

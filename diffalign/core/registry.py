@@ -31,6 +31,8 @@ BUILTIN: dict[str, str] = {
     "cfg-plus-plus": "diffalign.guidance.cfg_plus_plus:CFGPlusPlus",
     "nag": "diffalign.attention.nag:NAG",
     "pladis": "diffalign.attention.pladis:PLADIS",
+    "s2-guidance": "diffalign.guidance.s2_guidance:S2Guidance",
+    "skip-layer-guidance": "diffalign.guidance.skip_layer_guidance:SkipLayerGuidance",
 }
 
 

@@ -14,70 +14,15 @@ from diffalign.adapters.registry import ROWS
 from diffalign.attention.blocks import STREAMS, BlockSite, select, sites, skipped
 from diffalign.core import COND, Pass, UnsupportedModel
 from diffalign.guidance import Guidance
+from diffalign.testing.deep import FAMILIES, deep_pipeline, without_block
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
-from diffalign.testing.tiny.base import randomise
 
 torch.set_num_threads(1)
 
-# one class per family; every one has its own blocks, stream order or row
-FAMILIES = {
-    "StableDiffusionPipeline": "",
-    "StableDiffusionXLPipeline": "",
-    "StableDiffusion3Pipeline": "3.5",
-    "PixArtSigmaPipeline": "",
-    "SanaPipeline": "",
-    "FluxPipeline": "",
-    "QwenImagePipeline": "",
-    "ChromaPipeline": "",
-    "WanPipeline": "",
-    "LTXPipeline": "",
-    "CogVideoXPipeline": "rotary",
-    "Lumina2Pipeline": "",
-    "ZImagePipeline": "",
-    "DiTPipeline": "",
-    "Cosmos2TextToImagePipeline": "",
-}
 
-
-def deep(name, variant="", extra=2):
-    """A tiny pipeline whose stacks have ``extra`` more blocks, each with weights of its own."""
-    pipe = tiny_pipeline(name, variant=variant)
-    module = getattr(pipe, ROWS[name].denoisers[0])
-    if name.startswith("StableDiffusion") and hasattr(pipe, "unet"):
-        return pipe, module
-    rng = torch.Generator().manual_seed(7)
-    if name == "ChromaPipeline":  # one network makes the modulation of all blocks, so their number is part of the model
-        pipe.transformer = type(module).from_config({**module.config, "num_layers": 1 + extra, "num_single_layers": 1 + extra})
-        randomise(pipe.transformer, rng)
-        return pipe, pipe.transformer.eval()
-    for stack in {site.name.rpartition(".")[0]: None for site in sites(module)}:
-        blocks = module.get_submodule(stack)
-        for _ in range(extra):
-            block = copy.deepcopy(blocks[0])
-            randomise(block, rng)
-            blocks.insert(1, block)
-    return pipe, module
-
-
-class Nothing(nn.Module):
-    """What stands for a block of Chroma, whose other blocks would change if the stack were shorter."""
-
-    def __init__(self, single):
-        super().__init__()
-        self.single = single
-
-    def forward(self, hidden_states, encoder_hidden_states=None, **rest):
-        return hidden_states if self.single else (encoder_hidden_states, hidden_states)
-
-
-def without(module, name):
-    """Delete a block, physically."""
-    stack, _, index = name.rpartition(".")
-    if type(module).__name__ == "ChromaTransformer2DModel":
-        module.get_submodule(stack)[int(index)] = Nothing(stack.startswith("single"))
-    else:
-        del module.get_submodule(stack)[int(index)]
+def denoiser(pipe):
+    return getattr(pipe, ROWS[type(pipe).__name__].denoisers[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +56,8 @@ def run(pipe, name, variant, blocks):
 
 @pytest.mark.parametrize(("name", "variant"), FAMILIES.items())
 def test_skipping_is_deleting(name, variant):
-    pipe, module = deep(name, variant)
+    pipe = deep_pipeline(name, variant)
+    module = denoiser(pipe)
     plain = final(pipe, inputs(name, variant))
     inner = [site.name for site in sites(module) if site.edge is None]
     assert len(inner) >= 2
@@ -119,9 +65,7 @@ def test_skipping_is_deleting(name, variant):
     assert torch.equal(run(pipe, name, variant, ()), plain)
     for block in classes.values():  # both stacks where there are two
         got = run(pipe, name, variant, [block])
-        shorter = copy.deepcopy(pipe)
-        without(getattr(shorter, ROWS[name].denoisers[0]), block)
-        assert torch.equal(got, final(shorter, inputs(name, variant)))
+        assert torch.equal(got, final(without_block(pipe, block), inputs(name, variant)))
         assert not torch.equal(got, plain)
     assert torch.equal(final(pipe, inputs(name, variant)), plain)
 
@@ -131,7 +75,7 @@ def test_every_family_of_the_registry_has_blocks():
     assert tested >= {"sd", "sdxl", "sd3", "pixart", "sana", "flux", "qwen", "chroma", "wan", "ltx"}
     seen = set()
     for name, variant in FAMILIES.items():
-        _, module = deep(name, variant, extra=0)
+        module = denoiser(deep_pipeline(name, variant, extra=0))
         seen |= {type(module.get_submodule(site.name)).__name__ for site in sites(module)}
     assert seen == set(STREAMS)
 
@@ -139,7 +83,8 @@ def test_every_family_of_the_registry_has_blocks():
 def test_text_and_image_lengths_differ_where_there_are_two_streams():
     """Otherwise swapped streams would pass the deletion test by shape; lengths are read off the real calls."""
     for name in ("StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline", "ChromaPipeline", "CogVideoXPipeline"):
-        pipe, module = deep(name)
+        pipe = deep_pipeline(name)
+        module = denoiser(pipe)
         site = next(site for site in sites(module) if len(site.streams) == 2)
         lengths = []
 
@@ -153,7 +98,7 @@ def test_text_and_image_lengths_differ_where_there_are_two_streams():
 
 
 def test_order_and_edges():
-    _, flux = deep("FluxPipeline")
+    flux = denoiser(deep_pipeline("FluxPipeline"))
     listed = sites(flux)
     assert [site.name for site in listed] == [
         *(f"transformer_blocks.{i}" for i in range(3)),
@@ -161,18 +106,18 @@ def test_order_and_edges():
     ]
     assert [site.edge for site in listed] == ["first", None, None, None, None, "last"]
     assert listed[3] == BlockSite("single_transformer_blocks.0", ("encoder_hidden_states", "hidden_states"))
-    _, sd3 = deep("StableDiffusion3Pipeline")
+    sd3 = denoiser(deep_pipeline("StableDiffusion3Pipeline"))
     assert [site.edge for site in sites(sd3)] == ["first", None, None, "context_pre_only"]
-    _, unet = deep("StableDiffusionXLPipeline")
+    unet = denoiser(deep_pipeline("StableDiffusionXLPipeline"))
     stages = [site.name.split(".")[0] for site in sites(unet)]
     assert stages == ["down_blocks"] * 2 + ["mid_block"] * 2 + ["up_blocks"] * 4
     assert all("attentions" in site.name for site in sites(unet))
-    _, lumina = deep("Lumina2Pipeline")
+    lumina = denoiser(deep_pipeline("Lumina2Pipeline"))
     assert all(site.name.startswith("layers.") for site in sites(lumina))
 
 
 def test_select():
-    _, flux = deep("FluxPipeline")
+    flux = denoiser(deep_pipeline("FluxPipeline"))
     assert select("X", "blocks", flux, None) == tuple(site.name for site in sites(flux)[1:-1])
     assert select("X", "blocks", flux, (0, "single*")) == ("transformer_blocks.0", *(f"single_transformer_blocks.{i}" for i in range(3)))
     assert select("X", "blocks", flux, ("transformer_blocks.1", 1)) == ("transformer_blocks.1",)
@@ -315,7 +260,7 @@ def test_group_offloading_still_sees_every_call(kind):
     """Its hooks load the next weights; a block that is never called would leave them behind."""
     from diffusers.hooks import apply_group_offloading
 
-    _, module = deep("PixArtSigmaPipeline")
+    module = denoiser(deep_pipeline("PixArtSigmaPipeline"))
     calls = []
     given = {
         "hidden_states": torch.ones(1, module.config.in_channels, 4, 4),
@@ -335,9 +280,8 @@ def test_group_offloading_still_sees_every_call(kind):
 
 def test_gradients_with_gradient_checkpointing():
     """The model's own checkpointing calls blocks again during the backward pass, after the skip has ended."""
-    _, module = deep("StableDiffusion3Pipeline")
-    shorter = copy.deepcopy(module)
-    without(shorter, "transformer_blocks.1")
+    pipe = deep_pipeline("StableDiffusion3Pipeline")
+    module, shorter = pipe.transformer, without_block(pipe, "transformer_blocks.1").transformer
     given = {
         "encoder_hidden_states": torch.randn(1, 3, module.config.joint_attention_dim, generator=torch.Generator().manual_seed(0)),
         "pooled_projections": torch.ones(1, module.config.pooled_projection_dim),
@@ -356,7 +300,7 @@ def test_gradients_with_gradient_checkpointing():
 
 
 def test_a_pass_that_skips_costs_one_row_per_image():
-    pipe, _ = deep("StableDiffusionPipeline")
+    pipe = tiny_pipeline("StableDiffusionPipeline")
 
     @dataclass(frozen=True, slots=True)
     class Both(Only):
