@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -33,7 +33,9 @@ class NAG(Windowed, AttentionTechnique):
     ``scale``: 1 is off. It is s = phi + 1 where the paper's tables give phi; the authors' code also uses s, some ports use phi.
     ``tau`` >= 1, ``alpha`` in [0, 1], ``scale``, and the window: None takes the family's published value, which the report names.
     ``negative_prompt``: one text, or one per prompt; None takes the call's ``negative_prompt_embeds``, else its ``negative_prompt``,
-    else "". ``norm``: "l1" (paper) or "l2" (first Flux release, for old images). ``layers``: patterns of layer names.
+    else "". ``negative_embeds``: the negative text already encoded, under the pipeline's own names: ``negative_prompt_embeds`` and the
+    mask and pooled embeddings that go with it (not saved in settings).
+    ``norm``: "l1" (paper) or "l2" (first Flux release, for old images). ``layers``: patterns of layer names.
     ``share_image``: one image stream serves both texts. False follows the published Flux layout, which runs a second image stream in the
     single blocks, modulated with the negative pooled text.
     Differs from the paper: on models with pooled text the negative text tokens are modulated with the prompt's pooled text.
@@ -46,12 +48,14 @@ class NAG(Windowed, AttentionTechnique):
     tau: float | None = None
     alpha: float | None = None
     negative_prompt: str | tuple[str, ...] | None = None
+    negative_embeds: Mapping[str, Any] | None = field(default=None, compare=False, repr=False, metadata={"tensors": True})
     norm: Literal["l1", "l2"] = "l1"
     layers: tuple[str, ...] | None = None
     share_image: bool = True
 
     order: ClassVar[int] = 0
     everywhere: ClassVar[bool] = True
+    reads_negative: ClassVar[bool] = True  # of the call, so that nobody is told that it has no effect
 
     def __post_init__(self) -> None:
         check_scale("NAG", self.scale)
@@ -66,6 +70,14 @@ class NAG(Windowed, AttentionTechnique):
             if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"NAG(negative_prompt=...) must be a text, a tuple of texts or None; got {texts!r}.")
             object.__setattr__(self, "negative_prompt", tuple(texts))
+        if self.negative_embeds is not None:
+            if not isinstance(self.negative_embeds, Mapping) or "negative_prompt_embeds" not in self.negative_embeds:
+                raise TypeError(
+                    "NAG(negative_embeds=...) must map the pipeline's names to tensors, {'negative_prompt_embeds': ...}; "
+                    f"got {type(self.negative_embeds).__name__}."
+                )
+            if self.negative_prompt is not None:
+                raise ValueError("NAG takes negative_prompt or negative_embeds, not both.")
         self.check_window()
 
     @property

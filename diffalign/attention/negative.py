@@ -43,10 +43,12 @@ class NegativeStream:
     def __init__(self, nag: NAG, run: Run) -> None:
         self.run, self.nag = run, nag
         self.argument = run.row.text[0]
-        embeddings, where = negative_text(nag.negative_prompt, run)
+        embeddings, where = negative_text(nag, run)
         self.text = ENCODERS[run.row.family].denoiser(embeddings)
         run.notes.append(f"NAG: negative text from {where}")
         if not nag.share_image:
+            if "pooled_projections" not in self.text:
+                raise ValueError("NAG(share_image=False) modulates with the negative pooled text; pass negative_pooled_prompt_embeds too.")
             run.notes.append("NAG: share_image=False, the published layout with a second image stream in the single blocks")
 
     def in_rows(self, denoiser: str) -> bool:
@@ -134,9 +136,9 @@ class NegativeStream:
             texts = [self.text[name][image // copies].to(changed[name][0]) for image in theirs]
             changed[name] = [*changed[name][:total], *texts]
         else:
-            for key in ("pooled_projections",):
-                if key in self.text and changed.get(key) is not None:
-                    changed[key] = torch.cat([changed[key][:total], self._rows(key, theirs, changed[key])])
+            if not self.nag.share_image:
+                pooled = changed["pooled_projections"]
+                changed["pooled_projections"] = torch.cat([pooled[:total], self._rows("pooled_projections", theirs, pooled)])
             text = changed[name][:total]
             more = self._rows(name, theirs, text)
             if mask is not None and changed.get(mask) is not None:
@@ -157,12 +159,20 @@ class NegativeStream:
         return replace(evaluation, conditioned=conditioned), changed, frame
 
 
-def negative_text(wanted: str | tuple[str, ...] | None, run: Run) -> tuple[dict[str, Any], str]:
+def negative_text(nag: NAG, run: Run) -> tuple[dict[str, Any], str]:
     """The negative text under the pipeline's names without "negative_", and where it came from."""
-    encode, call = ENCODERS[run.row.family], run.call
-    if wanted is None and call.get("negative_prompt_embeds") is not None:
-        given = {name: call.get(f"negative_{name}") for name in encode.arguments}
-        return {name: value for name, value in given.items() if value is not None}, "negative_prompt_embeds of the call"
+    encode, call, wanted = ENCODERS[run.row.family], run.call, nag.negative_prompt
+    embeds, where = nag.negative_embeds, "NAG(negative_embeds=...)"
+    if embeds is not None:
+        unknown = set(embeds) - {f"negative_{name}" for name in encode.arguments}
+        if unknown:
+            known = ", ".join(f"negative_{name}" for name in encode.arguments)
+            raise ValueError(f"NAG(negative_embeds=...) has {sorted(unknown)}; {run.row.family} takes {known}.")
+    elif wanted is None and call.get("negative_prompt_embeds") is not None:
+        embeds, where = call, "negative_prompt_embeds of the call"
+    if embeds is not None:
+        given = {name: embeds.get(f"negative_{name}") for name in encode.arguments}
+        return {name: value for name, value in given.items() if value is not None}, where
     where, more = "NAG(negative_prompt=...)", {}
     if wanted is None:
         wanted = call.get("negative_prompt") or ""
@@ -172,7 +182,7 @@ def negative_text(wanted: str | tuple[str, ...] | None, run: Run) -> tuple[dict[
     if not has_text_encoder(run.pipe):
         raise UnsupportedModel(
             f"NAG needs a negative text, and {type(run.pipe).__name__} has no text encoder loaded: pass negative_prompt_embeds (with the "
-            "masks and pooled embeddings that go with them) to the pipeline call."
+            "masks and pooled embeddings that go with them) to the pipeline call, or as NAG(negative_embeds={...})."
         )
     return encode.embeddings(run.pipe, texts, negative=True, call=call, **more), where
 
