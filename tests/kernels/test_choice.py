@@ -25,7 +25,7 @@ def test_reasons_without_triton(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choice.why_not_triton(cuda) == "compute capability 7.5 is below 8.0"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choice.why_not_triton(cuda) is None
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     assert choice.why_not_triton(cuda) == "triton is not installed"

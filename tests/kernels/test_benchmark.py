@@ -1,0 +1,52 @@
+"""The kernel benchmark says where it ran, compares before it times, and times every form it names."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("kernel_benchmark", FOLDER / "kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kernel_benchmark", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(benchmark, folder: Path) -> None:
+    benchmark.main(["--runs", "1", "--no-compile", "--device", "cpu", "--share", "512", "--output", str(folder)])
+
+
+def test_report_of_a_cpu_run(benchmark, tmp_path):
+    run(benchmark, tmp_path)
+    report = json.loads((tmp_path / "kernels_cpu.json").read_text())
+    assert {"device", "commit", "versions", "command"} <= set(report["environment"])
+    assert report["options"]["seed"] == 0
+    assert [row["model"] for row in report["rows"]] == [*benchmark.NAG_SHAPES, *benchmark.PLADIS_SHAPES]
+    assert all(row["torch / published"] > 0 and row["chosen"].startswith("torch: cpu") for row in report["rows"])
+    assert all(("sdpa / published" in row) == (row["kernel"] == "PLADIS") for row in report["rows"])
+    assert "run on a CPU: ratios in float32" in (tmp_path / "kernels_cpu.md").read_text()
+
+
+def test_published_forms_are_the_methods(benchmark, rng):
+    pos, neg = (torch.randn(1, 5, 16, generator=rng, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(benchmark.published_nag(pos, neg), benchmark.nag.nag(pos, neg, **benchmark.NAG), rtol=0, atol=1e-13)
+    q, k, v = (torch.randn(1, 2, n, 8, generator=rng, dtype=torch.float64) for n in (5, 9, 9))
+    ours = benchmark.pladis.pladis(q, k, v, strength=benchmark.STRENGTH)
+    torch.testing.assert_close(benchmark.published_pladis(q, k, v), ours, rtol=0, atol=1e-12)
+
+
+def test_a_wrong_form_is_not_timed(benchmark, tmp_path, monkeypatch):
+    right = benchmark.nag.nag
+    monkeypatch.setattr(benchmark.nag, "nag", lambda p, n, **s: right(p, n, **s) * (1 + 1e-4 * (p.dtype == torch.float32)))
+    with pytest.raises(SystemExit, match="torch is wrong"):
+        run(benchmark, tmp_path)
+    assert not list(tmp_path.iterdir())
