@@ -388,7 +388,7 @@ class Run:
 
     def _reset_cache(self, module: Any, rows: int) -> None:
         if self.__dict__.get("_last_rows", rows) != rows and getattr(module, "is_cache_enabled", False):
-            module._reset_stateful_cache()
+            empty_cache(module)
         self._last_rows = rows
 
     def report(self) -> Report:
@@ -440,6 +440,15 @@ def fixed_rows(module: Any) -> bool:
     if getattr(module, "is_cache_enabled", False) or hasattr(module, "_orig_mod"):
         return True
     return any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
+
+
+def empty_cache(module: Any) -> None:
+    """Forget what a model's feature cache holds, but not in which cache context the pipeline is calling."""
+    hooks = [hook for m in module.modules() if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()]
+    held = [(part, part._context) for hook in hooks for part in vars(hook).values() if hasattr(part, "_context")]
+    module._reset_stateful_cache()
+    for part, context in held:
+        part.set_context(context)
 
 
 def _cache_context(module: Any, p: Pass) -> AbstractContextManager[Any]:
