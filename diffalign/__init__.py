@@ -1,14 +1,16 @@
 """diffalign: inference-time alignment and guidance for Hugging Face diffusers pipelines."""
 
+from . import core, rewards
 from .adapters import Report, Session, active, apply, disable, enable, supports, techniques_of
 from .attention import NAG, PLADIS
 from .core import Budget, BudgetExceeded, Cancelled, GuidanceMismatch, SessionError, UnsupportedModel
 from .core.registry import methods
-from .guidance import CFG
+from .embedded import load
+from .guidance import *  # noqa: F403
+from .guidance import __all__ as _guidance
 
 __version__ = "0.1.0"
 __all__ = [
-    "CFG",
     "NAG",
     "PLADIS",
     "Budget",
@@ -21,9 +23,13 @@ __all__ = [
     "UnsupportedModel",
     "active",
     "apply",
+    "core",
     "disable",
     "enable",
+    "load",
     "methods",
+    "rewards",
     "supports",
     "techniques_of",
+    *_guidance,
 ]

@@ -21,6 +21,9 @@ BUILTIN: dict[str, str] = {
     "scheduled-cfg": "diffalign.guidance.scheduled_cfg:ScheduledCFG",
     "interval-cfg": "diffalign.guidance.interval_cfg:IntervalCFG",
     "adaptive-guidance": "diffalign.guidance.adaptive_guidance:AdaptiveGuidance",
+    "nag": "diffalign.attention.nag:NAG",
+    "pladis": "diffalign.attention.pladis:PLADIS",
+    "linear-ag": "diffalign.guidance.linear_ag:LinearAG",
     "dynamic-cfg": "diffalign.guidance.dynamic_cfg:DynamicCFG",
     "apg": "diffalign.guidance.apg:APG",
     "cfg-zero-star": "diffalign.guidance.cfg_zero_star:CFGZeroStar",
@@ -29,8 +32,6 @@ BUILTIN: dict[str, str] = {
     "beta-cfg": "diffalign.guidance.beta_cfg:BetaCFG",
     "magnitude-aware": "diffalign.guidance.magnitude_aware:MagnitudeAware",
     "cfg-plus-plus": "diffalign.guidance.cfg_plus_plus:CFGPlusPlus",
-    "nag": "diffalign.attention.nag:NAG",
-    "pladis": "diffalign.attention.pladis:PLADIS",
     "s2-guidance": "diffalign.guidance.s2_guidance:S2Guidance",
     "skip-layer-guidance": "diffalign.guidance.skip_layer_guidance:SkipLayerGuidance",
 }

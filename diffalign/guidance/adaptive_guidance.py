@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 import torch
 
-from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor
+from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel
 from diffalign.core.checks import check_choice, check_scale, rowwise
 
 from .base import Guidance
@@ -56,6 +56,11 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         made, sources = Guidance.resolve(self, context)
+        if self.scale is None and made.scale == 1.0:
+            raise UnsupportedModel(
+                f"AdaptiveGuidance has nothing to save: {context.pipeline} runs without guidance here. Give a scale above 1, "
+                "or leave it out for models whose guidance is distilled."
+            )
         if made.threshold is None:
             facts = {
                 "space": made.space,
@@ -87,8 +92,6 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
             chosen, out = cond, step.mix(cond, uncond, self.scale)
         else:
             chosen = cond[guided]
-            if len(uncond) == len(cond):  # a compiled or cached model evaluates every row or none
-                uncond = uncond[guided]
             mixed = step.mix(chosen, uncond, self.scale)
             out = cond.to(mixed.dtype, copy=True)
             out[guided] = mixed

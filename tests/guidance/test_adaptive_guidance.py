@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
 
-from diffalign.core import COND, UNCOND, Context, StepInfo
+from diffalign.core import COND, UNCOND, Context, StepInfo, UnsupportedModel
 from diffalign.guidance import CFG, AdaptiveGuidance
 from diffalign.guidance.adaptive_guidance import AdaptiveState
 from diffalign.testing.contracts import GuidanceContract
@@ -209,3 +209,11 @@ def test_threshold_is_looked_up_and_says_where_it_comes_from(space, value):
 def test_bad_options_are_named(options, word):
     with pytest.raises(ValueError, match=f"AdaptiveGuidance.*{word}"):
         AdaptiveGuidance(**options)
+
+
+def test_nothing_to_save_is_refused() -> None:
+    """Without guidance there is no branch to leave out: the technique says so instead of running without effect."""
+    facts = Context("FluxPipeline", "flux", "transformer", "FlowMatchEulerDiscreteScheduler", 1.0, "pipeline default", 20, 1, flow=True)
+    with pytest.raises(UnsupportedModel, match="nothing to save"):
+        AdaptiveGuidance().resolve(facts)
+    assert AdaptiveGuidance(1.0).resolve(facts)[0].scale == 1.0
