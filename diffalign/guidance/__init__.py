@@ -13,7 +13,9 @@ from .interval_cfg import IntervalCFG
 from .linear_ag import LinearAG
 from .magnitude_aware import MagnitudeAware
 from .rescaled_cfg import RescaledCFG
+from .s2_guidance import S2Guidance
 from .scheduled_cfg import ScheduledCFG
+from .skip_layer_guidance import SkipLayerGuidance
 from .tcfg import TCFG
 
 __all__ = [
@@ -32,5 +34,7 @@ __all__ = [
     "LinearAG",
     "MagnitudeAware",
     "RescaledCFG",
+    "S2Guidance",
     "ScheduledCFG",
+    "SkipLayerGuidance",
 ]

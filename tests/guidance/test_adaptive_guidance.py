@@ -115,21 +115,6 @@ def test_scale_one_never_pays():
     assert trace.rows == contract.steps * contract.batch
 
 
-def test_a_model_with_fixed_row_counts_changes_nothing_but_the_cost():
-    """Compiled models evaluate all rows or none: predictions then have rows that were not asked for."""
-    script = [[0.0, 0.0], [0.0, 0.5], [0.5, 0.0], [0.0, 0.0]]
-    made = AdaptiveGuidance(3.0, threshold=0.5, min_guided_steps=1)
-    _, expected, _ = play(made, script)
-    state = made.init(2)
-    for i, cosines in enumerate(script):
-        step = at(i, 4)
-        cond, uncond = predictions(cosines)
-        uncond[[row for row, at in enumerate(state.crossed) if at is not None]] = math.nan  # must not be looked at
-        preds = {COND: cond, UNCOND: uncond} if len(made.passes(step, state)) == 2 else {COND: cond}
-        out, state = made.combine(preds, step, state)
-        assert torch.equal(out, expected[i])
-
-
 def test_decides_once_per_step_of_a_two_evaluation_solver():
     contract = TestAdaptiveGuidance()
     made = AdaptiveGuidance(3.0, threshold=0.9, space="x0")
