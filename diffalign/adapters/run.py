@@ -305,14 +305,7 @@ class Run:
         uncond = preds.get(UNCOND)
         if any(not p.conditioned for p in preds):
             self._guided_steps.add(step.index)
-        target = guidance.combine_space
-        if target == "native" or not preds:
-            guided, state = guidance.combine(preds, step, self.state[0])
-        else:
-            rows = {p.name: p.rows for p in preds}
-            given = {p: step.convert(v, "native", target, rows[p.name]) for p, v in preds.items()}
-            guided, state = guidance.combine(given, step, self.state[0])
-            guided = space.widen(step.convert(guided, target, "native"), preds.get(COND, guided))
+        guided, state = combined(guidance, preds, step, self.state[0])
         self.state = (state,)
         cond = preds.get(COND)
         if cond is not None and uncond is not None and len(preds) > 1:
@@ -433,6 +426,17 @@ def _means(products: list[Tensor]) -> list[list[float]]:
     parts = torch.split(columns, [len(q) for q in products])
     means: list[list[float]] = torch.stack([part.mean(0) for part in parts]).tolist()
     return means
+
+
+def combined(guidance: Any, preds: Mapping[Pass, Tensor], step: StepInfo, state: Any) -> tuple[Tensor, Any]:
+    """``guidance.combine`` in the space that it names, from native predictions and back to a native one."""
+    target = guidance.combine_space
+    if target == "native" or not preds:
+        made: tuple[Tensor, Any] = guidance.combine(preds, step, state)
+        return made
+    given = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
+    guided, state = guidance.combine(given, step, state)
+    return space.widen(step.convert(guided, target, "native"), preds.get(COND, guided)), state
 
 
 def fixed_rows(module: Any) -> bool:
