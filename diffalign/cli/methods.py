@@ -11,7 +11,7 @@ import typer
 from . import show
 from .problem import BadInput, checking, command
 
-_NAME = r"[^\W\d_]+(?:,| and| et al\.)? "
+_NAME = r"[^\W\d_][\w-]*(?:,| and| et al\.)? "
 _PAPER = re.compile(rf"((?![a-z])(?:{_NAME})+\d{{4}}), (arXiv:\d{{4}}\.\d{{4,5}})")
 
 

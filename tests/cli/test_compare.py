@@ -103,9 +103,10 @@ def test_verdicts_of_the_embedded_judge(run, emoji, tmp_path):
     assert seen.shape == (3, 3, 16, 16)
     expected = np.stack([pixels(i["file"]) for i in data["images"][:3]])
     assert torch.equal((seen * 255).round().to(torch.uint8).permute(0, 2, 3, 1), torch.from_numpy(expected))
-    green, red = (np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in ("#2a9d5c", "#d8453b"))
     sheet = pixels(tmp_path / "compare.png")
-    assert all((sheet == colour).all(-1).sum() > 256 for colour in (green, red))
+    green, red = (np.nonzero((sheet == [int(c[i : i + 2], 16) for i in (1, 3, 5)]).all(-1))[0] for c in ("#2a9d5c", "#d8453b"))
+    assert min(len(green), len(red)) > 256
+    assert green.max() < red.min()  # the first prompt is framed as right, the second as wrong
 
 
 def test_embedded_defaults(run, emoji, tmp_path):
