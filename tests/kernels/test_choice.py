@@ -1,6 +1,9 @@
 """Why a form was picked, and that it is said once."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +86,14 @@ def test_shared_memory_decides(monkeypatch):
     assert pladis_triton.refusal(torch.float16, 128, 512, 163) is None
     assert "needs 148 KB of shared memory, the device has 99" in str(pladis_triton.refusal(torch.float16, 128, 512, 99))
     assert pladis_triton.refusal(torch.float16, 128, 256, 99) is None
+
+
+def test_nothing_imports_triton_before_a_launch():
+    code = (
+        "import sys, torch, diffalign.kernels.nag as nag, diffalign.kernels.pladis as pladis\n"
+        "z = torch.zeros(1, 2, 4, 8); nag.choose(z[0]); pladis.choose(z, z)\n"
+        "import diffalign.kernels.nag.triton, diffalign.kernels.pladis.triton\n"
+        "assert 'triton' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
