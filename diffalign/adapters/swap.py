@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-_CLASSES: dict[tuple[type, str], Any] = {}
+_CLASSES: dict[tuple[type, str, bool], Any] = {}
 _COUNTS: dict[int, int] = {}
 _LOCK = threading.RLock()
 _HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default={})  # noqa: B039 (never mutated)
@@ -26,10 +28,13 @@ def _rebuild(cls: type) -> Any:
     return object.__new__(cls)
 
 
-def subclass(base: type, method: str, find: Callable[[Any], Handler | None]) -> type:
-    """The cached subclass of ``base`` whose ``method`` first asks ``find(self)`` for a handler ``(original, args, kwargs) -> result``."""
+def subclass(base: type, method: str, find: Callable[[Any], Handler | None], opaque: bool = False) -> type:
+    """The cached subclass of ``base`` whose ``method`` first asks ``find(self)`` for a handler ``(original, args, kwargs) -> result``.
+
+    ``opaque``: a compiler does not look into the method, so that handlers may differ from call to call without a new graph.
+    """
     with _LOCK:
-        if (base, method) not in _CLASSES:
+        if (base, method, opaque) not in _CLASSES:
             inner = getattr(base, method)
 
             @functools.wraps(inner)
@@ -43,10 +48,12 @@ def subclass(base: type, method: str, find: Callable[[Any], Handler | None]) -> 
                 made: Any = getattr(base, "__reduce_ex__")(self, protocol)  # noqa: B009 (typed as the metaclass's)
                 return (_rebuild, (base,), *made[2:])
 
+            if opaque:
+                override = torch.compiler.disable(override)
             names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
             swapped: Any = type(base)(base.__name__, (base,), {**names, method: override, "__reduce_ex__": reduce, "_diffalign_base": base})
-            _CLASSES[base, method] = swapped
-        found: type = _CLASSES[base, method]
+            _CLASSES[base, method, opaque] = swapped
+        found: type = _CLASSES[base, method, opaque]
         return found
 
 
@@ -57,12 +64,12 @@ def original_class(obj: Any) -> type:
     return found
 
 
-def acquire(obj: Any, method: str, find: Callable[[Any], Handler | None]) -> None:
+def acquire(obj: Any, method: str, find: Callable[[Any], Handler | None], opaque: bool = False) -> None:
     """Swap the class of ``obj``; counted, so that holders may overlap."""
     with _LOCK:
         count = _COUNTS.get(id(obj), 0)
         if count == 0:
-            object.__setattr__(obj, "__class__", subclass(type(obj), method, find))
+            object.__setattr__(obj, "__class__", subclass(type(obj), method, find, opaque))
         _COUNTS[id(obj)] = count + 1
 
 
@@ -82,13 +89,13 @@ def _handler_of(obj: Any) -> Handler | None:
 
 
 @contextmanager
-def intercepted(handlers: Mapping[Any, tuple[str, Handler]]) -> Iterator[None]:
+def intercepted(handlers: Mapping[Any, tuple[str, Handler]], opaque: bool = False) -> Iterator[None]:
     """Within the block and this context only, calls of ``method`` on each object go to its handler."""
     taken: list[Any] = []
     token = _HANDLERS.set({**_HANDLERS.get(), **{id(obj): handler for obj, (_, handler) in handlers.items()}})
     try:
         for obj, (method, _) in handlers.items():
-            acquire(obj, method, _handler_of)
+            acquire(obj, method, _handler_of, opaque)
             taken.append(obj)
         yield
     finally:
