@@ -1,0 +1,138 @@
+"""Do negative prompts work without guidance (NAG), and does sparse text attention help (PLADIS)? On the embedded model.
+
+    python benchmarks/attention.py [--runs-folder runs/attention]
+
+Negation: prompts with two objects ("a photo of a dog and a red car"), and the second object's name as the negative prompt. Reported: how
+often the negated object is gone while the wanted one stays, by emoji-judge, for nothing, CFG's own negative prompt at several scales, NAG
+at CFG 1 and NAG under CFG, with the effective scale of each. PLADIS: verdicts on the evidence set beside a CFG sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import write
+from rich.progress import Progress
+
+import diffalign as da
+from diffalign.embedded import load
+from diffalign.eval.bootstrap import interval
+from diffalign.eval.evidence import Config, compare, evidence_prompts, fingerprint, measure, read_lines, seed_of
+from diffalign.eval.geneval import keep, prompts
+
+
+def negation(
+    pipe: Any, judge: Any, name: str, techniques: tuple[Any, ...], scale: float, cfg_negative: bool, options: Any, bar: Progress
+) -> dict[str, Any]:
+    """One row: shares over all two-object prompts x 2 seeds; resumable by prompt."""
+    path = Path(options.runs_folder) / fingerprint(pipe) / f"{name}.jsonl".replace(" ", "-")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {r["prompt_id"]: r for r in read_lines(path)}
+    ids = [n for n, item in enumerate(prompts()) if item["tag"] == "two_object"]
+    task = bar.add_task(f"negation: {name}", total=len(ids), completed=len(done))
+    with path.open("a") as lines:
+        for start in range(0, len(left := [n for n in ids if n not in done]), 8):
+            batch = left[start : start + 8]
+            wanted, negated = ([prompts()[n]["include"][i]["class"] for n in batch] for i in (0, 1))
+            tools = tuple(t(negated) if callable(t) else t for t in techniques)
+            given: dict[str, Any] = {"negative_prompt": [f"a photo of a {n}" for n in negated for _ in range(1)]} if cfg_negative else {}
+            with da.apply(pipe, *tools) as session:
+                images = pipe(
+                    [str(prompts()[n]["prompt"]) for n in batch],
+                    num_images_per_prompt=2,
+                    num_inference_steps=options.steps,
+                    guidance_scale=scale,
+                    generator=[torch.Generator().manual_seed(seed_of(n, k)) for n in batch for k in range(2)],
+                    output_type="pt",
+                    **given,
+                ).images
+            report = session.report()
+            scales = [s for s in report.scale if s is not None]
+            seen = [keep(found, "two_object", judge.thresholds) for found in judge.detect(images)]
+            for i, n in enumerate(batch):
+                pair = seen[2 * i : 2 * i + 2]
+                record = {
+                    "prompt_id": n,
+                    "gone": sum(not s.get(negated[i]) for s in pair) / 2,
+                    "kept": sum(bool(s.get(wanted[i])) for s in pair) / 2,
+                    "both": sum(bool(s.get(wanted[i])) and not s.get(negated[i]) for s in pair) / 2,
+                    "nfe": report.nfe,
+                    "seconds": report.seconds / (2 * len(batch)),
+                    "scale": sum(scales) / len(scales) if scales else 1.0,
+                }
+                done[n] = record
+                lines.write(json.dumps(record) + "\n")
+            lines.flush()
+            bar.advance(task, len(batch))
+    rows = [done[n] for n in ids]
+    row: dict[str, Any] = {
+        "method": name,
+        "NFE": sum(r["nfe"] for r in rows) / len(rows),
+        "effective scale": sum(r["scale"] for r in rows) / len(rows),
+    }
+    for key in ("gone", "kept", "both"):
+        value = interval([r[key] for r in rows], ["two"] * len(rows))
+        row |= {key: value.mean, f"{key} 95%": f"[{value.low:.3f}, {value.high:.3f}]"}
+    return row | {"seconds": sum(r["seconds"] for r in rows) / len(rows)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs-folder", default="runs/attention")
+    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--scale", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    pipe, judge = load("emoji"), load("emoji-judge")
+
+    def nag(scale: float) -> Any:
+        return lambda negated: da.NAG(scale, negative_prompt=tuple(f"a photo of a {n}" for n in negated))
+
+    with Progress() as bar:
+        rows = [
+            negation(pipe, judge, "nothing", (), 1.0, False, options, bar),
+            *(negation(pipe, judge, f"NAG {s:g}", (nag(s),), 1.0, False, options, bar) for s in (3.0, 5.0, 9.0)),
+            negation(pipe, judge, f"CFG {options.scale:g}", (da.CFG(options.scale),), options.scale, False, options, bar),
+            *(negation(pipe, judge, f"CFG {s:g} negative", (da.CFG(s),), s, True, options, bar) for s in (1.5, options.scale, 5.0)),
+            *(
+                negation(
+                    pipe, judge, f"CFG {options.scale:g} NAG {s:g}", (da.CFG(options.scale), nag(s)), options.scale, False, options, bar
+                )
+                for s in (3.0, 5.0)
+            ),
+        ]
+        write("negation", rows, options, title="Negated object gone, wanted object kept: 99 two-object prompts x 2 seeds on emoji")
+        base: Any = None
+        table = []
+        for cfg in (1.0, options.scale):
+            for strength in (None, 1.0, 2.0):
+                name = f"CFG {cfg:g}" + ("" if strength is None else f" PLADIS {strength:g}")
+                tools = (da.CFG(cfg),) if strength is None else (da.CFG(cfg), da.PLADIS(strength))
+                task = bar.add_task(name, total=2 * len(evidence_prompts()))
+                folder = Path(options.runs_folder) / "pladis" / name.replace(" ", "-")
+                done = measure(
+                    pipe,
+                    judge,
+                    Config(name, tools, steps=options.steps),
+                    folder,
+                    prompt_ids=evidence_prompts(),
+                    progress=lambda n, t=task: bar.advance(t, n),
+                )
+                base = done if strength is None else base
+                score = done.score()
+                table.append(
+                    {"method": name, "NFE": done.mean("nfe"), "seconds": done.mean("seconds"), "score": score.mean, "low": score.low}
+                    | {"high": score.high, "vs the same CFG": str(compare(done, base))}
+                    | done.tags()
+                )
+    write("pladis", table, options, title="PLADIS on emoji: 200 GenEval prompts x 2 seeds")
+
+
+if __name__ == "__main__":
+    main()
