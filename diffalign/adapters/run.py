@@ -179,6 +179,7 @@ class Run:
         x = torch.stack(list(hidden)) if isinstance(hidden, list) else hidden
         if both:
             x = x[: self.batch]
+        self._shape = tuple(x.shape[1:])
         sigma = self.clock.now(lambda value, *_: value).sigma
 
         def convert(value: Tensor, source: Any, target: Any, rows: Sequence[int] | None = None) -> Tensor:
@@ -329,7 +330,8 @@ class Run:
     def _record(self, guidance: Any, guided: Tensor, cond: Tensor, uncond: Tensor, rows: Sequence[int] | None) -> None:
         """Effective scale, orthogonal part and cosine, kept on the device until the run ends."""
         assert self._step is not None
-        vectors = torch.stack((rowwise(cond), rowwise(uncond), rowwise(guided)), dim=1)
+        cut = (slice(None), *map(slice, self._shape))  # the latent, without the channels of a learned variance
+        vectors = torch.stack((rowwise(cond[cut]), rowwise(uncond[cut]), rowwise(guided[cut])), dim=1)
         moves, pair = vectors[:, ::2] - vectors[:, 1:2], vectors[:, :2]
         where = getattr(guidance, "space", "eps")
         if self.kind != where:
@@ -408,6 +410,7 @@ class Run:
             orthogonal=column(1),
             cosine=column(2),
             layers=dict(self.layers),
+            extras={name: extras for name, g in self.guidances.items() if (extras := g.extras(self.state[0]))} if self.state else {},
             notes=list(self.notes),
         )
 
@@ -436,6 +439,9 @@ def combined(guidance: Any, preds: Mapping[Pass, Tensor], step: StepInfo, state:
         return made
     given = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
     guided, state = guidance.combine(given, step, state)
+    untouched = next((p for p, value in given.items() if value is guided), None)
+    if untouched is not None:  # handed back as it came: converting there and back would change its last bits
+        return preds[untouched], state
     return space.widen(step.convert(guided, target, "native"), preds.get(COND, guided)), state
 
 

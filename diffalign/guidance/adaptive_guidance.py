@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -54,6 +54,10 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
         if isinstance(self.min_guided_steps, bool) or not isinstance(self.min_guided_steps, int) or self.min_guided_steps < 1:
             raise ValueError(f"AdaptiveGuidance(min_guided_steps=...) must be an integer of at least 1; got {self.min_guided_steps!r}.")
 
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         made, sources = Guidance.resolve(self, context)
         if self.scale is None and made.scale == 1.0:
@@ -72,6 +76,10 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
             value, source = preset("adaptive-guidance", "threshold", facts)
             made, sources = dataclasses.replace(made, threshold=value), {**sources, "threshold": source}
         return made, sources
+
+    def extras(self, state: AdaptiveState) -> dict[str, Any]:
+        """``crossed``: for each image the last guided step, None where the threshold was never reached."""
+        return {"crossed": list(state.crossed)}
 
     def init(self, batch: int) -> AdaptiveState:
         return AdaptiveState((None,) * batch)

@@ -58,6 +58,10 @@ class APG(Guidance[APGState]):
         if self.momentum is not None:
             check_range("APG", "momentum", self.momentum, -1.0, 1.0)
 
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         made, sources = Guidance.resolve(self, context)
         facts = {"family": context.family, "pipeline": context.pipeline, "scheduler": context.scheduler, "steps": context.steps}

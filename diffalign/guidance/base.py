@@ -49,6 +49,10 @@ class Guidance(Generic[S]):
 
         return skipped(module, wanted.blocks or ())
 
+    def extras(self, state: S) -> dict[str, Any]:
+        """What the report should say beyond scale and cosine, as JSON data, from the state after the last step."""
+        return {}
+
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         """A copy with every ``None`` option filled in, and where each value came from (field -> source).
 

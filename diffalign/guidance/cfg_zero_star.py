@@ -42,6 +42,10 @@ class CFGZeroStar(Guidance[ZeroStarState]):
         if isinstance(self.zero_steps, bool) or not isinstance(self.zero_steps, int) or self.zero_steps < 0:
             raise ValueError(f"CFGZeroStar(zero_steps=...) must be an integer of at least 0; got {self.zero_steps!r}.")
 
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         if not context.flow:
             raise UnsupportedModel(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -78,6 +78,10 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
         if made.flow is None:
             sources["flow"] = f"parametrisation of {context.scheduler}"
         return dataclasses.replace(made, evaluators=found, flow=context.flow if made.flow is None else made.flow), sources
+
+    def extras(self, state: DynamicState) -> dict[str, Any]:
+        """``chosen``: the weight of each step (rows) and image (columns)."""
+        return {"chosen": torch.stack(state.chosen).tolist() if state.chosen else []}
 
     def init(self, batch: int) -> DynamicState:
         return DynamicState()

@@ -26,6 +26,10 @@ class IntervalCFG(Windowed, Guidance[None]):
         check_scale("IntervalCFG", self.scale)
         self.check_window()
 
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
         return CFG(self.scale).passes(step, None) if self.active(step) else (COND,)
 

@@ -27,6 +27,10 @@ class MagnitudeAware(Guidance[None]):
         check_scale("MagnitudeAware", self.scale)
         check_range("MagnitudeAware", "alpha", self.alpha, 0.0, 1e6)
 
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
         return (COND,) if self.scale == 1.0 else (COND, UNCOND)
 

@@ -27,6 +27,10 @@ class RescaledCFG(Guidance[None]):
         check_scale("RescaledCFG", self.scale)
         check_range("RescaledCFG", "phi", self.phi, 0.0, 1.0)
 
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
         return (COND,) if self.scale == 1.0 else (COND, UNCOND)
 

@@ -29,6 +29,10 @@ class TCFG(Guidance[None]):
     def __post_init__(self) -> None:
         check_scale("TCFG", self.scale)
 
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
         return (COND,) if self.scale == 1.0 else (COND, UNCOND)
 
