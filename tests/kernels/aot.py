@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from diffalign.kernels.entmax.newton import iterations
 from diffalign.kernels.nag import triton as nag
+from diffalign.kernels.pladis import tiles
 from diffalign.kernels.pladis import triton as pladis
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -52,14 +53,14 @@ def jobs() -> Iterator[Job]:
                     types = dict.fromkeys(("POS", "NEG", "OUT"), f"*{dtype}") | dict.fromkeys(("scale", "tau", "alpha"), "fp32")
                     yield Job(f"nag E{channels} {'l1' if l1 else 'l2'} {dtype} sm_{arch}", nag.kernel(), types, constants, warps, arch)
         for dtype in ("fp16", "bf16"):
-            for size in pladis.HEAD_DIMS:
-                for tile in pladis.KEY_TILES:
-                    plan = pladis.plan(size, tile)
+            for size in tiles.HEAD_DIMS:
+                for tile in tiles.KEY_TILES:
+                    plan = tiles.plan(size, tile)
                     if plan is not None and plan.shared_kb <= SHARED_KB[arch]:
                         yield from _pladis(size, tile, plan, dtype, arch)
 
 
-def _pladis(size: int, tile: int, plan: pladis.Plan, dtype: str, arch: int) -> Iterator[Job]:
+def _pladis(size: int, tile: int, plan: tiles.Plan, dtype: str, arch: int) -> Iterator[Job]:
     for sparsemax in (False, True):
         for bias in (False, True):
             for anchored in (False, True):

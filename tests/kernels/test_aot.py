@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from diffalign.kernels.pladis import triton as pladis
+from diffalign.kernels.pladis import tiles
 
 SCRIPT = Path(__file__).with_name("aot.py")
 ROOT = SCRIPT.parents[2]
@@ -60,7 +60,7 @@ def hold(name: str, values: list[int]) -> None:
     kernel, *sizes, arch = name.split()
     promised = {"sm_80": 163, "sm_90": 227}[arch]
     if kernel == "pladis":
-        plan = pladis.plan(int(sizes[0][1:]), int(sizes[1][1:]))
+        plan = tiles.plan(int(sizes[0][1:]), int(sizes[1][1:]))
         assert plan.shared_kb <= promised, name
         promised = plan.shared_kb
     assert shared <= promised << 10, name
@@ -71,7 +71,7 @@ def test_table_covers_what_the_heuristics_choose_and_holds(table):
     assert [job.name for job in aot.jobs()] == list(table["configurations"])
     for name, values in table["configurations"].items():
         hold(name, values)
-    reachable = {(size, plan.key_tile) for size in pladis.HEAD_DIMS for keys in range(1, 600) if (plan := pladis.plan(size, keys))}
+    reachable = {(size, plan.key_tile) for size in tiles.HEAD_DIMS for keys in range(1, 600) if (plan := tiles.plan(size, keys))}
     listed = {tuple(name.split()[1:3]) for name in table["configurations"] if name.startswith("pladis")}
     assert listed == {(f"D{size}", f"K{tile}") for size, tile in reachable}
     assert aot.page(table) == SCRIPT.with_name("resources.md").read_text()

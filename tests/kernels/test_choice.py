@@ -10,6 +10,7 @@ import torch
 
 from diffalign.kernels import choice, nag, pladis
 from diffalign.kernels.nag import triton as nag_triton
+from diffalign.kernels.pladis import tiles
 from diffalign.kernels.pladis import triton as pladis_triton
 
 
@@ -83,9 +84,9 @@ def test_pladis_refusals():
 
 
 def test_shared_memory_decides(monkeypatch):
-    assert pladis_triton.refusal(torch.float16, 128, 512, 163) is None
-    assert "needs 148 KB of shared memory, the device has 99" in str(pladis_triton.refusal(torch.float16, 128, 512, 99))
-    assert pladis_triton.refusal(torch.float16, 128, 256, 99) is None
+    assert tiles.refusal(torch.float16, 128, 512, 163) is None
+    assert "needs 148 KB of shared memory, the device has 99" in str(tiles.refusal(torch.float16, 128, 512, 99))
+    assert tiles.refusal(torch.float16, 128, 256, 99) is None
 
 
 def test_nothing_imports_triton_before_a_launch():

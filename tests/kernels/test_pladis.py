@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.kernels.pladis import choose, eager, naive, pladis, pladis_joint
+from diffalign.kernels.pladis import choose, eager, naive, pladis, pladis_joint, tiles
 from diffalign.kernels.pladis import triton as fused
 
 FORMS = pytest.mark.parametrize("form", [naive.pladis, eager.pladis], ids=["naive", "eager"])
@@ -235,6 +235,6 @@ def test_plan_says_no_clearly(rng):
     q, k, v = operands(rng, keys=9, size=36, dtype=torch.float32)
     with pytest.raises(ValueError, match="no tile for head size 36 with 9 keys"):
         fused.pladis(q, k, v, strength=2.0)
-    assert fused.plan(64, 0) is None
-    assert fused.plan(40, 77) == (64, 128, 32, 4, 26)
-    assert fused.plan(128, 512) == (128, 512, 16, 8, 148)
+    assert tiles.plan(64, 0) is None
+    assert tiles.plan(40, 77) == (64, 128, 32, 4, 26)
+    assert tiles.plan(128, 512) == (128, 512, 16, 8, 148)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from diffalign.kernels.choice import needs_grad
+from diffalign.kernels.layout import UNIT, aligned
 from diffalign.kernels.nag import naive
 
 if TYPE_CHECKING:
     import triton.language as tl  # noqa: F401  (for the annotations; the kernel itself imports it when it is built)
 
 MAX_CHANNELS = 8192  # two float32 rows of this width still fit the registers of 16 warps
-UNIT = 8  # strides are passed in units of 8 elements, so that 16-byte loads are provable whatever the shape
 
 
 def plan(channels: int) -> tuple[int, int]:
@@ -82,12 +82,6 @@ def kernel() -> Any:
         tl.store(OUT + (b * out_b + n * out_n) * 8 + c, out.to(OUT.dtype.element_ty), mask=keep)
 
     return nag_rows
-
-
-def aligned(z: Tensor) -> Tensor:
-    """``z`` itself if its rows are dense and start on 16-byte boundaries, else a contiguous copy."""
-    dense = z.stride(-1) == 1 and z.storage_offset() % UNIT == 0 and all(s % UNIT == 0 for s in z.stride()[:-1])
-    return z if dense else z.contiguous()
 
 
 def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float, norm: naive.Norm = "l1") -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffalign.kernels.choice import Backend, Choice, pick, why_not_triton
-from diffalign.kernels.pladis import eager
+from diffalign.kernels.pladis import eager, tiles
 from diffalign.kernels.pladis.joint import pladis_joint
 
 
@@ -56,7 +56,7 @@ def choose(q: Tensor, k: Tensor, mask: Tensor | None = None, *, backend: Backend
     refusal = why_not_triton(q.device)
     if refusal is None:
         limit: int = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]
-        refusal = fused.refusal(q.dtype, size, keys, limit >> 10)
+        refusal = tiles.refusal(q.dtype, size, keys, limit >> 10)
     if refusal is None and not fused.is_key_mask(mask, keys):
         refusal = "the mask differs between queries or heads"
     what = f"{str(q.dtype).removeprefix('torch.')}, head size {size}, {keys} keys"

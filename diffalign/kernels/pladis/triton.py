@@ -5,70 +5,20 @@ reaches memory. Eager torch moves about 250 bytes per score for the published fo
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from diffalign.kernels.choice import needs_grad
 from diffalign.kernels.entmax.newton import iterations
+from diffalign.kernels.layout import UNIT, aligned
 from diffalign.kernels.pladis import eager
 from diffalign.kernels.pladis.scores import check
+from diffalign.kernels.pladis.tiles import plan
 
 if TYPE_CHECKING:
     import triton.language as tl  # noqa: F401  (for the annotations; the kernel itself imports it when it is built)
-
-UNIT = 8  # strides are passed in units of 8 elements, so that 16-byte loads are provable whatever the shape
-HEAD_DIMS = (40, 64, 72, 80, 96, 112, 128, 160)
-KEY_TILES = (64, 128, 256, 512)
-SPILLS = {(40, 512)}  # (head size, key tile) that spill registers in one of their binaries (16 bytes on sm_90); torch runs there
-
-
-class Plan(NamedTuple):
-    """Tile sizes of one launch: padded head size and keys, query rows per program, warps, and the shared memory it needs in KB."""
-
-    head_tile: int
-    key_tile: int
-    rows: int
-    warps: int
-    shared_kb: int
-
-
-# (head tile, key tile): (query rows, warps, shared KB). Every entry is compiled ahead of time in the tests: no spills, this much memory.
-TILES = {
-    (64, 64): (64, 4, 16),
-    (64, 128): (32, 4, 26),
-    (64, 256): (32, 8, 52),
-    (64, 512): (16, 8, 82),
-    (128, 64): (64, 4, 32),
-    (128, 128): (32, 4, 42),
-    (128, 256): (32, 8, 84),
-    (128, 512): (16, 8, 148),
-    (256, 64): (32, 4, 40),
-    (256, 128): (32, 8, 76),
-}
-
-
-def plan(head_dim: int, keys: int) -> Plan | None:
-    """Tile sizes for ``head_dim`` and ``keys``, None if the table has no such tile."""
-    if head_dim not in HEAD_DIMS or not 0 < keys <= KEY_TILES[-1]:
-        return None
-    head_tile = max(64, 1 << (head_dim - 1).bit_length())
-    key_tile = next(tile for tile in KEY_TILES if keys <= tile)
-    found = None if (head_dim, key_tile) in SPILLS else TILES.get((head_tile, key_tile))
-    return None if found is None else Plan(head_tile, key_tile, *found)
-
-
-def refusal(dtype: torch.dtype, head_dim: int, keys: int, shared_kb: int) -> str | None:
-    """None if the kernel takes this site on a device with ``shared_kb`` KB of shared memory per block, else the reason."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"{dtype} is not a 16-bit dtype"
-    tiles = plan(head_dim, keys)
-    if tiles is None:
-        return f"no tile for head size {head_dim} with {keys} keys"
-    if tiles.shared_kb > shared_kb:
-        return f"the tile needs {tiles.shared_kb} KB of shared memory, the device has {shared_kb}"
-    return None
 
 
 @cache
@@ -188,12 +138,6 @@ def key_bias(mask: Tensor | None) -> Tensor | None:
 def is_key_mask(mask: Tensor | None, keys: int) -> bool:
     """True if ``mask`` is None or the same for all heads and queries, with one entry per key."""
     return mask is None or (mask.shape[-1] == keys and all(size == 1 for size in mask.shape[-3:-1]))
-
-
-def aligned(t: Tensor) -> Tensor:
-    """``t`` itself if its rows are dense and start on 16-byte boundaries, else a contiguous copy."""
-    dense = t.stride(-1) == 1 and t.storage_offset() % UNIT == 0 and all(s % UNIT == 0 for s in t.stride()[:-1])
-    return t if dense else t.contiguous()
 
 
 def pladis(
