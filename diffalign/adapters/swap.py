@@ -49,7 +49,8 @@ def subclass(base: type, method: str, find: Callable[[Any], Handler | None], opa
                 return (_rebuild, (base,), *made[2:])
 
             if opaque:
-                override = torch.compiler.disable(override)
+                reason = "a technique of diffalign acts here; compile the model without fullgraph=True"
+                override = torch.compiler.disable(override, reason=reason)  # type: ignore[no-untyped-call, unused-ignore]
             names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
             swapped: Any = type(base)(base.__name__, (base,), {**names, method: override, "__reduce_ex__": reduce, "_diffalign_base": base})
             _CLASSES[base, method, opaque] = swapped
