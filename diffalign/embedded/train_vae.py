@@ -89,16 +89,18 @@ class VaeTrainer:
             torch.manual_seed(seed + 1)
             self.heads = nn.Conv2d(channels, len(OBJECTS) + len(COLOURS) + 3, 1)
         self.flat = FlatAdam([self.vae, self.heads], betas=(0.9, 0.95), channels_last=True)
+        self.tail: FlatAdam | None = None
         self.world = World(dict(MIX))
         self.done = 0
 
     def step(self) -> dict[str, float]:
-        """One update on a fresh batch; returns the losses of this process."""
+        """One update on a fresh batch; returns the losses of this process. The first step of phase two freezes the encoder."""
+        if self.done >= self.updates and self.tail is None:
+            self.settle()
         images, _, truth = self.world.arrays(step_seed(self.seed, self.team.rank, self.done), BATCH)
         generator = step_generator(self.seed, self.team.rank, self.done)
         target = pixels(images, torch.bfloat16)
-        second = self.done >= self.updates
-        self.norm.train(not second)
+        second = self.tail is not None
         with torch.set_grad_enabled(not second):
             latent = self.norm(self.vae.encoder(target).float())
         sigma = torch.rand(BATCH, 1, 1, 1, generator=generator) * NOISE
@@ -115,19 +117,24 @@ class VaeTrainer:
             loss = loss + self.weight * head
         loss.backward()
         if second:
-            rate = cosine(self.done - self.updates, self.decoder_updates, 1e-3, warm=50)
+            rate = cosine(self.done - self.updates, self.decoder_updates, 1e-3, warm=50, hold=0.5)
         else:
             rate = cosine(self.done, self.updates, 2e-3, warm=100, hold=0.3, floor=0.05)
-        self.flat.step(rate)
+        active = self.flat if self.tail is None else self.tail
+        active.step(rate)
         self.done += 1
         if self.done % SYNCHRONISE == 0 or self.done == self.updates:
-            self.team.average(self.flat.master.data)
-            self.flat.publish()
+            self.team.average(active.master.data)
+            active.publish()
         return {"reconstruction": reconstruction.item(), "mse": difference.square().mean().item(), "heads": head.item()}
 
     @torch.no_grad()
     def settle(self) -> None:
-        """After phase one: exact statistics of the latents over 2,048 scenes, the same in every process."""
+        """End phase one: exact statistics of the latents over 2,048 scenes, then an optimiser of the decoder alone.
+
+        The encoder must leave the optimiser: weight decay would shrink it although its gradients are zero, and a denoiser may already
+        have been trained on its latents.
+        """
         total = torch.zeros(2, self.norm.num_features, dtype=torch.float64)
         for index in range(32):
             images, _, _ = self.world.arrays(step_seed(self.seed, 1_000, index), 64)
@@ -135,20 +142,34 @@ class VaeTrainer:
             total += torch.stack([latent.mean((0, 2, 3)), latent.square().mean((0, 2, 3))]) / 32
         self.norm.running_mean = total[0].float()
         self.norm.running_var = (total[1] - total[0].square()).float()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self.norm.eval()
+        self.vae.encoder.requires_grad_(False)
+        self.tail = FlatAdam([self.vae.decoder], betas=(0.9, 0.95), decay=0.0, channels_last=True)
 
     def state(self) -> dict[str, object]:
         """Everything a resumed run needs."""
-        return {"flat": self.flat.state(), "norm": self.norm.state_dict(), "done": self.done}
+        tail = None if self.tail is None else self.tail.state()
+        return {"flat": self.flat.state(), "tail": tail, "norm": self.norm.state_dict(), "done": self.done}
 
     def load(self, state: dict[str, object]) -> None:
         """Inverse of `state`."""
         self.flat.load(state["flat"])  # type: ignore[arg-type]
         self.norm.load_state_dict(state["norm"])  # type: ignore[arg-type]
         self.done = int(state["done"])  # type: ignore[call-overload]
+        if state.get("tail") is not None:
+            self._freeze()
+            assert self.tail is not None
+            self.tail.load(state["tail"])  # type: ignore[arg-type]
 
     def export(self) -> AutoencoderTiny:
         """The trained autoencoder in fp32 with the statistics folded in; ends the training of this object."""
+        weights = None if self.tail is None else self.tail.master.data.clone()
         self.flat.write(self.flat.master.data)
+        if self.tail is not None and weights is not None:
+            self.tail.write(weights)
         fold(self.vae, self.norm)
         return self.vae
 
@@ -165,8 +186,6 @@ def run(team: Team, options: argparse.Namespace) -> None:
     log = Log(options.out / f"vae-log-{team.rank}.jsonl", {"model": "emoji-vae", **{k: str(v) for k, v in vars(options).items()}}, seconds)
     window: list[dict[str, float]] = []
     while trainer.done < options.updates + options.decoder_updates:
-        if trainer.done == options.updates:
-            trainer.settle()
         window.append(trainer.step())
         if trainer.done % 100 == 0:
             means = {key: round(float(np.mean([entry[key] for entry in window])), 5) for key in window[0]}

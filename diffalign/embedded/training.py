@@ -113,12 +113,13 @@ class Team:
 
     @torch.no_grad()
     def average(self, weights: Tensor) -> None:
-        """Replace `weights` by the mean over the processes, in place; waits at most 30 minutes for the others."""
+        """Replace `weights` (no longer than a row of `shared`) by the mean over the processes, in place; waits at most 30 minutes."""
         if self.shared is None or self.barrier is None:
             return
-        self.shared[self.rank].copy_(weights)
+        table = self.shared[:, : weights.numel()]
+        table[self.rank].copy_(weights)
         self.barrier.wait(timeout=1800)
-        torch.mean(self.shared, dim=0, out=weights)
+        torch.mean(table, dim=0, out=weights)
         self.barrier.wait(timeout=1800)
 
 
