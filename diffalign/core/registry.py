@@ -104,7 +104,9 @@ def to_config(technique: Any) -> dict[str, Any]:
 
 
 def _saved(field: dataclasses.Field[Any], value: Any) -> Any:
-    """An option as JSON data; tensors leave a mark, which the technique refuses when the settings are read back."""
+    """An option as JSON data; tensors leave a mark and objects their class name, which the technique refuses when read back."""
+    if field.metadata.get("objects"):
+        return [item if isinstance(item, str) else type(item).__name__ for item in value]
     return "given as tensors" if value is not None and field.metadata.get("tensors") else value
 
 

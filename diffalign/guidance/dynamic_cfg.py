@@ -55,9 +55,10 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
     scale: float | None = None
     _: KW_ONLY
     candidates: tuple[float, ...] = (1.0, 3.0, 7.5, 11.0, 15.0)
-    evaluators: tuple[Evaluator | str, ...] = ()
+    evaluators: tuple[Evaluator | str, ...] = dataclasses.field(default=(), metadata={"objects": True})
     adaptive: bool = True
     flow: bool | None = None
+    judges: tuple[Evaluator, ...] = dataclasses.field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_scale("DynamicCFG", self.scale)
@@ -74,10 +75,13 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
         made, sources = Guidance.resolve(self, context)
         if len(made.candidates) > 1 and not made.evaluators:
             raise ValueError("DynamicCFG has candidates but no evaluator to choose with; pass evaluators=(...), or use CFG.")
-        found = tuple(evaluator_named(e, context) if isinstance(e, str) else e for e in made.evaluators)
+        judges = tuple(evaluator_named(e, context) if isinstance(e, str) else e for e in made.evaluators)
         if made.flow is None:
             sources["flow"] = f"parametrisation of {context.scheduler}"
-        return dataclasses.replace(made, evaluators=found, flow=context.flow if made.flow is None else made.flow), sources
+        names = tuple(e if isinstance(e, str) else type(e).__name__ for e in made.evaluators)  # the report holds plain data
+        made = dataclasses.replace(made, evaluators=names, flow=context.flow if made.flow is None else made.flow)
+        object.__setattr__(made, "judges", judges)
+        return made, sources
 
     def extras(self, state: DynamicState) -> dict[str, Any]:
         """``chosen``: the weight of each step (rows) and image (columns)."""
@@ -124,9 +128,9 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
     def _choose(self, cond: Tensor, uncond: Tensor, step: StepInfo, state: DynamicState) -> DynamicState:
         """Score the candidates and record each image's choice, all on the device."""
         assert self.scale is not None
+        assert self.judges, "resolve() looks the evaluators up"
         scores = []
-        for evaluator in self.evaluators:
-            assert isinstance(evaluator, Evaluator)
+        for evaluator in self.judges:
             latents, sigma = latents_for(evaluator, cond, uncond, self.candidates, step, flow=bool(self.flow))
             rows = [row for row in range(len(cond)) for _ in self.candidates]
             scored = evaluator.score(latents, sigma, rows)

@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -6,6 +7,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 from diffalign.core import COND, UNCOND, Context, Meter, StepInfo
+from diffalign.core.registry import from_config, to_config
 from diffalign.guidance import CFG, DecodedReward, DynamicCFG
 from diffalign.guidance import evaluators as judges
 from diffalign.guidance.base import Guidance
@@ -252,6 +254,17 @@ def test_any_reward_judges_through_a_decoder_and_is_charged():
     assert asked[0] == ["a"] * 5 + ["bb"] * 5 + ["ccc"] * 5
 
 
+def test_settings_with_objects_are_json_and_say_what_is_missing():
+    made = DynamicCFG(3.0, evaluators=(Judge(constant), "test-small"))
+    config = json.loads(json.dumps(to_config(made)))
+    assert config["evaluators"] == ["Judge", "test-small"]
+    resolved, _ = made.resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+    assert resolved.evaluators == ("Judge", "test-small")
+    assert [type(judge) for judge in resolved.judges] == [Judge, Judge]
+    with pytest.raises(ValueError, match="knows no evaluator 'Judge'"):
+        from_config(config).resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+
+
 def test_wrong_use_is_explained():
     context = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
     with pytest.raises(ValueError, match="no evaluator to choose with"):
@@ -266,7 +279,7 @@ def test_wrong_use_is_explained():
         DynamicCFG(3.0, candidates=(1.0, math.inf))
     with pytest.raises(ValueError, match="differ"):
         DynamicCFG(3.0, candidates=(1.0, 1.0))
-    made = DynamicCFG(3.0, evaluators=(Judge(lambda latents, rows: torch.ones(2)),), flow=False)
+    made, _ = DynamicCFG(3.0, evaluators=(Judge(lambda latents, rows: torch.ones(2)),)).resolve(context)
     cond = torch.zeros(1, 4)
     step = StepInfo(0, 2, 1.0, convert=lambda value, *_: value)
     with pytest.raises(ValueError, match=r"must score 5 latents .* got \[2\]"):
