@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from diffalign.adapters.run import Denoise, Evaluation, Run
+from diffalign.adapters.run import Denoise, Evaluation, Run, empty_cache
 from diffalign.adapters.swap import Handler, intercepted
 from diffalign.core import UnsupportedModel
 from diffalign.core.errors import nearest
@@ -45,6 +45,7 @@ class Attachment:
                 raise UnsupportedModel(f"{type(technique).__name__} cannot act on {type(run.pipe).__name__}: {reason}.")
         self.layers = [layer for name, m in self.denoisers.items() for layer in layers_of(run.row, name, getattr(m, "_orig_mod", m))]
         self.selected = {type(t).__name__: self._select(t) for t in group}
+        self.compiled = any(map(_is_compiled, self.denoisers.values()))
         self.streams: dict[AttentionTechnique, Stream] = {}
         self.handlers: dict[Any, tuple[str, Handler]] = {}
 
@@ -74,7 +75,7 @@ class Attachment:
                 self.handlers[layer.module] = ("__call__", functools.partial(self._layer, layer))
             for stream in self.streams.values():
                 self.handlers.update(stream.handlers(self))
-            stack.enter_context(intercepted(self.handlers))
+            stack.enter_context(intercepted(self.handlers, self.compiled))
             self._keep_checkpoints(stack)
             self.run.middleware.append(self._middleware)
             stack.callback(self.run.middleware.remove, self._middleware)
@@ -153,12 +154,18 @@ class Attachment:
         config = type(getattr(module, "_cache_config", None)).__name__
         if config in REFUSED_CACHES:
             raise UnsupportedModel(f"{config} cannot be combined with attention techniques: {REFUSED_CACHES[config]}. Disable the cache.")
+        longer = any(t.everywhere for t in self.group) and any(layer.kind == "joint" for layer in self.layers)
+        if config == "PyramidAttentionBroadcastConfig" and longer and self.run.row.mode == "sequential":
+            raise UnsupportedModel(
+                f"{config} cannot be combined with NAG here: it hands attention outputs of one branch to the other, which has another text "
+                "length. Disable the cache."
+            )
 
     def _reset_cache(self, name: str, module: Any, frame: Frame) -> None:
         """A cache made with other techniques, or other shapes, is of no use."""
         shape = (frame.active, frame.negative > 0, bool(frame.twins)) if any(frame.conditioned) else None
         if shape is not None and self.cached[name] and self.last.setdefault(name, shape) != shape:
-            module._reset_stateful_cache()
+            empty_cache(module)
             self.last[name] = shape
 
     def _keep_checkpoints(self, stack: ExitStack) -> None:
@@ -176,12 +183,17 @@ class Attachment:
         def again(*given: Any, **named: Any) -> Any:
             before, self.frame = self.frame, frame
             try:
-                with intercepted(self.handlers):
+                with intercepted(self.handlers, self.compiled):
                     return block(*given, **named)
             finally:
                 self.frame = before
 
         return checkpoint(again, *args, **kwargs)
+
+
+def _is_compiled(denoiser: Any) -> bool:
+    """In whole or in part."""
+    return hasattr(denoiser, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) is not None for m in denoiser.modules())
 
 
 def _restore(module: nn.Module, name: str, ours: Any, held: Any) -> None:
