@@ -154,6 +154,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ValueError(f"{where} must be {len(args)} values like (0.2,5.0); got {value!r}.")
         return tuple(_convert(item, kind, where) for item, kind in zip(items, inner))
     if hint is str:
+        if isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a text; got {value!r}.")
         return value.strip("\"'") if isinstance(value, str) else str(value)
     if hint is bool:
         known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
