@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffalign.core import COND, UNCOND, Cancelled, GuidanceMismatch, Meter, Pass, StepInfo, UnsupportedModel
-from diffalign.core.checks import rowwise
+from diffalign.core import COND, UNCOND, Cancelled, Meter, Pass, StepInfo, UnsupportedModel
 
 from . import space
+from .branch_log import BranchLog
+from .cache import cache_context, empty_cache, fixed_rows
 from .clock import Clock
+from .closed_loop import ClosedLoop
 from .report import Report
 from .row import Row
 from .rows_of import count_rows, doubled, prediction_of, take_arguments, with_prediction
@@ -63,6 +65,7 @@ class Run:
         self.notes: list[str] = []
         self.cancelled = False
         self.clock = Clock(pipe.scheduler, row.mix, row.sigma)
+        self.loop = ClosedLoop(pipe, row, self.clock, self.k)
         self._step_names = tuple(inspect.signature(pipe.scheduler.step).parameters)
         self.kind = "flow" if row.kind == "flow" else space.kind_of(pipe.scheduler)
         self.batch = 0
@@ -71,9 +74,8 @@ class Run:
         self._step: StepInfo | None = None
         self._guided_steps: set[int] = set()
         self._sigma: dict[int, float] = {}
-        self._log: dict[int, Tensor] = {}
+        self._log = BranchLog()
         self._fixed: dict[int, bool] = {}
-        self._bad: list[tuple[int, Tensor, Tensor]] = []
         self._new_step()
 
     # -- the two intercepted calls --------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ class Run:
         """``scheduler.step`` was called: check what arrived, then advance the clock."""
         if self.guidances:
             given = {**dict(zip(self._step_names, args)), **kwargs}
-            self._check(given["model_output"], given["sample"])
+            self.loop.check(self._guided, self._algebraic, given["model_output"], given["sample"])
         self.clock.calls += 1
         self._new_step()
         return original(*args, **kwargs)
@@ -291,7 +293,7 @@ class Run:
             self._reset_cache(module, len(rows))
             sizes = [len(cond_rows if p.conditioned else uncond_rows) if p.rows is None or whole else len(p.rows) for p in group]
             flags = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
-            with _cache_context(module, group[0]) if group[0].blocks is not None else nullcontext():
+            with cache_context(module, group[0]) if group[0].blocks is not None else nullcontext():
                 output = call(tuple(group), flags, given)
             template = output if template is None else template
             prediction = prediction_of(output)
@@ -326,60 +328,13 @@ class Run:
         self._guided = out
         return out
 
-    @torch.no_grad()
     def _record(self, guidance: Any, guided: Tensor, cond: Tensor, uncond: Tensor, rows: Sequence[int] | None) -> None:
-        """Effective scale, orthogonal part and cosine, kept on the device until the run ends."""
         assert self._step is not None
         cut = (slice(None), *map(slice, self._shape))  # the latent, without the channels of a learned variance
-        vectors = torch.stack((rowwise(cond[cut]), rowwise(uncond[cut]), rowwise(guided[cut])), dim=1)
-        moves, pair = vectors[:, ::2] - vectors[:, 1:2], vectors[:, :2]
-        where = getattr(guidance, "space", "eps")
+        where, pair = getattr(guidance, "space", "eps"), None
         if self.kind != where:
-            pair = torch.stack([rowwise(self._step.convert(value, "native", where, rows)) for value in (cond, uncond)], dim=1)
-        self._log[self._step.index] = torch.cat((moves @ moves.mT, pair @ pair.mT), dim=1)
-
-    # -- checks ---------------------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _check(self, arrived: Tensor, sample: Tensor) -> None:
-        """Closed loop: the scheduler must receive the guided prediction through the row's map; flags stay on the device."""
-        if self._guided is None:
-            raise GuidanceMismatch("scheduler.step ran without a denoiser call before it; the guidance had no effect at this step.")
-        index = self.clock.calls
-        expected = self.row.to_step(self._guided, arrived)
-        if self.row.affine:
-            s = self.clock.sigmas[self.clock.offset + index]
-            expected = (sample + expected) * (1.0 - s)
-        if expected.shape != arrived.shape:
-            raise GuidanceMismatch(f"The scheduler got {list(arrived.shape)}, the guidance computed {list(expected.shape)}.")
-        if self.row.affine:
-            # the pipeline divides x - x0 by the noise level, so rounding of x0 grows as the level falls
-            size = expected.abs().amax() + sample.abs().amax() / max(s, 1e-6)
-        elif self._algebraic is not None:
-            size = expected.abs().amax() + self._algebraic.abs().amax()
-        if self.row.affine or self._algebraic is not None:
-            slack = 4 * torch.finfo(self._guided.dtype).eps * (1.0 + 2.0 * self.k) * size
-            wrong = (arrived - expected.to(arrived.dtype)).abs().amax() > slack
-        else:
-            wrong = (arrived != expected.to(arrived.dtype)).any()
-        self._bad.append((index, ~torch.isfinite(self._guided).all(), wrong))
-        if index == 0:
-            self.verify()
-
-    def verify(self) -> None:
-        """Read the flags collected so far, with one synchronisation, and raise for the first bad step."""
-        flags, self._bad = self._bad, []
-        if not flags:
-            return
-        values = torch.stack([torch.stack((a, b)) for _, a, b in flags]).tolist()
-        for (index, _, _), (infinite, wrong) in zip(flags, values):
-            if infinite:
-                raise GuidanceMismatch(f"The guided prediction is not finite at step {index}. Lower the scale or use a wider dtype.")
-            if wrong:
-                raise GuidanceMismatch(
-                    f"What reached the scheduler at step {index} is not the guided prediction: {type(self.pipe).__name__} changes the "
-                    "prediction in a way that diffalign does not know. Without this check the image would be silently wrong."
-                )
+            pair = (self._step.convert(cond, "native", where, rows), self._step.convert(uncond, "native", where, rows))
+        self._log.record(self._step.index, cond[cut], uncond[cut], guided[cut], pair)
 
     def _reset_cache(self, module: Any, rows: int) -> None:
         if self.__dict__.get("_last_rows", rows) != rows and getattr(module, "is_cache_enabled", False):
@@ -388,13 +343,9 @@ class Run:
 
     def report(self) -> Report:
         """The finished run as a report; the logged scalars come off the device here, all at once."""
-        self.verify()
+        self.loop.verify()
         steps = self.clock.calls // self.clock.order + (self.clock.calls % self.clock.order > 0)
-        logged = dict(zip(self._log, _means(list(self._log.values()))))
-
-        def column(i: int) -> list[float | None]:
-            return [logged[s][i] if s in logged else None for s in range(steps)]
-
+        scale, orthogonal, cosine = self._log.columns(steps)
         return Report(
             pipeline=original_class(self.pipe).__name__,
             images=self.batch,
@@ -406,29 +357,13 @@ class Run:
             calls=self.meter.calls,
             seconds=perf_counter() - self.began,
             sigma=[self._sigma.get(s, float("nan")) for s in range(steps)],
-            scale=column(0),
-            orthogonal=column(1),
-            cosine=column(2),
+            scale=scale,
+            orthogonal=orthogonal,
+            cosine=cosine,
             layers=dict(self.layers),
             extras={name: extras for name, g in self.guidances.items() if (extras := g.extras(self.state[0]))} if self.state else {},
             notes=list(self.notes),
         )
-
-
-def _means(products: list[Tensor]) -> list[list[float]]:
-    """Per step: effective scale, orthogonal part and cosine, means over images. ``products`` [B, 4, 2]: inner products of
-    (d_c - d_n, d - d_n) and of (d_c, d_n). One transfer for all steps."""
-    if not products:
-        return []
-    p = torch.cat(products).cpu().double()
-    square = p[:, 0, 0].clamp_min(1e-30)
-    scale = p[:, 0, 1] / square
-    orthogonal = (p[:, 1, 1] / square - scale.square()).clamp_min(0).sqrt()
-    cosine = p[:, 2, 1] / (p[:, 2, 0] * p[:, 3, 1]).sqrt().clamp_min(1e-30)
-    columns = torch.stack((scale, orthogonal, cosine), dim=1)
-    parts = torch.split(columns, [len(q) for q in products])
-    means: list[list[float]] = torch.stack([part.mean(0) for part in parts]).tolist()
-    return means
 
 
 def combined(guidance: Any, preds: Mapping[Pass, Tensor], step: StepInfo, state: Any) -> tuple[Tensor, Any]:
@@ -443,26 +378,6 @@ def combined(guidance: Any, preds: Mapping[Pass, Tensor], step: StepInfo, state:
     if untouched is not None:  # handed back as it came: converting there and back would change its last bits
         return preds[untouched], state
     return space.widen(step.convert(guided, target, "native"), preds.get(COND, guided)), state
-
-
-def fixed_rows(module: Any) -> bool:
-    """Whether row counts must stay {B, 2B}: the module is compiled, in whole or in part, or runs a feature cache."""
-    if getattr(module, "is_cache_enabled", False) or hasattr(module, "_orig_mod"):
-        return True
-    return any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
-
-
-def empty_cache(module: Any) -> None:
-    """Forget what a model's feature cache holds, but not in which cache context the pipeline is calling."""
-    hooks = [hook for m in module.modules() if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()]
-    held = [(part, part._context) for hook in hooks for part in vars(hook).values() if hasattr(part, "_context")]
-    module._reset_stateful_cache()
-    for part, context in held:
-        part.set_context(context)
-
-
-def _cache_context(module: Any, p: Pass) -> AbstractContextManager[Any]:
-    return module.cache_context(p.name) if getattr(module, "is_cache_enabled", False) else nullcontext()
 
 
 def _halves_equal(hidden: Any) -> bool:

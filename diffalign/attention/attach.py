@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from diffalign.adapters.run import Denoise, Evaluation, Run, empty_cache
+from diffalign.adapters.cache import empty_cache
+from diffalign.adapters.run import Denoise, Evaluation, Run
 from diffalign.adapters.swap import Handler, intercepted
 from diffalign.core import UnsupportedModel
 from diffalign.core.errors import nearest
