@@ -1,0 +1,302 @@
+"""NAG's options, its negative text, when it acts and what it costs; the formula is tested in test_lockstep.py and kernels/test_nag.py."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import diffalign as da
+from diffalign.adapters.encode import ENCODERS
+from diffalign.adapters.registry import ROWS, row_of
+from diffalign.core.registry import from_config, parse, to_config
+from diffalign.testing.final import final
+from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
+
+ALWAYS = (0.0, math.inf)
+SD, FLUX = "StableDiffusionPipeline", "FluxPipeline"
+
+
+def nag(scale=4.0, **options):
+    return da.NAG(scale, **{"tau": 1.6, "alpha": 0.7, "sigma": ALWAYS, **options})
+
+
+def count_encodings(pipe, monkeypatch):
+    calls = []
+    encode = type(pipe).encode_prompt
+
+    def counted(self, *args, **kwargs):
+        calls.append(kwargs)
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", [SD, FLUX, "Lumina2Pipeline", "PixArtAlphaPipeline", "ZImagePipeline"])
+@pytest.mark.parametrize("options", [{"scale": 1.0}, {"alpha": 0.0}])
+def test_off_is_the_plain_pipeline(name, options):
+    pipe = tiny_pipeline(name)
+    native = final(pipe, tiny_inputs(name, steps=2))
+    with da.apply(pipe, nag(**options)) as session:
+        assert torch.equal(final(pipe, tiny_inputs(name, steps=2)), native)
+    report = session.report()
+    assert report.layers["NAG"][0] == 0 < report.layers["NAG"][1]
+    assert report.nfe == report.nfe_cfg
+    assert report.notes == []
+
+
+def test_off_encodes_no_negative(monkeypatch):
+    pipe = tiny_pipeline(SD, text=True)
+    calls = count_encodings(pipe, monkeypatch)
+    with da.apply(pipe, nag(1.0, negative_prompt="blurry")):
+        final(pipe, tiny_inputs(SD, text=True, guided=False))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", [SD, FLUX, "Lumina2Pipeline", "StableDiffusion3Pipeline"])
+def test_negative_equal_to_the_prompt_changes_nothing_but_rounding(name):
+    pipe = tiny_pipeline(name, dtype=torch.float64)
+
+    def inputs():
+        return tiny_inputs(name, steps=2, guided=False, dtype=torch.float64)
+
+    same = {f"negative_{key}": value for key, value in inputs().items() if key in ENCODERS[ROWS[name].family].arguments}
+    native = final(pipe, inputs())
+    with da.apply(pipe, nag(negative_embeds=same)):
+        got = final(pipe, inputs())
+    # the scheduler rounds to float32; each of two steps may flip one last bit
+    assert (got - native).abs().max() <= 4 * torch.finfo(torch.float32).eps * native.abs().max()
+
+
+def test_window_stops_the_negative_text():
+    """Outside the window the calls are the plain pipeline's, bit for bit, on the same latents."""
+    pipe = tiny_pipeline(FLUX)
+    seen = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    with da.apply(pipe, nag(sigma=None, start=0.25, stop=0.75)) as session:
+        final(pipe, tiny_inputs(FLUX, steps=4, guided=False))
+    handle.remove()
+    assert seen == [7, 14, 14, 7]
+    assert session.report().layers["NAG"] == (2, 2)
+    native = final(pipe, tiny_inputs(FLUX, steps=4, guided=False))
+    with da.apply(pipe, nag(sigma=(0.999, 1.0))) as session:  # sigma of the first step is 1, which the half-open window excludes
+        assert torch.equal(final(pipe, tiny_inputs(FLUX, steps=4, guided=False)), native)
+    assert session.report().layers["NAG"] == (0, 2)
+
+
+def test_unconditional_rows_and_calls_are_untouched():
+    """CFG's negative branch, in the batch or in a call of its own, is the plain model's."""
+    for name, size in ((SD, 2), (FLUX, 2), ("ZImagePipeline", 2)):
+        pipe = tiny_pipeline(name)
+        seen = []
+
+        def keep(module, given, output, seen=seen):
+            value = output[0] if isinstance(output, tuple) else output.sample
+            seen.append(torch.stack(value) if isinstance(value, list) else value.clone())
+
+        handle = (getattr(pipe, "unet", None) or pipe.transformer).register_forward_hook(keep)
+        final(pipe, tiny_inputs(name, batch=size, steps=1))
+        with da.apply(pipe, nag()):
+            final(pipe, tiny_inputs(name, batch=size, steps=1))
+        handle.remove()
+        if name == FLUX:  # cond, uncond; cond, uncond
+            assert torch.equal(seen[1], seen[3])
+            assert not torch.equal(seen[0], seen[2])
+        else:
+            cond, uncond = (slice(0, size), slice(size, 2 * size)) if name == "ZImagePipeline" else (slice(size, None), slice(0, size))
+            bound = 64 * torch.finfo(torch.float32).eps * seen[0].abs().max()
+            assert (seen[0][uncond] - seen[1][uncond]).abs().max() <= bound
+            assert (seen[0][cond] - seen[1][: 2 * size][cond]).abs().max() > 1e3 * bound
+
+
+@pytest.mark.parametrize("name", [SD, "PixArtAlphaPipeline", "StableDiffusion3Pipeline", "Lumina2Pipeline", "ZImagePipeline"])
+def test_rows_do_not_mix(name):
+    """Two images in one batch are each alone."""
+    pipe = tiny_pipeline(name, dtype=torch.float64)
+
+    def one(row):
+        given = tiny_inputs(name, batch=2, steps=1 if name != "PixArtAlphaPipeline" else 2, dtype=torch.float64)
+        for key, value in given.items():
+            if isinstance(value, torch.Tensor) or (isinstance(value, list) and len(value) == 2):
+                given[key] = value[row : row + 1]
+        return given
+
+    with da.apply(pipe, nag()):
+        both = final(pipe, tiny_inputs(name, batch=2, steps=1 if name != "PixArtAlphaPipeline" else 2, dtype=torch.float64))
+        alone = torch.cat([final(pipe, one(row)) for row in (0, 1)])
+    # the scheduler rounds to float32
+    assert (both - alone).abs().max() <= 4 * torch.finfo(torch.float32).eps * both.abs().max()
+
+
+def test_where_the_negative_text_comes_from(monkeypatch):
+    pipe = tiny_pipeline(SD, text=True)
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].clone()), with_kwargs=True
+    )
+
+    def encoded(*texts):
+        return ENCODERS["sd"](pipe, texts)["encoder_hidden_states"]
+
+    def run(technique, **more):
+        seen.clear()
+        given = {**tiny_inputs(SD, text=True, batch=2, steps=1, guided=False), **more}
+        with da.apply(pipe, technique) as session:
+            final(pipe, {key: value for key, value in given.items() if value is not None})
+        negative = seen[0][:, 77:]
+        return negative, next(note for note in session.report().notes if "negative text" in note)
+
+    negative, note = run(nag(negative_prompt="low quality"))
+    assert torch.equal(negative, encoded("low quality", "low quality"))
+    assert "NAG(negative_prompt=...)" in note
+    negative, note = run(nag(negative_prompt=("blue", "red")))
+    assert torch.equal(negative, encoded("blue", "red"))
+    negative, note = run(nag())
+    assert torch.equal(negative, encoded("blurry 0", "blurry 1"))
+    assert "negative_prompt of the call" in note
+    negative, note = run(nag(), negative_prompt=None)
+    assert torch.equal(negative, encoded("", ""))
+    assert "the empty prompt" in note
+    given = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(0))
+    negative, note = run(nag(), negative_prompt=None, negative_prompt_embeds=given)
+    assert torch.equal(negative, given)
+    assert "negative_prompt_embeds of the call" in note
+    negative, note = run(nag(negative_embeds={"negative_prompt_embeds": given[:1]}))
+    assert torch.equal(negative, given[:1].expand(2, -1, -1))
+    with pytest.raises(ValueError, match="3 negative texts for 2 images"):
+        run(nag(negative_prompt=("a", "b", "c")))
+    handle.remove()
+
+
+def test_several_images_per_prompt_take_their_prompts_negative():
+    pipe = tiny_pipeline(SD, text=True)
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].clone()), with_kwargs=True
+    )
+    given = {**tiny_inputs(SD, text=True, batch=2, steps=1), "num_images_per_prompt": 2}
+    given["generator"] = [torch.Generator().manual_seed(i) for i in range(4)]
+    with da.apply(pipe, da.CFG(3.0), nag(negative_prompt=("blue", "red"))):
+        final(pipe, given)
+    handle.remove()
+    blue, red = ENCODERS["sd"](pipe, ["blue", "red"])["encoder_hidden_states"]
+    assert seen[0].shape[:2] == (8, 154)
+    for row, text in zip(seen[0][4:, 77:], (blue, blue, red, red)):
+        assert torch.equal(row, text)
+
+
+def test_no_text_encoder_and_no_embeddings_is_an_error():
+    pipe = tiny_pipeline("FluxFillPipeline")
+    with pytest.raises(da.UnsupportedModel, match="negative_prompt_embeds"), da.apply(pipe, nag()):
+        final(pipe, tiny_inputs("FluxFillPipeline"))
+    text = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    with da.apply(pipe, nag(negative_embeds={"negative_prompt_embeds": text})) as session:
+        final(pipe, tiny_inputs("FluxFillPipeline"))
+    assert session.report().layers["NAG"] == (2, 2)
+    with (
+        pytest.raises(ValueError, match="negative_text"),
+        da.apply(pipe, nag(negative_embeds={"negative_prompt_embeds": text, "negative_text": text})),
+    ):
+        final(pipe, tiny_inputs("FluxFillPipeline"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (SD, {"scale": 3.0, "tau": 2.5, "alpha": 0.375, "sigma": (4.0, math.inf)}),
+        ("StableDiffusionXLPipeline", {"scale": 3.0, "tau": 2.5, "alpha": 0.5, "sigma": (4.0, math.inf)}),
+        ("StableDiffusion3Pipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.125, "sigma": (0.75, math.inf)}),
+        (FLUX, {"scale": 5.0, "tau": 2.5, "alpha": 0.25, "sigma": (0.75, math.inf)}),
+        ("FluxKontextPipeline", {"scale": 3.0, "tau": 2.5, "alpha": 0.25, "sigma": (0.75, math.inf)}),
+        ("SanaPipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.375}),
+        ("PixArtSigmaPipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.375}),
+        ("WanPipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.25}),
+        ("QwenImagePipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.25}),
+    ],
+)
+def test_published_values_are_the_defaults(name, expected):
+    """Table 5 of the paper gives phi; our scale is phi + 1."""
+    pipe = tiny_pipeline(name)
+    with da.apply(pipe, da.NAG()) as session:
+        final(pipe, tiny_inputs(name, steps=2))
+    resolved = session.report().resolved["nag"]
+    assert {key: resolved[key][0] for key in expected} == expected
+    assert all(resolved[key][1] for key in expected)
+    assert ("sigma" in resolved) == ("sigma" in expected)
+
+
+def test_what_the_user_gives_is_not_resolved():
+    pipe = tiny_pipeline(FLUX)
+    with da.apply(pipe, da.NAG(2.0, tau=1.5, start=0.5)) as session:
+        final(pipe, tiny_inputs(FLUX, steps=2))
+    resolved = session.report().resolved["nag"]
+    assert resolved["scale"] == (2.0, "")
+    assert resolved["tau"] == (1.5, "")
+    assert resolved["start"] == (0.5, "")
+    assert resolved["alpha"][1] != ""
+    assert "sigma" not in resolved
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"tau": 0.9}, ValueError, "tau"),
+        ({"alpha": 1.5}, ValueError, "alpha"),
+        ({"scale": math.inf}, ValueError, "scale"),
+        ({"norm": "l3"}, ValueError, "norm"),
+        ({"layers": "attn*"}, ValueError, "layers"),
+        ({"negative_prompt": 3}, TypeError, "negative_prompt"),
+        ({"negative_prompt": ("a", 3)}, TypeError, "negative_prompt"),
+        ({"negative_embeds": {"prompt_embeds": None}}, TypeError, "negative_embeds"),
+        ({"negative_embeds": {"negative_prompt_embeds": None}, "negative_prompt": "a"}, ValueError, "not both"),
+        ({"sigma": (2.0, 1.0)}, ValueError, "sigma"),
+    ],
+)
+def test_bad_options(options, error, match):
+    with pytest.raises(error, match=match):
+        da.NAG(**options)
+
+
+def test_settings_round_trip():
+    (made,) = parse('nag:scale=3,negative-prompt="blurry, low quality",norm=l2,layers=("up_blocks.*")')
+    assert made == da.NAG(3.0, negative_prompt="blurry, low quality", norm="l2", layers=("up_blocks.*",))
+    many = da.NAG(negative_prompt=["a", "b"], sigma=(0.5, 1.0))
+    for technique in (made, many):
+        assert from_config(json.loads(json.dumps(to_config(technique)))) == technique
+    saved = to_config(da.NAG(negative_embeds={"negative_prompt_embeds": torch.zeros(1)}))
+    json.dumps(saved)
+    with pytest.raises(TypeError, match="negative_embeds"):
+        from_config(saved)
+
+
+def test_published_layout_is_flux_only():
+    pipe = tiny_pipeline(SD)
+    with pytest.raises(da.UnsupportedModel, match="published layout of Flux"), da.apply(pipe, nag(share_image=False)):
+        final(pipe, tiny_inputs(SD))
+    pipe = tiny_pipeline("AuraFlowPipeline")
+    with pytest.raises(da.UnsupportedModel, match="not known"), da.apply(pipe, nag()):
+        final(pipe, tiny_inputs("AuraFlowPipeline"))
+    row, _ = row_of(type(pipe))
+    assert "not known" in nag().refuses(pipe, row)
+
+
+def test_two_rows_need_equal_lengths_where_there_is_no_mask():
+    pipe = tiny_pipeline(FLUX)
+    short = {"negative_prompt_embeds": torch.zeros(1, 5, 32), "negative_pooled_prompt_embeds": torch.zeros(1, 16)}
+    with pytest.raises(da.UnsupportedModel, match="7 tokens; got 5"), da.apply(pipe, nag(share_image=False, negative_embeds=short)):
+        final(pipe, tiny_inputs(FLUX))
+    with (
+        pytest.raises(ValueError, match="pooled"),
+        da.apply(pipe, nag(share_image=False, negative_embeds={"negative_prompt_embeds": torch.zeros(1, 7, 32)})),
+    ):
+        final(pipe, tiny_inputs(FLUX))
+
+
+def test_no_warning_about_a_negative_prompt_that_nag_reads(recwarn):
+    pipe = tiny_pipeline(SD, text=True)
+    with da.apply(pipe, da.CFG(1.0), nag()):
+        final(pipe, {**tiny_inputs(SD, text=True), "guidance_scale": 1.0})
+    assert not [w for w in recwarn if "no effect" in str(w.message)]
