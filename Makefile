@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
+WORKERS ?= -n 2 --dist worksteal
 READY := $(VENV)/.ready
 TORCH := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 
@@ -28,7 +29,7 @@ demo: $(READY)
 	$(PY) -m diffalign.cli.demo
 
 test: $(READY)
-	$(PY) -m pytest --fail-on-skip
+	$(PY) -m pytest --fail-on-skip $(WORKERS)
 
 lint: $(READY)
 	$(PY) -m ruff format --check
@@ -36,7 +37,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 check: lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" $(WORKERS)
 
 bench: $(READY)
 	$(PY) -m pytest -m "not slow"

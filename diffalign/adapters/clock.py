@@ -36,10 +36,20 @@ class Clock:
         if table is not None and len(table) >= len(self.timesteps):
             values = table.tolist() if isinstance(table, Tensor) else list(table)
             return [self.sigma_of(float(v)) for v in [*values[: len(self.timesteps) + 1], 0.0][: len(self.timesteps) + 1]]
-        alphas = self.scheduler.alphas_cumprod.tolist()
+        self._bars = alphas = self.scheduler.alphas_cumprod.tolist()
         final = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
         bars = [alphas[min(max(int(t), 0), len(alphas) - 1)] for t in self.timesteps]
-        return [math.sqrt((1.0 - a) / max(a, 1e-20)) for a in (*bars, final)]
+        return [_level(a) for a in (*bars, final)]
+
+    def _next(self, i: int) -> float:
+        """The level that step ``i`` goes to. DDIM and PNDM go down by ``T // S`` timesteps, which need not be the next one listed."""
+        config = self.scheduler.config
+        if getattr(self.scheduler, "sigmas", None) is not None or not hasattr(self.scheduler, "num_inference_steps"):
+            return self.sigmas[i + 1]
+        if not type(self.scheduler).__name__.startswith(("DDIM", "PNDM")):
+            return self.sigmas[i + 1]
+        target = int(self.timesteps[i]) - config.num_train_timesteps // self.scheduler.num_inference_steps
+        return _level(self._bars[target]) if target >= 0 else self.sigmas[-1]
 
     def now(self, convert: Callable[..., Tensor]) -> StepInfo:
         i = min(self.offset + self.calls, len(self.timesteps) - 1)
@@ -47,9 +57,14 @@ class Clock:
             index=self.calls // self.order,
             count=self.count,
             sigma=self.sigmas[i],
-            sigma_next=self.sigmas[i + 1],
+            sigma_next=self._next(i),
             timestep=self.timesteps[i],
             evaluation=self.calls % self.order,
             mix=self.mix,
             convert=convert,
         )
+
+
+def _level(bar: float) -> float:
+    """sqrt((1 - abar) / abar)."""
+    return math.sqrt((1.0 - bar) / max(bar, 1e-20))
