@@ -14,7 +14,7 @@ from diffalign.core import UnsupportedModel
 from .row import Argument, Row
 
 # arguments of the pipeline call that change how a text is encoded
-SAME = ("max_sequence_length", "clip_skip", "clean_caption", "system_prompt")
+SAME = ("max_sequence_length", "clip_skip", "clean_caption", "system_prompt", "complex_human_instruction")
 PLAIN = ("prompt_embeds", "negative_prompt_embeds")
 POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -41,8 +41,8 @@ class Encoder:
         """``texts`` under the pipeline's own names without "negative_": ``prompt_embeds``, masks, pooled embeddings.
 
         ``negative``: encoded as the pipeline encodes negative prompts. ``call``: arguments of the pipeline call, for text lengths and the
-        like. ``more``: other arguments of ``encode_prompt``. Cost: the text encoders run once, or twice where the pipeline encodes
-        negative prompts only beside positive ones.
+        like; where it has none, the call's defaults hold. ``more``: other arguments of ``encode_prompt``.
+        Cost: the text encoders run once, or twice where the pipeline encodes negative prompts only beside positive ones.
         Raises: ``UnsupportedModel`` without text encoders.
         """
         if not has_text_encoder(pipe):
@@ -50,7 +50,8 @@ class Encoder:
         known = inspect.signature(pipe.encode_prompt).parameters
         given: dict[str, Any] = {"prompt": list(texts), "device": pipe._execution_device, **more}
         given |= {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "prompt_2": None, "prompt_3": None}
-        given |= {name: call[name] for name in SAME if call is not None and name in call}
+        defaults = {name: p.default for name, p in inspect.signature(type(pipe).__call__).parameters.items() if name in SAME}
+        given |= defaults | {name: call[name] for name in SAME if call is not None and name in call}
         both = negative and "negative_prompt" in known
         given |= {"do_classifier_free_guidance": both, **({"negative_prompt": list(texts)} if both else {})}
         with torch.no_grad():
