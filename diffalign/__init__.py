@@ -1,7 +1,7 @@
 """diffalign: inference-time alignment and guidance for Hugging Face diffusers pipelines."""
 
 from . import core, rewards
-from .adapters import Report, Session, active, apply, disable, enable, supports, techniques_of
+from .adapters import Report, Session, active, apply, disable, enable, guider, supports, techniques_of
 from .attention import NAG, PLADIS
 from .core import Budget, BudgetExceeded, Cancelled, GuidanceMismatch, SessionError, UnsupportedModel
 from .core.registry import methods
@@ -26,6 +26,7 @@ __all__ = [
     "core",
     "disable",
     "enable",
+    "guider",
     "load",
     "methods",
     "rewards",

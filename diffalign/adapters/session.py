@@ -17,6 +17,7 @@ from diffalign.core import Context, SessionError, UnsupportedModel
 from diffalign.core.registry import name_of, to_config
 
 from . import swap
+from .modular import as_technique
 from .registry import row_of
 from .report import Report
 from .row import Row
@@ -41,6 +42,7 @@ class Session:
     """
 
     def __init__(self, pipe: Any, techniques: Sequence[Any]) -> None:
+        techniques = [as_technique(given) for given in techniques]
         for technique in techniques:
             if not hasattr(technique, "kind") or isinstance(technique, type):
                 raise TypeError(f"apply takes techniques like da.CFG(5.0); got {technique!r}. `diffalign methods` lists them.")

@@ -36,6 +36,9 @@ BUILTIN: dict[str, str] = {
     "skip-layer-guidance": "diffalign.guidance.skip_layer_guidance:SkipLayerGuidance",
 }
 
+# not techniques of their own, so in no list, but named in saved settings
+DOORS: dict[str, str] = {"diffusers-guider": "diffalign.adapters.modular:DiffusersGuider"}
+
 
 @cache
 def plugins() -> dict[str, type]:
@@ -62,13 +65,18 @@ def name_of(technique: object) -> str:
     """The registered name of a technique, or its class name when it is not registered."""
     cls = type(technique)
     target = f"{cls.__module__}:{cls.__qualname__}"
-    named = {known: name for name, known in BUILTIN.items()} | {f"{c.__module__}:{c.__qualname__}": name for name, c in plugins().items()}
+    named = {known: name for name, known in {**BUILTIN, **DOORS}.items()} | {
+        f"{c.__module__}:{c.__qualname__}": name for name, c in plugins().items()
+    }
     return named.get(target, cls.__name__)
 
 
 def make(name: str, options: Mapping[str, Any]) -> Any:
     """Build the technique ``name`` from ``options``, values as Python objects or as text; unknown names offer the nearest."""
     known = methods()
+    if name in DOORS:
+        module, _, attribute = DOORS[name].partition(":")
+        known = {**known, name: getattr(import_module(module), attribute)}
     if name not in known:
         raise ValueError(f"Unknown technique {name!r}. Nearest: {nearest(name, known)}. `diffalign methods` lists all.")
     cls = known[name]
