@@ -10,6 +10,7 @@ import torch
 import diffalign as da
 from diffalign.adapters.registry import ROWS, refusals
 from diffalign.cli.methods import default_text, type_text
+from diffalign.cli.show import to_json
 from diffalign.core.registry import BUILTIN, make
 
 
@@ -98,6 +99,14 @@ def test_env(run, monkeypatch):
     assert data["devices"][-1].startswith("cpu")
     table = run("env").stdout
     assert all(name in table for name in data["packages"])
+
+
+def test_json_has_no_values_that_json_lacks():
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    value = {"a": float("nan"), "b": [float("inf"), (1.5, -float("inf"))], 3: {"c": None}}
+    assert json.loads(to_json(value), parse_constant=refuse) == {"a": None, "b": [None, [1.5, None]], "3": {"c": None}}
 
 
 def test_version_and_help(run):
