@@ -398,3 +398,46 @@ def test_first_block_cache_keeps_the_skipped_pass_apart():
     assert report.rows == 12
     assert torch.equal(out, truth)
     pipe.transformer.disable_cache()
+
+
+@pytest.mark.parametrize("name", [SD, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline"])
+@pytest.mark.parametrize("kind", ["nag", "pladis", "both"])
+def test_with_attention_techniques(name, kind):
+    """All three passes run under them: the formula holds between runs that have them, the third lacking the block."""
+    made = {"nag": (da.NAG(3.0, tau=2.5, alpha=0.5, sigma=(0.0, math.inf)),), "pladis": (da.PLADIS(1.5),)}
+    others = made["nag"] + made["pladis"] if kind == "both" else made[kind]
+    pipe = deep_pipeline(name)
+    attribute = ROWS[name].denoisers[0]
+    block = [site.name for site in sites(getattr(pipe, attribute)) if site.edge is None][-1]
+
+    def final_of(which, *techniques):
+        with da.apply(which, *techniques) as session:
+            inputs = {**tiny_inputs(name, steps=1), ROWS[name].gates[0]: 4.0}
+            return final(which, inputs).double(), session.report()
+
+    on, report = final_of(pipe, S2Guidance(4.0, omega=2.0, blocks=(block,), **EVERYWHERE), *others)
+    cfg, base = final_of(pipe, CFG(4.0), *others)
+    cond, _ = final_of(pipe, CFG(1.0), *others)
+    skipped, _ = final_of(without_block(pipe, block), CFG(1.0), *others)
+    expected = cfg + 2.0 * (cond - skipped)
+    bound = 64 * torch.finfo(torch.float32).eps * max(value.abs().max().item() for value in (cfg, cond, skipped))
+    assert (on - expected).abs().max() <= bound
+    assert (expected - cfg).abs().max() > 20 * bound
+    assert (report.rows, report.layers) == (base.rows + 1, base.layers)
+
+
+def test_with_a_controlnet():
+    name = "StableDiffusionControlNetPipeline"
+    pipe = tiny_pipeline(name)
+
+    def final_of(which, technique):
+        with da.apply(which, technique) as session:
+            return final(which, {**tiny_inputs(name, steps=1, batch=2), "guidance_scale": 4.0}).double(), session.report()
+
+    on, report = final_of(pipe, S2Guidance(4.0, omega=2.0, blocks=(MIDDLE,), **EVERYWHERE))
+    assert report.rows == 6
+    cfg, cond, skipped = (final_of(*pair)[0] for pair in ((pipe, CFG(4.0)), (pipe, CFG(1.0)), (without_block(pipe, MIDDLE), CFG(1.0))))
+    expected = cfg + 2.0 * (cond - skipped)
+    bound = 64 * torch.finfo(torch.float32).eps * max(value.abs().max().item() for value in (cfg, cond, skipped))
+    assert (on - expected).abs().max() <= bound
+    assert (expected - cfg).abs().max() > 20 * bound
