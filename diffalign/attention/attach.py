@@ -129,7 +129,7 @@ class Attachment:
     def _layer(self, layer: Layer, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self.frame
         chain = [] if frame is None else self._chain(layer, frame.active)
-        if frame is None or not chain or layer.denoiser != frame.denoiser:
+        if frame is None or not chain:
             return original(*args, **kwargs)
 
         def attend(q: Any, k: Any, v: Any, mask: Any, options: dict[str, Any]) -> Any:

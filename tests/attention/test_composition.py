@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 import diffalign as da
 from diffalign.adapters import swap
+from diffalign.attention import AttentionTechnique
 from diffalign.guidance import IntervalCFG
 from diffalign.testing.final import final
 from diffalign.testing.lockstep import paper, walk
@@ -254,6 +256,18 @@ def ip_adapter(pipe):
         pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
 
 
+SEEN = []
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded(AttentionTechnique):
+    """Keeps the keys that it is shown."""
+
+    def __call__(self, attend, q, k, v, site):
+        SEEN.append(k.clone())
+        return attend(q, k, v)
+
+
 def test_ip_adapter_keeps_its_image_keys():
     """With its scale at 0 the result is that of no adapter; with scale 1 the techniques still act on the text call alone."""
     plain = tiny_pipeline(SD)
@@ -271,6 +285,15 @@ def test_ip_adapter_keeps_its_image_keys():
     off, _ = run(pipe, SD, nag(), da.PLADIS(), **picture)
     assert (off - without).abs().max() <= 64 * EPS * without.abs().max()
     assert (off - got).abs().max() > 1e-3
+    SEEN.clear()
+    keys = []
+    layers = [m for n, m in pipe.unet.named_modules() if n.endswith("attn2")]
+    handles = [layer.to_k.register_forward_hook(lambda m, a, o: keys.append(o)) for layer in layers]
+    run(pipe, SD, Recorded(), **picture)
+    for handle in handles:
+        handle.remove()
+    assert len(SEEN) == len(keys) == 2 * 4  # one call of each layer in each step, the one with the text keys
+    assert all(torch.equal(seen.transpose(1, 2).flatten(2), key) for seen, key in zip(SEEN, keys))
 
 
 @pytest.mark.parametrize(
