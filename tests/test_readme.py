@@ -100,7 +100,9 @@ def test_every_technique_has_its_row(name):
     assert len(rows) == 1, f"the README needs the row {row_of(name)}"
     expected = row_of(name).split(" | ")
     assert rows[0].split(" | ")[1] == expected[1]
-    assert rows[0].split(" | ")[-1] == expected[-1]
+    code, test = re.findall(r"\]\((.*?)\)", rows[0])
+    assert code in expected[-1]
+    assert test.startswith("tests/")
 
 
 def test_every_row_names_a_technique():

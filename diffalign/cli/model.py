@@ -124,8 +124,11 @@ def load(model: Model, dtype: str, device: str) -> Any:
         from diffalign.embedded import load as embedded
 
         with checking(OSError):
-            pipe = embedded(model.name)
-            pipe.to(torch.device(device), getattr(torch, dtype))
+            pipe = embedded(model.name)  # float32 on the CPU
+        if dtype != "float32":
+            pipe.to(getattr(torch, dtype))
+        if device != "cpu":
+            pipe.to(device)
     else:
         local = model.kind == "folder"
         with checking(OSError):
