@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+import typer
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from diffalign import cli
 from diffalign.adapters.registry import refusals
 from diffalign.cli import scheduler
 from diffalign.cli.problem import BadInput
@@ -128,6 +130,13 @@ def test_what_only_the_loaded_model_can_tell_stops_before_the_first_step(run, fo
     refused(run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "--size", "15"), "--size", "multiple of 2")
 
 
+def test_a_techniques_own_refusal_stops_before_the_first_step(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffalign.attention.nag.NAG.refuses", lambda self, pipe, row: f"{row.family} is not for me")
+    computed(monkeypatch)
+    refused(run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "-t", "nag"), "NAG", "sd is not for me")
+    refused(run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "-t", "skip-layer-guidance"), "layers=")
+
+
 def test_distilled_model_is_refused_before_the_first_step(run, folder, tmp_path, monkeypatch):
     import diffusers
 
@@ -172,6 +181,15 @@ def test_usage_errors_are_one_line_as_well(program):
         assert len(err.splitlines()) == 1
         assert err.startswith("diffalign: error: ")
     assert "--steps" in program("generate", "--stepz", "4")[2]
+
+
+def test_abort_outside_a_command_is_an_interrupt_too(capsys):
+    def aborted(standalone_mode):
+        raise typer.Abort
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(aborted)
+    assert (ended.value.code, capsys.readouterr().err) == (130, "diffalign: stopped: interrupted\n")
 
 
 def test_methods_and_models_refuse_unknown_names(run):
