@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffalign.embedded.tokens import LENGTH, build_tokenizer, encode
+from diffalign.embedded.tokens import LENGTH, encode, tokenizer_in
 from diffalign.embedded.train_vae import CHANNELS, pixels
 from diffalign.embedded.training import FlatAdam, Log, Team, cosine, launch, load_state, save_state, step_generator, step_seed
 from diffalign.embedded.world import DEFAULT_MIX, World
@@ -219,13 +219,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=12)
     result.add_argument("--batch", type=int, default=16)
     result.add_argument("--rate", type=float, default=1e-3)
-    result.add_argument("--updates", type=int, default=40_000)
-    result.add_argument("--decay-from", type=int, default=28_000, help="update at which the learning rate begins to fall")
-    result.add_argument("--curriculum", type=int, default=12_000, help="update at which the shipped mixture of scenes is reached")
+    result.add_argument("--updates", type=int, default=24_000)
+    result.add_argument("--decay-from", type=int, default=16_000, help="update at which the learning rate begins to fall")
+    result.add_argument("--curriculum", type=int, default=7_000, help="update at which the shipped mixture of scenes is reached")
     result.add_argument("--decay", type=float, default=0.9995, help="of the averaged weights, per update")
     result.add_argument("--window", type=int, default=100, help="updates per log record")
     result.add_argument("--save", type=int, default=600, help="updates between states; a multiple of 8")
-    result.add_argument("--processes", type=int, default=2)
+    result.add_argument("--processes", type=int, default=1)
     result.add_argument("--resume", action="store_true")
     result.add_argument("--export", type=Path, help="write the averaged weights of the saved state to this folder and stop")
     return result
@@ -237,7 +237,7 @@ def main() -> None:
     if options.export is not None:
         export(options.out / STATE.format(rank=0), options.vae, options.out / "tokenizer", options.export)
         return
-    words = build_tokenizer(options.out / "tokenizer")
+    words = tokenizer_in(options.out / "tokenizer")
     parameters = sum(p.numel() for part in build(0, len(words.get_vocab())) for p in part.parameters())
     launch(run, options.processes, parameters, (options,))
 

@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/vae"))
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--updates", type=int, default=3_500)
-    parser.add_argument("--decoder-updates", type=int, default=1_200)
+    parser.add_argument("--decoder-updates", type=int, default=6_000)
     parser.add_argument("--heads", type=float, default=0.1, help="weight of the class and colour heads")
     parser.add_argument("--channels", type=int, default=CHANNELS)
     parser.add_argument("--processes", type=int, default=2)

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from diffalign.embedded import score, train_denoiser, train_vae
 from diffalign.embedded.load import available, load
-from diffalign.embedded.tokens import LENGTH, build_tokenizer, encode, grammar_words
+from diffalign.embedded.tokens import LENGTH, SHIPPED, build_tokenizer, encode, grammar_words, merges, tokenizer_in
 from diffalign.embedded.training import FlatAdam, Team, cosine, load_state, save_state, step_seed
 from diffalign.embedded.world import DEFAULT_MIX, HELD_OUT, World
 from diffalign.eval.geneval import TAGS, prompts
@@ -49,6 +49,22 @@ def test_every_caption_survives_the_tokenizer(tokenizer: CLIPTokenizer) -> None:
 def test_words_outside_the_grammar_fall_back_to_bytes(tokenizer: CLIPTokenizer) -> None:
     assert "xylophone" not in grammar_words()
     assert tokenizer.decode(tokenizer("xylophone")["input_ids"], skip_special_tokens=True) == "xylophone"
+
+
+def test_merges_by_hand() -> None:
+    """cat, car, at: (a, t</w>) and (c, a) tie at two and the first in the alphabet wins; the rest occur once each."""
+    assert merges(["cat", "car", "at"]) == [("a", "t</w>"), ("a", "r</w>"), ("c", "ar</w>"), ("c", "at</w>")]
+
+
+def test_a_tokenizer_is_built_alike_and_never_built_over(tmp_path: Path) -> None:
+    """Word ids are part of the weights: two builds agree, and a folder that has a tokenizer keeps it to the byte."""
+    build_tokenizer(tmp_path / "a")
+    build_tokenizer(tmp_path / "b")
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    tokenizer_in(tmp_path / "a")
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    if SHIPPED.is_dir():
+        assert tokenizer_in(tmp_path / "c").get_vocab() == CLIPTokenizer.from_pretrained(SHIPPED).get_vocab()
 
 
 def test_flat_adam_is_adamw() -> None:
