@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from diffalign.embedded.vocabulary import COLOURS, OBJECTS
 
-__all__ = ["contrast", "patch_truth", "scene_truth"]
+__all__ = ["contrast", "patch_truth", "place_truth", "scene_truth"]
 
 
 def contrast(images: Tensor, texts: Tensor, spoilt: Tensor, scale: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,3 +47,14 @@ def scene_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
     presence[image, kind, colour] = 1
     numbers.index_put_((image, kind), torch.ones_like(kind), accumulate=True)
     return presence, numbers
+
+
+def place_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Truth [B, 4, 6] to the mean centre (x, y) of the objects of each class, from -1 to 1 across the picture, float [B, 80, 2], and which
+    classes are there, bool [B, 80]."""
+    image, row = (truth[..., 0] >= 0).nonzero(as_tuple=True)
+    kind, box = truth[image, row, 0].long(), truth[image, row, 2:]
+    total, number = torch.zeros(len(truth), len(OBJECTS), 2), torch.zeros(len(truth), len(OBJECTS))
+    total.index_put_((image, kind), (box[:, :2] + box[:, 2:]) / 64 - 1, accumulate=True)
+    number.index_put_((image, kind), torch.ones(len(kind)), accumulate=True)
+    return total / number.clamp(min=1)[..., None], number > 0

@@ -17,7 +17,7 @@ from diffalign.embedded import world as w
 from diffalign.embedded.captions import Group, geneval, paraphrase
 from diffalign.embedded.vocabulary import COLOURS, NATIVE, OBJECTS, RELATIONS
 
-__all__ = ["CHANGES", "MIX", "Pair", "Picture", "batch", "pairs"]
+__all__ = ["CHANGES", "FOCUS", "MIX", "Pair", "Picture", "batch", "pairs"]
 
 CHANGES = ("class", "colour", "count", "relation", "binding")
 """What can differ. `class`, `colour` and `count` change one group; `relation` replaces the relation; `binding` exchanges two groups'
@@ -28,6 +28,13 @@ MIX: dict[str, float] = {
     "count_coloured": 0.03, "position_coloured": 0.04, "numbers": 0.04, "three": 0.02,
 }  # fmt: skip
 """Kinds of scene in training; more of those in which a word has to find its object than in `world.DEFAULT_MIX`."""
+
+
+FOCUS: dict[str, float] = {
+    "single": 0.03, "colour": 0.06, "two": 0.06, "count": 0.08, "position": 0.32, "two_coloured": 0.27,
+    "count_coloured": 0.02, "position_coloured": 0.08, "numbers": 0.06, "three": 0.02,
+}  # fmt: skip
+"""The mixture once objects, colours and numbers are known: relation and binding."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,14 @@ class Pair:
     change: str
 
 
-def pairs(seed: int, count: int, mix: dict[str, float] | None = None, plain: float = 0.6) -> Iterator[Pair]:
-    """`count` pairs from a seed; `plain` is the share whose captions are in GenEval's exact grammar."""
+def pairs(seed: int, count: int, mix: dict[str, float] | None = None, plain: float = 0.6, weight: int = 3) -> Iterator[Pair]:
+    """`count` pairs from a seed; `plain` is the share whose captions are in GenEval's exact grammar, `weight` how
+    often a relation or a binding is the change where it can be, against 1 for the class and 2 for colour and number."""
     rng = random.Random(seed)
     kinds, weights = zip(*(mix or MIX).items(), strict=True)
     for _ in range(count):
         groups, relation = w._facts(rng, rng.choices(kinds, weights)[0])
-        change = rng.choice(_possible(groups, relation))
+        change = rng.choice(_possible(groups, relation, weight))
         others, other_relation = _changed(rng, groups, relation, change)
         background = w._background(rng)
         layout = rng.choice(w._related(relation) if relation else w._layouts(_total(groups)))
@@ -74,10 +82,12 @@ def pairs(seed: int, count: int, mix: dict[str, float] | None = None, plain: flo
         yield Pair(first, _picture(others, other_relation, other_layout, background, captions[1]), change)
 
 
-def batch(seed: int, count: int) -> tuple[npt.NDArray[np.uint8], list[str], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+def batch(
+    seed: int, count: int, mix: dict[str, float] | None = None, weight: int = 3
+) -> tuple[npt.NDArray[np.uint8], list[str], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """`count` pairs, first and second pictures alternating: images [2 count, 64, 64, 3], captions, truth [2 count, 4, 6], and a table
     [2 count, 2 count] that is True where two *different* pictures have equal facts (so neither is a negative of the other)."""
-    found = [picture for pair in pairs(seed, count) for picture in (pair.first, pair.second)]
+    found = [picture for pair in pairs(seed, count, mix, weight=weight) for picture in (pair.first, pair.second)]
     keys = [_key(picture) for picture in found]
     same = np.array([[i != j and a == b for j, b in enumerate(keys)] for i, a in enumerate(keys)])
     return np.stack([p.image for p in found]), [p.caption for p in found], np.stack([p.truth for p in found]), same
@@ -93,8 +103,8 @@ def _total(groups: tuple[Group, ...]) -> int:
     return sum(group.count for group in groups)
 
 
-def _possible(groups: tuple[Group, ...], relation: str | None) -> list[str]:
-    """Changes that these facts allow; the more specific ones twice, because every scene allows another class."""
+def _possible(groups: tuple[Group, ...], relation: str | None, weight: int) -> list[str]:
+    """Changes that these facts allow; the more specific ones several times, because every scene allows another class."""
     found = ["class"]
     coloured = groups[0].colour != NATIVE
     if coloured:
@@ -102,9 +112,9 @@ def _possible(groups: tuple[Group, ...], relation: str | None) -> list[str]:
     if max(group.count for group in groups) > 1 or len(groups) == 1:
         found += ["count"] * 2
     if relation:
-        found += ["relation"] * 3
+        found += ["relation"] * weight
     if len(groups) == 2 and (groups[0].colour != groups[1].colour or groups[0].count != groups[1].count):
-        found += ["binding"] * 3
+        found += ["binding"] * weight
     return found
 
 

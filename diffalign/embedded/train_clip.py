@@ -2,7 +2,9 @@
 
 Symmetric InfoNCE (Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv:2103.00020) over
 pairs of scenes that differ in one fact, plus a two-way choice within each pair, plus pictures with one spoilt object as further negatives
-of their captions, plus readers of class and colour on every patch and of objects and numbers on the embedding. Three phases: renderings;
+of their captions, plus readers of class and colour on every patch and of objects and numbers on the embedding. From update `--focus` on
+most pairs differ in a relation or a binding, and the embedding must also tell where each class is: a caption can then hold a relation as
+a difference of places, and a binding as a sum of class-and-colour pairs. Three phases: renderings;
 round trips through the autoencoder of `emoji` and objects spoilt in its latent space; generated pictures with verdicts of the *second*
 judge, ranked within their prompt. The first judge is never used, so that it can measure what this reward is worth.
 """
@@ -23,9 +25,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.embedded.clip import MEAN, STD, build_clip, model_config
-from diffalign.embedded.clip_loss import contrast, patch_truth, scene_truth
+from diffalign.embedded.clip_loss import contrast, patch_truth, place_truth, scene_truth
 from diffalign.embedded.degrade import blurred, corrupt, morph, moved, noisy, round_trip
-from diffalign.embedded.pairs import batch
+from diffalign.embedded.pairs import FOCUS, batch
 from diffalign.embedded.samples import Samples
 from diffalign.embedded.tokens import encode
 from diffalign.embedded.train_judge import load_vae
@@ -51,10 +53,14 @@ class ClipTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed + 1)
             self.patches = nn.Linear(model_config(0)["vision_cfg"]["width"], len(OBJECTS) + 1 + len(COLOURS) + 2)
-        self.modules = nn.ModuleList([self.model, self.heads, self.patches]).train()
-        decayed = [p for p in self.modules.parameters() if p.ndim > 1]
-        other = [p for p in self.modules.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
+            self.places = nn.Linear(model_config(0)["embed_dim"], 2 * len(OBJECTS))
+        self.modules = nn.ModuleList([self.model, self.heads, self.patches, self.places]).train()
+        early = [p for module in self.modules[:3] for p in module.parameters()]
+        groups = [
+            {"params": [p for p in early if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in early if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": list(self.places.parameters()), "weight_decay": 0.05},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), fused=True)
         self.tokens: list[Tensor] = []
         self.model.visual.transformer.register_forward_hook(lambda _, __, output: self.tokens.append(output))
@@ -66,11 +72,17 @@ class ClipTrainer:
         """0, 1 or 2."""
         return sum(self.done >= end for end in self.ends[:2])
 
+    @property
+    def focused(self) -> bool:
+        """Whether relations and bindings are in focus."""
+        return bool(self.done >= self.options.focus)
+
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Pictures [2P + C, 3, 64, 64], token ids [2P, 24], truth of the first 2P float [2P, 4, 6], the table of equal facts [2P, 2P], and
         the caption of each spoilt picture (index [C])."""
         seed, rng = self.options.seed, step_generator(self.options.seed, 0, self.done)
-        arrays, captions, rows, same = batch(step_seed(seed, 0, self.done), self.options.pairs)
+        mixture = (FOCUS, 10) if self.focused else (None, 3)
+        arrays, captions, rows, same = batch(step_seed(seed, 0, self.done), self.options.pairs, *mixture)
         clean, truth = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(rows)
         chosen = torch.randperm(len(clean), generator=rng)[: self.options.spoilt]
         spoilt, _ = corrupt(clean[chosen], truth[chosen], rng, share=1.0)
@@ -121,6 +133,10 @@ class ClipTrainer:
         asked = present | absent
         counts = F.cross_entropy(counted[asked], numbers[asked])
         parts = {"contrast": both, "choice": choice, "patches": 0.5 * dense, "objects": 0.1 * listed, "numbers": 0.3 * counts}
+        if self.focused:
+            parts["objects"] = 0.5 * listed
+            where, there = place_truth(truth)
+            parts["places"] = 4 * (self.places(embedding[:size]).view(size, -1, 2) - where)[there].square().mean()
         if self.phase == 2:
             parts["ranking"] = self.ranking(scale)
         return parts
@@ -205,12 +221,12 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def run(options: argparse.Namespace, vae: Any | None, samples: Any | None) -> None:
-    """Train to the end of the third phase; a state every 200 updates."""
+    """Train to the end of the third phase; a state every `options.save` updates."""
     trainer, seconds = ClipTrainer(options, _tokenizer(options.tokenizer).get_vocab(), vae, samples), 0.0
     if options.resume and (state := load_state(options.out / STATE)) is not None:
         trainer.load(state["trainer"])
         seconds = state["seconds"]
-    names = ("seed", "pairs", "spoilt", "updates", "vae_updates", "sample_updates")
+    names = ("seed", "pairs", "spoilt", "focus", "updates", "vae_updates", "sample_updates")
     header = {"model": "emoji-clip", "start": trainer.done} | {key: getattr(options, key) for key in names}
     log = Log(options.out / "log.jsonl", header, seconds)
     window: list[dict[str, float]] = []
@@ -220,7 +236,7 @@ def run(options: argparse.Namespace, vae: Any | None, samples: Any | None) -> No
             means = {key: round(float(np.mean([entry[key] for entry in window if key in entry])), 5) for key in window[-1]}
             log.write({"updates": trainer.done, "samples": trainer.done * (2 * options.pairs + options.spoilt)} | means)
             window = []
-        if trainer.done % 200 == 0 or trainer.done == trainer.ends[-1]:
+        if trainer.done % options.save == 0 or trainer.done == trainer.ends[-1]:
             save_state(options.out / STATE, {"trainer": trainer.state(), "seconds": log.seconds})
 
 
@@ -237,6 +253,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--updates", type=int, default=3_000, help="updates of phase one")
     result.add_argument("--vae-updates", type=int, default=0)
     result.add_argument("--sample-updates", type=int, default=0)
+    result.add_argument("--focus", type=int, default=1_850, help="update from which relations and bindings are in focus")
+    result.add_argument("--save", type=int, default=50, help="updates between states")
     result.add_argument("--resume", action="store_true")
     result.add_argument("--export", type=Path, help="write the saved state to this folder and stop")
     return result

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import binom
 
 from diffalign.embedded.captions import words
-from diffalign.embedded.clip_loss import contrast, patch_truth, scene_truth
+from diffalign.embedded.clip_loss import contrast, patch_truth, place_truth, scene_truth
 from diffalign.embedded.clip_report import auc, choice_figures, within_prompt
 from diffalign.embedded.load import FOLDER, available, load
 from diffalign.embedded.pairs import CHANGES, Pair, batch, pairs
@@ -128,6 +128,10 @@ def test_targets_by_hand() -> None:
     assert numbers[0, 5] == 2
     assert numbers.sum() == 2
     assert presence[0, 5].nonzero().flatten().tolist() == [2, 10]
+    where, there = place_truth(truth)
+    # Centres (16, 20) and (52, 4), mean (34, 12), from -1 to 1 across 64 pixels.
+    assert where[0, 5].tolist() == pytest.approx([34 / 32 - 1, 12 / 32 - 1])
+    assert there.nonzero().tolist() == [[0, 5]]
 
 
 def test_area_under_the_curve_by_hand() -> None:
@@ -156,6 +160,7 @@ def test_training_prompts_are_not_official_and_all_words_are_known(tmp_path: Pat
 
 def options(**changes: int) -> object:
     found = parser().parse_args(["--out", "unused", "--tokenizer", "unused", "--pairs", "2", "--spoilt", "2", "--updates", "100"])
+    found.focus = 2  # the last step of the test is in focus
     for key, value in changes.items():
         setattr(found, key, value)
     return found
