@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import diffalign as da
 from diffalign.adapters import swap
 from diffalign.attention import AttentionTechnique
+from diffalign.core.registry import make, methods
 from diffalign.guidance import IntervalCFG
 from diffalign.testing.final import final
 from diffalign.testing.lockstep import paper, walk
@@ -164,6 +165,27 @@ def test_another_thread_that_shares_the_model_never_notices():
     run(pipe, SD, nag(), da.PLADIS())
     handle.remove()
     assert torch.equal(results[0], native)
+
+
+OPTIONS = {"skip-layer-guidance": {"scale": 3.0, "layers": ("down_blocks.0*",), "start": 0.0, "stop": 0.5}, "cfg-plus-plus": {}}
+# linear-ag needs a fitted policy, dynamic-cfg judges
+GUIDANCES = [name for name, cls in methods().items() if cls.kind == "guidance" and name not in ("linear-ag", "dynamic-cfg")]
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_every_guidance(name):
+    """Each guidance with NAG and PLADIS: all layers act, the rows are the guidance's own, and NAG makes a difference."""
+    flow = name == "cfg-zero-star"
+    model = SD3 if flow else SD
+    technique = make(name, OPTIONS.get(name, {"scale": 3.0}))
+    pipe = tiny_pipeline(model)
+    plain, alone = run(pipe, model, technique, num_inference_steps=4)
+    got, report = run(pipe, model, technique, nag(), da.PLADIS(), num_inference_steps=4)
+    assert torch.isfinite(got).all()
+    assert not torch.equal(got, plain)
+    assert all(acting == selected > 0 for acting, selected in report().layers.values() if selected)
+    if name != "adaptive-guidance":  # whose decision depends on the predictions
+        assert report().rows == alone().rows
 
 
 @pytest.mark.parametrize("guidance", [da.CFG(3.0), da.CFG(1.0)], ids=["CFG", "off"])

@@ -24,7 +24,7 @@ def rows():
 
 
 def guidances():
-    return {name for name in BUILTIN if methods()[name].kind == "guidance"}
+    return {name for name in BUILTIN if methods()[name].kind in ("guidance", "attention")}
 
 
 def test_every_guidance_has_a_row_and_every_row_a_guidance():
