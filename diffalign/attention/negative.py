@@ -88,6 +88,8 @@ class NegativeStream:
         """Which image each row belongs to."""
         everything = range(self.run.batch)
         images = [i for p in evaluation.passes for i in (everything if p.rows is None else p.rows)]
+        if len(images) != len(evaluation.conditioned):  # compiled and cached models run whole branches
+            images = [i for _ in evaluation.passes for i in everything]
         if len(images) != len(evaluation.conditioned):
             raise UnsupportedModel(f"NAG expected {len(images)} rows at the denoiser; got {len(evaluation.conditioned)}.")
         return images

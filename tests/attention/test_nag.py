@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import torch
 import diffalign as da
 from diffalign.adapters.encode import ENCODERS
 from diffalign.adapters.registry import ROWS, row_of
+from diffalign.core import COND, UNCOND
 from diffalign.core.registry import from_config, parse, to_config
+from diffalign.guidance import Guidance
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -186,6 +189,36 @@ def test_several_images_per_prompt_take_their_prompts_negative():
     assert seen[0].shape[:2] == (8, 154)
     for row, text in zip(seen[0][4:, 77:], (blue, blue, red, red)):
         assert torch.equal(row, text)
+
+
+@dataclass(frozen=True, slots=True)
+class SecondImageOnly(Guidance[None]):
+    """Guides one of two images."""
+
+    def passes(self, step, state):
+        return (COND, replace(UNCOND, rows=(1,)))
+
+    def combine(self, preds, step, state):
+        guided = preds[COND].clone()
+        guided[1] = step.mix(preds[COND][1:], preds[UNCOND], 3.0)[0]
+        return guided, state
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["rows that are asked for", "whole branches of a compiled model"])
+def test_each_row_gets_its_images_negative(monkeypatch, whole):
+    pipe = tiny_pipeline(SD, text=True)
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].clone()), with_kwargs=True
+    )
+    if whole:
+        monkeypatch.setattr("diffalign.adapters.run.fixed_rows", lambda module: True)
+    with da.apply(pipe, SecondImageOnly(), nag(negative_prompt=("blue", "red"))):
+        final(pipe, tiny_inputs(SD, text=True, batch=2, steps=1))
+    handle.remove()
+    blue, red = ENCODERS["sd"](pipe, ["blue", "red"])["encoder_hidden_states"]
+    expected = torch.stack([blue, red, blue, red] if whole else [red, blue, red])  # unconditional rows first
+    assert torch.equal(seen[0][:, 77:], expected)
 
 
 def test_no_text_encoder_and_no_embeddings_is_an_error():
