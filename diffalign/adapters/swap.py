@@ -89,6 +89,12 @@ def _handler_of(obj: Any) -> Handler | None:
     return _HANDLERS.get().get(id(obj))
 
 
+def in_place(handlers: Mapping[Any, tuple[str, Handler]]) -> bool:
+    """Whether these very handlers are active in this context."""
+    active = _HANDLERS.get()
+    return all(active.get(id(obj)) is handler for obj, (_, handler) in handlers.items())
+
+
 @contextmanager
 def intercepted(handlers: Mapping[Any, tuple[str, Handler]], opaque: bool = False) -> Iterator[None]:
     """Within the block and this context only, calls of ``method`` on each object go to its handler."""
