@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from diffalign.adapters.cache import empty_cache
 from diffalign.adapters.run import Denoise, Evaluation, Run
-from diffalign.adapters.swap import Handler, intercepted
+from diffalign.adapters.swap import Handler, in_place, intercepted
 from diffalign.core import UnsupportedModel
 from diffalign.core.errors import nearest
 
@@ -112,11 +112,8 @@ class Attachment:
             if active:
                 frame = replace(frame, spans=spans_of(self.run.row, module, kwargs))
             self._reset_cache(name, module, frame)
-            self.frame = frame
-            try:
+            with self._at(frame):
                 output = inner(evaluation, kwargs)
-            finally:
-                self.frame = None
             for stream in reversed(opened):
                 output = stream.close(output, frame)
             return output
@@ -182,14 +179,20 @@ class Attachment:
         frame = self.frame
 
         def again(*given: Any, **named: Any) -> Any:
-            before, self.frame = self.frame, frame
-            try:
-                with intercepted(self.handlers, self.compiled):
-                    return block(*given, **named)
-            finally:
-                self.frame = before
+            with self._at(frame):
+                return block(*given, **named)
 
         return checkpoint(again, *args, **kwargs)
+
+    @contextmanager
+    def _at(self, frame: Frame | None) -> Iterator[None]:
+        """Within one denoiser call, or a part of it that is recomputed, also in another thread or after the run."""
+        before, self.frame = self.frame, frame
+        try:
+            with nullcontext() if in_place(self.handlers) else intercepted(self.handlers, self.compiled):
+                yield
+        finally:
+            self.frame = before
 
 
 def _is_compiled(denoiser: Any) -> bool:

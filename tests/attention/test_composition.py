@@ -15,9 +15,11 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import diffalign as da
 from diffalign.adapters import swap
+from diffalign.adapters.run import Run
 from diffalign.attention import AttentionTechnique
 from diffalign.core.registry import make, methods
 from diffalign.guidance import IntervalCFG
@@ -426,34 +428,51 @@ def test_hooks_of_offloading_stay_inside():
     assert report().layers == {"NAG": (2, 2), "PLADIS": (2, 2)}
 
 
+def text_gradient(name, prepare=lambda pipe: None):
+    """Gradient of a loss in the prompt's embeddings; the backward pass runs in another thread, after the session."""
+    pipe = tiny_pipeline(name)
+    model_of(pipe).requires_grad_(False)
+    prepare(pipe)
+    inputs = tiny_inputs(name, steps=2)
+    text = inputs["prompt_embeds"]
+    for item in text if isinstance(text, list) else [text]:
+        item.requires_grad_()
+    base = type(pipe)
+    pipe.__class__ = type(base.__name__, (base,), {"__call__": base.__call__.__wrapped__})  # without its no_grad
+    with da.apply(pipe, nag(), da.PLADIS()) as session, torch.enable_grad():
+        result = pipe(**inputs)[0]
+    held = [m._gradient_checkpointing_func for m in model_of(pipe).modules() if "_gradient_checkpointing_func" in vars(m)]
+    assert not any(isinstance(func, functools.partial) for func in held)
+    worker = threading.Thread(target=result.square().mean().backward)
+    worker.start()
+    worker.join()
+    return (text[0] if isinstance(text, list) else text).grad, session.report().rows
+
+
 @pytest.mark.parametrize("name", [SD, SD3, FLUX, WAN, QWEN, "Lumina2Pipeline", "ZImagePipeline"])
-def test_gradient_checkpointing_recomputes_under_the_techniques(name):
-    """The backward pass may run in another thread, after the session: the gradient is that without checkpoints, bit for bit."""
+def test_recomputed_under_the_techniques(monkeypatch, name):
+    """Blocks by the model's gradient checkpointing, or whole denoiser calls: the gradient is that without, bit for bit."""
 
-    def gradient(checkpoints):
-        pipe = tiny_pipeline(name)
-        model = model_of(pipe).requires_grad_(False)
-        if checkpoints:
-            model.enable_gradient_checkpointing()
-            model.train()
-        inputs = tiny_inputs(name, steps=2)
-        text = inputs["prompt_embeds"]
-        for item in text if isinstance(text, list) else [text]:
-            item.requires_grad_()
-        base = type(pipe)
-        pipe.__class__ = type(base.__name__, (base,), {"__call__": base.__call__.__wrapped__})  # without its no_grad
-        with da.apply(pipe, nag(), da.PLADIS()), torch.enable_grad():
-            result = pipe(**inputs)[0]
-        held = [m._gradient_checkpointing_func for m in model.modules() if "_gradient_checkpointing_func" in vars(m)]
-        assert not any(isinstance(func, functools.partial) for func in held)
-        worker = threading.Thread(target=result.square().mean().backward)
-        worker.start()
-        worker.join()
-        return (text[0] if isinstance(text, list) else text).grad
+    def enable(pipe):
+        model_of(pipe).enable_gradient_checkpointing()
+        model_of(pipe).train()
 
-    kept, recomputed = gradient(False), gradient(True)
+    (kept, rows), (recomputed, _) = text_gradient(name), text_gradient(name, enable)
     assert kept.abs().max() > 0
     assert torch.equal(kept, recomputed)
+    made = Run.__init__
+
+    def with_checkpoint(self, *args, **kwargs):
+        def around(inner):
+            return lambda evaluation, given: checkpoint(inner, evaluation, given, use_reentrant=False)
+
+        made(self, *args, **kwargs)
+        self.middleware.append(around)
+
+    monkeypatch.setattr(Run, "__init__", with_checkpoint)
+    whole, counted = text_gradient(name)
+    assert torch.equal(kept, whole)
+    assert counted == rows
 
 
 @pytest.mark.slow
