@@ -30,6 +30,16 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def _same_attention_backend():
+    """``model.set_attention_backend`` changes a setting of the whole process; the next test starts from the usual one."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    before = registry._active_backend
+    yield
+    registry._active_backend = before
+
+
+@pytest.fixture(autouse=True)
 def _no_network(request, monkeypatch):
     """Connecting anywhere but to this machine is an error, except in tests marked hub."""
     if request.node.get_closest_marker("hub"):

@@ -11,7 +11,7 @@ from .model import Model, check_technique, find, load
 from .options import Options, read_device, read_numbers, read_prompts, read_size, writable
 from .problem import BadInput, checking
 
-EMBEDDED = {"emoji": {"steps": 20, "scale": 4.0}}
+EMBEDDED = {"emoji": {"steps": 20, "scale": 1.5}}
 """What ``--steps`` and ``--scale`` are for an embedded model when they are left out."""
 
 
