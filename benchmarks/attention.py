@@ -29,7 +29,7 @@ def negation(
     pipe: Any, judge: Any, name: str, techniques: tuple[Any, ...], scale: float, cfg_negative: bool, options: Any, bar: Progress
 ) -> dict[str, Any]:
     """One row: shares over all two-object prompts x 2 seeds; resumable by prompt."""
-    path = Path(options.runs_folder) / fingerprint(pipe) / f"{name}.jsonl".replace(" ", "-")
+    path = Path(options.runs_folder) / fingerprint(pipe.unet) / f"{name}.jsonl".replace(" ", "-")
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {r["prompt_id"]: r for r in read_lines(path)}
     ids = [n for n, item in enumerate(prompts()) if item["tag"] == "two_object"]

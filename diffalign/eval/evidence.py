@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,8 @@ def measure(
         "samples": samples,
         "batch": batch,
         "scheduler": type(pipe.scheduler).__name__,
-        "model": fingerprint(pipe),
+        "model": fingerprint(getattr(pipe, "unet", None) or pipe.transformer),
+        "judge": [fingerprint(judge.net) if hasattr(judge, "net") else type(judge).__name__, asdict(judge.thresholds)],
     }
     manifest = folder / "manifest.json"
     settings = json.loads(json.dumps(settings))
@@ -222,13 +223,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def fingerprint(pipe: Any) -> str:
-    """Short hash of the denoiser's weights, so that records of another model are never mixed in."""
+def fingerprint(network: Any) -> str:
+    """Short hash of a network's weights, so that records of another model or judge are never mixed in."""
     import torch
 
     digest = hashlib.sha256()
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    for name, tensor in sorted(denoiser.state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
