@@ -40,8 +40,8 @@ check: lint
 	$(PY) -m pytest -m "not slow" $(WORKERS)
 
 bench: $(READY)
-	$(PY) -m pytest -m "not slow"
-	$(PY) benchmarks/overhead.py
+	$(PY) -m pytest -m "not slow" $(WORKERS)
+	$(PY) benchmarks/overhead.py --compile
 
 # Hours: autoencoder, denoiser, judges, reward; each stage resumes what an earlier run left in runs/.
 embedded: $(READY)
