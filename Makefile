@@ -6,13 +6,14 @@ WORKERS ?= -n 2 --dist worksteal
 READY := $(VENV)/.ready
 TORCH := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 
-.PHONY: demo test check lint bench embedded help
+.PHONY: demo test check lint bench app embedded help
 
 help:
 	@echo "make demo      images of six GenEval prompts on the embedded model, plain guidance beside AdaptiveGuidance (outputs/demo)"
 	@echo "make test      the whole test suite"
 	@echo "make check     format, lint, types, README, and the tests that are not slow"
 	@echo "make bench     benchmarks, after the quick tests"
+	@echo "make app       the demo in a browser"
 	@echo "make embedded  train the embedded models again (hours)"
 
 # The tested versions; where this platform lacks them, and not in CI, the newest that pyproject.toml allows.
@@ -27,6 +28,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(PY) -m diffalign.cli.demo
+
+app: $(READY)
+	$(PY) app/app.py
 
 test: $(READY)
 	$(PY) -m pytest --fail-on-skip $(WORKERS)

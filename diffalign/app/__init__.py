@@ -1,0 +1,1 @@
+"""The demo in a browser; needs the extra ``app`` (gradio)."""

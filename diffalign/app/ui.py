@@ -1,0 +1,125 @@
+"""The demo in a browser: one prompt, the plain pipeline beside the same pipeline with techniques. Controls come from the registry.
+
+It holds no algorithm: techniques are the registry's, numbers are the session's report, the sheet is ``compare``'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import MISSING, fields
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from diffalign import apply, load, methods, supports
+from diffalign.core.registry import make, parse
+from diffalign.eval.geneval import Detection, parse_prompt, verdict
+from diffalign.eval.sheet import Cell, contact_sheet
+
+EXAMPLES = [
+    "a photo of a red apple and a green clock",
+    "a photo of three dogs",
+    "a photo of a bear above a pizza",
+    "a photo of a purple train",
+]
+
+
+class Demo:
+    """One embedded model with its judge. ``draw`` is the only action: two runs on the same noise, one after the other."""
+
+    def __init__(self, name: str = "emoji") -> None:
+        self.pipe, self.judge = load(name), load(f"{name}-judge")
+        self.name = name
+        ready = {n for n, c in methods().items() if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(c))}
+        self.choices = [row.name for row in supports(self.pipe) if row.works and row.name in ready]  # not those that need a file
+        self._busy = threading.Lock()
+
+    def techniques(self, names: list[str], text: str) -> tuple[Any, ...]:
+        """The chosen names with default options, or ``text`` in the command line's form, which wins."""
+        return parse(text.strip()) if text.strip() else tuple(make(name, {}) for name in names)
+
+    def draw(
+        self, prompt: str, names: list[str], text: str, scale: float, steps: float, seed: float, progress: Any = None
+    ) -> tuple[Image.Image, str, Image.Image | None]:
+        """Sheet, report and plot. Raises ``gr.Error`` with one line for bad input."""
+        if not prompt.strip():
+            raise gr.Error("The prompt is empty. Say what to draw, e.g. 'a photo of three dogs'.")
+        try:
+            columns = {f"CFG {scale:g}": (), " + ".join(names) if not text.strip() else text.strip(): self.techniques(names, text)}
+            with self._busy:
+                drawn = {name: self._run(prompt, tools, scale, int(steps), int(seed), progress) for name, tools in columns.items()}
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+        cells = [[cell for cell, _ in drawn.values()]]
+        sheet = contact_sheet(
+            cells, rows=[prompt], columns=list(drawn), title="", footer=f"{self.name}, {int(steps)} steps, seed {int(seed)}"
+        )
+        report = list(drawn.values())[-1][1]
+        plot = report.plot() if any(value is not None for value in report.scale) else None
+        return sheet, str(report), plot
+
+    def _run(self, prompt: str, tools: tuple[Any, ...], scale: float, steps: int, seed: int, progress: Any) -> tuple[Cell, Any]:
+        def tick(pipe: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if progress is not None:
+                progress((index + 1, steps), desc="plain" if not tools else "with techniques")
+            return values
+
+        with apply(self.pipe, *tools) as session:
+            image = self.pipe(
+                prompt,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                generator=torch.Generator().manual_seed(seed),
+                callback_on_step_end=tick,
+                output_type="pt",
+            ).images
+        report = session.report()
+        found: list[Detection] = self.judge.detect(image)[0]
+        metadata = parse_prompt(prompt)
+        said = verdict(metadata, found, self.judge.thresholds) if metadata else None
+        picture = Image.fromarray((image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
+        caption = f"{report.nfe:g} evaluations, {report.seconds:.1f} s" + (f"\n{said.reason}" if said and said.reason else "")
+        return Cell(picture, caption, said.correct if said else None), report
+
+
+def build(demo: Demo) -> gr.Blocks:
+    """The page. ``launch`` it, or mount it."""
+
+    def act(
+        prompt: str,
+        names: list[str],
+        text: str,
+        scale: float,
+        steps: float,
+        seed: float,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> Any:
+        return demo.draw(prompt, names, text, scale, steps, seed, progress)
+
+    page: gr.Blocks = gr.Blocks(title="diffalign", analytics_enabled=False)
+    with page:
+        gr.Markdown(
+            "# diffalign\nThe same noise, drawn by the plain pipeline and with techniques around it. Switching off leaves nothing behind."
+        )
+        with gr.Row():
+            with gr.Column(scale=2):
+                prompt = gr.Textbox(EXAMPLES[0], label="Prompt")
+                names = gr.Dropdown(
+                    demo.choices, value=["adaptive-guidance"], multiselect=True, label="Techniques, with their default options"
+                )
+                text = gr.Textbox(label="Or in the command line's form", placeholder="interval-cfg:start=0.1,stop=0.8+pladis")
+                with gr.Row():
+                    scale = gr.Slider(1.0, 10.0, value=1.5, step=0.1, label="Guidance scale")
+                    steps = gr.Slider(2, 50, value=20, step=1, label="Steps")
+                    seed = gr.Number(0, precision=0, label="Seed")
+                button = gr.Button("Draw", variant="primary")
+                gr.Examples(EXAMPLES, prompt)
+            with gr.Column(scale=3):
+                sheet = gr.Image(label="Same noise", type="pil", format="png")
+                report = gr.Textbox(label="What it did and what it cost", lines=10)
+                plot = gr.Image(label="Effective scale and agreement of the branches", type="pil", format="png")
+        inputs = [prompt, names, text, scale, steps, seed]
+        gr.on([button.click, prompt.submit], act, inputs, [sheet, report, plot], concurrency_limit=1)
+    return page
