@@ -1,7 +1,7 @@
 """`emoji-clip`: an open_clip dual encoder of 64 x 64 scenes and captions.
 
 The folder is one that open_clip loads by itself (`open_clip.create_model("local-dir:FOLDER")`, `open_clip.get_tokenizer` likewise); the
-extra file `heads.safetensors` holds linear readers of objects, colours and numbers from the same image embedding. 2.8 M parameters.
+extra file `heads.safetensors` holds linear readers of objects, colours and numbers from the same image embedding. 3.1 M parameters.
 """
 
 from __future__ import annotations
@@ -110,6 +110,6 @@ def load_clip(folder: Path) -> Clip:
 
     with torch.random.fork_rng(devices=[]):
         model = open_clip.create_model(f"local-dir:{folder}", precision="fp32")
-    heads = Heads(model.text_projection.shape[-1])
+        heads = Heads(model.text_projection.shape[-1])
     heads.load_state_dict({name: value.float() for name, value in load_file(folder / "heads.safetensors").items()})
     return Clip(model, open_clip.get_tokenizer(f"local-dir:{folder}"), heads)

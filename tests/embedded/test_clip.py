@@ -15,7 +15,7 @@ from scipy.stats import binom
 from diffalign.embedded.captions import words
 from diffalign.embedded.clip_loss import contrast, patch_truth, place_truth, scene_truth
 from diffalign.embedded.clip_report import auc, choice_figures, within_prompt
-from diffalign.embedded.load import FOLDER, available, load
+from diffalign.embedded.load import FOLDER, load
 from diffalign.embedded.pairs import CHANGES, Pair, batch, pairs
 from diffalign.embedded.samples import Samples, official_prompts, training_prompts
 from diffalign.embedded.tokens import encode, grammar_words
@@ -24,9 +24,7 @@ from diffalign.embedded.vocabulary import COLOURS, NATIVE, OBJECTS
 from diffalign.embedded.world import DEFAULT_MIX
 from diffalign.eval.geneval import prompts
 
-SHIPPED = "emoji-clip" in {model.name for model in available()}
 VOCAB = {"<s>": 0, "<e>": 1} | {f"{word}</w>": 2 + i for i, word in enumerate(grammar_words())}
-shipped = pytest.mark.skipif(not SHIPPED, reason="the model is not on board yet")
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +199,6 @@ def test_later_phases_ask_for_what_they_need() -> None:
         ClipTrainer(options(updates=0, vae_updates=1), VOCAB).step()  # type: ignore[arg-type]
 
 
-@shipped
 def test_open_clip_loads_the_folder_without_our_code() -> None:
     import open_clip
 
@@ -220,7 +217,6 @@ def test_open_clip_loads_the_folder_without_our_code() -> None:
     assert tuple(preprocess.transforms[-1].mean) == (0.5, 0.5, 0.5)
 
 
-@shipped
 def test_the_true_caption_beats_its_hard_negative() -> None:
     clip = load("emoji-clip")
     for change, bar in [("all", 0.75), *((change, 0.65) for change in CHANGES)]:
@@ -232,7 +228,6 @@ def test_the_true_caption_beats_its_hard_negative() -> None:
         assert round(share * count) >= binom.ppf(1e-4, count, bar), change
 
 
-@shipped
 def test_similarity_takes_any_size_and_its_heads_know_the_scene() -> None:
     clip = load("emoji-clip")
     pictures = [pair.first for pair in pairs(1_000_300, 64)]
@@ -252,7 +247,6 @@ def test_similarity_takes_any_size_and_its_heads_know_the_scene() -> None:
         clip.similarity(images, captions[:3])
 
 
-@shipped
 def test_within_prompt_figures_skip_prompts_with_one_verdict() -> None:
     clip = load("emoji-clip")
     pictures = [pair.first for pair in pairs(1_000_350, 8)]
@@ -263,7 +257,6 @@ def test_within_prompt_figures_skip_prompts_with_one_verdict() -> None:
     assert figures == {"auc": 1.0, "prompts": 1}
 
 
-@shipped
 def test_the_first_logged_losses_are_reproduced() -> None:
     folder = FOLDER / "emoji-clip"
     header, *records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[:3]]

@@ -15,13 +15,13 @@ from diffalign.embedded.degrade import blurred, corrupt, moved, noisy
 from diffalign.embedded.judge import Judge, JudgeNet, Maps
 from diffalign.embedded.judge_loss import focal, heat_targets, judge_loss
 from diffalign.embedded.judge_report import detection_figures, overlap, verdict_figures
-from diffalign.embedded.load import FOLDER, available, load
+from diffalign.embedded.load import FOLDER, load
 from diffalign.embedded.train_judge import JudgeTrainer, parser
 from diffalign.embedded.vocabulary import COLOURS, OBJECTS
 from diffalign.embedded.world import World
 from diffalign.eval.geneval import Detection, Thresholds
 
-JUDGES = [name for name in ("emoji-judge", "emoji-judge-audit") if name in {model.name for model in available()}]
+JUDGES = ("emoji-judge", "emoji-judge-audit")
 
 
 @pytest.fixture(autouse=True)
