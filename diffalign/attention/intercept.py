@@ -105,17 +105,21 @@ def cut(x: Tensor, parts: Parts, axis: int = 2) -> Tensor:
 
 def take(x: Tensor, rows: Rows) -> Tensor:
     """``rows`` of the first axis; neighbouring rows stay a view."""
-    first, count = rows[0], len(rows)
-    if list(rows) == list(range(first, first + count)):
-        return x[first : first + count]
+    if _neighbours(rows):
+        return x[rows[0] : rows[-1] + 1]
     return x[torch.tensor(rows, device=x.device)]
 
 
 def put(x: Tensor, rows: Rows, value: Tensor) -> Tensor:
     """A copy of ``x`` with ``rows`` of the first axis replaced; ``value`` itself when those are all rows in order."""
-    if list(rows) == list(range(x.shape[0])):
-        return value
+    if _neighbours(rows):  # without an index, which would have to travel to the device
+        pieces = [piece for piece in (x[: rows[0]], value, x[rows[-1] + 1 :]) if len(piece)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return x.index_copy(0, torch.tensor(rows, device=x.device), value)
+
+
+def _neighbours(rows: Rows) -> bool:
+    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
 
 
 def together(*parts: slice) -> tuple[list[slice], list[slice]]:

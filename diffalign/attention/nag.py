@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
-
 from diffalign.core import Context, Site, Tensor, Windowed
 from diffalign.core.checks import check_choice, check_range, check_scale
 from diffalign.kernels.nag import NagCall, choose
 
+from . import two_texts
 from .base import AttentionTechnique, check_layers, matches
-from .intercept import cut, put, take, together
 from .negative import NegativeStream, refusal
 from .presets import preset
 
@@ -104,62 +103,13 @@ class NAG(Windowed, AttentionTechnique):
         return NegativeStream(self, run)
 
     def __call__(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        if site.twins:
-            return self._twins(attend, q, k, v, site)
+        guide = functools.partial(self._guide, attend) if self.selects(site) else None
+        if site.twins:  # in the double blocks the published layout has one image stream
+            one_image = not self.share_image and not site.layer.startswith("single_")
+            return two_texts.twins(attend, q, k, v, site, guide, one_image)
         if site.negative is None:
             return attend(q, k, v)
-        rows = [row for row, conditioned in enumerate(site.conditioned) if conditioned]
-        assert site.text is not None
-        assert site.image is not None
-        if site.kind == "cross":
-            positive = replace(site, text=slice(0, site.text.stop - site.text.start), negative=None)
-            z = attend.narrow(positive, keys=[site.text])(q, cut(k, [site.text]), cut(v, [site.text]))
-            if not self.selects(site):
-                return z
-            away = self._negative(attend, q, k, v, site, rows, None, [site.negative])
-            return put(z, rows, self._guide(attend, take(z, rows), away))
-        kept, (text, image) = together(site.text, site.image)
-        positive = replace(site, text=text, image=image, negative=None)
-        z = attend.narrow(positive, None, kept, kept)(cut(q, kept), cut(k, kept), cut(v, kept))
-        other, (negative, _) = together(site.negative, site.image)
-        away = self._negative(attend, q, k, v, site, rows, other, other)
-        guided = cut(z, [image])
-        if self.selects(site):
-            guided = put(guided, rows, self._guide(attend, take(guided, rows), cut(away, [together(site.negative, site.image)[1][1]])))
-        stream = cut(away, [negative])
-        if len(rows) < len(site.conditioned):  # rows of the unconditional branch have a negative stream that nobody reads
-            stream = put(z.new_zeros((z.shape[0], *stream.shape[1:])), rows, stream)
-        pieces = {site.text.start: cut(z, [text]), site.negative.start: stream, site.image.start: guided}
-        return torch.cat([pieces[start] for start in sorted(pieces)], 2)
-
-    def _negative(
-        self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, rows: list[int], queries: list[slice] | None, keys: list[slice]
-    ) -> Tensor:
-        """Attention of the guided rows over the negative text (and the image, where ``keys`` has it)."""
-        assert site.negative is not None
-        if queries is None:
-            text, image = slice(0, site.negative.stop - site.negative.start), site.image
-        else:
-            assert site.image is not None
-            text, image = together(site.negative, site.image)[1]
-        part = replace(site, text=text, image=image, negative=None, conditioned=(True,) * len(rows))
-        asked = take(q, rows) if queries is None else cut(take(q, rows), queries)
-        return attend.narrow(part, rows, queries, keys)(asked, cut(take(k, rows), keys), cut(take(v, rows), keys))
-
-    def _twins(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Two rows in lock-step: the guided image tokens are written to both."""
-        spans = [site.image or site.spans[row][1] for row in range(q.shape[0])]  # type: ignore[index]
-        if not self.share_image and not site.layer.startswith("single_"):  # here the published layout has one image stream
-            q, k, v = (_copy_image(x, site.twins, spans) for x in (q, k, v))
-        z = attend.narrow(replace(site, twins=()))(q, k, v)
-        first = torch.stack([z[row, :, spans[row]] for row, _ in site.twins])
-        if self.selects(site):
-            first = self._guide(attend, first, torch.stack([z[twin, :, spans[twin]] for _, twin in site.twins]))
-        z = z.clone()
-        for guided, pair in zip(first, site.twins):
-            for row in pair:
-                z[row, :, spans[row]] = guided
-        return z
+        return (two_texts.cross if site.kind == "cross" else two_texts.joint)(attend, q, k, v, site, guide)
 
     def _guide(self, attend: Attend, z: Tensor, away: Tensor) -> Tensor:
         """Eq. 7-10 on image tokens [B, A, N, D], one norm per token over all heads."""
@@ -170,10 +120,3 @@ class NAG(Windowed, AttentionTechnique):
         call: NagCall = attend.kernel("NAG", (flat.device, flat.dtype, flat.shape[-1]), lambda: choose(flat))
         guided = call(flat, other, scale=self.scale, tau=self.tau, alpha=self.alpha, norm=self.norm)
         return guided.reshape(z.shape[0], z.shape[2], z.shape[1], z.shape[3]).transpose(1, 2)
-
-
-def _copy_image(x: Tensor, twins: Sequence[tuple[int, int]], spans: Sequence[slice]) -> Tensor:
-    x = x.clone()
-    for row, twin in twins:
-        x[twin, :, spans[twin]] = x[row, :, spans[row]]
-    return x

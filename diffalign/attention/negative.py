@@ -43,6 +43,7 @@ class NegativeStream:
     def __init__(self, nag: NAG, run: Run) -> None:
         self.run, self.nag = run, nag
         self.argument = run.row.text[0]
+        self.made: dict[Any, Tensor] = {}
         embeddings, where = negative_text(nag, run)
         self.text = ENCODERS[run.row.family].denoiser(embeddings)
         run.notes.append(f"NAG: negative text from {where}")
@@ -95,14 +96,15 @@ class NegativeStream:
         return images
 
     def _rows(self, name: str, images: Sequence[int], like: Tensor) -> Tensor:
-        """Rows of a text argument for these images, in the device of ``like`` and, for embeddings, its dtype."""
-        value = self.text[name]
+        """Rows of a text argument for these images, on the device and in the dtype of ``like``; made once, since steps repeat them."""
+        value, key = self.text[name], (name, tuple(images), like.device, like.dtype)
         if self.run.batch % len(value):
             raise ValueError(f"NAG got {len(value)} negative texts for {self.run.batch} images; give one, or one per prompt.")
-        copies = self.run.batch // len(value)
-        index = torch.tensor([image // copies for image in images])
-        rows: Tensor = value.to(like.device, like.dtype)[index.to(like.device)]
-        return rows
+        if key not in self.made:
+            copies = self.run.batch // len(value)
+            index = torch.tensor([image // copies for image in images])
+            self.made[key] = value.to(like.device, like.dtype)[index.to(like.device)]
+        return self.made[key]
 
     def _extend(self, kwargs: dict[str, Any], images: Sequence[int]) -> tuple[dict[str, Any], int]:
         """The denoiser's arguments with the negative text behind the prompt, and its number of tokens."""

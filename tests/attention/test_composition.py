@@ -559,3 +559,26 @@ def test_interception_is_of_this_call_only():
     handle.remove()
     assert all(torch.equal(expected, value) for value in inside)
     assert swap._HANDLERS.get() == {}
+
+
+@pytest.mark.parametrize("name", [SD, SD3, FLUX, WAN, QWEN])
+def test_no_synchronisation_per_step(monkeypatch, name):
+    """Nothing that a technique does in a step reads from the device or sends an index to it."""
+
+    def count(steps):
+        reads, tensor = [], torch.tensor
+        with monkeypatch.context() as patch:
+            for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+                inner = getattr(torch.Tensor, method)
+                patch.setattr(torch.Tensor, method, lambda self, *a, _inner=inner, **k: (reads.append(1), _inner(self, *a, **k))[1])
+            patch.setattr(torch, "tensor", lambda *a, **k: (reads.append(1), tensor(*a, **k))[1])
+            run(pipe, name, num_inference_steps=steps)
+        return len(reads)
+
+    pipe = tiny_pipeline(name)
+    grown = {}
+    for steps in (2, 6):
+        native = count(steps)
+        with da.apply(pipe, nag(), da.PLADIS(branches="cond")):
+            grown[steps] = count(steps) - native
+    assert grown[2] == grown[6]
