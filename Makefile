@@ -47,9 +47,17 @@ bench: $(READY)
 	$(PY) -m pytest -m "not slow" $(WORKERS)
 	$(PY) benchmarks/overhead.py --compile
 
-# Hours: autoencoder, denoiser, judges, reward; each stage resumes what an earlier run left in runs/.
+# Hours: autoencoder, denoiser, judges, reward; each stage resumes what an earlier run left in runs/, and nothing shipped is touched.
+TRAIN := $(PY) -m diffalign.embedded
 embedded: $(READY)
-	$(PY) -m diffalign.embedded.train_vae --out runs/vae --resume
-	$(PY) -m diffalign.embedded.train_denoiser --vae runs/vae/vae --out runs/emoji --resume
-	$(PY) -m diffalign.embedded.train_judge --model emoji-judge --vae runs/vae/vae --out runs/judge --resume
-	$(PY) -m diffalign.embedded.train_judge --model emoji-judge-audit --vae runs/vae/vae --out runs/audit --resume
+	$(TRAIN).train_vae --out runs/vae --resume
+	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --updates 14000 --decay-from 14000 --curriculum 7000 --resume
+	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --export runs/models/emoji
+	$(TRAIN).train_judge --out runs/judge --vae runs/vae/vae --updates 1600 --vae-updates 900 --resume
+	$(TRAIN).train_judge --out runs/judge --vae runs/vae/vae --export runs/models/emoji-judge
+	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --updates 2400 --vae-updates 500 --resume
+	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --export runs/models/emoji-judge-audit
+	$(TRAIN).samples --pipeline runs/models/emoji --out runs/samples.pt --prompts 250 --scale 1.0
+	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples.pt \
+	  --pairs 24 --spoilt 8 --updates 4100 --vae-updates 1500 --sample-updates 250 --resume
+	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --export runs/models/emoji-clip

@@ -1,0 +1,72 @@
+"""GenEval of an embedded model: all 553 official prompts x 4 seeds, its judge's verdicts, and how far the second judge agrees.
+
+    python benchmarks/geneval.py [--scale 1.5] [--runs-folder runs/geneval]
+
+The overall is official in form (553 x 4, unweighted mean of tags) and ours in judge: it compares runs of this model, not models.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import write
+from rich.progress import Progress
+
+import diffalign as da
+from diffalign.embedded import load
+from diffalign.eval.bootstrap import interval
+from diffalign.eval.evidence import Config, measure, tag_of
+from diffalign.eval.geneval import TAGS, parse_prompt, prompts, verdict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs-folder", default="runs/geneval")
+    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--scale", type=float, default=1.5)
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe, judge, audit = load("emoji"), load("emoji-judge"), load("emoji-judge-audit")
+
+    def second(images: torch.Tensor, texts: Any) -> torch.Tensor:
+        said = [verdict(m, seen, audit.thresholds).correct for m, seen in zip(map(parse_prompt, texts), audit.detect(images)) if m]
+        return torch.tensor(said, dtype=torch.float32)
+
+    config = Config(f"CFG {options.scale:g}", (da.CFG(options.scale),), steps=options.steps)
+    folder = Path(options.runs_folder) / f"{options.scale:g}-{options.steps}"
+    with Progress() as bar:
+        task = bar.add_task(config.name, total=4 * len(prompts()))
+        done = measure(
+            pipe,
+            judge,
+            config,
+            folder,
+            prompt_ids=range(len(prompts())),
+            samples=4,
+            scorers={"audit": second},
+            progress=lambda n: bar.advance(task, n),
+        )
+    rows: list[dict[str, Any]] = []
+    for tag in TAGS:
+        records = [r for r in done.records if tag_of(r["prompt_id"]) == tag]
+        ids = sorted({r["prompt_id"] for r in records})
+        values = done.per_prompt()
+        score = interval([values[n] for n in ids], [tag] * len(ids))
+        agree = sum(r["correct"] == bool(r["audit"]) for r in records) / len(records)
+        rows.append(
+            {"tag": tag, "images": len(records), "score": score.mean, "low": score.low, "high": score.high, "second judge agrees": agree}
+        )
+    overall = done.score()
+    agree = sum(r["correct"] == bool(r["audit"]) for r in done.records) / len(done.records)
+    rows.append({"tag": "overall", "images": len(done.records), "score": overall.mean, "low": overall.low, "high": overall.high})
+    rows[-1] |= {"second judge agrees": agree}
+    title = f"emoji on GenEval: 553 prompts x 4, CFG {options.scale:g}, {options.steps} steps, {done.mean('seconds'):.2f} s per image"
+    write("geneval", rows, options, title=title)
+
+
+if __name__ == "__main__":
+    main()
