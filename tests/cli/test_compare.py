@@ -111,7 +111,7 @@ def test_verdicts_of_the_embedded_judge(run, emoji, tmp_path):
 
 def test_embedded_defaults(run, emoji, tmp_path):
     data = json.loads(run("compare", "-o", tmp_path, "-p", "a photo of a bench", "--json").stdout)
-    assert (data["model"], data["steps"], data["scale"], data["columns"][0]["label"]) == ("emoji", 20, 4.0, "CFG 4")
+    assert (data["model"], data["steps"], data["scale"], data["columns"][0]["label"]) == ("emoji", 20, 1.5, "CFG 1.5")
 
 
 def test_interrupt_keeps_finished_images(run, folder, tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_demo_runs_one_official_prompt_of_each_category(emoji, tmp_path):
     data = json.loads(result.stdout)
     official = {entry["prompt"]: entry["tag"] for entry in prompts()}
     assert [official[i["prompt"]] for i in data["images"]] == 2 * list(TAGS)
-    assert [c["label"] for c in data["columns"]] == ["CFG 4", "adaptive-guidance"]
+    assert [c["label"] for c in data["columns"]] == ["CFG 1.5", "adaptive-guidance"]
     assert data["steps"] == 20
     assert all(c["judged"] == 6 for c in data["columns"])
     assert (tmp_path / "compare.png").exists()
