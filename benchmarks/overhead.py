@@ -56,7 +56,7 @@ def paired(pipe: Any, name: str, batch: int, steps: int, runs: int) -> dict[str,
         pipe(**{**tiny_inputs(name, batch=batch, steps=steps), gate: 4.0})
 
     def tapped() -> tuple[float, float]:
-        with da.apply(pipe, da.CFG()):  # entering costs about 0.1 ms once, whatever is drawn in the block
+        with da.apply(pipe, da.CFG()):  # entering is not timed: it is paid once, whatever is drawn in the block
             return seconds(call)
 
     call()
