@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -255,15 +254,3 @@ def test_within_prompt_figures_skip_prompts_with_one_verdict() -> None:
     right = torch.tensor([[True, False], [True, True]])
     figures = within_prompt(clip, Samples(stack, (pictures[0].caption, pictures[2].caption), right))
     assert figures == {"auc": 1.0, "prompts": 1}
-
-
-def test_the_first_logged_losses_are_reproduced() -> None:
-    folder = FOLDER / "emoji-clip"
-    header, *records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[:3]]
-    found = parser().parse_args(["--out", "unused", "--tokenizer", "unused"])
-    for key in ("seed", "pairs", "spoilt", "updates", "vae_updates", "sample_updates"):
-        setattr(found, key, header["header"][key])
-    trainer = ClipTrainer(found, load("emoji-clip").tokenizer.tokenizer.get_vocab())
-    for record in records[:2]:
-        # Same code and processor: the same digits. Another processor rounds bfloat16 (8 bits) products in another order.
-        assert trainer.step()["loss"] == pytest.approx(record["loss"], rel=2**-7)
