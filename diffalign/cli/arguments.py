@@ -1,9 +1,17 @@
-"""The options of ``generate`` and ``compare`` as the command line shows them."""
+"""The options that commands share as the command line shows them."""
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Concatenate, ParamSpec
 
 import typer
+
+from .options import Options
+
+P = ParamSpec("P")
 
 _WHAT, _HOW, _WHERE = "What to make", "How to sample", "Where and how to run"
 
@@ -37,3 +45,42 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder; files of the same name are replaced.", rich_help_panel=_WHERE)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel=_WHERE)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=_WHERE)]
+
+SHARED: dict[str, Any] = {
+    "prompt": Prompt,
+    "model": Model,
+    "prompts_file": PromptsFile,
+    "negative_prompt": Negative,
+    "steps": Steps,
+    "scale": Scale,
+    "seed": Seed,
+    "count": Count,
+    "batch": Batch,
+    "size": Size,
+    "scheduler": Scheduler,
+    "dtype": Dtype,
+    "device": Device,
+    "output": Output,
+}
+
+
+def shared(*without: str, **defaults: Any) -> Callable[[Callable[Concatenate[Options, P], None]], Callable[..., None]]:
+    """The command gets the options of ``SHARED`` in the place of its first parameter, ``without`` some, with these ``defaults``."""
+    usual = {"prompt": None, **{field.name: field.default for field in dataclasses.fields(Options)}, **defaults}
+    names = [name for name in SHARED if name not in without]
+
+    def decorate(function: Callable[Concatenate[Options, P], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            texts = {name: given.pop(name) for name in names}
+            function(Options(prompts=tuple(texts.pop("prompt", None) or ()), **texts), **given)  # type: ignore[call-arg]
+
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        ours = [inspect.Parameter(name, kind, default=usual[name], annotation=SHARED[name]) for name in names]
+        parameters = [*ours, *(parameter.replace(kind=kind) for parameter in own)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate

@@ -5,50 +5,22 @@ from pathlib import Path
 from . import arguments as a
 from . import show
 from .generate import techniques_of
+from .options import Options
 from .problem import command
 
 
 @command
+@a.shared(output=Path("outputs/compare"))
 def compare(
-    prompt: a.Prompt = None,
-    model: a.Model = "emoji",
+    options: Options,
     technique: a.Technique = None,
-    prompts_file: a.PromptsFile = None,
-    negative_prompt: a.Negative = None,
-    steps: a.Steps = None,
-    scale: a.Scale = None,
-    seed: a.Seed = 0,
-    count: a.Count = 1,
-    batch: a.Batch = 4,
-    size: a.Size = None,
-    scheduler: a.Scheduler = None,
-    dtype: a.Dtype = None,
-    device: a.Device = "auto",
-    output: a.Output = Path("outputs/compare"),
     json: a.Json = False,
     quiet: a.Quiet = False,
 ) -> None:
     """The plain pipeline beside each --technique, on the same noise: compare.png, compare.json, images/."""
     variants = [(text, techniques_of([text])) for text in technique or []]
-    from .options import Options
     from .request import Column, prepare
 
-    options = Options(
-        model=model,
-        prompts=tuple(prompt or ()),
-        prompts_file=prompts_file,
-        negative_prompt=negative_prompt,
-        steps=steps,
-        scale=scale,
-        seed=seed,
-        count=count,
-        batch=batch,
-        size=size,
-        scheduler=scheduler,
-        dtype=dtype,
-        device=device,
-        output=output,
-    )
     request = prepare(options, (Column(""), *(Column(text, made) for text, made in variants)))
     finish(request, quiet, json)
 

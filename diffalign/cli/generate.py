@@ -7,6 +7,7 @@ import typer
 
 from . import arguments as a
 from . import show
+from .options import Options
 from .problem import BadInput, checking, command, complain
 
 
@@ -19,22 +20,10 @@ def techniques_of(texts: list[str] | None) -> tuple[Any, ...]:
 
 
 @command
+@a.shared(output=Path("outputs/generate"))
 def generate(
-    prompt: a.Prompt = None,
-    model: a.Model = "emoji",
+    options: Options,
     technique: a.Technique = None,
-    prompts_file: a.PromptsFile = None,
-    negative_prompt: a.Negative = None,
-    steps: a.Steps = None,
-    scale: a.Scale = None,
-    seed: a.Seed = 0,
-    count: a.Count = 1,
-    batch: a.Batch = 4,
-    size: a.Size = None,
-    scheduler: a.Scheduler = None,
-    dtype: a.Dtype = None,
-    device: a.Device = "auto",
-    output: a.Output = Path("outputs/generate"),
     plot: Annotated[bool, typer.Option("--plot", help="Also draw the effective scale per step (scale.png).")] = False,
     json: a.Json = False,
     quiet: a.Quiet = False,
@@ -46,25 +35,8 @@ def generate(
     from diffalign.eval.png import save_png
 
     from . import run
-    from .options import Options
     from .request import Column, prepare
 
-    options = Options(
-        model=model,
-        prompts=tuple(prompt or ()),
-        prompts_file=prompts_file,
-        negative_prompt=negative_prompt,
-        steps=steps,
-        scale=scale,
-        seed=seed,
-        count=count,
-        batch=batch,
-        size=size,
-        scheduler=scheduler,
-        dtype=dtype,
-        device=device,
-        output=output,
-    )
     column = Column("+".join(technique or []) or "plain", techniques)
     request = prepare(options, (column,))
     todo, files, reports = run.jobs(request), [], []

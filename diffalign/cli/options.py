@@ -15,10 +15,10 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options that ``generate`` and ``compare`` share, as the user gave them."""
+    """The options that commands share, as the user gave them."""
 
-    model: str
-    prompts: tuple[str, ...]
+    model: str = "emoji"
+    prompts: tuple[str, ...] = ()
     prompts_file: Path | None = None
     negative_prompt: str | None = None
     steps: int | None = None
