@@ -2,33 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .linear_ag import Trajectories, identity_of
-from .linear_policy import LinearPolicy, Mode, default_plan, solve
+from .linear_policy import LinearPolicy, Mode, check_plan, default_plan
 
 
 class Gram:
     """Inner products of every pair of predictions, streamed in float64: memory (2S)^2, whatever the number of trajectories."""
 
-    def __init__(self, steps: int) -> None:
-        self.products = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64)
-        self.sums = torch.zeros(2 * steps, dtype=torch.float64)
-        self.size = self.trajectories = 0
+    def __init__(self) -> None:
+        self.products, self.sums = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        self.steps = self.size = self.trajectories = 0
         self.shape: tuple[int, ...] = ()
 
     def add(self, cond: Tensor, uncond: Tensor, shape: tuple[int, ...]) -> None:
-        """``cond``, ``uncond`` [B, S, n]: the noise predictions of B images."""
-        for row in torch.cat([cond, uncond], dim=1).double().cpu():
+        """``cond``, ``uncond`` [B, S, n]: the noise predictions of B images, each of ``shape``."""
+        if not self.steps:
+            self.steps, self.shape = cond.shape[1], shape
+            self.products, self.sums = self.products.new_zeros(2 * self.steps, 2 * self.steps), self.sums.new_zeros(2 * self.steps)
+        for row in torch.cat([cond, uncond], dim=1).cpu().double():
             self.products += row @ row.T
             self.sums += row.sum(1)
         self.size += cond.shape[0] * cond.shape[2]
         self.trajectories += cond.shape[0]
-        self.shape = shape
+
+
+def outputs(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str = "",
+    batch: int = 16,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+    **call: Any,
+) -> Iterator[Any]:
+    """What the pipeline returns for each batch, first field (images). Image i is of prompt i and has seed ``seed + i``.
+
+    ``call``: further arguments of the pipeline. ``progress``: called after each batch with its number of images.
+    """
+    for start in range(0, len(prompts), batch):
+        texts = list(prompts[start : start + batch])
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
+        negative = {"negative_prompt": [negative_prompt] * len(texts)} if negative_prompt else {}
+        yield pipe(texts, generator=generators, **negative, **call)[0]
+        progress(len(texts))
+
+
+def solve(
+    gram: Tensor, sums: Tensor, size: int, plan: Sequence[Mode], ridge: float = 1e-6
+) -> tuple[dict[int, Tensor], dict[int, float], dict[int, float]]:
+    """Least squares for every estimated step, from inner products alone.
+
+    ``gram`` [2S, 2S] float64: of e_c(0..S-1), e_n(0..S-1) summed over trajectories and values; ``sums`` [2S]: their sums; ``size``: values
+    summed. Earlier estimates stand in for e_n where the plan will have nothing else. ``ridge``: relative to the mean diagonal (the columns
+    are nearly parallel). Returns coefficients, r2 and gain per estimated step.
+    """
+    steps = len(plan)
+    history = torch.zeros(steps, 2 * steps, dtype=torch.float64)  # the e_n that sampling will hold, as combinations of the true vectors
+    coefficients: dict[int, Tensor] = {}
+    r2: dict[int, float] = {}
+    gain: dict[int, float] = {}
+    unit = torch.eye(2 * steps, dtype=torch.float64)
+    for i, mode in enumerate(plan):
+        history[i] = unit[steps + i]
+        if mode != "estimated":
+            continue
+        features = torch.cat([unit[: i + 1], history[:i]])
+        a, target = features @ gram @ features.T, unit[steps + i]
+        b = features @ gram @ target
+        weights = torch.linalg.solve(a + ridge * a.diagonal().mean() * torch.eye(len(a), dtype=torch.float64), b)
+        residual = target - weights @ features
+        error = float(residual @ gram @ residual)
+        variance = float(gram[steps + i, steps + i] - sums[steps + i] ** 2 / size)
+        away = unit[steps + i] - unit[i]
+        coefficients[i], r2[i], gain[i] = weights, 1.0 - error / variance, 1.0 - error / float(away @ gram @ away)
+        history[i] = weights @ features
+    return coefficients, r2, gain
 
 
 def fit_linear_ag(
@@ -53,20 +108,14 @@ def fit_linear_ag(
     """
     from diffalign.adapters import apply
 
-    chosen = tuple(plan) if plan is not None else default_plan(steps)
-    if len(chosen) != steps or chosen[0] != "guided" or not {"estimated"} <= set(chosen) <= {"guided", "estimated", "conditional"}:
-        raise ValueError(
-            f"plan needs {steps} modes (guided, estimated, conditional), guided first and one estimated at least; got {chosen}."
-        )
-    if "guided" in chosen[chosen.index("conditional") :] if "conditional" in chosen else False:
-        raise ValueError(f"plan: no step may be guided after a conditional one, whose unconditional prediction is unknown; got {chosen}.")
-    gram = Gram(steps)
+    if plan is not None:
+        check_plan(plan, steps)
+    gram = Gram()
+    given = {"negative_prompt": negative_prompt, "batch": batch, "seed": seed, "progress": progress, **call}
     with apply(pipe, Trajectories(scale, gram.add)):
-        for start in range(0, len(prompts), batch):
-            texts = list(prompts[start : start + batch])
-            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
-            negative = {"negative_prompt": [negative_prompt] * len(texts)} if negative_prompt else {}
-            pipe(texts, num_inference_steps=steps, generator=generators, output_type="latent", **negative, **call)
-            progress(len(texts))
+        for _ in outputs(pipe, prompts, num_inference_steps=steps, output_type="latent", **given):
+            pass
+    chosen = tuple(plan) if plan is not None else default_plan(gram.steps)  # PNDM makes one step more than it is asked for
+    check_plan(chosen, gram.steps)
     coefficients, r2, gain = solve(gram.products, gram.sums, gram.size, chosen, ridge)
     return LinearPolicy(identity_of(pipe, steps, scale, gram.shape, negative_prompt), chosen, coefficients, r2, gain, gram.trajectories)

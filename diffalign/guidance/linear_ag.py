@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,7 +14,7 @@ from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, Unsupp
 from diffalign.core.checks import check_scale
 
 from .base import Guidance
-from .linear_policy import Identity, LinearPolicy, model_hash
+from .linear_policy import Identity, LinearPolicy, model_hash, policy_at, shipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +30,13 @@ class LinearState:
         return LinearState(tuple(v[picked] for v in self.cond), tuple(v[picked] for v in self.uncond))
 
 
-@cache
-def _policy(path: str) -> LinearPolicy:
-    """A policy by path, or by the name of one that ships (``diffalign/guidance/policies``)."""
-    shipped = Path(str(files(__package__).joinpath("policies"))) / path
-    return LinearPolicy.load(shipped if shipped.with_suffix(".json").exists() else path)
-
-
 @dataclass(frozen=True, slots=True)
 class LinearAG(Guidance[LinearState]):
     """CFG at the plan's guided steps; at estimated steps the unconditional prediction is a fitted linear combination of earlier ones.
 
     Castillo et al. 2023, arXiv:2312.12487: e_n(i) ~ sum_j b_c(i,j) e_c(j) + sum_j<i b_n(i,j) e_n(j), noise predictions of the same image.
-    ``policy``: path without suffix, or the name of a shipped policy, written by ``diffalign fit linear-ag``. It belongs to one model,
-    scheduler, number of steps, scale, resolution and negative prompt; anything else is refused. ``scale`` None takes the policy's.
+    ``policy``: path or name of a policy that ``diffalign fit linear-ag`` wrote; None looks for a shipped one that fits. It belongs to one
+    model, scheduler, number of steps, scale, resolution and negative prompt; anything else is refused. ``scale`` None takes the policy's.
     Cost: 2 passes at guided steps, 1 elsewhere: 25 instead of 40 evaluations for 20 steps; memory: every earlier prediction.
     Differs from the paper: the regressors' exact index set is not published; ours is all of e_c(0..i) and e_n(0..i-1), with estimates
     standing in for e_n where nothing else exists, and the fit knows that.
@@ -53,37 +44,54 @@ class LinearAG(Guidance[LinearState]):
 
     scale: float | None = None
     _: dataclasses.KW_ONLY
-    policy: str
+    policy: str | None = None
 
     def __post_init__(self) -> None:
         check_scale("LinearAG", self.scale)
-        if not isinstance(self.policy, str) or not self.policy:
-            raise ValueError(f"LinearAG(policy=...) must be the path or name of a fitted policy; got {self.policy!r}.")
+        if self.policy is not None and (not isinstance(self.policy, str) or not self.policy):
+            raise ValueError(f"LinearAG(policy=...) must be the path or name of a fitted policy, or None; got {self.policy!r}.")
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
-        identity = _policy(self.policy).identity
-        if self.scale is not None and self.scale != identity.scale:
-            raise ValueError(f"LinearAG(scale={self.scale}) but the policy was fitted at scale {identity.scale}; leave scale out.")
         if context.order != 1:
             raise UnsupportedModel(f"LinearAG needs one evaluation per step; {context.scheduler} takes {context.order}.")
-        found = dataclasses.replace(
-            identity,
-            model=model_hash(context.module) if context.module is not None else identity.model,
+        model = model_hash(context.module) if context.module is not None else None
+        if self.policy is not None:
+            fitted = policy_at(self.policy).identity
+            fitted.check(self._found(context, model, fitted), f"The LinearAG policy {self.policy!r}")
+            return dataclasses.replace(self, scale=fitted.scale), {"scale": "the policy"}
+        for name, policy in shipped().items():
+            if policy.identity == self._found(context, model, policy.identity):
+                return dataclasses.replace(self, scale=policy.identity.scale, policy=name), {"scale": "the policy", "policy": "shipped"}
+        raise UnsupportedModel(
+            f"LinearAG: no shipped policy ({', '.join(shipped())}) fits {context.pipeline} with these weights, {context.scheduler}, "
+            f"{context.steps} steps, scale {context.scale if self.scale is None else self.scale:g} and negative prompt "
+            f"{context.negative_prompt or ''!r}. Fit one: diffalign fit linear-ag, then LinearAG(policy=PATH)."
+        )
+
+    def _found(self, context: Context, model: str | None, fitted: Identity) -> Identity:
+        """The identity of a run; ``fitted``'s where nothing is asked for or known yet (the shape is checked at the first step)."""
+        asked = context.scale if self.scale is None and context.scale_source == "call" else self.scale
+        return dataclasses.replace(
+            fitted,
+            model=model or fitted.model,
             scheduler=context.scheduler,
             steps=context.steps,
+            scale=fitted.scale if asked is None or math.isclose(asked, fitted.scale) else asked,
             negative_prompt=context.negative_prompt or "",
         )
-        identity.check(found, f"The LinearAG policy {self.policy!r}")
-        return dataclasses.replace(self, scale=identity.scale), {"scale": "the policy"}
+
+    def _policy(self) -> LinearPolicy:
+        assert self.policy is not None, "resolved before the first step"
+        return policy_at(self.policy)
 
     def init(self, batch: int) -> LinearState:
         return LinearState()
 
     def passes(self, step: StepInfo, state: LinearState) -> tuple[Pass, ...]:
-        return (COND, UNCOND) if _policy(self.policy).plan[step.index] == "guided" else (COND,)
+        return (COND, UNCOND) if self._policy().plan[step.index] == "guided" else (COND,)
 
     def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: LinearState) -> tuple[Tensor, LinearState]:
-        policy, cond = _policy(self.policy), preds[COND]
+        policy, cond = self._policy(), preds[COND]
         i, scale = step.index, self.scale if self.scale is not None else policy.identity.scale
         mode = policy.plan[i]
         if mode == "conditional":
@@ -103,10 +111,20 @@ class LinearAG(Guidance[LinearState]):
 
 @dataclass(frozen=True, slots=True)
 class Trajectories(Guidance[LinearState]):
-    """Plain CFG that hands every trajectory's predictions to ``sink(cond [B, S, n], uncond [B, S, n])`` at its last step."""
+    """Plain CFG that hands every trajectory's predictions to ``sink(cond [B, S, n], uncond [B, S, n], shape)`` at its last step."""
 
-    scale: float
+    scale: float | None
     sink: Any
+
+    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
+        made, sources = Guidance.resolve(self, context)
+        if context.order != 1:
+            raise UnsupportedModel(f"LinearAG needs one evaluation per step; {context.scheduler} takes {context.order}.")
+        if made.scale == 1.0:
+            raise UnsupportedModel(f"LinearAG has nothing to fit: {context.pipeline} runs without guidance here. Give a scale above 1.")
+        if context.steps < 4:
+            raise UnsupportedModel(f"LinearAG has nothing to estimate in {context.steps} steps; give at least 4.")
+        return made, sources
 
     def init(self, batch: int) -> LinearState:
         return LinearState()
@@ -119,6 +137,7 @@ class Trajectories(Guidance[LinearState]):
         state = LinearState((*state.cond, pair[0]), (*state.uncond, pair[1]))
         if step.index == step.count - 1:
             self.sink(*(torch.stack(values, 1).flatten(2) for values in (state.cond, state.uncond)), tuple(pair[0].shape[1:]))
+        assert self.scale is not None
         return step.mix(preds[COND], preds[UNCOND], self.scale), state
 
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,16 +36,35 @@ class Identity:
         wrong = [f.name for f in fields(self) if getattr(self, f.name) != getattr(found, f.name)]
         if wrong:
             said = ", ".join(f"{n}: fitted {getattr(self, n)!r}, here {getattr(found, n)!r}" for n in wrong)
-            raise UnsupportedModel(f"{owner} was fitted for another setting ({said}). Fit one for this: diffalign fit linear-ag.")
+            raise UnsupportedModel(f"{owner} was fitted for another setting ({said}). Fit one for this one: diffalign fit linear-ag.")
 
 
 def model_hash(module: Any) -> str:
-    """Hash of a denoiser's class, shapes and the first values of every tensor: cheap for billions of parameters."""
+    """Hash of a denoiser's class, shapes and the first values of every tensor: cheap for billions of parameters.
+
+    Raises ``UnsupportedModel`` where the weights are not in memory (sequential offload).
+    """
+    module = getattr(module, "_orig_mod", module)
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, tensor in sorted(module.state_dict().items()):
+        if tensor.is_meta:
+            raise UnsupportedModel(
+                f"{type(module).__name__} cannot be recognised: {name} is offloaded. Use enable_model_cpu_offload instead."
+            )
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().flatten()[:4].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def check_plan(plan: Sequence[str], steps: int) -> None:
+    """Raise ValueError unless ``plan`` has a mode per step, starts guided, estimates something, and ends with its conditional steps."""
+    first = plan.index("conditional") if "conditional" in plan else len(plan)
+    wrong = len(plan) != steps or plan[0] != "guided" or not {"estimated"} <= set(plan) <= {"guided", "estimated", "conditional"}
+    if wrong or set(plan[first:]) - {"conditional"}:
+        raise ValueError(
+            f"plan needs {steps} modes (guided, estimated, conditional): guided first, one estimated at least, and only conditional ones "
+            f"after a conditional one, whose unconditional prediction is unknown; got {', '.join(plan)}."
+        )
 
 
 def default_plan(steps: int) -> tuple[Mode, ...]:
@@ -68,53 +89,52 @@ class LinearPolicy:
     trajectories: int
 
     def save(self, path: str | Path) -> None:
-        """``<path>.json`` and ``<path>.safetensors``."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        """``<path>.json`` and ``<path>.safetensors``, complete or not at all."""
+        facts, weights = files_of(path)
+        facts.parent.mkdir(parents=True, exist_ok=True)
         text = {"identity": asdict(self.identity), "plan": self.plan, "r2": self.r2, "gain": self.gain, "trajectories": self.trajectories}
-        target.with_suffix(".json").write_text(json.dumps(text, indent=1) + "\n")
-        save_file({str(i): value.double().contiguous() for i, value in self.coefficients.items()}, target.with_suffix(".safetensors"))
+        drafts = facts.with_name(facts.name + ".part"), weights.with_name(weights.name + ".part")
+        try:
+            drafts[0].write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+            save_file({str(i): value.double().contiguous() for i, value in self.coefficients.items()}, drafts[1])
+            for draft, target in zip(drafts, (facts, weights)):
+                draft.replace(target)
+        finally:
+            for draft in drafts:
+                draft.unlink(missing_ok=True)
+        policy_at.cache_clear()
 
     @classmethod
     def load(cls, path: str | Path) -> LinearPolicy:
         """Read what ``save`` wrote. Raises ValueError when either file is missing."""
-        target = Path(path).with_suffix(".json")
-        if not target.exists() or not target.with_suffix(".safetensors").exists():
-            raise ValueError(f"LinearAG(policy=...) needs {target.name} and {target.with_suffix('.safetensors').name} in {target.parent}.")
-        text = json.loads(target.read_text())
+        facts, weights = files_of(path)
+        if not facts.is_file() or not weights.is_file():
+            raise ValueError(
+                f"LinearAG(policy=...) needs {facts.name} and {weights.name} in {facts.parent}; diffalign fit linear-ag writes them."
+            )
+        text = json.loads(facts.read_text(encoding="utf-8"))
         identity = Identity(**{**text["identity"], "shape": tuple(text["identity"]["shape"])})
-        values = {int(i): value for i, value in load_file(target.with_suffix(".safetensors")).items()}
+        values = {int(i): value for i, value in load_file(weights).items()}
         r2, gain = ({int(i): float(v) for i, v in text[key].items()} for key in ("r2", "gain"))
         return cls(identity, tuple(text["plan"]), values, r2, gain, int(text["trajectories"]))
 
 
-def solve(
-    gram: Tensor, sums: Tensor, size: int, plan: Sequence[Mode], ridge: float = 1e-6
-) -> tuple[dict[int, Tensor], dict[int, float], dict[int, float]]:
-    """Least squares for every estimated step, from inner products alone.
+SHIPPED = Path(str(files(__package__).joinpath("policies")))
 
-    ``gram`` [2S, 2S] float64: of e_c(0..S-1), e_n(0..S-1) summed over trajectories and values; ``sums`` [2S]: their sums; ``size``: values
-    summed. Earlier estimates stand in for e_n where the plan will have nothing else. ``ridge``: relative to the mean diagonal (the columns
-    are nearly parallel). Returns coefficients, r2 and gain per estimated step.
-    """
-    steps = len(plan)
-    history = torch.zeros(steps, 2 * steps, dtype=torch.float64)  # the e_n that sampling will hold, as combinations of the true vectors
-    coefficients: dict[int, Tensor] = {}
-    r2: dict[int, float] = {}
-    gain: dict[int, float] = {}
-    unit = torch.eye(2 * steps, dtype=torch.float64)
-    for i, mode in enumerate(plan):
-        history[i] = unit[steps + i]
-        if mode != "estimated":
-            continue
-        features = torch.cat([unit[: i + 1], history[:i]])
-        a, target = features @ gram @ features.T, unit[steps + i]
-        b = features @ gram @ target
-        weights = torch.linalg.solve(a + ridge * a.diagonal().mean() * torch.eye(len(a), dtype=torch.float64), b)
-        residual = target - weights @ features
-        error = float(residual @ gram @ residual)
-        variance = float(gram[steps + i, steps + i] - sums[steps + i] ** 2 / size)
-        away = unit[steps + i] - unit[i]
-        coefficients[i], r2[i], gain[i] = weights, 1.0 - error / variance, 1.0 - error / float(away @ gram @ away)
-        history[i] = weights @ features
-    return coefficients, r2, gain
+
+def shipped() -> dict[str, LinearPolicy]:
+    """The policies that ship, by name."""
+    return {path.stem: policy_at(path.stem) for path in sorted(SHIPPED.glob("*.json"))}
+
+
+@cache
+def policy_at(path: str) -> LinearPolicy:
+    """A policy by path, or by the name of one that ships."""
+    return LinearPolicy.load(SHIPPED / path if files_of(SHIPPED / path)[0].exists() else path)
+
+
+def files_of(path: str | Path) -> tuple[Path, Path]:
+    """The two files of a policy, whose ``path`` may be given with either suffix or without."""
+    given = Path(path)
+    base = given.with_suffix("") if given.suffix in (".json", ".safetensors") else given
+    return base.with_name(base.name + ".json"), base.with_name(base.name + ".safetensors")
