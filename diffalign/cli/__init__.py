@@ -1,4 +1,4 @@
-"""The command line: ``diffalign generate | compare | models | methods | env``, one file per command.
+"""The command line: ``diffalign generate | compare | fit | calibrate | models | methods | env``, one file per command.
 
 Exit codes: 0 done, 2 bad input (one line on standard error, before anything is computed), 130 after Ctrl-C, 1 anything unexpected.
 """
@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from .calibrate import calibrate
 from .compare import compare
 from .env import env
+from .fit import fit
 from .generate import generate
 from .methods import methods
 from .models import models
@@ -21,6 +23,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 for function in (generate, compare, models, methods, env):
     app.command()(function)
+app.add_typer(fit, name="fit")
+app.add_typer(calibrate, name="calibrate")
 
 
 def _version(asked: bool) -> None:

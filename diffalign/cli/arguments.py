@@ -13,38 +13,36 @@ from .options import Options
 
 P = ParamSpec("P")
 
-_WHAT, _HOW, _WHERE = "What to make", "How to sample", "Where and how to run"
+WHAT, HOW, WHERE = "What to make", "How to sample", "Where and how to run"
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Embedded name, folder, or hub id (owner/name; uses the network).", rich_help_panel=_WHAT)
+    str, typer.Option("--model", "-m", help="Embedded name, folder, or hub id (owner/name; uses the network).", rich_help_panel=WHAT)
 ]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.", rich_help_panel=_WHAT)]
-PromptsFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.", rich_help_panel=_WHAT)]
-Negative = Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What to avoid, for every prompt.", rich_help_panel=_WHAT)]
-Count = Annotated[int, typer.Option("--count", "-c", help="Images per prompt.", rich_help_panel=_WHAT)]
-Seed = Annotated[int, typer.Option("--seed", help="Image i of every prompt has seed SEED + i.", rich_help_panel=_WHAT)]
-Size = Annotated[str | None, typer.Option(help="Pixels, like 512 or 768x512 (width x height).", rich_help_panel=_WHAT)]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.", rich_help_panel=WHAT)]
+PromptsFile = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.", rich_help_panel=WHAT)]
+Negative = Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What to avoid, for every prompt.", rich_help_panel=WHAT)]
+Count = Annotated[int, typer.Option("--count", "-c", help="Images per prompt.", rich_help_panel=WHAT)]
+Seed = Annotated[int, typer.Option("--seed", help="Image i of every prompt has seed SEED + i.", rich_help_panel=WHAT)]
+Size = Annotated[str | None, typer.Option(help="Pixels, like 512 or 768x512 (width x height).", rich_help_panel=WHAT)]
 Technique = Annotated[
     list[str] | None,
     typer.Option(
-        "--technique", "-t", help="name:key=value,key=value+name2; `diffalign methods` lists them. Repeatable.", rich_help_panel=_HOW
+        "--technique", "-t", help="name:key=value,key=value+name2; `diffalign methods` lists them. Repeatable.", rich_help_panel=HOW
     ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", "-s", help="Sampling steps; the model's default if left out.", rich_help_panel=_HOW)]
+Steps = Annotated[int | None, typer.Option("--steps", "-s", help="Sampling steps; the model's default if left out.", rich_help_panel=HOW)]
 Scale = Annotated[
-    float | None, typer.Option("--scale", help="Guidance scale, 1 is off; the model's default if left out.", rich_help_panel=_HOW)
+    float | None, typer.Option("--scale", help="Guidance scale, 1 is off; the model's default if left out.", rich_help_panel=HOW)
 ]
 Scheduler = Annotated[
-    str | None, typer.Option(help="ddim, euler, euler-a, dpm++, heun, unipc, ...; the model's own if left out.", rich_help_panel=_HOW)
+    str | None, typer.Option(help="ddim, euler, euler-a, dpm++, heun, unipc, ...; the model's own if left out.", rich_help_panel=HOW)
 ]
-Batch = Annotated[int, typer.Option("--batch", "-b", help="Images per call of the pipeline.", rich_help_panel=_WHERE)]
-Dtype = Annotated[
-    str | None, typer.Option(help="fp32, fp16 or bf16; fp32 on a CPU and bf16 elsewhere if left out.", rich_help_panel=_WHERE)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_WHERE)]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder; files of the same name are replaced.", rich_help_panel=_WHERE)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel=_WHERE)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=_WHERE)]
+Batch = Annotated[int, typer.Option("--batch", "-b", help="Images per call of the pipeline.", rich_help_panel=WHERE)]
+Dtype = Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; fp32 on a CPU and bf16 elsewhere if left out.", rich_help_panel=WHERE)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=WHERE)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder; files of the same name are replaced.", rich_help_panel=WHERE)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel=WHERE)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=WHERE)]
 
 SHARED: dict[str, Any] = {
     "prompt": Prompt,

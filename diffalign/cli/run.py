@@ -62,24 +62,32 @@ def arguments(request: Request, batch: Sequence[Job]) -> dict[str, Any]:
     return call
 
 
-def batches(request: Request, column: Column, advance: Advance | None = None) -> Iterator[Batch]:
-    """Run one column. ``advance`` is called after each step where the pipeline can report it, else after each batch."""
-    todo = jobs(request)
+def counting(request: Request, advance: Advance | None) -> tuple[dict[str, Any], Callable[[int], None]]:
+    """How to call ``advance`` once a step: what to add to the call of the pipeline, and what to call after it with its number of images."""
     counted = advance is not None and "callback_on_step_end" in request.model.parameters()
 
     def step(pipe: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-        assert advance is not None
-        advance()
+        if advance is not None:
+            advance()
         return values
 
-    for first in range(0, len(todo), request.batch):
-        part = todo[first : first + request.batch]
-        more = {"callback_on_step_end": step} if counted else {}
-        with apply(request.pipe, *column.techniques) as session:
-            images = request.pipe(**arguments(request, part), **more).images
+    def after(images: int) -> None:
         if advance is not None and not counted:
             for _ in range(request.steps):
                 advance()
+
+    return {"callback_on_step_end": step} if counted else {}, after
+
+
+def batches(request: Request, column: Column, advance: Advance | None = None) -> Iterator[Batch]:
+    """Run one column. ``advance`` is called after each step where the pipeline can report it, else after each batch."""
+    todo = jobs(request)
+    more, after = counting(request, advance)
+    for first in range(0, len(todo), request.batch):
+        part = todo[first : first + request.batch]
+        with apply(request.pipe, *column.techniques) as session:
+            images = request.pipe(**arguments(request, part), **more).images
+        after(len(part))
         yield Batch(tuple(part), tuple(images), session.config(), session.report())
 
 

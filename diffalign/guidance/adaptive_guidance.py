@@ -11,6 +11,7 @@ from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, Unsupp
 from diffalign.core.checks import check_choice, check_scale, rowwise
 
 from .base import Guidance
+from .linear_policy import model_hash
 from .presets import preset
 
 
@@ -29,14 +30,24 @@ class AdaptiveState:
         return tuple(row for row, at in enumerate(self.crossed) if at is None or index <= at)
 
 
+def agreement(cond: Tensor, uncond: Tensor, step: StepInfo, space: Literal["eps", "x0"], rows: Sequence[int] | None = None) -> Tensor:
+    """Cosine of each image's two native predictions, read in ``space``, over all its values: [B, ...] twice -> [B] float32.
+
+    ``rows``: which images of the run these are, None for all.
+    """
+    a, b = (rowwise(step.convert(value, "native", space, rows)) for value in (cond, uncond))
+    return torch.nn.functional.cosine_similarity(a, b, dim=1)
+
+
 @dataclass(frozen=True, slots=True)
 class AdaptiveGuidance(Guidance[AdaptiveState]):
     """CFG until the cosine of the two predictions reaches ``threshold``, the conditional model from the next step on.
 
     Castillo et al. 2023, arXiv:2312.12487, section 5: with K guided steps of S an image costs S + K evaluations instead of 2S.
     ``scale``: 1 is off, None the pipeline's own value. ``threshold``: cosine that latches, in [-1, 1]; above 1 it is plain CFG, None is
-    looked up for the model (``presets.json``). A threshold belongs to its ``space``: "eps" compares noise predictions (the paper),
-    "x0" denoised images. ``min_guided_steps``: no image latches before that many steps (pure noise alone can look like agreement).
+    looked up for the model (``presets.json``, or what ``diffalign calibrate adaptive-guidance`` wrote for yours). A threshold belongs to
+    its ``space``: "eps" compares noise predictions (the paper), "x0" denoised images. ``min_guided_steps``: no image latches before that
+    many steps (pure noise alone can look like agreement).
     Each image decides for itself, once per step, over all its values in float32; it never goes back to guidance.
     Cost: 2 passes for images still guided, 1 for the others; one device synchronisation per guided step.
     """
@@ -72,6 +83,8 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
                 "pipeline": context.pipeline,
                 "scheduler": context.scheduler,
                 "steps": context.steps,
+                "scale": made.scale,
+                "model": lambda: model_hash(context.module) if context.module is not None else None,
             }
             value, source = preset("adaptive-guidance", "threshold", facts)
             made, sources = dataclasses.replace(made, threshold=value), {**sources, "threshold": source}
@@ -113,7 +126,6 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
         assert self.threshold is not None
         if self.threshold > 1.0:
             return state
-        a, b = (rowwise(step.convert(value, "native", self.space, rows)) for value in (cond, uncond))
-        cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).tolist()
+        cosine = agreement(cond, uncond, step, self.space, rows).tolist()
         latched = {row for row, value in zip(rows, cosine) if value >= self.threshold}
         return AdaptiveState(tuple(step.index if row in latched else at for row, at in enumerate(state.crossed)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffalign.core import UnsupportedModel
@@ -88,15 +88,18 @@ class LinearPolicy:
     gain: dict[int, float]
     trajectories: int
 
+    def facts(self) -> dict[str, Any]:
+        """Everything but the coefficients, as JSON data."""
+        return {"identity": asdict(self.identity), "plan": self.plan, "r2": self.r2, "gain": self.gain, "trajectories": self.trajectories}
+
     def save(self, path: str | Path) -> None:
         """``<path>.json`` and ``<path>.safetensors``, complete or not at all."""
         facts, weights = files_of(path)
         facts.parent.mkdir(parents=True, exist_ok=True)
-        text = {"identity": asdict(self.identity), "plan": self.plan, "r2": self.r2, "gain": self.gain, "trajectories": self.trajectories}
         drafts = facts.with_name(facts.name + ".part"), weights.with_name(weights.name + ".part")
         try:
-            drafts[0].write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-            save_file({str(i): value.double().contiguous() for i, value in self.coefficients.items()}, drafts[1])
+            drafts[0].write_text(json.dumps(self.facts(), indent=1) + "\n", encoding="utf-8")
+            drafts[1].write_bytes(save({str(i): value.double().contiguous() for i, value in self.coefficients.items()}))
             for draft, target in zip(drafts, (facts, weights)):
                 draft.replace(target)
         finally:
