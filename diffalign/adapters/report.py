@@ -16,7 +16,7 @@ class Report:
     """One generation. Lists have one entry per step.
 
     ``nfe``: denoiser rows per image; ``nfe_cfg``: what plain guidance at every step costs.
-    ``rows``, ``calls``: denoiser rows and calls in all.
+    ``rows``, ``calls``: denoiser rows and calls in all. ``decodes``, ``rewards``: images decoded and scored by the techniques.
     ``scale``: effective guidance scale ``<d - d_n, d_c - d_n> / |d_c - d_n|^2``, mean over images, None where only one branch ran;
     ``orthogonal``: the part of ``d - d_n`` that is not along ``d_c - d_n``, relative to it; ``cosine``: between the branches, as noise
     predictions. ``layers``: technique -> (layers acting, layers selected). ``resolved``: technique -> option -> (value, source).
@@ -30,6 +30,8 @@ class Report:
     nfe_cfg: float = 0.0
     rows: int = 0
     calls: int = 0
+    decodes: int = 0
+    rewards: int = 0
     seconds: float = 0.0
     sigma: list[float] = field(default_factory=list)
     scale: list[float | None] = field(default_factory=list)
@@ -51,6 +53,8 @@ class Report:
             f"{self.pipeline}: guided {self.guided_steps} of {self.steps} steps, {self.nfe:g} NFE per image (CFG: {self.nfe_cfg:g}), "
             f"{self.images} image{'s' if self.images != 1 else ''}, {self.seconds:.1f} s"
         ]
+        if self.decodes or self.rewards:
+            lines.append(f"{self.decodes} decoded and {self.rewards} scored while sampling")
         for name, (acting, selected) in self.layers.items():
             lines.append(f"{name}: at {acting} of {selected} layers")
         for name, options in self.resolved.items():

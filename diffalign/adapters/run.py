@@ -46,9 +46,9 @@ class Technique(Protocol):
 
 
 @functools.cache
-def parameter_names(cls: type) -> tuple[str, ...]:
-    """Names of the positional parameters of a denoiser's forward."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+def parameter_names(cls: type, method: str = "forward") -> tuple[str, ...]:
+    """Names of the positional parameters of a denoiser's forward, or of another method."""
+    return tuple(inspect.signature(getattr(cls, method)).parameters)[1:]
 
 
 class Run:
@@ -66,7 +66,7 @@ class Run:
         self.cancelled = False
         self.clock = Clock(pipe.scheduler, row.mix, row.sigma)
         self.loop = ClosedLoop(pipe, row, self.clock, self.k)
-        self._step_names = tuple(inspect.signature(pipe.scheduler.step).parameters)
+        self._step_names = parameter_names(original_class(pipe.scheduler), "step")
         self.kind = "flow" if row.kind == "flow" else space.kind_of(pipe.scheduler)
         self.batch = 0
         self.state: Any = None
@@ -182,7 +182,7 @@ class Run:
         if both:
             x = x[: self.batch]
         self._shape = tuple(x.shape[1:])
-        sigma = self.clock.now(lambda value, *_: value).sigma
+        sigma = self.clock.sigma
 
         def convert(value: Tensor, source: Any, target: Any, rows: Sequence[int] | None = None) -> Tensor:
             inputs = x if rows is None else x[list(rows)]
@@ -355,6 +355,8 @@ class Run:
             nfe_cfg=2.0 * self.clock.calls,
             rows=self.meter.rows,
             calls=self.meter.calls,
+            decodes=self.meter.decodes,
+            rewards=self.meter.rewards,
             seconds=perf_counter() - self.began,
             sigma=[self._sigma.get(s, float("nan")) for s in range(steps)],
             scale=scale,

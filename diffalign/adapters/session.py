@@ -13,7 +13,7 @@ from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
 
-from diffalign.core import Context, SessionError, UnsupportedModel
+from diffalign.core import Context, Meter, SessionError, UnsupportedModel
 from diffalign.core.registry import name_of, to_config
 
 from . import swap
@@ -158,7 +158,7 @@ def _generate(pipe: Any, stack: list[Session], original: Callable[..., Any], arg
         techniques = [t for session in stack for t in session.techniques]
         plan = _Plan(pipe, row, techniques, original, args, kwargs)
         run = Run(pipe, row, plan.guidances, plan.own, plan.opened, row.dummy)
-        run.call = plan.value
+        run.call, run.meter = plan.value, plan.meter
         for session in stack:
             session._run = run
         with _tapped(pipe, row, run, plan.techniques, not plan.guess_mode):
@@ -217,7 +217,7 @@ class _Plan:
         if extra is not None:
             given.update(given.pop(extra, {}))
         value = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty} | given
-        self.arguments, self.value = given, value
+        self.arguments, self.value, self.meter = given, value, Meter()
         self.resolved: dict[str, dict[str, tuple[Any, str]]] = {}
         guidance = next((t for t in techniques if t.kind == "guidance"), None)
         self.reads_negative = any(getattr(t, "reads_negative", False) for t in techniques)
@@ -253,6 +253,9 @@ class _Plan:
                 order=int(getattr(scheduler, "order", 1)),
                 negative_prompt=_one_text(value.get("negative_prompt")),
                 module=getattr(pipe, name, None),
+                pipe=pipe,
+                prompts=_texts(value),
+                meter=self.meter,
             )
             if getattr(pipe, name, None) is None:
                 continue
@@ -296,6 +299,16 @@ class _Plan:
             self.arguments.update(dict.fromkeys(gates, row.off))
         self.opened = wanted
         self.arguments.update({own.name: own.neutral for own in row.own if own.name in value})
+
+
+def _texts(value: dict[str, Any]) -> tuple[str, ...]:
+    """The prompt of each image, in the pipeline's order: a prompt's images stand together; empty where prompts are not given as text."""
+    given = value.get("prompt")
+    texts = [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []
+    if not all(isinstance(text, str) for text in texts):
+        return ()
+    copies = int(value.get("num_images_per_prompt") or value.get("num_videos_per_prompt") or 1)
+    return tuple(text for text in texts for _ in range(copies))
 
 
 def _one_text(value: Any) -> str | None:

@@ -61,6 +61,7 @@ def context_of(pipe: Any, row: Row) -> Context:
         flow="FlowMatch" in type(scheduler).__name__ or getattr(scheduler.config, "prediction_type", "") == "flow_prediction",
         order=int(getattr(scheduler, "order", 1)),
         module=getattr(pipe, row.denoisers[0], None),
+        pipe=pipe,
     )
 
 
