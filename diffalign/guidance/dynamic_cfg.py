@@ -14,6 +14,8 @@ from diffalign.core.checks import check_scale
 from .base import Guidance
 from .cfg import CFG
 from .evaluators import Evaluator, evaluator_named, latents_for, preferred
+from .linear_policy import model_hash
+from .presets import preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,12 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
 
     The candidates are mixed from the same two predictions; evaluators score the denoised image or the latents of a pure one-step
     formula, never the scheduler, whose history sees only the winner. ``scale``: the default weight, None the pipeline's own value; it is
-    used outside the window, for ties and where no evaluator prefers anything. ``candidates``: the paper's set for its latent model.
-    ``evaluators``: objects with ``score(latents, sigma, rows)`` or names registered in ``evaluators.py``. ``adaptive``: weigh them by
-    relative improvement over the last step, else equally. ``flow``: None as the scheduler says. ``sigma`` or ``start``, ``stop``: where
-    weights are chosen; judges trained on clean images are unreliable at high noise.
+    used outside the window, for ties and where no evaluator prefers anything. ``candidates``: None is looked up for the model
+    (``presets.json``), else the paper's set for its latent model. ``evaluators``: names ("emoji-alignment" reads latents of `emoji`,
+    "reward:NAME" is any reward through the pipeline's decoder, others from ``evaluators.py``), or objects with
+    ``score(latents, sigma, rows)``. ``adaptive``: weigh them by relative improvement over the last step, else equally. ``flow``: None as
+    the scheduler says. ``sigma`` or ``start``, ``stop``: where weights are chosen; judges trained on clean images are unreliable at high
+    noise.
     Differs from the paper, which leaves scale and sign open: scores are standardised over an image's candidates, an evaluator's level is
     its mean over them, improvements are floored at 0, and all zero means equal weights. A score that is not finite has no say.
     Cost: 2 passes per step for any number of candidates, plus the evaluators; with one candidate nothing is scored.
@@ -54,7 +58,7 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
 
     scale: float | None = None
     _: KW_ONLY
-    candidates: tuple[float, ...] = (1.0, 3.0, 7.5, 11.0, 15.0)
+    candidates: tuple[float, ...] | None = None
     evaluators: tuple[Evaluator | str, ...] = dataclasses.field(default=(), metadata={"objects": True})
     adaptive: bool = True
     flow: bool | None = None
@@ -63,17 +67,29 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
     def __post_init__(self) -> None:
         check_scale("DynamicCFG", self.scale)
         self.check_window()
-        if not self.candidates or any(not isinstance(w, int | float) or not math.isfinite(w) for w in self.candidates):
-            raise ValueError(f"DynamicCFG(candidates=...) must be one or more finite weights; got {self.candidates!r}.")
-        if len(set(self.candidates)) != len(self.candidates):
-            raise ValueError(f"DynamicCFG(candidates=...) must differ from each other; got {self.candidates!r}.")
+        if self.candidates is not None:
+            if not self.candidates or any(not isinstance(w, int | float) or not math.isfinite(w) for w in self.candidates):
+                raise ValueError(f"DynamicCFG(candidates=...) must be one or more finite weights; got {self.candidates!r}.")
+            if len(set(self.candidates)) != len(self.candidates):
+                raise ValueError(f"DynamicCFG(candidates=...) must differ from each other; got {self.candidates!r}.")
         for evaluator in self.evaluators:
             if not isinstance(evaluator, str | Evaluator):
                 raise TypeError(f"DynamicCFG(evaluators=...) takes names or objects with score(latents, sigma, rows); got {evaluator!r}.")
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The candidates, once they are known."""
+        assert self.candidates is not None, "resolve() looks the candidates up"
+        return self.candidates
+
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         made, sources = Guidance.resolve(self, context)
-        if len(made.candidates) > 1 and not made.evaluators:
+        if made.candidates is None:
+            facts: dict[str, Any] = {"family": context.family, "pipeline": context.pipeline, "scale": made.scale}
+            facts["model"] = lambda: model_hash(context.module) if context.module is not None else None
+            value, sources["candidates"] = preset("dynamic-cfg", "candidates", facts)
+            made = dataclasses.replace(made, candidates=tuple(float(w) for w in value))
+        if len(made.weights) > 1 and not made.evaluators:
             raise ValueError("DynamicCFG has candidates but no evaluator to choose with; pass evaluators=(...), or use CFG.")
         judges = tuple(evaluator_named(e, context) if isinstance(e, str) else e for e in made.evaluators)
         if made.flow is None:
@@ -93,14 +109,14 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
     def passes(self, step: StepInfo, state: DynamicState) -> tuple[Pass, ...]:
         if not self.active(step):
             return CFG(self.scale).passes(step, None)
-        return CFG(self.candidates[0]).passes(step, None) if len(self.candidates) == 1 else (COND, UNCOND)
+        return CFG(self.weights[0]).passes(step, None) if len(self.weights) == 1 else (COND, UNCOND)
 
     def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: DynamicState) -> tuple[Tensor, DynamicState]:
         cond, uncond = preds.get(COND), preds.get(UNCOND)
         any_row = next(iter(preds.values()))
         assert self.scale is not None
-        if cond is None or uncond is None or not self.active(step) or len(self.candidates) == 1:
-            weight = self.candidates[0] if self.active(step) else self.scale
+        if cond is None or uncond is None or not self.active(step) or len(self.weights) == 1:
+            weight = self.weights[0] if self.active(step) else self.scale
             if cond is not None and uncond is not None:
                 return step.mix(cond, uncond, weight), self._noted(state, step, any_row, weight)
             return any_row, self._noted(state, step, any_row, 1.0 if uncond is None else 0.0)
@@ -109,7 +125,7 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
         assert state.pick is not None
         # one row of each candidate, mixed with a plain number: the bits are those of CFG at the chosen weight
         guided = self._mixed(cond, uncond, self.scale, step)
-        for k, weight in enumerate(self.candidates):
+        for k, weight in enumerate(self.weights):
             chosen = (state.pick == k).reshape(-1, *(1,) * (cond.ndim - 1))
             guided = torch.where(chosen, self._mixed(cond, uncond, weight, step), guided)
         return guided, state
@@ -131,15 +147,15 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
         assert self.judges, "resolve() looks the evaluators up"
         scores = []
         for evaluator in self.judges:
-            latents, sigma = latents_for(evaluator, cond, uncond, self.candidates, step, flow=bool(self.flow))
-            rows = [row for row in range(len(cond)) for _ in self.candidates]
+            latents, sigma = latents_for(evaluator, cond, uncond, self.weights, step, flow=bool(self.flow))
+            rows = [row for row in range(len(cond)) for _ in self.weights]
             scored = evaluator.score(latents, sigma, rows)
             if scored.shape != (len(rows),):
                 raise ValueError(
                     f"{evaluator!r} must score {len(rows)} latents as a tensor of shape [{len(rows)}]; got {list(scored.shape)}."
                 )
-            scores.append(scored.float().reshape(len(cond), len(self.candidates)))
+            scores.append(scored.float().reshape(len(cond), len(self.weights)))
         table = torch.stack(scores)  # [E, B, K]
         pick = preferred(table, state.level if self.adaptive else None)
-        weights = torch.tensor([*self.candidates, self.scale], device=pick.device)[pick]  # -1 is the last: the default
+        weights = torch.tensor([*self.weights, self.scale], device=pick.device)[pick]  # -1 is the last: the default
         return DynamicState((*state.chosen, weights), pick, table.mean(2))

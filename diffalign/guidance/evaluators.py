@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from importlib import import_module
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from diffalign.core import Context, Meter, Reward, StepInfo, Tensor
+from diffalign.core import Context, Meter, Reward, StepInfo, Tensor, UnsupportedModel
 from diffalign.core.errors import nearest
 
 
@@ -19,21 +20,60 @@ class Evaluator(Protocol):
     step's noise level ``sigma``, in the denoiser's scaling ``alpha * x0 + s * eps``. An evaluator knows its prompts.
     """
 
-    sees: Literal["x0", "next"]
-
+    @property
+    def sees(self) -> Literal["x0", "next"]: ...
     def score(self, latents: Tensor, sigma: float, rows: Sequence[int]) -> Tensor: ...
 
 
 Factory = Callable[[Context], Evaluator]
-EVALUATORS: dict[str, Factory] = {}  # name -> maker of an evaluator for a pipeline; packages and users add theirs
+# name -> maker of an evaluator for one call, or where it lives: modules are imported when first asked for. Packages and users add theirs
+EVALUATORS: dict[str, Factory | str] = {"emoji-alignment": "diffalign.embedded.evaluator:alignment"}
+REWARD = "reward:"
 
 
 def evaluator_named(name: str, context: Context) -> Evaluator:
-    """The registered evaluator ``name`` for this pipeline."""
+    """The registered evaluator ``name`` for this call, or "reward:NAME" for any reward through the pipeline's decoder.
+
+    Raises: ValueError for an unknown name, ``UnsupportedModel`` where the evaluator cannot read this pipeline.
+    """
+    if name.startswith(REWARD):
+        reward = _imported("diffalign.rewards:load")(name.removeprefix(REWARD))
+        return DecodedReward(decoder_of(context), reward, context.prompts, context.meter)
     if name not in EVALUATORS:
-        known = f"Nearest: {nearest(name, EVALUATORS)}." if EVALUATORS else "None is registered."
-        raise ValueError(f"DynamicCFG knows no evaluator {name!r}. {known} Pass an object with score(latents, sigma, rows) instead.")
-    return EVALUATORS[name](context)
+        raise ValueError(
+            f"DynamicCFG knows no evaluator {name!r}. Nearest: {nearest(name, EVALUATORS)}. Others: reward:NAME for any reward, decoded, "
+            "or an object with score(latents, sigma, rows)."
+        )
+    maker = EVALUATORS[name]
+    found: Evaluator = (_imported(maker) if isinstance(maker, str) else maker)(context)
+    return found
+
+
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def decoder_of(context: Context) -> Callable[[Tensor], Tensor]:
+    """Latents [B, C, H, W] as the denoiser sees them -> images [B, 3, H, W] in [0, 1], by the pipeline's own autoencoder."""
+    vae = getattr(context.pipe, "vae", None)
+    scaling = getattr(getattr(vae, "config", None), "scaling_factor", None)
+    if vae is None or scaling is None:
+        raise UnsupportedModel(
+            f"reward:NAME needs an autoencoder with a scaling factor; {context.pipeline} has none here. "
+            "Pass DecodedReward(decode, reward, prompts) with a decode function of your own."
+        )
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def decode(latents: Tensor) -> Tensor:
+        if latents.ndim != 4:
+            raise UnsupportedModel(
+                f"reward:NAME decodes latents [B, C, H, W]; those of {context.pipeline} have shape {list(latents.shape)}."
+            )
+        made: Tensor = vae.decode((latents / scaling + shift).to(vae.dtype), return_dict=False)[0]
+        return (made.float() / 2 + 0.5).clamp(0, 1)
+
+    return decode
 
 
 @dataclass(frozen=True)
@@ -50,6 +90,8 @@ class DecodedReward:
     sees: Literal["x0", "next"] = field(default="x0", init=False)
 
     def score(self, latents: Tensor, sigma: float, rows: Sequence[int]) -> Tensor:
+        if not self.prompts:
+            raise ValueError("DecodedReward needs one prompt per image; this call gave the pipeline none as text. Pass prompt=...")
         if self.meter is not None:
             self.meter.charge(decodes=len(rows), rewards=len(rows))
         return self.reward(self.decode(latents), [self.prompts[row] for row in rows])
