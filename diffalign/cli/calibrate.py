@@ -108,5 +108,6 @@ def adaptive_guidance(
             rows.append([*cells, f"{apart:.4f}" if mine else ""])
         title = f"{request.model.name}: plain guidance costs {full} NFE per image; * chosen, {found.nfe:.1f} NFE measured"
         heads = ["threshold", "NFE/image", "saved", "images that latch", "pixel difference"]
-        show.table(heads, rows, title, numbers=heads)
+        show.text(title)
+        show.table(heads, rows, numbers=heads)
         show.text(f"{target}\n{picture}\n{use} makes --technique adaptive-guidance use it on this model")

@@ -83,5 +83,6 @@ def linear_ag(
         rows = [(i, 2 * i + 1, f"{policy.r2[i]:.5f}", f"{policy.gain[i]:.3f}") for i in sorted(policy.r2)]
         title = f"{request.model.name}: {policy.trajectories} trajectories, {nfe} NFE per image (CFG: {full})"
         heads = ["estimated step", "from predictions", "R²", "gain over conditional"]
-        show.table(heads, rows, title, numbers=heads)
+        show.text(title)
+        show.table(heads, rows, numbers=heads)
         show.text(f"{facts}\n{weights}\n{use}")

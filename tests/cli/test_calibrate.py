@@ -1,0 +1,124 @@
+"""``diffalign calibrate adaptive-guidance``: the preset it writes is used, its figures are the library's, bad input ends early."""
+
+import datetime
+import functools
+import json
+
+import pytest
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+import diffalign as da
+from diffalign.guidance.calibrate import calibrate_adaptive_guidance
+from diffalign.guidance.presets import VARIABLE
+
+CALIBRATE = ("calibrate", "adaptive-guidance")
+
+
+def test_preset_is_written_and_used(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red apple\ntwo cats\na bench\n")
+    arguments = ("-m", folder, "-s", 6, "--scale", 3, "-c", 5, "-b", 2, "--seed", 7, "--prompts-file", tmp_path / "prompts.txt")
+    result = run(*CALIBRATE, *arguments, "--saving", 0.2, "--space", "x0", "-o", tmp_path / "new" / "mine")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["mine.json", "mine.png"]
+    assert Image.open(tmp_path / "new" / "mine.png").size == (900, 960)
+    texts = ["a red apple", "two cats", "a bench", "a red apple", "two cats"]
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    expected = calibrate_adaptive_guidance(pipe, texts, scale=3.0, steps=6, saving=0.2, space="x0", batch=2, seed=7)
+    (entry,) = json.loads((tmp_path / "new" / "mine.json").read_text())["adaptive-guidance"]
+    assert (entry["option"], entry["value"], entry["when"]) == ("threshold", expected.threshold, expected.when)
+    for word in (da.__version__, datetime.date.today().isoformat(), str(folder), "5 prompts", "seeds from 7", "saved", "pixel difference"):
+        assert word in entry["source"]
+    assert "of GenEval" not in entry["source"]
+    assert f"{expected.threshold:g} *" in result.stdout
+    assert f"{float(expected.difference.mean()):.4f}" in result.stdout
+    use = (
+        "generate",
+        "-m",
+        folder,
+        "-p",
+        "a bench",
+        "-s",
+        6,
+        "--scale",
+        3,
+        "-t",
+        "adaptive-guidance:space=x0",
+        "-o",
+        tmp_path / "i",
+        "--json",
+    )
+    assert json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]["threshold"][0] == 0.99
+    assert f"{VARIABLE}={tmp_path / 'new' / 'mine.json'} " in result.stdout
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "new" / "mine.json"))
+    used = json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]["threshold"]
+    assert used == [expected.threshold, entry["source"]]
+
+
+def test_json_and_defaults(run, folder, tmp_path):
+    result = run(*CALIBRATE, "-m", folder, "-s", 8, "-c", 3, "-o", tmp_path / "a.json", "--json")
+    data = json.loads(result.stdout)
+    assert (data["preset"], data["plot"]) == (str(tmp_path / "a.json"), str(tmp_path / "a.png"))
+    (entry,) = json.loads((tmp_path / "a.json").read_text())["adaptive-guidance"]
+    assert data["threshold"] == entry["value"]
+    assert data["when"] == entry["when"]
+    assert (data["when"]["space"], data["when"]["scale"], data["when"]["steps"]) == ("eps", 7.5, 8)
+    assert "3 prompts of GenEval" in data["source"]
+    assert data["nfe_cfg"] == 16
+    assert data["nfe"] <= 0.75 * 16
+    (chosen,) = [row for row in data["table"] if row["threshold"] == data["threshold"]]
+    assert chosen["nfe"] == pytest.approx(data["nfe"])
+    assert data["difference"] > 0
+
+
+def test_agreement_in_pure_noise_is_pointed_out(run, folder, tmp_path):
+    """Saving as much as is possible latches every image at the first step that may."""
+    result = run(*CALIBRATE, "-m", folder, "-s", 4, "-c", 2, "--saving", 0.25, "-o", tmp_path / "a", "-q")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith("diffalign: warning: 2 of 2 images that latch do so at step 2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--saving", "0"], ["saving", "above 0"]),
+        (["--saving", "0.46"], ["saving", "at most 0.450", "20 steps"]),
+        (["--steps", "2", "--saving", "0.1"], ["saving", "at most 0.000"]),
+        (["--scale", "1"], ["nothing to save"]),
+        (["--count", "0"], ["--count"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--scheduler", "eulr"], ["eulr", "euler"]),
+    ],
+)
+def test_bad_options(run, folder, tmp_path, monkeypatch, arguments, words):
+    call = StableDiffusionPipeline.__call__
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", functools.wraps(call)(lambda *a, **k: pytest.fail("computed")))
+    result = run(*CALIBRATE, "-m", folder, "-s", 20, "-o", tmp_path / "preset", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert all(word in result.stderr for word in words), result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_preset_file_is_bad_input(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "gone.json"))
+    result = run("generate", "-m", folder, "-p", "x", "-s", 2, "-t", "adaptive-guidance", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert VARIABLE in result.stderr
+    assert "gone.json" in result.stderr
+
+
+def test_interrupt_writes_nothing(run, folder, tmp_path, monkeypatch):
+    forward, calls = UNet2DConditionModel.forward, []
+
+    @functools.wraps(forward)
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # in the second generation
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", interrupted)
+    result = run(*CALIBRATE, "-m", folder, "-s", 4, "-c", 2, "--saving", 0.2, "-o", tmp_path / "preset")
+    assert (result.exit_code, result.stderr) == (130, "diffalign: stopped: nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
