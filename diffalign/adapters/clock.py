@@ -51,8 +51,18 @@ class Clock:
         target = int(self.timesteps[i]) - config.num_train_timesteps // self.scheduler.num_inference_steps
         return _level(self._bars[target]) if target >= 0 else self.sigmas[-1]
 
+    @property
+    def place(self) -> int:
+        """Where the next call stands in the scheduler's tables."""
+        return min(self.offset + self.calls, len(self.timesteps) - 1)
+
+    @property
+    def sigma(self) -> float:
+        """The noise level there."""
+        return self.sigmas[self.place]
+
     def now(self, convert: Callable[..., Tensor]) -> StepInfo:
-        i = min(self.offset + self.calls, len(self.timesteps) - 1)
+        i = self.place
         return StepInfo(
             index=self.calls // self.order,
             count=self.count,
