@@ -10,7 +10,7 @@ import diffalign as da
 from diffalign.core import UnsupportedModel
 from diffalign.guidance.fit import Gram, fit_linear_ag, solve
 from diffalign.guidance.linear_ag import LinearAG
-from diffalign.guidance.linear_policy import LinearPolicy, default_plan
+from diffalign.guidance.linear_policy import LinearPolicy, default_plan, policy_at
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -128,6 +128,110 @@ def test_another_model_or_scheduler_is_refused(pipe, policy):
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with da.apply(pipe, LinearAG(policy=policy[1])), pytest.raises(UnsupportedModel, match="scheduler: fitted"):
         final(pipe, call())
+
+
+def test_the_scale_of_the_call_must_be_the_policys(pipe, policy):
+    made = LinearAG(policy=policy[1])
+    with da.apply(pipe, made), pytest.raises(UnsupportedModel, match=r"scale: fitted 3\.0, here 5\.0"):
+        final(pipe, call(guidance_scale=5.0))
+    with pytest.raises(UnsupportedModel, match=r"scale: fitted 3\.0, here 2\.0"), da.apply(pipe, LinearAG(2.0, policy=policy[1])):
+        final(pipe, call())
+    with da.apply(pipe, made) as session:
+        final(pipe, call(guidance_scale=3.0))
+    assert session.report().resolved["linear-ag"]["scale"] == (3.0, "the policy")
+
+
+def test_a_policy_written_again_is_read_again(pipe, policy):
+    made, path = policy
+    with da.apply(pipe, LinearAG(policy=path)) as session:
+        final(pipe, call())
+        dataclasses.replace(made, plan=("guided",) * 3 + made.plan[3:]).save(path)
+        final(pipe, call())
+    assert session.report().guided_steps == 3
+
+
+def test_a_name_with_a_dot_and_either_suffix(policy, tmp_path):
+    made, _ = policy
+    made.save(tmp_path / "w1.5")
+    made.save(tmp_path / "w1.6.json")
+    assert {p.name for p in tmp_path.glob("w*")} == {f"w1.{i}.{suffix}" for i in (5, 6) for suffix in ("json", "safetensors")}
+    for name in ("w1.5", "w1.5.json", "w1.6.safetensors"):
+        assert LinearPolicy.load(tmp_path / name).identity == made.identity
+
+
+def test_a_policy_is_written_whole_or_not_at_all(policy, tmp_path, monkeypatch):
+    made, _ = policy
+    monkeypatch.setattr("diffalign.guidance.linear_policy.save", lambda tensors: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        made.save(tmp_path / "half")
+    assert not list(tmp_path.glob("half*"))
+
+
+def test_fit_needs_guidance_steps_and_one_evaluation_per_step(pipe, monkeypatch):
+    from diffusers import HeunDiscreteScheduler
+
+    monkeypatch.setattr(type(pipe.unet), "forward", lambda *a, **k: pytest.fail("computed"))
+    with pytest.raises(UnsupportedModel, match="nothing to fit"):
+        fit_linear_ag(pipe, PROMPTS, scale=1.0, steps=8)
+    with pytest.raises(UnsupportedModel, match="at least 4"):
+        fit_linear_ag(pipe, PROMPTS, scale=3.0, steps=3)
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(UnsupportedModel, match="HeunDiscreteScheduler takes 2"):
+        fit_linear_ag(pipe, PROMPTS, scale=3.0, steps=8)
+
+
+def test_without_a_policy_the_tiny_model_has_none(pipe):
+    with (
+        da.apply(pipe, LinearAG()),
+        pytest.raises(UnsupportedModel, match=r"no shipped policy \(emoji-20, emoji-50\) fits.*8 steps.*fit linear"),
+    ):
+        final(pipe, call())
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    made = da.load("emoji")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def sample(pipe, technique, steps, **more):
+    with da.apply(pipe, technique) as session:
+        rng = torch.Generator().manual_seed(0)
+        images = pipe("a photo of a red apple", num_inference_steps=steps, generator=rng, output_type="latent", **more).images
+    return images, session.report()
+
+
+@pytest.mark.parametrize(("steps", "nfe"), [(20, 25), (50, 63)])
+def test_shipped_policies_are_found_and_cost_what_the_paper_says(emoji, steps, nfe):
+    """Half the steps alternate between two evaluations and one, the rest take one: 5 + 20 and 13 + 50."""
+    named, report = sample(emoji, LinearAG(policy=f"emoji-{steps}"), steps)
+    assert (report.nfe, report.resolved["linear-ag"]["scale"][0]) == (nfe, 1.5)
+    found, report = sample(emoji, LinearAG(), steps, guidance_scale=1.5)
+    assert report.nfe == nfe
+    assert report.resolved["linear-ag"]["policy"] == (f"emoji-{steps}", "shipped")
+    assert torch.equal(named, found)
+    assert policy_at(f"emoji-{steps}").trajectories == 200
+
+
+def test_a_shipped_policy_estimates_and_does_not_only_leave_out(emoji):
+    """Nearer to plain guidance than as many guided steps at the start without the estimates, and those nearer than none."""
+    full, _ = sample(emoji, da.CFG(1.5), 20)
+    ours, _ = sample(emoji, LinearAG(policy="emoji-20"), 20)
+    none, _ = sample(emoji, da.CFG(1.0), 20)
+    half, _ = sample(emoji, da.IntervalCFG(1.5, stop=0.25), 20)  # 25 evaluations as well: the first five steps guided
+    assert (ours - full).norm() < (half - full).norm() < (none - full).norm()
+
+
+def test_a_shipped_policy_refuses_another_scheduler_with_both_named():
+    from diffusers import EulerDiscreteScheduler
+
+    emoji = da.load("emoji")
+    emoji.scheduler = EulerDiscreteScheduler.from_config(emoji.scheduler.config)
+    with pytest.raises(UnsupportedModel, match="scheduler: fitted 'DDIMScheduler', here 'EulerDiscreteScheduler'"):
+        sample(emoji, LinearAG(policy="emoji-20"), 20)
+    with pytest.raises(UnsupportedModel, match=r"no shipped policy .*EulerDiscreteScheduler, 20 steps"):
+        sample(emoji, LinearAG(), 20)
 
 
 def test_bad_arguments():
