@@ -86,7 +86,11 @@ def test_commands_of_every_page_exist(page):
         if words[:1] != ["diffalign"]:
             continue
         assert words[1] in program.commands, line
-        known = {option for parameter in program.commands[words[1]].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        command = program.commands[words[1]]
+        if hasattr(command, "commands"):
+            assert words[2] in command.commands, line
+            command = command.commands[words[2]]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         for i, word in enumerate(words):
             assert not word.startswith("-") or word in known, f"{line}: {word}"
             if word in ("-t", "--technique"):

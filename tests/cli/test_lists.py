@@ -112,7 +112,7 @@ def test_json_has_no_values_that_json_lacks():
 def test_version_and_help(run):
     assert run("--version").stdout.strip() == da.__version__
     text = run("--help").stdout
-    assert all(name in text for name in ("generate", "compare", "models", "methods", "env"))
+    assert all(name in text for name in ("generate", "compare", "fit", "calibrate", "models", "methods", "env"))
     for command in ("generate", "compare"):
         assert "--technique" in run(command, "--help").stdout
 
