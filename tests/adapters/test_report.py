@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import diffalign as da
+from diffalign.adapters import branch_log
 from diffalign.core.chart import Curve, chart, ticks
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -41,7 +42,10 @@ def recorded(pipe, technique, **more):
     return seen, session.report()
 
 
-def test_effective_scale_orthogonal_part_and_cosine_against_numbers_worked_out_here(pipe):
+@pytest.mark.parametrize("pending", [0, 1 << 20])
+def test_effective_scale_orthogonal_part_and_cosine_against_numbers_worked_out_here(pipe, monkeypatch, pending):
+    """Reduced at every step, as large latents are, and all at the end."""
+    monkeypatch.setattr(branch_log, "PENDING", pending)
     seen, report = recorded(pipe, da.CFG(4.0), batch=2)
     for step, both in enumerate(seen):
         uncond, cond = both.chunk(2)

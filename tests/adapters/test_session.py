@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, StableDiffusionPipeline
 
 import diffalign as da
-from diffalign.adapters import swap
+from diffalign.adapters import closed_loop, swap
 from diffalign.core import COND, UNCOND, GuidanceMismatch, SessionError, UnsupportedModel
 from diffalign.guidance import CFG, Guidance
 from diffalign.testing.final import final
@@ -298,6 +298,33 @@ def test_a_pipeline_that_changes_the_prediction_is_caught(pipe):
     odd = Changed(**pipe.components, requires_safety_checker=False)
     with da.apply(odd, CFG()), pytest.raises(GuidanceMismatch, match="step 0"):
         final(odd, sd_inputs())
+
+
+@pytest.mark.parametrize("pending", [0, 1 << 20])
+def test_a_change_after_the_first_step_is_caught_and_its_step_named(pipe, monkeypatch, pending):
+    """Whether steps are compared one by one, as large latents are, or together at the end."""
+    monkeypatch.setattr(closed_loop, "PENDING", pending)
+
+    class Late(StableDiffusionPipeline):
+        @property
+        def guidance_rescale(self):
+            return 0.7 if pipe.scheduler.seen > 2 else 0.0
+
+    class Counting(DDIMScheduler):
+        seen = 0
+
+        def scale_model_input(self, sample, timestep=None):
+            Counting.seen += 1
+            return sample
+
+    kept = pipe.scheduler
+    pipe.scheduler = Counting.from_config(kept.config)
+    try:
+        odd = Late(**pipe.components, requires_safety_checker=False)
+        with da.apply(odd, CFG()), pytest.raises(GuidanceMismatch, match="step 2"):
+            final(odd, {**sd_inputs(), "num_inference_steps": 5})
+    finally:
+        pipe.scheduler = kept
 
 
 def test_a_subclass_inherits_its_row(pipe):
