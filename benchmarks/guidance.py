@@ -2,7 +2,8 @@
 
     python benchmarks/guidance.py [--runs-folder runs/evidence] [--only "CFG*"]
 
-Baselines of architecture: CFG at the same scale, the best of a CFG sweep, CFG at equal NFE (fewer or more steps). Verdicts by emoji-judge;
+Baselines: CFG at the same scale, the best of a CFG sweep, and plain CFG at equal NFE (fewer or more steps, within 10%). Verdicts by
+emoji-judge;
 differences are paired by prompt and seed with 95% bootstrap intervals, Holm-corrected over the table. Finished images are never made twice.
 """
 
@@ -10,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +23,74 @@ from rich.progress import Progress
 
 import diffalign as da
 from diffalign.core.chart import Curve, chart
+from diffalign.core.registry import name_of
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, measure
 
-SWEEP = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0)
+TOLERANCE = 0.02
+SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
+STEPS = (10, 15, 25, 30)
+STRONG = 3.0
+"""A scale at which plain CFG is too strong for this model: where rules against too strong guidance must show what they repair."""
 
 
-def configs(scale: float, steps: int, threshold: float | None) -> list[Config]:
-    """The sweep, the equal-cost baselines, and one configuration per rule at ``scale``."""
-    made = [Config(f"CFG {s:g}", (da.CFG(s),), steps=steps) for s in SWEEP]
-    made += [Config(f"CFG {scale:g}, {n} steps", (da.CFG(scale),), steps=n) for n in (3 * steps // 4, 5 * steps // 4, 3 * steps // 2)]
-    made += [Config(f"first {p}%", (da.IntervalCFG(scale, stop=p / 100),), steps=steps) for p in (25, 50, 75)]
-    rules: dict[str, Any] = {
-        "interval 20-80%": da.IntervalCFG(scale, start=0.2, stop=0.8),
-        "adaptive": da.AdaptiveGuidance(scale, threshold=threshold),
-        "linear": da.ScheduledCFG(scale, shape="linear"),
-        "cosine": da.ScheduledCFG(scale, shape="cosine"),
-        "inverse linear": da.ScheduledCFG(scale, shape="inverse-linear"),
-        "APG": da.APG(scale),
-        "rescaled": da.RescaledCFG(scale),
-        "TCFG": da.TCFG(scale),
-        "beta": da.BetaCFG(scale),
-        "magnitude-aware": da.MagnitudeAware(scale),
-        "S2": da.S2Guidance(scale),
-    }
-    return made + [Config(name, (rule,), steps=steps) for name, rule in rules.items()]
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of the table. ``scale``: of the CFG that stands at the same scale; ``technique``: its public name, None for a baseline."""
+
+    config: Config
+    scale: float
+    technique: str | None = None
+
+
+def entries(scale: float, steps: int) -> list[Entry]:
+    """The sweep, plain CFG at other costs, CFG for a part of the steps, and every rule at ``scale`` and most at ``STRONG``."""
+    made = [Entry(Config(f"CFG {s:g}", (da.CFG(s),), steps=steps), s) for s in SWEEP]
+    made += [Entry(Config(f"CFG {scale:g}, {n} steps", (da.CFG(scale),), steps=n), scale) for n in STEPS]
+    once: list[tuple[str, Any]] = [
+        *((f"first {p}%", da.IntervalCFG(scale, stop=p / 100)) for p in (25, 50, 75)),
+        ("adaptive, published threshold", da.AdaptiveGuidance(scale)),
+        ("LinearAG", da.LinearAG()),
+        ("dynamic, latent evaluator", da.DynamicCFG(scale, evaluators=("emoji-alignment",))),
+        ("CFG++ .8", da.CFGPlusPlus(0.8)),
+    ]
+    both: list[tuple[str, Callable[[float], Any]]] = [
+        ("interval 20-80%", lambda s: da.IntervalCFG(s, start=0.2, stop=0.8)),
+        ("linear", lambda s: da.ScheduledCFG(s, shape="linear")),
+        ("cosine", lambda s: da.ScheduledCFG(s, shape="cosine")),
+        ("inverse linear", lambda s: da.ScheduledCFG(s, shape="inverse-linear")),
+        ("S2", lambda s: da.S2Guidance(s)),
+        ("skip-layer", lambda s: da.SkipLayerGuidance(s, layers=(LAYER,))),
+        ("APG", lambda s: da.APG(s)),
+        ("rescaled", lambda s: da.RescaledCFG(s)),
+        ("TCFG", lambda s: da.TCFG(s)),
+        ("beta", lambda s: da.BetaCFG(s)),
+        ("magnitude-aware", lambda s: da.MagnitudeAware(s)),
+    ]
+    rules = [(name, rule, scale) for name, rule in once] + [(f"{name} {s:g}", rule(s), s) for s in (scale, STRONG) for name, rule in both]
+    return made + [Entry(Config(name, (rule,), steps=steps), s, name_of(rule)) for name, rule, s in rules]
+
+
+LAYER = 1
+"""The one block that skip-layer guidance leaves out: the second of the U-Net's, from its first third."""
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """What a user of a model like this one can do with it, from the row's figures alone."""
+    best, same, saved = row["best"], row["same"], 1.0 - row["NFE"] / row["best_nfe"]
+    if best.low > 0.0:
+        return f"Use it: {best.mean:+.3f} over the best plain scale."
+    if saved >= 0.1 and best.low > -TOLERANCE:
+        return f"Use it to save {100 * saved:.0f}% of the evaluations; no loss above {TOLERANCE:g} is possible at 95%."
+    if best.high < 0.0 and same.low > 0.0:
+        return (
+            f"It repairs a scale that is too strong ({same.mean:+.3f}), but lowering the scale repairs more ({best.mean:+.3f} against it)."
+        )
+    if best.high < 0.0:
+        return f"Leave it off: {best.mean:+.3f} against the best plain scale."
+    if saved >= 0.1:
+        return f"It saves {100 * saved:.0f}%, and may cost up to {-best.low:.3f}: look at your own prompts first."
+    return "No difference from the best plain scale was shown" + (f"; it costs {-100 * saved:.0f}% more." if saved < -0.1 else ".")
 
 
 def holm(values: dict[str, float]) -> dict[str, float]:
@@ -59,24 +106,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs-folder", default="runs/evidence")
     parser.add_argument("--output", default="benchmarks/results")
-    parser.add_argument("--scale", type=float, default=3.0, help="guidance scale of every rule")
-    parser.add_argument("--threshold", type=float, help="of AdaptiveGuidance; from benchmarks/adaptive.py, default the preset's")
+    parser.add_argument("--scale", type=float, default=1.5, help="guidance scale of every rule: the best of plain CFG")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="*", help="pattern of configuration names; CFG at the same scale always runs")
+    parser.add_argument("--only", default="*", help="pattern of row names: make only these images and write nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge = load("emoji"), load("emoji-judge")
     clip = da.rewards.load("emoji-clip")
-    name = f"CFG {options.scale:g}"
-    chosen = [
-        c for c in configs(options.scale, options.steps, options.threshold) if c.name == name or fnmatch.fnmatch(c.name, options.only)
-    ]
+    chosen = [e for e in entries(options.scale, options.steps) if fnmatch.fnmatch(e.config.name, options.only)]
     runs: dict[str, Measured] = {}
     with Progress() as bar:
-        for config in chosen:
+        for entry in chosen:
+            config = entry.config
             task = bar.add_task(config.name, total=2 * len(evidence_prompts()))
-            folder = Path(options.runs_folder) / "evidence" / config.name.replace(" ", "-").replace("%", "").replace(",", "")
+            folder = Path(options.runs_folder) / "evidence" / re.sub(r"[^\w.-]+", "-", config.name)
             runs[config.name] = measure(
                 pipe,
                 judge,
@@ -87,38 +131,53 @@ def main() -> None:
                 progress=lambda n, t=task: bar.advance(t, n),
             )
             bar.update(task, completed=2 * len(evidence_prompts()))
-    base = runs[name]
-    best = max((runs[f"CFG {s:g}"] for s in SWEEP if f"CFG {s:g}" in runs), key=lambda m: m.score().mean)
-    against = {n: compare(m, base) for n, m in runs.items()}
-    adjusted = holm({n: value.p for n, value in against.items() if n != name})
+    if options.only != "*":
+        return
+    best = max((runs[f"CFG {s:g}"] for s in SWEEP), key=lambda m: m.score().mean)
+    against = {n: compare(m, best) for n, m in runs.items()}
+    adjusted = holm({n: value.p for n, value in against.items() if n != best.config.name})
+    plain = [runs[e.config.name] for e in chosen if e.technique is None]
     rows: list[dict[str, Any]] = []
-    for n, m in runs.items():
-        equal = min((r for k, r in runs.items() if k.startswith("CFG")), key=lambda r, m=m: abs(r.mean("nfe") - m.mean("nfe")))
+    for entry in chosen:
+        m, score = runs[entry.config.name], runs[entry.config.name].score()
+        same = compare(m, runs[f"CFG {entry.scale:g}"])
+        equal = max(
+            (r for r in plain if abs(r.mean("nfe") - m.mean("nfe")) <= 0.1 * m.mean("nfe")), key=lambda r: r.score().mean, default=best
+        )
+        facts = {"best": against[m.config.name], "same": same, "best_nfe": best.mean("nfe"), "NFE": m.mean("nfe")}
         rows.append(
-            {
-                "method": n,
-                "NFE": m.mean("nfe"),
-                "seconds": m.mean("seconds"),
-                "score": m.score().mean,
-                "low": m.score().low,
-                "high": m.score().high,
-            }
-            | {f"vs {name}": str(against[n]), "Holm p": adjusted.get(n), f"vs best ({best.config.name})": str(compare(m, best))}
+            {"method": m.config.name, "technique": entry.technique, "NFE": m.mean("nfe"), "seconds": m.mean("seconds")}
+            | {"score": score.mean, "95%": f"{score.low:.3f}-{score.high:.3f}", "vs CFG at its scale": str(same)}
+            | {f"vs best ({best.config.name})": str(against[m.config.name]), "Holm p": adjusted.get(m.config.name)}
             | {"vs equal NFE": f"{compare(m, equal)} ({equal.config.name})", "CLIP": m.mean("clip"), "diversity": m.mean("spread")}
             | {"effective scale": m.mean("scale")}
             | m.tags()
+            | {"advice": sentence(facts) if entry.technique else None}
         )
     write("guidance", rows, options, title=f"Guidance on emoji: 200 GenEval prompts x 2 seeds, {len(runs) - 1} comparisons")
-    curves = [Curve("CFG sweep", sorted((r.mean("scale"), r.score().mean) for n, r in runs.items() if n in {f"CFG {s:g}" for s in SWEEP}))]
-    others = [n for n in runs if not n.startswith("CFG")]
-    curves += [Curve(n, [(runs[n].mean("scale"), runs[n].score().mean)], line=False) for n in others]
-    chart(curves, title="Verdicts against effective scale", x_label="effective scale", names=True, size=(1100, 640)).save(
-        Path(options.output) / "guidance-scale.png"
+    sweep = sorted((m.mean("scale"), m.score().mean) for m in (runs[f"CFG {s:g}"] for s in SWEEP))
+    rules = [runs[e.config.name] for e in chosen if e.technique]
+    chart(
+        [Curve("CFG sweep", sweep), *(Curve(m.config.name, [(m.mean("scale"), m.score().mean)], line=False) for m in rules)],
+        title="Verdicts against effective scale",
+        x_label="effective scale",
+        names=True,
+        size=(1200, 760),
+    ).save(Path(options.output) / "guidance-scale.png")
+    steps = sorted(
+        (m.mean("nfe"), m.score().mean)
+        for m in (runs[f"CFG {options.scale:g}"], *(runs[f"CFG {options.scale:g}, {n} steps"] for n in STEPS))
     )
-    cost = [Curve(n, [(m.mean("nfe"), m.score().mean)], line=False) for n, m in runs.items()]
-    chart(cost, title="Verdicts against cost", x_label="NFE per image", names=True, size=(1100, 640)).save(
-        Path(options.output) / "guidance-cost.png"
-    )
+    chart(
+        [
+            Curve(f"CFG {options.scale:g}, 10 to 30 steps", steps),
+            *(Curve(m.config.name, [(m.mean("nfe"), m.score().mean)], line=False) for m in rules),
+        ],
+        title="Verdicts against cost",
+        x_label="NFE per image",
+        names=True,
+        size=(1200, 760),
+    ).save(Path(options.output) / "guidance-cost.png")
 
 
 if __name__ == "__main__":

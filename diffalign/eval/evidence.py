@@ -122,6 +122,7 @@ def measure(
 ) -> Measured:
     """Generate, judge and record ``samples`` images of each prompt under ``config``; finished prompts are read from ``folder``.
 
+    ``seconds`` of a record: of one image, in processor time on a CPU with one thread (so that other load does not count), else on the wall.
     ``batch``: images per call, a multiple of ``samples``. ``scorers``: name -> ``f(images [B, 3, H, W], prompts) -> [B]``.
     Cost: ``len(prompt_ids) * samples`` images. Raises ValueError when ``folder`` holds a run with other settings.
     """
@@ -178,7 +179,8 @@ def _batches(
         texts = [str(official[n]["prompt"]) for n in ids]
         given: dict[str, Any] = {} if config.scale is None else {"guidance_scale": config.scale}
         with diffalign.apply(pipe, *config.techniques) as session:
-            began = time.perf_counter()
+            clock = time.process_time if pipe.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+            began = clock()
             images = pipe(
                 texts,
                 num_images_per_prompt=samples,
@@ -187,7 +189,7 @@ def _batches(
                 output_type="pt",
                 **given,
             ).images
-            seconds = (time.perf_counter() - began) / len(seeds)
+            seconds = (clock() - began) / len(seeds)
         report = session.report()
         scales = [s for s in report.scale if s is not None]
         with torch.no_grad():
