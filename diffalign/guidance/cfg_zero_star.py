@@ -30,7 +30,7 @@ class CFGZeroStar(Guidance[ZeroStarState]):
     ``scale``: 1 is off, None the pipeline's own value. ``zero_steps``: first steps at which the velocity is 0, so that nothing moves.
     Cost: 2 passes per step. A zero step uses nothing of the prediction; since the pipeline calls its model all the same, it evaluates
     the conditional branch of one image, the least a call can be (all images on a compiled model). 1 pass per step at scale 1.
-    Raises ``UnsupportedModel`` on models that do not predict a flow velocity.
+    Raises ``UnsupportedModel`` on models that do not predict a flow velocity, and for zero steps on Qwen-Image.
     """
 
     scale: float | None = None
@@ -51,6 +51,11 @@ class CFGZeroStar(Guidance[ZeroStarState]):
             raise UnsupportedModel(
                 f"CFGZeroStar is defined for flow velocities; {context.pipeline} with {context.scheduler} predicts something else. "
                 "Use CFG, or RescaledCFG against over-saturation."
+            )
+        if self.zero_steps and context.family == "qwen":
+            raise UnsupportedModel(
+                f"CFGZeroStar(zero_steps={self.zero_steps}): {context.pipeline} divides each prediction by its norm, and a still step has "
+                "none. Pass zero_steps=0."
             )
         return Guidance.resolve(self, context)
 

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from diffalign.attention.blocks import select
 from diffalign.core import Context, UnsupportedModel
 
 from .skipping import SkippedBlocks
@@ -39,6 +40,8 @@ class SkipLayerGuidance(SkippedBlocks):
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         layers, source = self.layers, ""
         if layers is None:
+            if context.module is not None:
+                select("SkipLayerGuidance", "layers", context.module, ("*",))  # where no block can be skipped, no layers would help
             # SD3.5 medium is the model with a second attention in its first 13 of 24 blocks
             config = getattr(context.module, "config", {})
             if context.family != "sd3" or config.get("num_layers") != 24 or not config.get("dual_attention_layers"):

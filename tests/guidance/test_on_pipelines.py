@@ -1,47 +1,65 @@
-"""The identity table of guidance on real pipelines of every kind of call: off is off to the bit, and cost is what was declared."""
+"""The identity table of guidance on a pipeline of every family: off is off to the bit, and cost is what was declared."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import diffalign as da
+from diffalign.adapters.registry import ROWS
+from diffalign.core import COND, UNCOND, UnsupportedModel
+from diffalign.core.registry import methods
+from diffalign.guidance import Guidance
+from diffalign.guidance.linear_ag import identity_of
+from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.testing import tiny_inputs, tiny_pipeline
+from diffalign.testing.final import final
 
-# one of each kind: batched eps, learned variance, flow, float32 mixing, two calls, cond first, affine with two calls, lists
-FAMILIES = (
-    "StableDiffusionPipeline",
-    "PixArtSigmaPipeline",
-    "StableDiffusion3Pipeline",
-    "SanaPipeline",
-    "FluxPipeline",
-    "WanPipeline",
-    "DiTPipeline",
-    "Cosmos2TextToImagePipeline",
-    "Lumina2Pipeline",
-    "ZImagePipeline",
-)
-FLOW = {"StableDiffusion3Pipeline", "SanaPipeline", "FluxPipeline", "Lumina2Pipeline", "ZImagePipeline"}
-STEPS, BATCH = 4, 2
+FAMILIES = {row.family: name for name, row in reversed(ROWS.items())}  # the first class of each
+WITHOUT_BLOCKS = {"hunyuan-dit", "auraflow", "cogview4"}
+STEPS, BATCH, EPS = 4, 2, torch.finfo(torch.float32).eps
 pytestmark = pytest.mark.filterwarnings("ignore:The call asks", "ignore:The negative prompt has no effect")
 
 
-class Flat:
+class Judge:
+    """Likes every candidate equally, or the later ones better."""
+
     sees = "next"
 
+    def __init__(self, rising=False):
+        self.rising = rising
+
     def score(self, latents, sigma, rows):
-        return torch.zeros(len(rows))
+        return torch.arange(float(len(rows))) if self.rising else torch.zeros(len(rows))
 
 
+@dataclass(frozen=True, slots=True)
+class FirstSteps(Guidance[None]):
+    """CFG at the first ``count`` steps and the conditional model afterwards, written out."""
+
+    count: int
+
+    def passes(self, step, state):
+        return (COND, UNCOND) if step.index < self.count else (COND,)
+
+    def combine(self, preds, step, state):
+        SHAPE[:] = step.convert(preds[COND], "native", "eps").shape[1:]
+        return (step.mix(preds[COND], preds[UNCOND], 3.0) if UNCOND in preds else preds[COND]), None
+
+
+SHAPE = []  # of one prediction, noted by FirstSteps
 EQUAL_TO_CFG = {
     "scheduled": da.ScheduledCFG(3.0, shape="constant"),
     "interval": da.IntervalCFG(3.0, sigma=(0.0, math.inf)),
     "adaptive": da.AdaptiveGuidance(3.0, threshold=1.5),
     "dynamic, one candidate": da.DynamicCFG(5.0, candidates=(3.0,)),
-    "dynamic, no preference": da.DynamicCFG(3.0, candidates=(1.0, 5.0, 9.0), evaluators=(Flat(),)),
+    "dynamic, no preference": da.DynamicCFG(3.0, candidates=(1.0, 5.0, 9.0), evaluators=(Judge(),)),
     "rescaled": da.RescaledCFG(3.0, phi=0.0),
     "magnitude": da.MagnitudeAware(3.0, alpha=0.0),
     "beta": da.BetaCFG(3.0, a=1.0, b=1.0, gamma=0.0),
+    "s2": da.S2Guidance(3.0, omega=0.0, blocks=("*",)),
+    "skip-layer": da.SkipLayerGuidance(3.0, slg_scale=0.0, layers=("*",), stop=1.0),
 }
 EQUAL_TO_CONDITIONAL = {
     "scheduled": da.ScheduledCFG(1.0, shape="lambda"),
@@ -51,78 +69,231 @@ EQUAL_TO_CONDITIONAL = {
     "rescaled": da.RescaledCFG(1.0),
     "magnitude": da.MagnitudeAware(1.0),
     "zero star": da.CFGZeroStar(1.0, zero_steps=0),
+    "s2": da.S2Guidance(1.0, omega=0.0, blocks=("*",)),
 }
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pipe(request):
-    made = tiny_pipeline(request.param)
-    made.set_progress_bar_config(disable=True)
-    return made
+    return tiny_pipeline(FAMILIES[request.param])
 
 
-def call(pipe, technique):
-    name = next(n for n in FAMILIES if n == type(pipe).__name__)
-    with da.apply(pipe, technique) as session:
-        out = pipe(**tiny_inputs(name, batch=BATCH, steps=STEPS))[0]
-    return torch.as_tensor(out), session.report()
+def family(pipe):
+    return ROWS[type(pipe).__name__].family
+
+
+def call(pipe, *techniques, steps=STEPS, **more):
+    with da.apply(pipe, *techniques) as session:
+        out = final(pipe, {**tiny_inputs(type(pipe).__name__, batch=BATCH, steps=steps), **more})
+    return out, session.report()
+
+
+def works(pipe, name):
+    """Whether the family's models are of the kind that the technique needs; the refusal itself is tested below."""
+    if name in ("s2", "skip-layer"):
+        return family(pipe) not in WITHOUT_BLOCKS
+    return name != "zero star" or next(s.works for s in da.supports(pipe) if s.name == "cfg-zero-star")
 
 
 def test_off_switches_are_exact(pipe):
-    expected, plain = call(pipe, da.CFG(3.0))
-    for name, technique in EQUAL_TO_CFG.items():
-        out, report = call(pipe, technique)
-        assert torch.equal(out, expected), name
-        assert report.rows == plain.rows, name
-    expected, plain = call(pipe, da.CFG(1.0))
-    for name, technique in EQUAL_TO_CONDITIONAL.items():
-        if name == "zero star" and type(pipe).__name__ not in FLOW:
-            continue
-        out, report = call(pipe, technique)
-        assert torch.equal(out, expected), name
-        assert report.rows == plain.rows, name
+    for off, table in ((da.CFG(3.0), EQUAL_TO_CFG), (da.CFG(1.0), EQUAL_TO_CONDITIONAL)):
+        expected, plain = call(pipe, off)
+        for name, technique in table.items():
+            if works(pipe, name):
+                out, report = call(pipe, technique)
+                assert torch.equal(out, expected), name
+                assert report.rows == plain.rows, name
 
 
-def test_active_techniques_act_and_cost_what_they_declare(pipe):
-    _, plain = call(pipe, da.CFG(3.0))
-    unguided, conditional = call(pipe, da.CFG(1.0))
-    both, one = plain.rows // plain.steps, conditional.rows // conditional.steps
-    for technique, saved in (
-        (da.ScheduledCFG(3.0), 1),
-        (da.IntervalCFG(3.0, stop=0.5), plain.steps - plain.steps // 2),
-        (da.AdaptiveGuidance(3.0, threshold=-1.0), plain.steps - 2),
-        (da.APG(3.0), 0),
-        (da.TCFG(3.0), 0),
-        (da.RescaledCFG(3.0), 0),
-        (da.MagnitudeAware(3.0, alpha=0.5), 0),
-        (da.BetaCFG(3.0), 2),
+@pytest.mark.parametrize("guided", [1, 3])
+def test_techniques_that_stop_guiding(pipe, guided, tmp_path):
+    """An image that latches at once, a window, and a policy without estimated steps are CFG at the first steps, to the bit."""
+    expected, plain = call(pipe, FirstSteps(guided))
+    assert plain.rows == BATCH * (STEPS + guided)
+    where = identity_of(pipe, STEPS, 3.0, tuple(SHAPE), "")
+    plan = ("guided",) * guided + ("conditional",) * (STEPS - guided)
+    LinearPolicy(where, plan, {0: torch.zeros(1, dtype=torch.float64)}, {}, {}, 0).save(tmp_path / "policy")
+    for technique in (
+        da.AdaptiveGuidance(3.0, threshold=-1.0, min_guided_steps=guided),
+        da.IntervalCFG(3.0, stop=guided / STEPS),
+        da.LinearAG(3.0, policy=str(tmp_path / "policy")),
     ):
         out, report = call(pipe, technique)
-        assert report.rows == plain.rows - saved * (both - one), technique
-        assert out.isfinite().all()
-        assert not torch.equal(out, unguided), technique
+        assert torch.equal(out, expected), technique
+        assert report.rows == plain.rows, technique
 
 
-def test_zero_star_pays_one_row_for_a_still_step():
-    pipe = tiny_pipeline("StableDiffusion3Pipeline")
-    _, report = call(pipe, da.CFGZeroStar(3.0, zero_steps=2))
-    assert report.rows == 2 * BATCH * (STEPS - 2) + 2
+def test_off_up_to_rounding(pipe):
+    """APG that keeps everything is CFG; so is S2 with no block left out, although it pays for its pass."""
+    expected, plain = call(pipe, da.CFG(3.0))
+    bound = 64 * EPS * expected.abs().max()  # conversions to x0 and back; a pass of its own has another row count
+    neutral, report = call(pipe, da.APG(3.0, eta=1.0, cap=math.inf, momentum=0.0))
+    assert (neutral - expected).abs().max() <= bound
+    assert report.rows == plain.rows
+    assert report.scale == pytest.approx(plain.scale, rel=1e-3)  # measured on the latent, without a learned variance
+    if works(pipe, "s2"):
+        empty, report = call(pipe, da.S2Guidance(3.0, n_drop=0, blocks=("*",), start=0.0, stop=1.0))
+        assert (empty - expected).abs().max() <= bound
+        assert report.rows == 3 * STEPS * BATCH
 
 
-def test_effective_scale_is_measured_on_the_latent_alone():
-    """The learned variance of PixArt is not guided by techniques in another space and must not dilute the figure."""
-    _, report = call(tiny_pipeline("PixArtSigmaPipeline"), da.APG(3.0, eta=1.0, cap=math.inf, momentum=0.0))
-    assert report.scale == pytest.approx([3.0] * STEPS, rel=1e-3)
+def test_equal_predictions_leave_nothing_to_guide(pipe):
+    """With one text on both sides a direction rule is the conditional model."""
+    given = tiny_inputs(type(pipe).__name__, batch=BATCH, steps=STEPS)
+    same = {f"negative_{key}": value for key, value in given.items() if f"negative_{key}" in given}
+    if not same:
+        assert family(pipe) == "dit"  # its unconditional branch is a class of its own
+        return
+    expected, _ = call(pipe, da.CFG(1.0), **same)
+    # two branches in one batch round otherwise, by eps; the rules multiply that by their scale, and CFG-Zero* by the scale again
+    bound = 3 * 3 * 64 * EPS * expected.abs().max()
+    for name, technique in {
+        "cfg": da.CFG(3.0),
+        "zero star": da.CFGZeroStar(3.0, zero_steps=0),
+        "tcfg": da.TCFG(3.0),
+        "rescaled": da.RescaledCFG(3.0),
+        "magnitude": da.MagnitudeAware(3.0),
+        "apg": da.APG(3.0, cap=math.inf, momentum=0.0),
+    }.items():
+        if works(pipe, name):
+            assert (call(pipe, technique, **same)[0] - expected).abs().max() <= bound, name
+
+
+MAKE = {
+    "s2-guidance": lambda: da.S2Guidance(3.0, blocks=("*",)),
+    "skip-layer-guidance": lambda: da.SkipLayerGuidance(3.0, layers=(0,), stop=0.5),
+    "cfg-plus-plus": lambda: da.CFGPlusPlus(0.6),
+    "dynamic-cfg": lambda: da.DynamicCFG(3.0, candidates=(1.0, 4.0), evaluators=(Judge(rising=True),)),
+    "adaptive-guidance": lambda: da.AdaptiveGuidance(3.0, threshold=-1.0),
+    "interval-cfg": lambda: da.IntervalCFG(3.0, stop=0.5),
+}
+# evaluated rows of one image, by hand, for 4 steps
+COST = {
+    "cfg": 8,
+    "scheduled-cfg": 7,  # weight 1 at the first step
+    "interval-cfg": 6,
+    "adaptive-guidance": 6,
+    "linear-ag": 6,  # guided, estimated, guided, conditional
+    "dynamic-cfg": 8,
+    "s2-guidance": 11,  # steps 0 to 2: floor(0.1 * 4) = 0, floor(0.9 * 4) = 3
+    "skip-layer-guidance": 10,
+    "apg": 8,
+    "cfg-zero-star": 4 + 2 / BATCH,  # one image at each of two still steps
+    "rescaled-cfg": 8,
+    "tcfg": 8,
+    "beta-cfg": 6,  # the density is 0 at both ends
+    "magnitude-aware": 8,
+    "cfg-plus-plus": 8,
+}
+REFUSED = {
+    "s2-guidance": "knows none in",
+    "skip-layer-guidance": "knows none in",
+    "cfg-zero-star": "defined for flow velocities",
+    "cfg-plus-plus": "changes the sampler and is exact for",
+}
+
+
+def made(name, pipe, folder):
+    if name == "cfg-zero-star":
+        return da.CFGZeroStar(3.0, zero_steps=0 if family(pipe) == "qwen" else 2)
+    if name != "linear-ag":
+        return MAKE.get(name, lambda: methods()[name](3.0))()
+    call(pipe, FirstSteps(0))
+    where = identity_of(pipe, STEPS, 3.0, tuple(SHAPE), "")
+    plan, weights = ("guided", "estimated", "guided", "conditional"), torch.tensor([0.1, 0.5, 0.4], dtype=torch.float64)
+    LinearPolicy(where, plan, {1: weights}, {}, {}, 0).save(folder / "policy")
+    return da.LinearAG(3.0, policy=str(folder / "policy"))
+
+
+def count_rows(pipe, counted):
+    """Hooks on the denoisers that count the rows which really enter them, without the meter."""
+
+    def count(module, args, kwargs):
+        first = args[0] if args else kwargs[next(k for k in ("hidden_states", "sample", "x") if k in kwargs)]
+        counted.append(len(first))
+
+    parts = [part for key in ROWS[type(pipe).__name__].denoisers if (part := getattr(pipe, key, None)) is not None]
+    return [part.register_forward_pre_hook(count, with_kwargs=True) for part in parts]
+
+
+@pytest.mark.parametrize("name", COST)
+def test_declared_is_metered_is_run(pipe, name, monkeypatch, tmp_path):
+    """Passes that the technique declares, rows that the meter charges, and rows that enter the denoiser are one number, also by hand."""
+    technique = made(name, pipe, tmp_path)
+    cls, declared, counted = type(technique), {}, []
+    passes = cls.passes
+
+    def noted(self, step, state):
+        wanted = passes(self, step, state)
+        declared[step.index, step.evaluation] = sum(BATCH if p.rows is None else len(p.rows) for p in wanted)
+        return wanted
+
+    monkeypatch.setattr(cls, "passes", noted)
+    hooks, refusal = count_rows(pipe, counted), None
+    try:
+        out, report = call(pipe, technique)
+    except (UnsupportedModel, ValueError) as error:
+        refusal = str(error)
+    for hook in hooks:
+        hook.remove()
+    if (family(pipe), name) == ("cosmos2", "cfg-plus-plus"):  # the pipeline repeats its last noise level, a step that goes nowhere
+        assert "needs falling noise levels" in refusal
+        return
+    if refusal is not None:
+        assert REFUSED[name] in refusal
+        assert REFUSED[name] in next(s.reason for s in da.supports(pipe) if s.name == name)
+        return
+    by_hand = 8 if (family(pipe), name) == ("qwen", "cfg-zero-star") else COST[name]
+    assert sum(declared.values()) == report.rows == sum(counted) == by_hand * BATCH
+    assert report.nfe == report.rows / BATCH
+    assert out.isfinite().all()
+    assert not torch.equal(out, call(pipe, da.CFG(1.0))[0])
+
+
+def test_a_still_step_on_qwen_is_refused():
+    """Its pipeline divides by the norm of the prediction: a still step would be NaN."""
+    with pytest.raises(UnsupportedModel, match=r"QwenImagePipeline divides .* Pass zero_steps=0"):
+        call(tiny_pipeline("QwenImagePipeline"), da.CFGZeroStar(3.0))
+
+
+def test_every_guidance_has_a_cost():
+    assert set(COST) == {name for name, cls in methods().items() if cls.kind == "guidance"}
+
+
+def test_a_replayed_choice_is_the_same_image(pipe):
+    """DynamicCFG's chosen weights, given back as fixed weights per step, end in the same bits: the scheduler saw the winners only."""
+
+    @dataclass(frozen=True, slots=True)
+    class Replay(Guidance[None]):
+        def passes(self, step, state):
+            return (COND, UNCOND)
+
+        def combine(self, preds, step, state):
+            rows = [
+                step.mix(preds[COND], preds[UNCOND], weight)[[row]] if weight != 1.0 else preds[COND][[row]]
+                for row, weight in enumerate(weights[step.index])
+            ]
+            return torch.cat(rows), None
+
+    class Changing(Judge):
+        """Prefers another candidate at every step and for every image."""
+
+        calls = 0
+
+        def score(self, latents, sigma, rows):
+            self.calls += 1
+            return torch.tensor([float(k == (self.calls + row) % 3) for row in range(BATCH) for k in range(3)])
+
+    out, report = call(pipe, da.DynamicCFG(3.0, candidates=(1.0, 2.5, 4.0), evaluators=(Changing(),)))
+    (chosen,) = report.extras.values()
+    weights = chosen["chosen"]
+    assert weights == [[2.5, 4.0], [4.0, 1.0], [1.0, 2.5], [2.5, 4.0]]
+    assert torch.equal(call(pipe, Replay())[0], out)
 
 
 def test_chosen_weights_and_latches_are_reported():
     pipe = tiny_pipeline("StableDiffusionPipeline")
-
-    class Rising(Flat):
-        def score(self, latents, sigma, rows):
-            return torch.arange(2.0).repeat(BATCH)
-
-    _, report = call(pipe, da.DynamicCFG(3.0, candidates=(1.0, 4.0), evaluators=(Rising(),)))
+    _, report = call(pipe, da.DynamicCFG(3.0, candidates=(1.0, 4.0), evaluators=(Judge(rising=True),)))
     assert report.extras == {"unet": {"chosen": [[4.0] * BATCH] * STEPS}}
     assert report.scale == pytest.approx([4.0] * STEPS, rel=1e-4)
     _, report = call(pipe, da.AdaptiveGuidance(3.0, threshold=-1.0))
