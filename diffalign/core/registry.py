@@ -138,6 +138,15 @@ def _split(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
+def _items(text: str) -> Any:
+    """``"(1,2)"`` as JSON would read it, ``"(a,b)"`` and ``"a"`` as texts: names need no quotes and one entry no brackets."""
+    try:
+        found = json.loads(text.replace("(", "[").replace(")", "]"))
+    except ValueError:
+        found = [item.strip() for item in _split(text.strip().removeprefix("(").removesuffix(")"))]
+    return found if isinstance(found, list) else [found]
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """``value`` as the annotated type; text is read as the type says, lists become tuples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -156,7 +165,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return value
         raise ValueError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}.")
     if origin is tuple:
-        items = json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
+        items = _items(value) if isinstance(value, str) else value
         inner = args[:1] * len(items) if len(args) == 2 and args[1] is Ellipsis else args
         if not isinstance(items, list | tuple) or len(inner) != len(items):
             raise ValueError(f"{where} must be {len(args)} values like (0.2,5.0); got {value!r}.")

@@ -6,12 +6,14 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
-from diffalign.core import COND, UNCOND, Context, Meter, StepInfo
-from diffalign.core.registry import from_config, to_config
+import diffalign as da
+from diffalign.core import COND, UNCOND, Context, Meter, StepInfo, UnsupportedModel
+from diffalign.core.registry import from_config, parse, to_config
 from diffalign.guidance import CFG, DecodedReward, DynamicCFG
 from diffalign.guidance import evaluators as judges
 from diffalign.guidance.base import Guidance
-from diffalign.guidance.evaluators import preferred
+from diffalign.guidance.evaluators import decoder_of, preferred
+from diffalign.testing import tiny_pipeline
 from diffalign.testing.contracts import GuidanceContract, ddim
 from diffalign.testing.oracles import run
 
@@ -284,3 +286,70 @@ def test_wrong_use_is_explained():
     step = StepInfo(0, 2, 1.0, convert=lambda value, *_: value)
     with pytest.raises(ValueError, match=r"must score 5 latents .* got \[2\]"):
         made.combine({COND: cond, UNCOND: cond}, step, made.init(1))
+
+
+def test_candidates_come_from_the_preset_of_the_model():
+    pipe = da.load("emoji")
+    facts = {"pipeline": "StableDiffusionPipeline", "family": "sd", "denoiser": "unet", "scheduler": "DDIMScheduler", "scale": 1.5}
+    facts |= {"scale_source": "call", "steps": 20, "batch": 1}
+    known, sources = DynamicCFG(evaluators=("test-small",)).resolve(Context(**facts, module=pipe.unet))
+    assert known.candidates == (1.0, 1.25, 1.5, 2.0, 3.0)
+    assert "emoji" in sources["candidates"]
+    other, sources = DynamicCFG(evaluators=("test-small",)).resolve(Context(**facts))
+    assert other.candidates == (1.0, 3.0, 7.5, 11.0, 15.0)
+    assert "2509.16131" in sources["candidates"]
+
+
+def test_evaluators_are_given_by_name_on_the_command_line():
+    one = parse("dynamic-cfg:scale=1.5,evaluators=emoji-alignment,candidates=2")[0]
+    assert (one.evaluators, one.candidates) == (("emoji-alignment",), (2.0,))
+    two = parse("dynamic-cfg:evaluators=(emoji-alignment,reward:emoji-clip),candidates=(1,2.5)")[0]
+    assert (two.evaluators, two.candidates) == (("emoji-alignment", "reward:emoji-clip"), (1.0, 2.5))
+    with pytest.raises(ValueError, match=r"candidates must be a number; got 'b'"):
+        parse("dynamic-cfg:candidates=(1,b)")
+
+
+def seen_in_a_call(pipe, *args, **options):
+    """The context that an evaluator is made with, and the report."""
+    contexts = []
+
+    def maker(context):
+        contexts.append(context)
+        return DecodedReward(decoder_of(context), lambda images, texts: images.mean((1, 2, 3)), context.prompts, context.meter)
+
+    judges.EVALUATORS["test-context"] = maker
+    try:
+        with da.apply(pipe, DynamicCFG(3.0, candidates=(1.0, 3.0), evaluators=("test-context",))) as session:
+            pipe(*args, num_inference_steps=2, output_type="latent", **options)
+    finally:
+        del judges.EVALUATORS["test-context"]
+    return contexts[0], session.report()
+
+
+def test_a_judge_is_made_with_the_prompt_of_every_image():
+    pipe = tiny_pipeline("StableDiffusionPipeline", text=True)
+    pipe.set_progress_bar_config(disable=True)
+    rng = [torch.Generator().manual_seed(i) for i in range(4)]
+    context, report = seen_in_a_call(pipe, ["a", "b"], num_images_per_prompt=2, generator=rng)
+    assert context.prompts == ("a", "a", "b", "b")
+    assert context.pipe is pipe
+    assert (report.decodes, report.rewards) == (2 * 4 * 2, 2 * 4 * 2)
+    assert seen_in_a_call(pipe, "a", generator=rng[0])[0].prompts == ("a",)
+    states = pipe.encode_prompt("a", "cpu", 1, True)
+    with pytest.raises(ValueError, match="one prompt per image"):
+        seen_in_a_call(pipe, prompt_embeds=states[0], negative_prompt_embeds=states[1], generator=rng[0])
+
+
+def test_the_decoder_is_the_pipelines_own():
+    pipe = tiny_pipeline("StableDiffusionPipeline", text=True)
+    pipe.vae.register_to_config(shift_factor=0.25)
+    context = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1, pipe=pipe)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + 0.25).sample
+        found = decoder_of(context)(latents)
+    assert torch.allclose(found, pipe.image_processor.postprocess(plain, output_type="pt"))
+    with pytest.raises(UnsupportedModel, match="autoencoder"):
+        decoder_of(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+    with pytest.raises(UnsupportedModel, match=r"shape \[2, 16, 64\]"):
+        decoder_of(context)(torch.zeros(2, 16, 64))
