@@ -47,7 +47,7 @@ bench: $(READY)
 	$(PY) -m pytest -m "not slow" $(WORKERS)
 	$(PY) benchmarks/overhead.py --compile
 
-# Hours: autoencoder, denoiser, judges, reward; each stage resumes what an earlier run left in runs/, and nothing shipped is touched.
+# Hours: autoencoder, denoiser, judges, reward, evaluator; each stage resumes what an earlier run left in runs/, and nothing shipped is touched.
 TRAIN := $(PY) -m diffalign.embedded
 embedded: $(READY)
 	$(TRAIN).train_vae --out runs/vae --resume
@@ -61,3 +61,6 @@ embedded: $(READY)
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples.pt \
 	  --pairs 24 --spoilt 8 --updates 4100 --vae-updates 1500 --sample-updates 250 --resume
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --export runs/models/emoji-clip
+	$(TRAIN).trajectories --pipeline runs/models/emoji --out runs/evaluator/train.pt
+	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --trajectories runs/evaluator/train.pt --resume
+	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --export runs/models/emoji-evaluator

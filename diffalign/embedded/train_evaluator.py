@@ -233,9 +233,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=61)
     result.add_argument("--pairs", type=int, default=24)
     result.add_argument("--spoilt", type=int, default=8)
-    result.add_argument("--updates", type=int, default=2_400)
-    result.add_argument("--from", type=int, default=1_200, dest="begin", help="update from which sampled latents are ranked")
-    result.add_argument("--save", type=int, default=150, help="updates between states")
+    result.add_argument("--updates", type=int, default=2_600)
+    result.add_argument("--from", type=int, default=1_000, dest="begin", help="update from which sampled latents are ranked")
+    result.add_argument("--save", type=int, default=100, help="updates between states")
     result.add_argument("--resume", action="store_true")
     result.add_argument("--export", type=Path, help="write the saved state to this folder and stop")
     return result
