@@ -4,7 +4,7 @@
 
 Negation: prompts with two objects ("a photo of a dog and a red car"), and the second object's name as the negative prompt. Reported: how
 often the negated object is gone while the wanted one stays, by emoji-judge, for nothing, CFG's own negative prompt at several scales, NAG
-at CFG 1 and NAG under CFG, with the effective scale of each. PLADIS: verdicts on the evidence set beside a CFG sweep.
+at CFG 1 and NAG under CFG. PLADIS: verdicts on the evidence set beside a CFG sweep, whose images benchmarks/guidance.py shares.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def negation(
             batch = left[start : start + 8]
             wanted, negated = ([prompts()[n]["include"][i]["class"] for n in batch] for i in (0, 1))
             tools = tuple(t(negated) if callable(t) else t for t in techniques)
-            given: dict[str, Any] = {"negative_prompt": [f"a photo of a {n}" for n in negated for _ in range(1)]} if cfg_negative else {}
+            given: dict[str, Any] = {"negative_prompt": [f"a photo of a {n}" for n in negated]} if cfg_negative else {}
             with da.apply(pipe, *tools) as session:
                 images = pipe(
                     [str(prompts()[n]["prompt"]) for n in batch],
@@ -83,13 +83,14 @@ def negation(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs-folder", default="runs/attention")
+    parser.add_argument("--evidence-folder", default="runs/evidence")
     parser.add_argument("--output", default="benchmarks/results")
-    parser.add_argument("--scale", type=float, default=3.0)
+    parser.add_argument("--scale", type=float, default=1.5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pipe, judge = load("emoji"), load("emoji-judge")
+    pipe, judge, clip, scale = load("emoji"), load("emoji-judge"), da.rewards.load("emoji-clip"), options.scale
 
     def nag(scale: float) -> Any:
         return lambda negated: da.NAG(scale, negative_prompt=tuple(f"a photo of a {n}" for n in negated))
@@ -97,40 +98,35 @@ def main() -> None:
     with Progress() as bar:
         rows = [
             negation(pipe, judge, "nothing", (), 1.0, False, options, bar),
-            *(negation(pipe, judge, f"NAG {s:g}", (nag(s),), 1.0, False, options, bar) for s in (3.0, 5.0, 9.0)),
-            negation(pipe, judge, f"CFG {options.scale:g}", (da.CFG(options.scale),), options.scale, False, options, bar),
-            *(negation(pipe, judge, f"CFG {s:g} negative", (da.CFG(s),), s, True, options, bar) for s in (1.5, options.scale, 5.0)),
-            *(
-                negation(
-                    pipe, judge, f"CFG {options.scale:g} NAG {s:g}", (da.CFG(options.scale), nag(s)), options.scale, False, options, bar
-                )
-                for s in (3.0, 5.0)
-            ),
+            *(negation(pipe, judge, f"NAG {s:g}", (nag(s),), 1.0, False, options, bar) for s in (2.0, 3.0, 5.0, 9.0)),
+            negation(pipe, judge, f"CFG {scale:g}", (da.CFG(scale),), scale, False, options, bar),
+            *(negation(pipe, judge, f"CFG {s:g} negative", (da.CFG(s),), s, True, options, bar) for s in (scale, 2.0, 3.0, 5.0)),
+            *(negation(pipe, judge, f"CFG {scale:g} NAG {s:g}", (da.CFG(scale), nag(s)), scale, False, options, bar) for s in (3.0, 5.0)),
         ]
         write("negation", rows, options, title="Negated object gone, wanted object kept: 99 two-object prompts x 2 seeds on emoji")
-        base: Any = None
-        table = []
-        for cfg in (1.0, options.scale):
-            for strength in (None, 1.0, 2.0):
-                name = f"CFG {cfg:g}" + ("" if strength is None else f" PLADIS {strength:g}")
-                tools = (da.CFG(cfg),) if strength is None else (da.CFG(cfg), da.PLADIS(strength))
+        done: dict[tuple[float, float], Any] = {}
+        for cfg, strengths in ((1.0, (0.0, 0.5, 1.0, 2.0)), (scale, (0.0, 0.5, 1.0, 2.0)), (2.0, (0.0,)), (3.0, (0.0,))):
+            for strength in strengths:
+                name = f"CFG {cfg:g}" + (f" PLADIS {strength:g}" if strength else "")
+                tools = (da.CFG(cfg), da.PLADIS(strength)) if strength else (da.CFG(cfg),)
                 task = bar.add_task(name, total=2 * len(evidence_prompts()))
-                folder = Path(options.runs_folder) / "pladis" / name.replace(" ", "-")
-                done = measure(
+                done[cfg, strength] = measure(
                     pipe,
                     judge,
                     Config(name, tools, steps=options.steps),
-                    folder,
+                    Path(options.evidence_folder) / "evidence" / name.replace(" ", "-"),
                     prompt_ids=evidence_prompts(),
+                    scorers={"clip": clip},
                     progress=lambda n, t=task: bar.advance(t, n),
                 )
-                base = done if strength is None else base
-                score = done.score()
-                table.append(
-                    {"method": name, "NFE": done.mean("nfe"), "seconds": done.mean("seconds"), "score": score.mean, "low": score.low}
-                    | {"high": score.high, "vs the same CFG": str(compare(done, base))}
-                    | done.tags()
-                )
+    best = max((m for (_, strength), m in done.items() if not strength), key=lambda m: m.score().mean)
+    table = [
+        {"method": m.config.name, "NFE": m.mean("nfe"), "seconds": m.mean("seconds"), "score": m.score().mean}
+        | {"95%": f"{m.score().low:.3f}-{m.score().high:.3f}", "vs the same CFG": str(compare(m, done[cfg, 0.0]))}
+        | {f"vs best of the sweep ({best.config.name})": str(compare(m, best)), "CLIP": m.mean("clip")}
+        | m.tags()
+        for (cfg, _), m in done.items()
+    ]
     write("pladis", table, options, title="PLADIS on emoji: 200 GenEval prompts x 2 seeds")
 
 

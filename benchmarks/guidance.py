@@ -3,8 +3,8 @@
     python benchmarks/guidance.py [--runs-folder runs/evidence] [--only "CFG*"]
 
 Baselines: CFG at the same scale, the best of a CFG sweep, and plain CFG at equal NFE (fewer or more steps, within 10%). Verdicts by
-emoji-judge;
-differences are paired by prompt and seed with 95% bootstrap intervals, Holm-corrected over the table. Finished images are never made twice.
+emoji-judge; differences are paired by prompt and seed with 95% bootstrap intervals, Holm-corrected over the table. Finished images are
+never made twice.
 """
 
 from __future__ import annotations

@@ -1,0 +1,122 @@
+"""What does each technique cost in time? The embedded model at B = 16, each technique beside plain CFG (or no guidance), paired.
+
+    python benchmarks/cost.py [--runs 9] [--batch 16]
+
+A round runs every technique once, in an order that changes; a ratio is the median over rounds of a technique against its plain run of the
+same round, per evaluated row where a technique evaluates fewer. Attention techniques are split in two: interception (the layers run their
+own attention, caught and called on) and everything else. Processor seconds with one thread, so that other load does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from results import write
+from rich.progress import track
+
+import diffalign as da
+from diffalign.attention.base import AttentionTechnique
+from diffalign.embedded import load
+from diffalign.eval.geneval import prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Caught(AttentionTechnique):
+    """Interception alone: every text layer's attention is caught and called as it is."""
+
+    def __call__(self, attend: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any) -> torch.Tensor:
+        result: torch.Tensor = attend(q, k, v)
+        return result
+
+
+CASES: list[tuple[str, str, tuple[Any, ...], float | None]] = [
+    # name, plain run that it stands beside, techniques, bar of the ratio
+    ("CFG", "plain 2 rows", (da.CFG(),), 1.03),
+    ("ScheduledCFG", "plain 2 rows", (da.ScheduledCFG(shape="inverse-linear"),), 1.03),
+    ("IntervalCFG", "plain 2 rows", (da.IntervalCFG(start=0.2, stop=0.8),), 1.03),
+    ("AdaptiveGuidance", "plain 2 rows", (da.AdaptiveGuidance(),), 1.03),
+    ("LinearAG", "plain 2 rows", (da.LinearAG(),), 1.03),
+    ("APG", "plain 2 rows", (da.APG(),), 1.03),
+    ("RescaledCFG", "plain 2 rows", (da.RescaledCFG(),), 1.03),
+    ("TCFG", "plain 2 rows", (da.TCFG(),), 1.03),
+    ("BetaCFG", "plain 2 rows", (da.BetaCFG(),), 1.03),
+    ("MagnitudeAware", "plain 2 rows", (da.MagnitudeAware(),), 1.03),
+    ("CFGPlusPlus", "plain 2 rows", (da.CFGPlusPlus(),), 1.03),
+    ("S2Guidance", "plain 2 rows", (da.S2Guidance(),), 1.55),
+    ("SkipLayerGuidance", "plain 2 rows", (da.SkipLayerGuidance(layers=(1,)),), 1.55),
+    ("DynamicCFG, latent evaluator", "plain 2 rows", (da.DynamicCFG(evaluators=("emoji-alignment",)),), 1.5),
+    ("interception, no guidance", "plain 1 row", (da.CFG(1.0), Caught()), None),
+    ("NAG, no guidance", "plain 1 row", (da.CFG(1.0), da.NAG(negative_prompt="a photo of a dog")), 1.35),
+    ("PLADIS, no guidance", "plain 1 row", (da.CFG(1.0), da.PLADIS()), 1.25),
+    ("interception, CFG", "plain 2 rows", (da.CFG(), Caught()), None),
+    ("PLADIS, CFG", "plain 2 rows", (da.CFG(), da.PLADIS()), 1.25),
+]
+PER_ROW = ("IntervalCFG", "AdaptiveGuidance", "LinearAG")
+"""Rules that evaluate fewer rows: their time is compared per evaluated row."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--scale", type=float, default=1.5)
+    parser.add_argument("--output", default="benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    texts = [str(prompts()[n]["prompt"]) for n in range(0, 553, 553 // options.batch)][: options.batch]
+
+    def run(techniques: tuple[Any, ...], scale: float) -> tuple[float, float]:
+        """Processor seconds and rows per image; without techniques no session is open."""
+        given = {"num_inference_steps": options.steps, "guidance_scale": scale, "output_type": "latent"}
+        generator = torch.Generator().manual_seed(0)
+        if not techniques:
+            began = time.process_time()
+            pipe(texts, generator=generator, **given)
+            return time.process_time() - began, (2.0 if scale > 1 else 1.0) * options.steps
+        with da.apply(pipe, *techniques) as session:
+            began = time.process_time()
+            pipe(texts, generator=generator, **given)
+            return time.process_time() - began, session.report().nfe
+
+    scales = {"plain 2 rows": options.scale, "plain 1 row": 1.0}
+    jobs: dict[str, tuple[tuple[Any, ...], float]] = {name: ((), scale) for name, scale in scales.items()}
+    jobs |= {name: (techniques, scales[beside]) for name, beside, techniques, _ in CASES}
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+    order, rng = list(jobs), random.Random(0)
+    for round_ in track(range(options.runs + 1), description="rounds"):
+        rng.shuffle(order)
+        for name in order:
+            found = run(*jobs[name])
+            if round_:  # the first warms up
+                seen[name].append(found)
+    rows = []
+    for name, beside, _, bar in CASES:
+        pairs = list(zip(seen[name], seen[beside], strict=True))
+        ratio = statistics.median(
+            (a[0] / (a[1] if name in PER_ROW else 1.0)) / (b[0] / (b[1] if name in PER_ROW else 1.0)) for a, b in pairs
+        )
+        per_image = statistics.median(s for s, _ in seen[name]) / options.batch
+        rows.append(
+            {"technique": name, "beside": beside, "seconds per image": per_image, "NFE": seen[name][0][1]}
+            | {"ratio": ratio, "counted": "per evaluated row" if name in PER_ROW else "whole run", "bar": bar}
+            | {"held": "–" if bar is None else "yes" if ratio <= bar else "no"}
+        )
+    write(
+        "cost",
+        rows,
+        options,
+        title=f"Time on emoji, B = {options.batch}, {options.steps} steps, latents only, median of {options.runs} rounds",
+    )
+
+
+if __name__ == "__main__":
+    main()
