@@ -80,6 +80,19 @@ def negation(
     return row | {"seconds": sum(r["seconds"] for r in rows) / len(rows)}
 
 
+def advise(rows: list[dict[str, Any]]) -> None:
+    """One sentence for NAG, in the row of its best strength without guidance, from the table's figures alone."""
+    nothing = next(row for row in rows if row["method"] == "nothing")
+    ours = max((row for row in rows if row["method"].startswith("NAG")), key=lambda row: row["both"])
+    theirs = max((row for row in rows if row["method"].endswith("negative")), key=lambda row: row["both"])
+    ours["technique"] = "nag"
+    ours["advice"] = (
+        f"Removes a negated object and keeps the wanted one in {100 * ours['both']:.0f}% at {ours['NFE']:.0f} NFE without guidance "
+        f"({ours['method']}; nothing: {100 * nothing['both']:.0f}%); {theirs['method']} prompt: {100 * theirs['both']:.0f}% at "
+        f"{theirs['NFE']:.0f} NFE."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs-folder", default="runs/attention")
@@ -103,6 +116,7 @@ def main() -> None:
             *(negation(pipe, judge, f"CFG {s:g} negative", (da.CFG(s),), s, True, options, bar) for s in (scale, 2.0, 3.0, 5.0)),
             *(negation(pipe, judge, f"CFG {scale:g} NAG {s:g}", (da.CFG(scale), nag(s)), scale, False, options, bar) for s in (3.0, 5.0)),
         ]
+        advise(rows)
         write("negation", rows, options, title="Negated object gone, wanted object kept: 99 two-object prompts x 2 seeds on emoji")
         done: dict[tuple[float, float], Any] = {}
         for cfg, strengths in ((1.0, (0.0, 0.5, 1.0, 2.0)), (scale, (0.0, 0.5, 1.0, 2.0)), (2.0, (0.0,)), (3.0, (0.0,))):
@@ -127,6 +141,11 @@ def main() -> None:
         | m.tags()
         for (cfg, _), m in done.items()
     ]
+    for row, ((cfg, strength), m) in zip(table, done.items(), strict=True):
+        if (cfg, strength) == (scale, 1.0):
+            gain = compare(m, done[cfg, 0.0])
+            said = "Use it" if gain.low > 0.0 else "Leave it off" if gain.high < 0.0 else "No difference shown"
+            row |= {"technique": "pladis", "advice": f"{said}: {gain} against the same CFG of {cfg:g} without it."}
     write("pladis", table, options, title="PLADIS on emoji: 200 GenEval prompts x 2 seeds")
 
 

@@ -1,9 +1,10 @@
 """README and docs: every Python block of the README runs, every command exists, every technique has its row, every link its file."""
 
 import ast
+import json
 import re
-import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from typer.main import get_command
 
 import diffalign as da
 from diffalign.cli import app
-from diffalign.cli.methods import describe
 from diffalign.core.registry import BUILTIN, parse
 from diffalign.testing.tiny import tiny_pipeline
 
@@ -25,14 +25,12 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-def row_of(name):
-    """The README's row of a technique, made from its documentation and its place in the tree."""
-    module = BUILTIN[name].partition(":")[0]
-    source = module.replace(".", "/") + ".py"
-    test = f"tests/{Path(source).parent.name}/test_{Path(source).stem}.py"
-    test = test if (ROOT / test).is_file() else str(Path(test).parent)
-    facts = describe(name, da.methods()[name])
-    return f"| `{name}` | {facts['paper']} | {facts['cost'].partition('. ')[0].rstrip('.')} | [code]({source}) [test]({test}) |"
+def script(name):
+    """A benchmark script as a module."""
+    spec = spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -97,22 +95,21 @@ def test_commands_of_every_page_exist(page):
                 parse(words[i + 1].strip('"'))
 
 
-@pytest.mark.parametrize("name", BUILTIN)
-def test_every_technique_has_its_row(name):
-    """The cost may be worded freely; paper, code and test are the technique's own. `python tests/test_readme.py` prints the rows."""
-    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |")]
-    assert len(rows) == 1, f"the README needs the row {row_of(name)}"
-    expected = row_of(name).split(" | ")
-    assert rows[0].split(" | ")[1] == expected[1]
-    code, test = re.findall(r"\]\((.*?)\)", rows[0])
-    assert code in expected[-1]
-    assert test.startswith("tests/")
+def test_the_table_is_what_the_results_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script("readme").render(text) == text, "run python benchmarks/readme.py"
+
+
+def test_a_changed_result_changes_the_table(tmp_path, monkeypatch):
+    """Every cell of a measured technique comes from the result files."""
+    readme = script("readme")
+    row = {"technique": "apg", "method": "APG 9", "NFE": 40.0, "vs best (CFG 2)": "-0.123 [-0.2, -0.1] (CFG 2)", "advice": "Leave it off."}
+    (tmp_path / "guidance.json").write_text(json.dumps({"rows": [row]}))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "-0.123 [-0.2, -0.1], 40 NFE. Leave it off." in readme.row_of("apg")
+    assert "not measured yet" in readme.row_of("tcfg")
 
 
 def test_every_row_names_a_technique():
     names = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
     assert set(names) == set(BUILTIN)
-
-
-if __name__ == "__main__":  # the rows of all techniques, to paste into the README
-    sys.stdout.write("\n".join(map(row_of, BUILTIN)) + "\n")
