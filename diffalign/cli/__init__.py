@@ -56,6 +56,7 @@ def main(program: typer.Typer = app) -> None:
         say = getattr(error, "format_message", None)  # typer's usage errors
         if say is None:
             raise
-        complain(f"{say()} Try --help.")
+        if text := say():  # empty where help was shown for want of a command
+            complain(f"{text} Try --help.")
         code = 2
     sys.exit(code if isinstance(code, int) else 0)

@@ -117,6 +117,14 @@ def test_version_and_help(run):
         assert "--technique" in run(command, "--help").stdout
 
 
+@pytest.mark.parametrize("command", [(), ("fit",), ("calibrate",)])
+def test_without_a_command_there_is_help_and_no_complaint(program, command):
+    code, out, err = program(*command)
+    assert (code, err) == (2, "")
+    assert "Usage:" in out
+    assert "Commands" in out
+
+
 def test_program_ends_with_zero(program):
     code, out, err = program("--version")
     assert (code, out.strip(), err) == (0, da.__version__, "")

@@ -238,7 +238,16 @@ def test_the_model_is_asked_for_only_where_everything_else_agrees(found, own):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "{", "[]", '{"a": 1}', '{"a": [{"option": "threshold"}]}', '{"a": [{"option": 1, "when": {}, "source": ""}]}']
+    "text",
+    [
+        None,
+        "{",
+        "[]",
+        '{"a": 1}',
+        '{"a": [{"option": "threshold"}]}',
+        '{"a": [{"option": "threshold", "when": {}, "source": "no value"}]}',
+        '{"a": [{"option": 1, "when": {}, "source": ""}]}',
+    ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_variable(tmp_path, monkeypatch, text):
     path = tmp_path / "broken.json"
