@@ -297,7 +297,7 @@ class Run:
                 output = call(tuple(group), flags, given)
             template = output if template is None else template
             prediction = prediction_of(output)
-            for p, part in zip(group, torch.split(prediction, sizes)):
+            for p, part in zip(group, prediction.split_with_sizes(sizes)):
                 self._preds[p] = part if p.rows is None or not whole else part[list(p.rows)]
         self._template = template
         return template
