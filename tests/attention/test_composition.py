@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TextKVCacheConfig
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    TextKVCacheConfig,
+)
+from diffusers.guiders import AdaptiveProjectedGuidance
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -14,15 +23,20 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import diffalign as da
 from diffalign.adapters import swap
+from diffalign.adapters.registry import ROWS
 from diffalign.adapters.run import Run
 from diffalign.attention import AttentionTechnique
+from diffalign.attention.layers import TABLE
 from diffalign.core.registry import make, methods
 from diffalign.guidance import IntervalCFG
+from diffalign.guidance.linear_ag import identity_of
+from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.testing.final import final
 from diffalign.testing.lockstep import paper, walk
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -35,6 +49,7 @@ SD, XL, SD3, FLUX, WAN, QWEN = (
     "WanPipeline",
     "QwenImagePipeline",
 )
+EVERY = [next(name for name, row in ROWS.items() if row.family == family) for family in TABLE]  # one class of each family with text
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -110,11 +125,16 @@ def test_pladis_acts_inside_nag_on_each_text_alone():
     assert (seen[0][2] - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", [SD, SD3, FLUX, "Lumina2Pipeline", "ZImagePipeline", QWEN])
-def test_removed_means_untouched(name):
+@pytest.mark.parametrize("name", EVERY)
+def test_off_or_removed_means_untouched(name):
     pipe = tiny_pipeline(name)
     native, _ = run(pipe, name)
     before = footprint(pipe)
+    for off in ((nag(1.0), da.PLADIS(0.0)), (nag(alpha=0.0),)):
+        got, report = run(pipe, name, *off)
+        assert torch.equal(got, native)
+        assert all(acting == 0 < selected for acting, selected in report().layers.values())
+        assert_untouched(pipe, before)
     got, _ = run(pipe, name, nag(), da.PLADIS())
     assert not torch.equal(got, native)
     assert_untouched(pipe, before)
@@ -122,31 +142,34 @@ def test_removed_means_untouched(name):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_interrupted_in_the_middle_means_untouched(error):
-    for name in (SD, FLUX, QWEN):
-        pipe = tiny_pipeline(name)
-        model_of(pipe).enable_gradient_checkpointing()
-        if name == SD:
-            pipe.enable_attention_slicing(1)  # something to switch, and to switch back
-        else:
-            pipe.transformer.set_attention_backend("_native_math")
-        native, _ = run(pipe, name)
-        before = footprint(pipe)
-        layers = [m for m in model_of(pipe).modules() if hasattr(m, "processor")]
-        processor, count = layers[-1].processor, []
+@pytest.mark.parametrize("name", EVERY)
+def test_interrupted_in_the_middle_means_untouched(name, error):
+    """In the second call of a layer's projection, with block skipping, checkpointing and another backend to put back as well."""
+    pipe = tiny_pipeline(name)
+    model = model_of(pipe)
+    if getattr(model, "_supports_gradient_checkpointing", False):
+        model.enable_gradient_checkpointing()
+    if name == SD:
+        pipe.enable_attention_slicing(1)  # something to switch, and to switch back
+    elif hasattr(model, "set_attention_backend") and name in (FLUX, QWEN, WAN):
+        model.set_attention_backend("_native_math")
+    native, _ = run(pipe, name)
+    before = footprint(pipe)
+    layers = [m for m in model.modules() if hasattr(m, "processor")]
+    processor, count = layers[-1].processor, []
 
-        def fail(*args, count=count, **kwargs):
-            count.append(1)
-            if len(count) == 2:
-                raise error("stop")
+    def fail(*args, **kwargs):
+        count.append(1)
+        if len(count) == 2:
+            raise error("stop")
 
-        handle = layers[-1].to_q.register_forward_hook(fail)
-        with pytest.raises(error, match="stop"):
-            run(pipe, name, nag(), da.PLADIS())
-        handle.remove()
-        assert layers[-1].processor is processor
-        assert_untouched(pipe, before)
-        assert torch.equal(run(pipe, name)[0], native)
+    handle = layers[-1].to_q.register_forward_hook(fail)
+    with pytest.raises(error, match="stop"):
+        run(pipe, name, da.S2Guidance(3.0, blocks=(0,), start=0.0, stop=1.0), nag(), da.PLADIS())
+    handle.remove()
+    assert layers[-1].processor is processor
+    assert_untouched(pipe, before)
+    assert torch.equal(run(pipe, name)[0], native)
 
 
 def test_another_thread_that_shares_the_model_never_notices():
@@ -169,25 +192,53 @@ def test_another_thread_that_shares_the_model_never_notices():
     assert torch.equal(results[0], native)
 
 
-OPTIONS = {"skip-layer-guidance": {"scale": 3.0, "layers": ("down_blocks.0*",), "start": 0.0, "stop": 0.5}, "cfg-plus-plus": {}}
-# linear-ag needs a fitted policy, dynamic-cfg judges
-GUIDANCES = [name for name, cls in methods().items() if cls.kind == "guidance" and name not in ("linear-ag", "dynamic-cfg")]
+class Later:
+    """A judge that likes later candidates better."""
+
+    sees = "x0"
+
+    def score(self, latents, sigma, rows):
+        return torch.arange(float(len(rows)))
 
 
-@pytest.mark.parametrize("name", GUIDANCES)
-def test_every_guidance(name):
+OPTIONS = {
+    "skip-layer-guidance": {"scale": 3.0, "layers": ("down_blocks.0*",), "start": 0.0, "stop": 0.5},
+    "cfg-plus-plus": {},
+    "dynamic-cfg": {"scale": 3.0, "candidates": (1.0, 4.0), "evaluators": (Later(),)},
+}
+GUIDANCES = [name for name, cls in methods().items() if cls.kind == "guidance"]
+
+
+def policy(pipe, folder):
+    """Of LinearAG for four steps; the second estimates, as a mean of what came before."""
+    identity = identity_of(pipe, 4, 3.0, (4, 8, 8), "")
+    weights = {1: torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)}
+    LinearPolicy(identity, ("guided", "estimated", "guided", "conditional"), weights, {}, {}, 0).save(folder / "policy")
+    return {"scale": 3.0, "policy": str(folder / "policy")}
+
+
+@pytest.mark.parametrize("name", [*GUIDANCES, "a guider of diffusers"])
+def test_every_guidance(name, tmp_path):
     """Each guidance with NAG and PLADIS: all layers act, the rows are the guidance's own, and NAG makes a difference."""
-    flow = name == "cfg-zero-star"
-    model = SD3 if flow else SD
-    technique = make(name, OPTIONS.get(name, {"scale": 3.0}))
+    model = SD3 if name == "cfg-zero-star" else SD
     pipe = tiny_pipeline(model)
+    if name in methods():
+        technique = make(name, policy(pipe, tmp_path) if name == "linear-ag" else OPTIONS.get(name, {"scale": 3.0}))
+    else:
+        technique = AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5)
     plain, alone = run(pipe, model, technique, num_inference_steps=4)
+    before = footprint(pipe)
     got, report = run(pipe, model, technique, nag(), da.PLADIS(), num_inference_steps=4)
     assert torch.isfinite(got).all()
     assert not torch.equal(got, plain)
-    assert all(acting == selected > 0 for acting, selected in report().layers.values() if selected)
+    assert all(acting == selected > 0 for acting, selected in report().layers.values())
+    assert report().layers.keys() == {"NAG", "PLADIS"}
     if name != "adaptive-guidance":  # whose decision depends on the predictions
         assert report().rows == alone().rows
+    assert_untouched(pipe, before)
+    off, report = run(pipe, model, technique, nag(1.0), da.PLADIS(0.0), num_inference_steps=4)
+    assert torch.equal(off, plain)
+    assert report().rows == alone().rows
 
 
 @pytest.mark.parametrize("guidance", [da.CFG(3.0), da.CFG(1.0)], ids=["CFG", "off"])
@@ -320,6 +371,37 @@ def test_ip_adapter_keeps_its_image_keys():
     assert (off - got).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("share_image", [True, False])
+def test_ip_adapter_of_flux(share_image):
+    """Its image keys are a second call in each double block, with the image's queries alone; they go on as without us."""
+
+    def made(scale):
+        pipe = tiny_pipeline(FLUX)
+        size = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            processors = {
+                key: old if "single" in key else FluxIPAdapterAttnProcessor(size, size, num_tokens=(7,), scale=scale)
+                for key, old in pipe.transformer.attn_processors.items()
+            }
+            pipe.transformer.set_attn_processor(processors)
+            projection = ImageProjection(image_embed_dim=16, cross_attention_dim=size, num_image_text_embeds=7)
+            pipe.transformer.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+        return pipe
+
+    def picture(seed):
+        return [torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(seed))]
+
+    given = {"ip_adapter_image_embeds": picture(1), "negative_ip_adapter_image_embeds": picture(2)}
+    techniques = nag(share_image=share_image), da.PLADIS()
+    without, _ = run(tiny_pipeline(FLUX), FLUX, *techniques)
+    assert torch.equal(run(made(0.0), FLUX, *techniques, **given)[0], without)
+    got, report = run(made(1.0), FLUX, *techniques, **given)
+    assert report().layers == {"NAG": (2, 2), "PLADIS": (2, 2)}
+    assert not torch.equal(got, without)
+    assert not torch.equal(got, run(made(1.0), FLUX, **given)[0])
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -428,6 +510,22 @@ def test_hooks_of_offloading_stay_inside():
     assert report().layers == {"NAG": (2, 2), "PLADIS": (2, 2)}
 
 
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level", "model"])
+@pytest.mark.parametrize("name", [SD, FLUX, WAN, "ZImagePipeline"])
+def test_offloading(name, kind):
+    """Groups of layers, or whole models, that come to the device when they are called; here the device is the CPU itself."""
+    expected, _ = run(tiny_pipeline(name), name, nag(), da.PLADIS())
+    pipe = tiny_pipeline(name)
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        apply_group_offloading(model_of(pipe), onload_device=torch.device("cpu"), offload_type=kind, **groups)
+    got, report = run(pipe, name, nag(), da.PLADIS())
+    assert torch.equal(got, expected)
+    assert all(acting == selected > 0 for acting, selected in report().layers.values())
+
+
 def text_gradient(name, prepare=lambda pipe: None):
     """Gradient of a loss in the prompt's embeddings; the backward pass runs in another thread, after the session."""
     pipe = tiny_pipeline(name)
@@ -476,8 +574,8 @@ def test_recomputed_under_the_techniques(monkeypatch, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [SD, FLUX])
-def test_compiled_models_compile_once(name):
+@pytest.mark.parametrize(("name", "whole"), [(SD, False), (FLUX, False), (SD, True)])
+def test_compiled_models_compile_once(name, whole):
     """Bit-identical to eager; the second session and the runs between sessions compile nothing new."""
     import torch._dynamo
 
@@ -491,7 +589,7 @@ def test_compiled_models_compile_once(name):
     native, _ = run(pipe, name)
     expected, _ = run(pipe, name, nag(), da.PLADIS())
     torch._dynamo.reset()
-    model_of(pipe).compile_repeated_blocks(backend=backend)
+    (model_of(pipe).compile if whole else model_of(pipe).compile_repeated_blocks)(backend=backend)
     counts = []
     for _ in range(3):
         graphs.clear()
@@ -511,11 +609,19 @@ def pab():
     return PyramidAttentionBroadcastConfig(**skip, **window, current_timestep_callback=lambda: 500)
 
 
+CACHES = {
+    "first block": lambda: FirstBlockCacheConfig(threshold=0.5),
+    "taylor seer": lambda: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+    "mag": lambda: MagCacheConfig(mag_ratios=[1.0] * 6, num_inference_steps=6),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", [WAN, "LTXPipeline", "CogVideoXPipeline", FLUX, QWEN])
 @pytest.mark.parametrize("window", [{}, {"sigma": None, "start": 0.0, "stop": 0.5}])
-def test_caches_live_on_and_are_emptied_where_the_text_changes(name, window):
+def test_caches_live_on_and_are_emptied_where_the_text_changes(name, window, cache):
     pipe = tiny_pipeline(name)
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    pipe.transformer.enable_cache(CACHES[cache]())
     inputs = {"num_inference_steps": 6}
     cached, _ = run(pipe, name, **inputs)
     got, report = run(pipe, name, nag(**window), da.PLADIS(), **inputs)
