@@ -40,6 +40,12 @@ def _clip(folder: Path) -> Any:
     return load_clip(folder)
 
 
+def _evaluator(folder: Path) -> Any:
+    from diffalign.embedded.evaluator import load_evaluator
+
+    return load_evaluator(folder)
+
+
 @dataclass(frozen=True)
 class Entry:
     """`folder` below `models/`, what it is in one line, and a function from the folder's path to the loaded model."""
@@ -54,6 +60,7 @@ MODELS: dict[str, Entry] = {
     "emoji-judge": Entry("emoji-judge", "detector of the emoji world: class, score, box and colour of each object", _judge),
     "emoji-judge-audit": Entry("emoji-judge-audit", "second detector, of another architecture, that checks the first one", _audit),
     "emoji-clip": Entry("emoji-clip", "open_clip dual encoder of 64 x 64 scenes and captions, with its tokenizer", _clip),
+    "emoji-evaluator": Entry("emoji-evaluator", "noisy latents of emoji and a prompt to a score, for DynamicCFG", _evaluator),
 }
 """Name -> entry. Further embedded models add their own line."""
 
