@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -76,6 +76,7 @@ class Run:
         self._sigma: dict[int, float] = {}
         self._log = BranchLog()
         self._fixed: dict[int, bool] = {}
+        self._template: Any = None
         self._new_step()
 
     # -- the two intercepted calls --------------------------------------------------------------------------------------------------
@@ -221,9 +222,16 @@ class Run:
         self._calls += 1
         if self._calls == 1:
             self._plan = self._wanted(guidance, module)
-            conditioned = tuple(p for p in self._plan if p.conditioned) or (COND,)
-            output = self._evaluate(guidance, conditioned, module, call, kwargs, hidden, rows)
             self._first_input = hidden
+            conditioned = tuple(p for p in self._plan if p.conditioned)
+            if not conditioned:  # nothing is needed of this call but its shape, which one row tells
+                if self._template is None:
+                    self._evaluate(guidance, (replace(COND, rows=(0,)),), module, call, kwargs, hidden, rows)
+                    self._preds.clear()
+                like = prediction_of(self._template)
+                self._first = like.new_zeros((self.batch, *like.shape[1:]))
+                return with_prediction(self._template, self._first)
+            output = self._evaluate(guidance, conditioned, module, call, kwargs, hidden, rows)
             if len(conditioned) == len(self._plan):
                 self._first = self._combine(guidance)
             else:
@@ -236,9 +244,7 @@ class Run:
         if self._guided is not None:
             return self._answer(self._template, self._guided, self._guided)
         output = self._evaluate(guidance, tuple(p for p in self._plan if not p.conditioned), module, call, kwargs, hidden, (), rows)
-        cond = self._preds.get(COND)
-        if not any(p.conditioned for p in self._plan):
-            cond = self._preds.pop(COND)
+        cond = self._preds.get(COND, self._first)
         guided = self._combine(guidance)
         return self._answer(output, guided, cond)
 

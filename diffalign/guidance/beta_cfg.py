@@ -19,7 +19,7 @@ class BetaCFG(Guidance[None]):
     ``gamma`` 0 and ``a`` = ``b`` = 1, where this is CFG to the bit; with ``gamma`` 1 the difference has norm ``scale * Beta``.
     ``a``, ``b`` >= 1: the density's parameters, 2 and 2 in the paper: no guidance, the unconditional model, at the first and last step.
     ``gamma`` in [0, 1]: how far the norm (over all values of an image) is taken out.
-    Cost: 2 passes per step; 1 where the density is 0.
+    Cost: 2 passes per step; 1 where the density is 0, and one row more in the first of those on pipelines with a call per branch.
     """
 
     scale: float | None = None

@@ -10,6 +10,7 @@ import torch
 import diffalign as da
 from diffalign.adapters.encode import ENCODERS
 from diffalign.adapters.registry import ROWS, row_of
+from diffalign.attention.layers import TABLE
 from diffalign.core import COND, UNCOND
 from diffalign.core.registry import from_config, parse, to_config
 from diffalign.guidance import Guidance
@@ -57,7 +58,7 @@ def test_off_encodes_no_negative(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", [SD, FLUX, "Lumina2Pipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("name", [next(name for name, row in ROWS.items() if row.family == family) for family in TABLE])
 def test_negative_equal_to_the_prompt_changes_nothing_but_rounding(name):
     pipe = tiny_pipeline(name, dtype=torch.float64)
 

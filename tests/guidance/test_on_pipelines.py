@@ -82,6 +82,10 @@ def family(pipe):
     return ROWS[type(pipe).__name__].family
 
 
+def in_two_calls(pipe):
+    return ROWS[type(pipe).__name__].mode == "sequential"
+
+
 def call(pipe, *techniques, steps=STEPS, **more):
     with da.apply(pipe, *techniques) as session:
         out = final(pipe, {**tiny_inputs(type(pipe).__name__, batch=BATCH, steps=steps), **more})
@@ -103,6 +107,22 @@ def test_off_switches_are_exact(pipe):
                 out, report = call(pipe, technique)
                 assert torch.equal(out, expected), name
                 assert report.rows == plain.rows, name
+
+
+def test_scale_zero_is_the_unconditional_model(pipe):
+    """The model with the negative text in place of the prompt. Pipelines with two calls need one row of the other to begin with."""
+    given = tiny_inputs(type(pipe).__name__, batch=BATCH, steps=STEPS)
+    swapped = {key: given[f"negative_{key}"] for key in given if f"negative_{key}" in given}
+    if not swapped:
+        assert family(pipe) == "dit"  # its unconditional branch is a class of its own
+        return
+    expected, plain = call(pipe, da.CFG(1.0), **swapped)
+    # Cosmos mixes x0, so what it is handed comes back up to rounding: the bound of tests/adapters/test_identity.py
+    bound = 2.9e-6 * expected.abs().max() if family(pipe) == "cosmos2" else 0.0
+    for technique in (da.CFG(0.0), da.BetaCFG(0.0), da.ScheduledCFG(0.0, shape="constant")):
+        out, report = call(pipe, technique)
+        assert (out - expected).abs().max() <= bound, technique
+        assert report.rows == plain.rows + in_two_calls(pipe), technique
 
 
 @pytest.mark.parametrize("guided", [1, 3])
@@ -244,7 +264,8 @@ def test_declared_is_metered_is_run(pipe, name, monkeypatch, tmp_path):
         assert REFUSED[name] in next(s.reason for s in da.supports(pipe) if s.name == name)
         return
     by_hand = 8 if (family(pipe), name) == ("qwen", "cfg-zero-star") else COST[name]
-    assert sum(declared.values()) == report.rows == sum(counted) == by_hand * BATCH
+    shape = name == "beta-cfg" and in_two_calls(pipe)  # one row tells it, where the first step asks for the second call alone
+    assert sum(declared.values()) + shape == report.rows == sum(counted) == by_hand * BATCH + shape
     assert report.nfe == report.rows / BATCH
     assert out.isfinite().all()
     assert not torch.equal(out, call(pipe, da.CFG(1.0))[0])
