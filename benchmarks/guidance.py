@@ -49,7 +49,8 @@ def entries(scale: float, steps: int) -> list[Entry]:
     made += [Entry(Config(f"CFG {scale:g}, {n} steps", (da.CFG(scale),), steps=n), scale) for n in STEPS]
     once: list[tuple[str, Any]] = [
         *((f"first {p}%", da.IntervalCFG(scale, stop=p / 100)) for p in (25, 50, 75)),
-        ("adaptive, published threshold", da.AdaptiveGuidance(scale)),
+        ("AG x0 0.96", da.AdaptiveGuidance(scale, threshold=0.96, space="x0")),
+        ("AG eps 0.991", da.AdaptiveGuidance(scale, threshold=0.991, space="eps")),
         ("LinearAG", da.LinearAG()),
         ("dynamic, latent evaluator", da.DynamicCFG(scale, evaluators=("emoji-alignment",))),
         ("CFG++ .8", da.CFGPlusPlus(0.8)),

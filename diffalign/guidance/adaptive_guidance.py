@@ -11,8 +11,7 @@ from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, Unsupp
 from diffalign.core.checks import check_choice, check_scale, rowwise
 
 from .base import Guidance
-from .linear_policy import model_hash
-from .presets import preset
+from .presets import facts_of, preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,8 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
     Castillo et al. 2023, arXiv:2312.12487, section 5: with K guided steps of S an image costs S + K evaluations instead of 2S.
     ``scale``: 1 is off, None the pipeline's own value. ``threshold``: cosine that latches, in [-1, 1]; above 1 it is plain CFG, None is
     looked up for the model (``presets.json``, or what ``diffalign calibrate adaptive-guidance`` wrote for yours). A threshold belongs to
-    its ``space``: "eps" compares noise predictions (the paper), "x0" denoised images. ``min_guided_steps``: no image latches before that
+    its ``space``: "eps" compares noise predictions (the paper), "x0" denoised images; None is looked up together with the threshold, and is
+    "eps" beside a threshold of yours. ``min_guided_steps``: no image latches before that
     many steps (pure noise alone can look like agreement).
     Each image decides for itself, once per step, over all its values in float32; it never goes back to guidance.
     Cost: 2 passes for images still guided, 1 for the others; one device synchronisation per guided step.
@@ -55,13 +55,14 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
     scale: float | None = None
     _: KW_ONLY
     threshold: float | None = None
-    space: Literal["eps", "x0"] = "eps"
+    space: Literal["eps", "x0"] | None = None
     min_guided_steps: int = 2
 
     def __post_init__(self) -> None:
         check_scale("AdaptiveGuidance", self.scale)
         check_scale("AdaptiveGuidance", self.threshold, "threshold")
-        check_choice("AdaptiveGuidance", "space", self.space, ("eps", "x0"))
+        if self.space is not None:
+            check_choice("AdaptiveGuidance", "space", self.space, ("eps", "x0"))
         if isinstance(self.min_guided_steps, bool) or not isinstance(self.min_guided_steps, int) or self.min_guided_steps < 1:
             raise ValueError(f"AdaptiveGuidance(min_guided_steps=...) must be an integer of at least 1; got {self.min_guided_steps!r}.")
 
@@ -76,17 +77,15 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
                 f"AdaptiveGuidance has nothing to save: {context.pipeline} runs without guidance here. Give a scale above 1, "
                 "or leave it out for models whose guidance is distilled."
             )
+        facts = facts_of(context, scale=made.scale)
+        if made.space is None:
+            space: Any = "eps"
+            source = "the threshold is yours"
+            if made.threshold is None:
+                space, source = preset("adaptive-guidance", "space", facts)
+            made, sources = dataclasses.replace(made, space=space), {**sources, "space": source}
         if made.threshold is None:
-            facts = {
-                "space": made.space,
-                "family": context.family,
-                "pipeline": context.pipeline,
-                "scheduler": context.scheduler,
-                "steps": context.steps,
-                "scale": made.scale,
-                "model": lambda: model_hash(context.module) if context.module is not None else None,
-            }
-            value, source = preset("adaptive-guidance", "threshold", facts)
+            value, source = preset("adaptive-guidance", "threshold", {**facts, "space": made.space})
             made, sources = dataclasses.replace(made, threshold=value), {**sources, "threshold": source}
         return made, sources
 
@@ -126,6 +125,6 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
         assert self.threshold is not None
         if self.threshold > 1.0:
             return state
-        cosine = agreement(cond, uncond, step, self.space, rows).tolist()
+        cosine = agreement(cond, uncond, step, self.space or "eps", rows).tolist()
         latched = {row for row, value in zip(rows, cosine) if value >= self.threshold}
         return AdaptiveState(tuple(step.index if row in latched else at for row, at in enumerate(state.crossed)))

@@ -12,7 +12,7 @@ from diffalign.core import COND, UNCOND, Context, Pass, Space, StepInfo, Tensor
 from diffalign.core.checks import check_range, check_scale, rowwise
 
 from .base import Guidance
-from .presets import preset
+from .presets import facts_of, preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class APG(Guidance[APGState]):
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         made, sources = Guidance.resolve(self, context)
-        facts = {"family": context.family, "pipeline": context.pipeline, "scheduler": context.scheduler, "steps": context.steps}
+        facts = facts_of(context, scale=made.scale)
         if made.cap is None:
             value, sources["cap"] = preset("apg", "cap", facts)
             made = dataclasses.replace(made, cap=math.inf if value == "none" else value)

@@ -36,7 +36,12 @@ class Calibration:
 
     def preset(self, source: str) -> dict[str, list[dict[str, Any]]]:
         """The content of a preset file; ``source`` says where the value comes from."""
-        return {"adaptive-guidance": [{"option": "threshold", "value": self.threshold, "when": self.when, "source": source}]}
+        where = {key: value for key, value in self.when.items() if key != "space"}
+        entries = [
+            {"option": "space", "value": self.when["space"], "when": where, "source": source},
+            {"option": "threshold", "value": self.threshold, "when": self.when, "source": source},
+        ]
+        return {"adaptive-guidance": entries}
 
     def table(self) -> list[tuple[float, float, float, int]]:
         """Threshold, NFE per image, share saved, images that latch: for the chosen threshold and for savings of 10, 20, 30, 40%."""

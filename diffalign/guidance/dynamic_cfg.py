@@ -14,8 +14,7 @@ from diffalign.core.checks import check_scale
 from .base import Guidance
 from .cfg import CFG
 from .evaluators import Evaluator, evaluator_named, latents_for, preferred
-from .linear_policy import model_hash
-from .presets import preset
+from .presets import facts_of, preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +84,7 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         made, sources = Guidance.resolve(self, context)
         if made.candidates is None:
-            facts: dict[str, Any] = {"family": context.family, "pipeline": context.pipeline, "scale": made.scale}
-            facts["model"] = lambda: model_hash(context.module) if context.module is not None else None
-            value, sources["candidates"] = preset("dynamic-cfg", "candidates", facts)
+            value, sources["candidates"] = preset("dynamic-cfg", "candidates", facts_of(context, scale=made.scale))
             made = dataclasses.replace(made, candidates=tuple(float(w) for w in value))
         if len(made.weights) > 1 and not made.evaluators:
             raise ValueError("DynamicCFG has candidates but no evaluator to choose with; pass evaluators=(...), or use CFG.")

@@ -10,6 +10,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from diffalign.core import Context
+
+from .linear_policy import model_hash
+
 VARIABLE = "DIFFALIGN_PRESETS"
 """Environment variable with the paths of preset files, separated as ``PATH`` is; ``diffalign calibrate`` writes such files."""
 
@@ -44,12 +48,25 @@ def _read(path: str) -> Table:
     return table
 
 
+def facts_of(context: Context, **options: Any) -> dict[str, Any]:
+    """What conditions may name: the call, the model, and the technique's own ``options``. The model is hashed only when asked."""
+    module = context.module
+    return {
+        "family": context.family,
+        "pipeline": context.pipeline,
+        "scheduler": context.scheduler,
+        "steps": context.steps,
+        "scale": context.scale,
+        "in_channels": getattr(getattr(module, "config", None), "in_channels", None),
+        "model": lambda: model_hash(module) if module is not None else None,
+    } | options
+
+
 def preset(technique: str, option: str, facts: Mapping[str, Any]) -> tuple[Any, str]:
     """``(value, source)`` of the entry for ``option`` whose conditions all agree with ``facts``.
 
     An entry of the user's files wins over those that ship, an earlier file over a later one; within a file the entry with most conditions.
-    Conditions name any of ``family``, ``pipeline``, ``scheduler``, ``steps``, ``scale``, ``model`` (``model_hash``) and the technique's
-    own options. A fact that is a function is asked only when everything else agrees.
+    Conditions name any of ``facts_of``. A fact that is a function is asked only when everything else agrees.
     Raises: LookupError when no entry fits, ValueError for a preset file that cannot be used.
     """
     for table in (*_own(), _shipped()):

@@ -172,6 +172,16 @@ def test_space_decides():
     assert min(x0[1:]) >= contract.steps // 2
 
 
+def test_space_is_looked_up_with_the_threshold_and_stays_the_papers_beside_your_own():
+    context = Context("P", "no-such-family", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
+    made, sources = AdaptiveGuidance().resolve(context)
+    assert (made.space, made.threshold) == ("eps", 0.991)
+    assert "2312.12487" in sources["space"]
+    made, sources = AdaptiveGuidance(threshold=0.5).resolve(context)
+    assert (made.space, made.threshold) == ("eps", 0.5)
+    assert sources["space"] == "the threshold is yours"
+
+
 @pytest.mark.parametrize(("space", "value"), [("eps", 0.991), ("x0", 0.99)])
 def test_threshold_is_looked_up_and_says_where_it_comes_from(space, value):
     context = Context("P", "no-such-family", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
@@ -179,7 +189,7 @@ def test_threshold_is_looked_up_and_says_where_it_comes_from(space, value):
     assert (made.scale, made.threshold) == (5.0, value)
     assert "not calibrated for this model" in sources["threshold"]
     assert "call" in sources["scale"]
-    assert AdaptiveGuidance(2.0, threshold=0.7).resolve(context)[1] == {}
+    assert AdaptiveGuidance(2.0, threshold=0.7, space=space).resolve(context)[1] == {}
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,10 @@ def test_a_preset_of_the_user_wins_where_all_its_conditions_agree(pipe, found, o
     assert resolved(pipe) == (found.threshold, "measured here")
     with da.apply(pipe, AdaptiveGuidance(SCALE)) as session:
         pipe(["a bench"], num_inference_steps=STEPS, output_type="latent", generator=generators(0, 1))
-    assert session.report().resolved["adaptive-guidance"]["threshold"][0] == 0.991  # eps, not the space that was calibrated
+    assert session.report().resolved["adaptive-guidance"]["space"] == ("x0", "measured here")
+    with da.apply(pipe, AdaptiveGuidance(SCALE, space="eps")) as session:
+        pipe(["a bench"], num_inference_steps=STEPS, output_type="latent", generator=generators(0, 1))
+    assert session.report().resolved["adaptive-guidance"]["threshold"][0] == 0.991  # not the space that was calibrated
 
 
 @pytest.mark.parametrize("change", [{"guidance_scale": 4.0}, {"num_inference_steps": 5}])
