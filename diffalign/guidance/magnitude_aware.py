@@ -1,17 +1,15 @@
 """Less guidance where the two predictions differ much (MAMBO-G, 2025, arXiv:2508.03442)."""
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
-from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
+from diffalign.core import StepInfo, Tensor
 from diffalign.core.checks import check_range, check_scale
 
-from .base import Guidance
-from .per_row import latent, mix_rows
+from .per_row import BothBranches, latent, mix_rows
 
 
 @dataclass(frozen=True, slots=True)
-class MagnitudeAware(Guidance[None]):
+class MagnitudeAware(BothBranches):
     """CFG with the scale ``1 + (scale - 1) * exp(-alpha * |c - u| / |u|)`` for each image (arXiv:2508.03442).
 
     ``scale``: the scale where both predictions agree; 1 is off, None the pipeline's own value (the paper uses 10). ``alpha`` >= 0: how fast
@@ -27,20 +25,9 @@ class MagnitudeAware(Guidance[None]):
         check_scale("MagnitudeAware", self.scale)
         check_range("MagnitudeAware", "alpha", self.alpha, 0.0, 1e6)
 
-    @property
-    def needs_uncond(self) -> bool:
-        return self.scale != 1.0
-
-    def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
-        return (COND,) if self.scale == 1.0 else (COND, UNCOND)
-
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
-        cond, uncond = preds[COND], preds.get(UNCOND)
-        if uncond is None:
-            return cond, None
-        assert self.scale is not None
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float, step: StepInfo) -> Tensor:
         if self.alpha == 0.0:
-            return step.mix(cond, uncond, self.scale), None
+            return step.mix(cond, uncond, scale)
         c, u = latent(cond, step), latent(uncond, step)
         ratio = (c - u).norm(dim=1) / u.norm(dim=1).clamp_min(1e-30)
-        return mix_rows(step, cond, uncond, 1.0 + (self.scale - 1.0) * (-self.alpha * ratio).exp()), None
+        return mix_rows(step, cond, uncond, 1.0 + (scale - 1.0) * (-self.alpha * ratio).exp())

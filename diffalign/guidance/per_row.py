@@ -1,9 +1,38 @@
-"""Shared by techniques whose weight differs per image: what to measure, and how to mix with it."""
+"""Shared by techniques whose weight differs per image: when both branches run, what to measure, and how to mix with it."""
+
+from collections.abc import Mapping
 
 import torch
 
-from diffalign.core import StepInfo, Tensor
+from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
 from diffalign.core.checks import rowwise
+
+from .base import Guidance
+
+
+class BothBranches(Guidance[None]):
+    """A rule on both predictions, ``guide``; at ``scale`` 1 it is off, and the conditional branch runs alone."""
+
+    __slots__ = ()
+    scale: float | None
+
+    @property
+    def needs_uncond(self) -> bool:
+        return self.scale != 1.0
+
+    def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
+        return (COND,) if self.scale == 1.0 else (COND, UNCOND)
+
+    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
+        cond, uncond = preds[COND], preds.get(UNCOND)
+        if uncond is None:
+            return cond, None
+        assert self.scale is not None
+        return self.guide(cond, uncond, self.scale, step), None
+
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float, step: StepInfo) -> Tensor:
+        """The guided prediction from both, ``[B, ...]``."""
+        raise NotImplementedError
 
 
 def latent(prediction: Tensor, step: StepInfo) -> Tensor:

@@ -1,17 +1,15 @@
 """Guidance whose standard deviation is brought back to the conditional model's (Lin et al. 2023, arXiv:2305.08891)."""
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
-from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
+from diffalign.core import StepInfo, Tensor
 from diffalign.core.checks import check_range, check_scale
 
-from .base import Guidance
-from .per_row import column, latent, wide
+from .per_row import BothBranches, column, latent, wide
 
 
 @dataclass(frozen=True, slots=True)
-class RescaledCFG(Guidance[None]):
+class RescaledCFG(BothBranches):
     """CFG, then ``phi * d * std(cond) / std(d) + (1 - phi) * d`` per image (Lin et al. 2023, arXiv:2305.08891, eq. 15-16).
 
     ``scale``: 1 is off, None the pipeline's own value. ``phi`` in [0, 1]: share of the rescaled prediction; 0 is CFG, the paper uses 0.7.
@@ -27,21 +25,10 @@ class RescaledCFG(Guidance[None]):
         check_scale("RescaledCFG", self.scale)
         check_range("RescaledCFG", "phi", self.phi, 0.0, 1.0)
 
-    @property
-    def needs_uncond(self) -> bool:
-        return self.scale != 1.0
-
-    def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
-        return (COND,) if self.scale == 1.0 else (COND, UNCOND)
-
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
-        cond, uncond = preds[COND], preds.get(UNCOND)
-        if uncond is None:
-            return cond, None
-        assert self.scale is not None
-        guided = step.mix(cond, uncond, self.scale)
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float, step: StepInfo) -> Tensor:
+        guided = step.mix(cond, uncond, scale)
         if self.phi == 0.0:
-            return guided, None
+            return guided
         ratio = latent(cond, step).std(1) / latent(guided, step).std(1).clamp_min(1e-30)
         factor = self.phi * ratio + (1.0 - self.phi)
-        return (column(factor, guided) * wide(guided)).to(guided.dtype), None
+        return (column(factor, guided) * wide(guided)).to(guided.dtype)

@@ -1,19 +1,17 @@
 """Tangential damping of the unconditional prediction (Kwon et al. 2025, arXiv:2503.18137)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
+from diffalign.core import StepInfo, Tensor
 from diffalign.core.checks import check_scale
 
-from .base import Guidance
-from .per_row import column, latent, wide
+from .per_row import BothBranches, column, latent, wide
 
 
 @dataclass(frozen=True, slots=True)
-class TCFG(Guidance[None]):
+class TCFG(BothBranches):
     """CFG after the unconditional prediction is projected on the direction both predictions share most (arXiv:2503.18137).
 
     That direction is the first right singular vector of the 2 x n matrix of the two predictions of an image. With the Gram matrix
@@ -29,18 +27,7 @@ class TCFG(Guidance[None]):
     def __post_init__(self) -> None:
         check_scale("TCFG", self.scale)
 
-    @property
-    def needs_uncond(self) -> bool:
-        return self.scale != 1.0
-
-    def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
-        return (COND,) if self.scale == 1.0 else (COND, UNCOND)
-
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
-        cond, uncond = preds[COND], preds.get(UNCOND)
-        if uncond is None:
-            return cond, None
-        assert self.scale is not None
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float, step: StepInfo) -> Tensor:
         c, u = latent(cond, step), latent(uncond, step)
         a, b, d = c.square().sum(1), (c * u).sum(1), u.square().sum(1)
         spread = torch.hypot(a - d, 2.0 * b)
@@ -48,4 +35,4 @@ class TCFG(Guidance[None]):
         of_cond = b / safe
         of_uncond = torch.where(spread > 0.0, 0.5 * (1.0 - (a - d) / safe), torch.zeros_like(a))
         tangential = column(of_cond, cond) * wide(cond) + column(of_uncond, uncond) * wide(uncond)
-        return step.mix(wide(cond), tangential, self.scale).to(cond.dtype), None
+        return step.mix(wide(cond), tangential, scale).to(cond.dtype)
