@@ -1,7 +1,7 @@
 """diffalign: inference-time alignment and guidance for Hugging Face diffusers pipelines."""
 
 from . import core, rewards
-from .adapters import Report, Session, active, apply, disable, enable, guider, supports, techniques_of
+from .adapters import Report, Session, active, apply, disable, enable, guider, preset, supports, techniques_of
 from .attention import NAG, PLADIS
 from .core import Budget, BudgetExceeded, Cancelled, GuidanceMismatch, SessionError, UnsupportedModel
 from .core.registry import methods
@@ -29,6 +29,7 @@ __all__ = [
     "guider",
     "load",
     "methods",
+    "preset",
     "rewards",
     "supports",
     "techniques_of",
