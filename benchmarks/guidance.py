@@ -53,7 +53,9 @@ def entries(scale: float, steps: int) -> list[Entry]:
         ("AG eps 0.991", da.AdaptiveGuidance(scale, threshold=0.991, space="eps")),
         ("LinearAG", da.LinearAG()),
         ("dynamic, latent evaluator", da.DynamicCFG(scale, evaluators=("emoji-alignment",))),
+        ("CFG++ .6", da.CFGPlusPlus(0.6)),
         ("CFG++ .8", da.CFGPlusPlus(0.8)),
+        ("beta 10", da.BetaCFG(10.0)),  # its scale is a norm; this one guides about as strongly as the others
     ]
     both: list[tuple[str, Callable[[float], Any]]] = [
         ("interval 20-80%", lambda s: da.IntervalCFG(s, start=0.2, stop=0.8)),
@@ -65,7 +67,7 @@ def entries(scale: float, steps: int) -> list[Entry]:
         ("APG", lambda s: da.APG(s)),
         ("rescaled", lambda s: da.RescaledCFG(s)),
         ("TCFG", lambda s: da.TCFG(s)),
-        ("beta", lambda s: da.BetaCFG(s)),
+        ("beta density", lambda s: da.BetaCFG(s, gamma=0.0)),
         ("magnitude-aware", lambda s: da.MagnitudeAware(s)),
     ]
     rules = [(name, rule, scale) for name, rule in once] + [(f"{name} {s:g}", rule(s), s) for s in (scale, STRONG) for name, rule in both]
