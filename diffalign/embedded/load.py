@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,33 @@ __all__ = ["MODELS", "Available", "available", "load"]
 FOLDER = Path(__file__).parent / "models"
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars for a few megabytes, and no warning of what is meant: a field that AutoencoderTiny itself writes, an autoencoder that is no
+    AutoencoderKL."""
+    import diffusers
+    import transformers
+
+    tools = [module.utils.logging for module in (diffusers, transformers)]
+    before = [(tool, tool.get_verbosity(), tool.is_progress_bar_enabled()) for tool in tools]
+    try:
+        for tool in tools:
+            tool.set_verbosity_error()
+            tool.disable_progress_bar()
+        yield
+    finally:
+        for tool, level, bars in before:
+            tool.set_verbosity(level)
+            if bars:
+                tool.enable_progress_bar()
+
+
 def _pipeline(folder: Path) -> Any:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+    with _quiet():
+        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -120,7 +120,7 @@ def main() -> None:
     torch.set_num_threads(1)
     judge = load("emoji-judge" if options.official else "emoji-judge-audit")
     records = official_prompts(options.prompts) if options.official else training_prompts(options.seed, options.prompts)
-    pipe = StableDiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(options.pipeline, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     generate(pipe, judge, records, options.images, options.seed, scale=options.scale).save(options.out)
 

@@ -181,7 +181,7 @@ def corners(truth: Any) -> Tensor:
 def _pipeline(folder: Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
-    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+    return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -108,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     exclude = set(Trajectories.load(options.exclude).captions) if options.exclude is not None else set()
-    pipe = StableDiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(options.pipeline, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     records = prompts(options.seed, options.prompts, exclude)
     generate(pipe, load("emoji-judge-audit"), records, options.seed).save(options.out)

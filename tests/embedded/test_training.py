@@ -196,7 +196,7 @@ def test_exported_folder_is_a_plain_pipeline(tokenizer: CLIPTokenizer, tmp_path:
     small_vae().save_pretrained(tmp_path / "vae")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     train_denoiser.export(tmp_path / "state.pt", tmp_path / "vae", tmp_path / "tokenizer", tmp_path / "emoji")
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "emoji", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "emoji", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a photo of a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
     assert image.shape == (64, 64, 3)
