@@ -19,7 +19,8 @@ class BetaCFG(Guidance[None]):
     ``gamma`` 0 and ``a`` = ``b`` = 1, where this is CFG to the bit; with ``gamma`` 1 the difference has norm ``scale * Beta``.
     ``a``, ``b`` >= 1: the density's parameters, 2 and 2 in the paper: no guidance, the unconditional model, at the first and last step.
     ``gamma`` in [0, 1]: how far the norm (over all values of an image) is taken out.
-    Cost: 2 passes per step; 1 where the density is 0, and one row more in the first of those on pipelines with a call per branch.
+    Cost: 2 passes per step; 1 where the density is 0.
+    On pipelines with a call per branch the first step evaluates one conditional row more, to learn the prediction's shape.
     """
 
     scale: float | None = None
