@@ -24,7 +24,7 @@ class CFGPlusPlus(Guidance[None]):
     ``lam`` in [0, 1]: 0 is the unconditional model; 0.6 stands for a usual CFG scale. ``flow``: None as the scheduler says.
     Equal to CFG++ for DDIM with ``eta=0`` and without clipping, and for Euler without churn.
     Cost: 2 passes per step; 1 where the weight is exactly 0 or 1.
-    Raises ``UnsupportedModel`` for any other scheduler: its step is not this formula.
+    Raises ``UnsupportedModel`` for any other scheduler, whose step is not this formula, and on Cosmos 2.
     """
 
     lam: float = 0.6
@@ -40,6 +40,8 @@ class CFGPlusPlus(Guidance[None]):
                 f"CFGPlusPlus changes the sampler and is exact for {', '.join(FIRST_ORDER)} only; this pipeline uses {context.scheduler}. "
                 "Use one of those: pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)."
             )
+        if context.family == "cosmos2":
+            raise UnsupportedModel(f"{context.pipeline} repeats its last noise level, and CFGPlusPlus needs falling ones. Use CFG.")
         if self.flow is not None:
             return self, {}
         return dataclasses.replace(self, flow=context.flow), {"flow": f"parametrisation of {context.scheduler}"}
