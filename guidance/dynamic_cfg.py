@@ -11,8 +11,8 @@ pipe = da.load("emoji")
 prompts = ["a red apple and a green clock", "three cats"]
 generator = torch.Generator().manual_seed(0)
 # any reward judges through the pipeline's decoder; on emoji itself "emoji-alignment" reads the latents and costs a tenth of that.
-# The candidates are looked up for the model; give your own with candidates=(1.0, 3.0, 5.0).
-with da.apply(pipe, da.DynamicCFG(1.5, evaluators=("reward:emoji-clip",))) as session:
+# The candidates are looked up for the model; in the first 30% of the steps no judge is reliable, so they keep the default weight.
+with da.apply(pipe, da.DynamicCFG(1.5, evaluators=("reward:emoji-clip",), start=0.3)) as session:
     images = pipe(prompts, num_inference_steps=20, generator=generator).images
 print(session.report())
 for i, image in enumerate(images):

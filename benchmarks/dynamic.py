@@ -1,0 +1,146 @@
+"""Does a guidance weight chosen per image and step beat a fixed one? Candidates chosen on 100 prompts, confirmed on the evidence set.
+
+    python benchmarks/dynamic.py [--runs-folder runs/evidence] [--scale 1.5]
+
+DynamicCFG with the latent evaluator ("emoji-alignment") and with emoji-clip through the decoder, beside CFG at the best fixed scale.
+Quality: GenEval's verdict by emoji-judge, which neither evaluator has seen; differences are paired by prompt and seed with a 95% bootstrap
+interval. Cost: seconds of processor time against CFG, paired, 16 images a call. Everything is resumable: finished prompts are read from
+the folder. The plot shows which weights were chosen at each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from results import write
+from rich.progress import Progress
+
+import diffalign as da
+from diffalign.core.chart import Curve, chart
+from diffalign.embedded import load
+from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, measure, seed_of, tuning_prompts
+from diffalign.eval.geneval import prompts
+
+WIDE = (1.0, 1.25, 1.5, 2.0, 3.0)
+SETTINGS = ((WIDE, 0.0), ((1.25, 1.5, 2.0), 0.0), ((1.5, 2.0, 3.0), 0.0), (WIDE, 0.3))  # candidates, first progress with a choice
+LATENT, DECODED = "emoji-alignment", "reward:emoji-clip"
+
+
+def weights(pipe: Any, technique: Any, file: Path, *, steps: int, images: int = 96) -> list[list[float]]:
+    """Chosen weights, ``[steps][images]``, on the first seed of evenly spread evidence prompts; read from ``file`` when it holds them."""
+    settings = {"technique": repr(technique), "steps": steps, "images": images}
+    if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
+        return [list(map(float, row)) for row in saved["chosen"]]
+    ids, official = evidence_prompts()[:: max(1, len(evidence_prompts()) // images)][:images], prompts()
+    parts = []
+    for start in range(0, len(ids), 16):
+        part = ids[start : start + 16]
+        with da.apply(pipe, technique) as session:
+            pipe(
+                [str(official[n]["prompt"]) for n in part],
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed_of(n, 0)) for n in part],
+                output_type="latent",
+            )
+        parts.append(np.array(session.report().extras["unet"]["chosen"]))
+    chosen: list[list[float]] = np.concatenate(parts, axis=1).tolist()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"settings": settings, "chosen": chosen}) + "\n")
+    return chosen
+
+
+def cost(pipe: Any, plain: Any, other: Any, *, steps: int, batch: int = 16, runs: int = 5) -> tuple[float, float]:
+    """Median of the paired ratios other / plain, decoding of the picture included: processor seconds and wall seconds. Order alternates."""
+    texts = [str(prompts()[n]["prompt"]) for n in evidence_prompts()[:batch]]
+
+    def once(technique: Any) -> tuple[float, float]:
+        began, processor = time.perf_counter(), time.process_time()
+        with da.apply(pipe, technique):
+            pipe(texts, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="pt")
+        return time.process_time() - processor, time.perf_counter() - began
+
+    once(other)
+    found: list[tuple[float, float]] = []
+    for i in range(runs):
+        pair = [once(t) for t in ((plain, other) if i % 2 else (other, plain))]
+        a, b = pair if i % 2 else pair[::-1]
+        found.append((b[0] / a[0], b[1] / a[1]))
+    return statistics.median(f[0] for f in found), statistics.median(f[1] for f in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs-folder", default="runs/evidence")
+    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--scale", type=float, default=1.5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    pipe, judge = load("emoji"), load("emoji-judge")
+    steps, scale = options.steps, options.scale
+
+    def dynamic(candidates: tuple[float, ...], start: float, evaluator: str) -> Config:
+        name = f"Dynamic {evaluator.removeprefix('reward:')} {' '.join(f'{w:g}' for w in candidates)}" + f" from {start:g}" * (start > 0)
+        return Config(name, (da.DynamicCFG(scale, candidates=candidates, evaluators=(evaluator,), start=start),), steps=steps)
+
+    with Progress() as bar:
+
+        def run(config: Config, kind: str) -> Measured:
+            ids = tuning_prompts() if kind == "tuning" else evidence_prompts()
+            task = bar.add_task(f"{kind}: {config.name}", total=2 * len(ids))
+            folder = Path(options.runs_folder) / kind / config.name.replace(" ", "-")
+            done = measure(pipe, judge, config, folder, prompt_ids=ids, progress=lambda n: bar.advance(task, n))
+            bar.update(task, completed=2 * len(ids))
+            return done
+
+        cfg = Config(f"CFG {scale:g}", (da.CFG(scale),), steps=steps)
+        base = run(cfg, "tuning")
+        tuned = [run(dynamic(*setting, LATENT), "tuning") for setting in SETTINGS]
+        best = SETTINGS[max(range(len(SETTINGS)), key=lambda i: compare(tuned[i], base).mean)]
+        plain = run(cfg, "evidence")
+        configs = [dynamic(*best, evaluator) for evaluator in (LATENT, DECODED)]
+        ours = [run(config, "evidence") for config in configs]
+
+    latent = configs[0].techniques[0]
+    chosen = np.array(weights(pipe, latent, Path(options.runs_folder) / "dynamic-weights.json", steps=steps))
+    ratios = [cost(pipe, cfg.techniques[0], config.techniques[0], steps=steps, runs=runs) for config, runs in zip(configs, (9, 3))]
+
+    rows: list[dict[str, Any]] = []
+    cpu = {m.config.name: ratio for m, ratio in zip(ours, ratios)}
+    for kind, runs, reference in (("tuning", [base, *tuned], base), ("evidence", [plain, *ours], plain)):
+        for m in runs:
+            score, against, ratio = m.score(), compare(m, reference), cpu.get(m.config.name) if kind == "evidence" else None
+            rows.append(
+                {"set": kind, "method": m.config.name, "NFE": m.mean("nfe"), "seconds": m.mean("seconds")}
+                | {"processor time / CFG": ratio and ratio[0], "wall / CFG": ratio and ratio[1], "score": score.mean}
+                | {"low": score.low, "high": score.high, "vs CFG": against.mean, "vs low": against.low, "vs high": against.high}
+                | m.tags()
+            )
+    verdict = (
+        f"candidates {best[0]} from progress {best[1]:g} on, chosen on the tuning prompts. On the evidence set, against CFG {scale:g}: "
+    )
+    for name, m, ratio in zip(("latent evaluator", "emoji-clip through the decoder"), ours, ratios):
+        verdict += f"{name} {compare(m, plain)} at {ratio[0]:.2f} times the processor time; "
+    verdict += f"latent against decoded {compare(ours[0], ours[1])}"
+    write("dynamic", rows, options, title=f"DynamicCFG on emoji, {steps} steps\n\n{verdict}")
+    low, middle, high = np.quantile(chosen, (0.1, 0.5, 0.9), axis=1).tolist()
+    curves = [
+        Curve("median", list(enumerate(middle)), low=low, high=high),
+        Curve("10%", list(enumerate(low))),
+        Curve("90%", list(enumerate(high))),
+        Curve("mean", list(enumerate(chosen.mean(1).tolist()))),
+    ]
+    title = f"Weights chosen by the latent evaluator on emoji, {chosen.shape[1]} images"
+    chart(curves, title=title, x_label="step (0 is the noisiest)", y_label="guidance weight").save(Path(options.output) / "dynamic.png")
+
+
+if __name__ == "__main__":
+    main()
