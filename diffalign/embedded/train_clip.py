@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffalign.embedded import training
 from diffalign.embedded.clip import MEAN, STD, build_clip, model_config
 from diffalign.embedded.clip_loss import contrast, patch_truth, place_truth, scene_truth
 from diffalign.embedded.degrade import blurred, corrupt, morph, moved, noisy, round_trip
@@ -31,12 +32,11 @@ from diffalign.embedded.pairs import FOCUS, batch
 from diffalign.embedded.samples import Samples
 from diffalign.embedded.tokens import encode
 from diffalign.embedded.train_judge import load_vae
-from diffalign.embedded.training import Log, cosine, load_state, save_state, step_generator, step_seed
+from diffalign.embedded.training import STATE, cosine, load_state, step_generator, step_seed, train
 from diffalign.embedded.vocabulary import COLOURS, OBJECTS
 
 __all__ = ["ClipTrainer", "export", "parser"]
 
-STATE = "state.pt"
 PEAK = 1e-3
 SPREAD = 0.5
 GROUPS = 4
@@ -222,41 +222,24 @@ def _tokenizer(folder: Path) -> Any:
 
 def run(options: argparse.Namespace, vae: Any | None, samples: Any | None) -> None:
     """Train to the end of the third phase; a state every `options.save` updates."""
-    trainer, seconds = ClipTrainer(options, _tokenizer(options.tokenizer).get_vocab(), vae, samples), 0.0
-    if options.resume and (state := load_state(options.out / STATE)) is not None:
-        trainer.load(state["trainer"])
-        seconds = state["seconds"]
+    trainer = ClipTrainer(options, _tokenizer(options.tokenizer).get_vocab(), vae, samples)
     names = ("seed", "pairs", "spoilt", "focus", "updates", "vae_updates", "sample_updates")
-    header = {"model": "emoji-clip", "start": trainer.done} | {key: getattr(options, key) for key in names}
-    log = Log(options.out / "log.jsonl", header, seconds)
-    window: list[dict[str, float]] = []
-    while trainer.done < trainer.ends[-1]:
-        window.append(trainer.step())
-        if trainer.done <= 20 or trainer.done % 50 == 0:
-            means = {key: round(float(np.mean([entry[key] for entry in window if key in entry])), 5) for key in window[-1]}
-            log.write({"updates": trainer.done, "samples": trainer.done * (2 * options.pairs + options.spoilt)} | means)
-            window = []
-        if trainer.done % options.save == 0 or trainer.done == trainer.ends[-1]:
-            save_state(options.out / STATE, {"trainer": trainer.state(), "seconds": log.seconds})
+    header = {"model": "emoji-clip"} | {key: getattr(options, key) for key in names}
+    train(trainer, options, header, end=trainer.ends[-1], samples=2 * options.pairs + options.spoilt, save=options.save)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--out", type=Path, required=True, help="folder of state and log")
+    result = training.parser(__doc__, seed=31, save=50)
     result.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer of `emoji`")
     result.add_argument("--vae", type=Path, help="folder of the autoencoder; needed from phase two on")
     result.add_argument("--samples", type=Path, help="generated pictures (see `embedded.samples`); needed in phase three")
-    result.add_argument("--seed", type=int, default=31)
     result.add_argument("--pairs", type=int, default=32)
     result.add_argument("--spoilt", type=int, default=16)
     result.add_argument("--updates", type=int, default=3_000, help="updates of phase one")
     result.add_argument("--vae-updates", type=int, default=0)
     result.add_argument("--sample-updates", type=int, default=0)
     result.add_argument("--focus", type=int, default=1_850, help="update from which relations and bindings are in focus")
-    result.add_argument("--save", type=int, default=50, help="updates between states")
-    result.add_argument("--resume", action="store_true")
-    result.add_argument("--export", type=Path, help="write the saved state to this folder and stop")
     return result
 
 

@@ -15,13 +15,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffalign.embedded import training
 from diffalign.embedded.degrade import corrupt
 from diffalign.embedded.evaluator import EvaluatorNet, word_mask
 from diffalign.embedded.load import FOLDER
@@ -29,14 +29,13 @@ from diffalign.embedded.pairs import FOCUS, MIX, batch
 from diffalign.embedded.samples import Samples
 from diffalign.embedded.tokens import encode
 from diffalign.embedded.train_vae import cell_truth
-from diffalign.embedded.training import Log, cosine, load_state, save_state, step_generator, step_seed
+from diffalign.embedded.training import STATE, cosine, load_state, step_generator, step_seed, train
 from diffalign.embedded.trajectories import Trajectories
 from diffalign.embedded.vocabulary import COLOURS, OBJECTS
 from diffalign.embedded.world import CELL, GRID
 
 __all__ = ["EvaluatorTrainer", "corners", "export", "parser"]
 
-STATE = "state.pt"
 PEAK = 2e-3
 GROUPS = 6
 """Prompts of sampled latents in a step."""
@@ -206,38 +205,20 @@ def export(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace, pipe: Any, trajectories: Trajectories | None) -> None:
     """Train to `options.updates`; a state every `options.save` updates."""
-    trainer, seconds = EvaluatorTrainer(options, pipe, trajectories), 0.0
-    if options.resume and (state := load_state(options.out / STATE)) is not None:
-        trainer.load(state["trainer"])
-        seconds = state["seconds"]
-    header = {"model": "emoji-evaluator", "start": trainer.done}
-    header |= {key: getattr(options, key) for key in ("seed", "pairs", "spoilt", "updates", "begin")}
-    log = Log(options.out / "log.jsonl", header, seconds)
-    window: list[dict[str, float]] = []
-    while trainer.done < options.updates:
-        window.append(trainer.step())
-        if trainer.done <= 20 or trainer.done % 50 == 0:
-            means = {key: round(float(np.mean([entry[key] for entry in window if key in entry])), 5) for key in window[-1]}
-            log.write({"updates": trainer.done, "samples": trainer.done * (2 * options.pairs + options.spoilt)} | means)
-            window = []
-        if trainer.done % options.save == 0 or trainer.done == options.updates:
-            save_state(options.out / STATE, {"trainer": trainer.state(), "seconds": log.seconds})
+    header = {"model": "emoji-evaluator"} | {key: getattr(options, key) for key in ("seed", "pairs", "spoilt", "updates", "begin")}
+    trainer = EvaluatorTrainer(options, pipe, trajectories)
+    train(trainer, options, header, end=options.updates, samples=2 * options.pairs + options.spoilt, save=options.save)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--out", type=Path, required=True, help="folder of state and log")
+    result = training.parser(__doc__, seed=61, save=100)
     result.add_argument("--pipeline", type=Path, default=FOLDER / "emoji", help="folder of `emoji`")
     result.add_argument("--trajectories", type=Path, help="sampled latents with verdicts; needed from update `--from` on")
-    result.add_argument("--seed", type=int, default=61)
     result.add_argument("--pairs", type=int, default=24)
     result.add_argument("--spoilt", type=int, default=8)
     result.add_argument("--updates", type=int, default=2_600)
     result.add_argument("--from", type=int, default=1_000, dest="begin", help="update from which sampled latents are ranked")
-    result.add_argument("--save", type=int, default=100, help="updates between states")
-    result.add_argument("--resume", action="store_true")
-    result.add_argument("--export", type=Path, help="write the saved state to this folder and stop")
     return result
 
 

@@ -13,16 +13,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffalign.embedded import training
 from diffalign.embedded.audit import AuditNet, audit_loss
 from diffalign.embedded.degrade import blurred, corrupt, moved, noisy, round_trip
 from diffalign.embedded.judge import JudgeNet
 from diffalign.embedded.judge_loss import judge_loss
-from diffalign.embedded.training import Log, cosine, load_state, save_state, step_generator, step_seed
+from diffalign.embedded.training import STATE, cosine, load_state, step_generator, step_seed, train
 from diffalign.embedded.world import World
 
 __all__ = ["JudgeTrainer", "build", "export", "parser", "thresholds"]
@@ -40,7 +40,6 @@ MIX = {
 """Scenes of training: many objects a picture, and every kind of question that a verdict asks."""
 SPREAD = 0.4
 """Largest latent noise of a round trip, in standard deviations of the latent."""
-STATE = "state.pt"
 KINDS: dict[str, tuple[type[nn.Module], Any, dict[str, Any], float]] = {
     "emoji-judge": (JudgeNet, judge_loss, {}, 2.5e-3),
     "emoji-judge-audit": (AuditNet, audit_loss, {}, 1.5e-3),
@@ -145,36 +144,20 @@ def export(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, vae: Any | None) -> None:
-    """Train until `updates + vae_updates`; a state every 200 updates."""
-    trainer, seconds = JudgeTrainer(options, vae), 0.0
-    if options.resume and (state := load_state(options.out / STATE)) is not None:
-        trainer.load(state["trainer"])
-        seconds = state["seconds"]
+    """Train until `updates + vae_updates`."""
     header = {key: getattr(options, key) for key in ("model", "seed", "batch", "updates", "vae_updates")}
-    log = Log(options.out / "log.jsonl", header | {"start": trainer.done}, seconds)
-    window: list[dict[str, float]] = []
-    while trainer.done < options.updates + options.vae_updates:
-        window.append(trainer.step())
-        if trainer.done <= 20 or trainer.done % 50 == 0:
-            means = {key: round(float(np.mean([entry[key] for entry in window])), 5) for key in window[0]}
-            log.write({"updates": trainer.done, "samples": trainer.done * options.batch} | means)
-            window = []
-        if trainer.done % 200 == 0 or trainer.done == options.updates + options.vae_updates:
-            save_state(options.out / STATE, {"trainer": trainer.state(), "seconds": log.seconds})
+    end = options.updates + options.vae_updates
+    train(JudgeTrainer(options, vae), options, header, end=end, samples=options.batch, save=options.save)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = training.parser(__doc__, seed=21, save=200)
     result.add_argument("--model", choices=list(KINDS), default="emoji-judge")
-    result.add_argument("--out", type=Path, required=True, help="folder of state and log")
     result.add_argument("--vae", type=Path, help="folder of the autoencoder; needed from the second phase on")
-    result.add_argument("--seed", type=int, default=21)
     result.add_argument("--batch", type=int, default=32)
     result.add_argument("--updates", type=int, default=1_600)
     result.add_argument("--vae-updates", type=int, default=0, help="updates of the second phase")
-    result.add_argument("--resume", action="store_true")
-    result.add_argument("--export", type=Path, help="write the saved state to this folder and stop")
     return result
 
 

@@ -7,6 +7,7 @@ arXiv:1805.09767). All random numbers of a step come from (seed, rank, step), so
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -16,12 +17,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlatAdam", "Log", "Team", "code_hash", "cosine", "launch", "load_state", "save_state", "step_generator", "step_seed"]
+__all__ = [
+    "STATE",
+    "FlatAdam",
+    "Log",
+    "Team",
+    "Trainer",
+    "code_hash",
+    "cosine",
+    "launch",
+    "load_state",
+    "parser",
+    "save_state",
+    "step_generator",
+    "step_seed",
+    "train",
+]
 
 
 class FlatAdam:
@@ -199,3 +215,50 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 def load_state(path: Path) -> dict[str, Any] | None:
     """The state at `path`, or None where there is none."""
     return cast(dict[str, Any], torch.load(path, weights_only=True)) if path.exists() else None
+
+
+STATE = "state.pt"
+"""Where `train` keeps the state of a run, below its folder."""
+
+
+class Trainer(Protocol):
+    """A run of one process: `done` updates so far, one more update, and everything that a resumed run needs."""
+
+    done: int
+
+    def step(self) -> dict[str, float]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+def train(trainer: Trainer, options: argparse.Namespace, header: dict[str, Any], *, end: int, samples: int, save: int) -> None:
+    """Train until `end` updates: a log record for each of the first 20 updates and for every 50 after, a state every `save` updates.
+
+    `samples`: pictures an update. `header`: what the log says of the run. With `options.resume` the state in `options.out` is taken up.
+    """
+    seconds = 0.0
+    if options.resume and (state := load_state(options.out / STATE)) is not None:
+        trainer.load(state["trainer"])
+        seconds = state["seconds"]
+    log = Log(options.out / "log.jsonl", header | {"start": trainer.done}, seconds)
+    window: list[dict[str, float]] = []
+    while trainer.done < end:
+        window.append(trainer.step())
+        if trainer.done <= 20 or trainer.done % 50 == 0:
+            seen = {key: [entry[key] for entry in window if key in entry] for key in window[-1]}
+            means = {key: round(sum(values) / len(values), 5) for key, values in seen.items()}
+            log.write({"updates": trainer.done, "samples": trainer.done * samples} | means)
+            window = []
+        if trainer.done % save == 0 or trainer.done == end:
+            save_state(options.out / STATE, {"trainer": trainer.state(), "seconds": log.seconds})
+
+
+def parser(description: str | None, seed: int, save: int) -> argparse.ArgumentParser:
+    """The options that every training shares: out, seed, save, resume, export."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--out", type=Path, required=True, help="folder of state and log")
+    result.add_argument("--seed", type=int, default=seed)
+    result.add_argument("--save", type=int, default=save, help="updates between states")
+    result.add_argument("--resume", action="store_true")
+    result.add_argument("--export", type=Path, help="write the saved state to this folder and stop")
+    return result
