@@ -83,12 +83,11 @@ def sentence(row: dict[str, Any]) -> str:
     best, same, saved = row["best"], row["same"], 1.0 - row["NFE"] / row["best_nfe"]
     if best.low > 0.0:
         return f"Use it: {best.mean:+.3f} over the best plain scale."
+    if same.low > 0.0:
+        beside = f"{best.mean:+.3f} against the best plain scale"
+        return f"Use it where the scale may be too strong: {same.mean:+.3f} over plain guidance at the same scale, {beside}."
     if saved >= 0.1 and best.low > -TOLERANCE:
-        return f"Use it to save {100 * saved:.0f}% of the evaluations; no loss above {TOLERANCE:g} is possible at 95%."
-    if best.high < 0.0 and same.low > 0.0:
-        return (
-            f"It repairs a scale that is too strong ({same.mean:+.3f}), but lowering the scale repairs more ({best.mean:+.3f} against it)."
-        )
+        return f"Use it to save {100 * saved:.0f}% of the evaluations; a loss above {TOLERANCE:g} is excluded at 95%."
     if best.high < 0.0:
         return f"Leave it off: {best.mean:+.3f} against the best plain scale."
     if saved >= 0.1:

@@ -41,10 +41,13 @@ def measured(name: str) -> str:
             scale = best["method"].removeprefix("CFG ")
             return f"best of the sweep: {best['score']:.3f} at scale {scale}; {off['score']:.3f} without guidance"
     for file in ("guidance", "negation", "pladis"):
-        row = next((row for row in results(file) if row.get("technique") == name), None)
-        if row is not None:
+        rows = [row for row in results(file) if row.get("technique") == name]
+        if rows:
+            row = rows[0]
             against = next((value.partition(" (")[0] for key, value in row.items() if key.startswith("vs best")), "")
-            return f"{against}, {row['NFE']:.0f} NFE. {row['advice']}" if against else row["advice"]
+            said = f"{row['method']}: {against}, {row['NFE']:.0f} NFE. {row['advice']}" if against else row["advice"]
+            repairs = [f" {other['method']}: {other['advice']}" for other in rows[1:] if "too strong" in other["advice"]]
+            return said + "".join(repairs)
     return "not measured yet"
 
 

@@ -106,7 +106,7 @@ def test_a_changed_result_changes_the_table(tmp_path, monkeypatch):
     row = {"technique": "apg", "method": "APG 9", "NFE": 40.0, "vs best (CFG 2)": "-0.123 [-0.2, -0.1] (CFG 2)", "advice": "Leave it off."}
     (tmp_path / "guidance.json").write_text(json.dumps({"rows": [row]}))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert "-0.123 [-0.2, -0.1], 40 NFE. Leave it off." in readme.row_of("apg")
+    assert "APG 9: -0.123 [-0.2, -0.1], 40 NFE. Leave it off." in readme.row_of("apg")
     assert "not measured yet" in readme.row_of("tcfg")
 
 
