@@ -75,6 +75,15 @@ def cost(pipe: Any, plain: Any, other: Any, *, steps: int, batch: int = 16, runs
     return statistics.median(f[0] for f in found), statistics.median(f[1] for f in found)
 
 
+def plot(chosen: Any, file: Path) -> None:
+    """Weights ``[steps, images]`` by step."""
+    low, middle, high = np.quantile(chosen, (0.1, 0.5, 0.9), axis=1).tolist()
+    values = {"10%": low, "90%": high, "mean": chosen.mean(1).tolist(), "median": middle}
+    title = f"Weights chosen by the latent evaluator on emoji, {chosen.shape[1]} images"
+    curves = [Curve(label, list(enumerate(column))) for label, column in values.items()]
+    chart(curves, title=title, x_label="step (0 is the noisiest)", y_label="guidance weight").save(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs-folder", default="runs/evidence")
@@ -131,15 +140,7 @@ def main() -> None:
         verdict += f"{name} {compare(m, plain)} at {ratio[0]:.2f} times the processor time; "
     verdict += f"latent against decoded {compare(ours[0], ours[1])}"
     write("dynamic", rows, options, title=f"DynamicCFG on emoji, {steps} steps\n\n{verdict}")
-    low, middle, high = np.quantile(chosen, (0.1, 0.5, 0.9), axis=1).tolist()
-    curves = [
-        Curve("median", list(enumerate(middle)), low=low, high=high),
-        Curve("10%", list(enumerate(low))),
-        Curve("90%", list(enumerate(high))),
-        Curve("mean", list(enumerate(chosen.mean(1).tolist()))),
-    ]
-    title = f"Weights chosen by the latent evaluator on emoji, {chosen.shape[1]} images"
-    chart(curves, title=title, x_label="step (0 is the noisiest)", y_label="guidance weight").save(Path(options.output) / "dynamic.png")
+    plot(chosen, Path(options.output) / "dynamic.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import diffalign as da
 pipe = da.load("emoji")
 prompts = ["a red apple and a green clock", "three cats"]
 generator = torch.Generator().manual_seed(0)
-# any reward judges through the pipeline's decoder; on emoji itself "emoji-alignment" reads the latents and costs a tenth of that.
+# any reward judges through the pipeline's decoder; on emoji itself "emoji-alignment" reads the latents and costs a thirtieth of that.
 # The candidates are looked up for the model; in the first 30% of the steps no judge is reliable, so they keep the default weight.
 with da.apply(pipe, da.DynamicCFG(1.5, evaluators=("reward:emoji-clip",), start=0.3)) as session:
     images = pipe(prompts, num_inference_steps=20, generator=generator).images

@@ -129,7 +129,7 @@ def word_mask(ids: Tensor, end: int = 1) -> Tensor:
 class LatentEvaluator:
     """An ``Evaluator`` of ``DynamicCFG`` for one run: the net, and the prompts as one text per image.
 
-    Cost: 0.07 GFLOP a latent, with `emoji` (1.1 GFLOP a step and image) and five candidates about a third of the step.
+    Cost: with five candidates about a quarter of a CFG step of `emoji` (one CPU thread, 16 images: ``benchmarks/dynamic.py``).
     """
 
     sees: Literal["x0", "next"] = "next"
