@@ -83,6 +83,8 @@ def chart(
     draw.text(((left + right) / 2, height - 10), x_label, fill=INK, font=small, anchor="mb")
     draw.text((8, top - 22), y_label, fill=INK, font=small)
     legend = float(left)
+    labels: list[tuple[float, float, str, tuple[int, int, int]]] = []
+    taken: list[tuple[float, float, float, float]] = []
     for i, curve in enumerate(curves):
         colour = COLOURS[i % len(COLOURS)]
         lo, hi = scales.get(curve.right, (0.0, 1.0))
@@ -96,12 +98,35 @@ def chart(
         if len(path) > 1 and curve.line:
             draw.line(path, fill=colour, width=3, joint="curve")
         for x, y in path:
-            draw.ellipse((x - 3.5, y - 3.5, x + 3.5, y + 3.5), fill=colour)
+            taken.append((x - 3.5, y - 3.5, x + 3.5, y + 3.5))
+            draw.ellipse(taken[-1], fill=colour)
         if names and path:
-            draw.text((path[-1][0] + 6, path[-1][1] - 6), curve.label, fill=colour, font=small, anchor="ls")
+            labels.append((*path[-1], curve.label, colour))
         else:
             text = curve.label + (" (right)" if curve.right else "")
             draw.rectangle((legend, 44, legend + 14, 54), fill=colour)
             draw.text((legend + 20, 49), text, fill=INK, font=small, anchor="lm")
             legend += 36 + draw.textlength(text, font=small)
+    for x, y, text, colour in sorted(labels, key=lambda item: (item[1], item[0])):
+        wide, high = draw.textlength(text, font=small), 15.0
+        boxes = [(cx, cy, cx + wide, cy + high) for cx, cy in _places(x, y, wide, high)]
+        inside = [box for box in boxes if box[0] >= 4 and box[2] <= width - 4 and box[1] >= top - 24 and box[3] <= bottom]
+        box = next((b for b in inside if not any(_overlap(b, other) for other in taken)), (inside or boxes)[0])
+        taken.append(box)
+        near = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
+        if math.dist(near, (x, y)) > 10:
+            draw.line((x, y, *near), fill=colour, width=1)
+        draw.text((box[0], (box[1] + box[3]) / 2), text, fill=colour, font=small, anchor="lm")
     return image
+
+
+def _places(x: float, y: float, wide: float, high: float) -> list[tuple[float, float]]:
+    """Upper left corners where a label of that size may stand beside a point, nearest first."""
+    rows = [step * sign * high * 0.5 for step in range(40) for sign in (-1, 1)]
+    columns = (7.0, -7.0 - wide, 30.0, -30.0 - wide, 70.0, -70.0 - wide)
+    found = [(x + dx, y - high / 2 + dy) for dx in columns for dy in rows]
+    return sorted(found, key=lambda at: math.dist((min(max(x, at[0]), at[0] + wide), at[1] + high / 2), (x, y)))
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
