@@ -55,6 +55,10 @@ class BranchLog:
         scale = p[:, 0, 1] / square
         orthogonal = (p[:, 1, 1] / square - scale.square()).clamp_min(0).sqrt()
         cosine = p[:, 2, 1] / (p[:, 2, 0] * p[:, 3, 1]).sqrt().clamp_min(1e-30)
-        parts = torch.split(torch.stack((scale, orthogonal, cosine), dim=1), list(self._steps.values()))
-        means: list[list[float]] = torch.stack([part.mean(0) for part in parts]).tolist()
+        images, values = list(self._steps.values()), torch.stack((scale, orthogonal, cosine), dim=1)
+        if min(images) == max(images):
+            of_steps = values.view(len(images), images[0], 3).mean(1)
+        else:
+            of_steps = torch.stack([part.mean(0) for part in torch.split(values, images)])
+        means: list[list[float]] = of_steps.tolist()
         return means

@@ -25,6 +25,7 @@ class Clock:
         """``first``: the scheduler timestep of the first denoiser call; ``planned``: evaluations the pipeline announced, if it did."""
         self.timesteps = [float(t) for t in self.scheduler.timesteps.tolist()]
         self.sigmas = self._sigmas()
+        self.next_sigmas = [self._next(i) for i in range(len(self.timesteps))]
         self.offset = min(range(len(self.timesteps)), key=lambda i: (abs(self.timesteps[i] - first), i))
         left = len(self.timesteps) - self.offset
         self.evaluations = min(planned, left) if planned else left
@@ -67,7 +68,7 @@ class Clock:
             index=self.calls // self.order,
             count=self.count,
             sigma=self.sigmas[i],
-            sigma_next=self._next(i),
+            sigma_next=self.next_sigmas[i],
             timestep=self.timesteps[i],
             evaluation=self.calls % self.order,
             mix=self.mix,

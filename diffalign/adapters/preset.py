@@ -13,7 +13,7 @@ from .swap import original_class
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": ("adaptive-guidance",),
-    "quality": ("cfg", "pladis"),
+    "quality": ("apg",),
     "negative": ("nag",),
 }
 """Purpose -> techniques by their command-line names, every option left to the model's own presets."""
@@ -23,8 +23,8 @@ def preset(name: str, pipe: Any) -> tuple[Any, ...]:
     """A tuple of techniques for ``apply(pipe, *preset("fast", pipe))``.
 
     ``name``: "fast" saves evaluations (``AdaptiveGuidance``; its threshold is the published one until
-    ``diffalign calibrate adaptive-guidance`` has measured yours, and the report says which), "quality" follows the prompt more closely
-    (``CFG`` and ``PLADIS``), "negative" makes a negative prompt work at any scale (``NAG``, which takes the call's negative prompt).
+    ``diffalign calibrate adaptive-guidance`` has measured yours, and the report says which), "quality" keeps a guidance scale that is too
+    strong from spoiling the image (``APG``), "negative" makes a negative prompt work at any scale (``NAG`` with the call's own).
     Cost: that of the techniques, see ``supports(pipe)``; nothing is computed here.
     Raises ValueError for another name, ``UnsupportedModel`` with the reason when one of the techniques cannot act on ``pipe``.
     """

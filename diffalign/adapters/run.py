@@ -85,7 +85,7 @@ class Run:
         """The denoiser was called: evaluate what the guidance needs and answer so that the pipeline's formula gives the guided result."""
         if self.cancelled:
             raise Cancelled("The generation was cancelled; the pipeline is as it was before.")
-        base = getattr(module, "_orig_mod", module)
+        base: Any = module._modules.get("_orig_mod", module)  # a compiled module's own; getattr would build an error message at every step
         kwargs = {**dict(zip(parameter_names(original_class(base)), args)), **kwargs}
         hidden = next(iter(kwargs.values()))
         if self._step is None:
@@ -179,14 +179,12 @@ class Run:
                     f"{type(self.pipe).__name__} did not run both branches in one batch although its guidance was switched on "
                     f"(the denoiser got {total} rows). Is this model distilled? Then there is nothing to guide; use NAG."
                 )
-        x = torch.stack(list(hidden)) if isinstance(hidden, list) else hidden
-        if both:
-            x = x[: self.batch]
-        self._shape = tuple(x.shape[1:])
-        sigma = self.clock.sigma
+        self._shape = tuple(hidden[0].shape) if isinstance(hidden, list) else tuple(hidden.shape[1:])
+        sigma, images = self.clock.sigma, self.batch if both else total
 
         def convert(value: Tensor, source: Any, target: Any, rows: Sequence[int] | None = None) -> Tensor:
-            inputs = x if rows is None else x[list(rows)]
+            x = torch.stack(list(hidden)) if isinstance(hidden, list) else hidden
+            inputs = x[:images] if rows is None else x[list(rows)]
             return space.convert(value, inputs, sigma, self.kind, self.row.sign, source, target)
 
         self._step = self.clock.now(convert)
@@ -318,29 +316,34 @@ class Run:
         self.state = (state,)
         cond = preds.get(COND)
         if cond is not None and uncond is not None and len(preds) > 1:
-            rows_of_uncond = next(p.rows for p in preds if p == UNCOND)
-            picked = slice(None) if rows_of_uncond is None else list(rows_of_uncond)
+            rows = next(p.rows for p in preds if p == UNCOND)
+            picked = None if rows is None else list(rows)
+
+            def part(value: Tensor) -> Tensor:
+                return value if picked is None else value[picked]
+
             for own in self.row.own:
                 if own.post is not None:
-                    done = own.post(guided[picked], cond[picked].to(guided.dtype), self.own[own.name])
-                    if rows_of_uncond is None:
+                    done = own.post(part(guided), part(cond).to(guided.dtype), self.own[own.name])
+                    if picked is None:
                         guided = done
                     else:
                         guided = guided.clone()
                         guided[picked] = done
             if step.evaluation == 0:
-                self._record(guidance, guided[picked], cond[picked], uncond, rows_of_uncond)
-        out: Tensor = guided
-        self._guided = out
-        return out
+                self._record(guidance, part(guided), part(cond), uncond, rows)
+        self._guided = guided
+        return guided
 
     def _record(self, guidance: Any, guided: Tensor, cond: Tensor, uncond: Tensor, rows: Sequence[int] | None) -> None:
         assert self._step is not None
-        cut = (slice(None), *map(slice, self._shape))  # the latent, without the channels of a learned variance
+        if guided.shape[1:] != self._shape:  # the latent, without the channels of a learned variance
+            cut = (slice(None), *map(slice, self._shape))
+            cond, uncond, guided = cond[cut], uncond[cut], guided[cut]
         where, pair = getattr(guidance, "space", "eps"), None
         if self.kind != where:
             pair = (self._step.convert(cond, "native", where, rows), self._step.convert(uncond, "native", where, rows))
-        self._log.record(self._step.index, cond[cut], uncond[cut], guided[cut], pair)
+        self._log.record(self._step.index, cond, uncond, guided, pair)
 
     def _reset_cache(self, module: Any, rows: int) -> None:
         if self.__dict__.get("_last_rows", rows) != rows and getattr(module, "is_cache_enabled", False):
