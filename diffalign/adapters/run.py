@@ -74,7 +74,7 @@ class Run:
         self._step: StepInfo | None = None
         self._guided_steps: set[int] = set()
         self._sigma: dict[int, float] = {}
-        self._log = BranchLog()
+        self.log = BranchLog()
         self._fixed: dict[int, bool] = {}
         self._template: Any = None
         self._new_step()
@@ -343,7 +343,7 @@ class Run:
         where, pair = getattr(guidance, "space", "eps"), None
         if self.kind != where:
             pair = (self._step.convert(cond, "native", where, rows), self._step.convert(uncond, "native", where, rows))
-        self._log.record(self._step.index, cond, uncond, guided, pair)
+        self.log.record(self._step.index, cond, uncond, guided, pair)
 
     def _reset_cache(self, module: Any, rows: int) -> None:
         if self.__dict__.get("_last_rows", rows) != rows and getattr(module, "is_cache_enabled", False):
@@ -351,10 +351,9 @@ class Run:
         self._last_rows = rows
 
     def report(self) -> Report:
-        """The finished run as a report; the logged scalars come off the device here, all at once."""
+        """The finished run as a report, without the columns of its ``log``: those come off the device when somebody asks for them."""
         self.loop.verify()
         steps = self.clock.calls // self.clock.order + (self.clock.calls % self.clock.order > 0)
-        scale, orthogonal, cosine = self._log.columns(steps)
         return Report(
             pipeline=original_class(self.pipe).__name__,
             images=self.batch,
@@ -368,9 +367,6 @@ class Run:
             rewards=self.meter.rewards,
             seconds=perf_counter() - self.began,
             sigma=[self._sigma.get(s, float("nan")) for s in range(steps)],
-            scale=scale,
-            orthogonal=orthogonal,
-            cosine=cosine,
             layers=dict(self.layers),
             extras={name: extras for name, g in self.guidances.items() if (extras := g.extras(self.state[0]))} if self.state else {},
             notes=list(self.notes),

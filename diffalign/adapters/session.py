@@ -17,6 +17,7 @@ from diffalign.core import Context, Meter, SessionError, UnsupportedModel
 from diffalign.core.registry import name_of, to_config
 
 from . import swap
+from .branch_log import BranchLog
 from .modular import as_technique
 from .registry import row_of
 from .report import Report
@@ -50,6 +51,7 @@ class Session:
         self.techniques = tuple(techniques)
         self.lasting = False
         self._run: Run | None = None
+        self._log: BranchLog | None = None
         self._report = Report(pipeline=swap.original_class(pipe).__name__)
         self.row, self.inherited = row_of(swap.original_class(pipe))
         _check_together([*(t for s in _STACKS.get(pipe, []) for t in s.techniques), *self.techniques])
@@ -84,6 +86,9 @@ class Session:
 
     def report(self) -> Report:
         """The last finished generation; an empty report before the first."""
+        if self._log is not None:
+            self._report.scale, self._report.orthogonal, self._report.cosine = self._log.columns(self._report.steps)
+            self._log = None
         return self._report
 
     def config(self) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def _generate(pipe: Any, stack: list[Session], original: Callable[..., Any], arg
         report = run.report()
         report.resolved = plan.resolved
         for session in stack:
-            session._report = report
+            session._report, session._log = report, run.log
         return result
     finally:
         for session in stack:
@@ -199,8 +204,11 @@ def _tapped(pipe: Any, row: Row, run: Run, techniques: Sequence[Any], accompanie
 
 
 @functools.cache
-def _signature(cls: type) -> inspect.Signature:
-    return inspect.signature(cls.__call__)
+def _signature(cls: type) -> tuple[inspect.Signature, dict[str, Any], str]:
+    """Signature of a pipeline's call, its defaults, and the name of its ``**`` argument, empty when it has none."""
+    signature = inspect.signature(cls.__call__)
+    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
+    return signature, defaults, next((n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), "")
 
 
 class _Plan:
@@ -209,14 +217,15 @@ class _Plan:
     def __init__(
         self, pipe: Any, row: Row, techniques: Sequence[Any], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        signature = _signature(swap.original_class(pipe))
-        bound = signature.bind(pipe, *args, **kwargs)
-        bound.arguments.pop("self")
-        given = dict(bound.arguments)
-        extra = next((n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
-        if extra is not None:
+        signature, defaults, extra = _signature(swap.original_class(pipe))
+        if args or not kwargs.keys() <= defaults.keys():
+            bound = signature.bind(pipe, *args, **kwargs)
+            bound.arguments.pop("self")
+            given = dict(bound.arguments)
             given.update(given.pop(extra, {}))
-        value = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty} | given
+        else:  # the usual call: by name, so there is nothing to bind
+            given = dict(kwargs)
+        value = defaults | given
         self.arguments, self.value, self.meter = given, value, Meter()
         self.resolved: dict[str, dict[str, tuple[Any, str]]] = {}
         guidance = next((t for t in techniques if t.kind == "guidance"), None)
