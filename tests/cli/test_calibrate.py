@@ -25,7 +25,8 @@ def test_preset_is_written_and_used(run, folder, tmp_path, monkeypatch):
     texts = ["a red apple", "two cats", "a bench", "a red apple", "two cats"]
     pipe = DiffusionPipeline.from_pretrained(folder)
     expected = calibrate_adaptive_guidance(pipe, texts, scale=3.0, steps=6, saving=0.2, space="x0", batch=2, seed=7)
-    (entry,) = json.loads((tmp_path / "new" / "mine.json").read_text())["adaptive-guidance"]
+    space, entry = json.loads((tmp_path / "new" / "mine.json").read_text())["adaptive-guidance"]
+    assert (space["option"], space["value"]) == ("space", "x0")
     assert (entry["option"], entry["value"], entry["when"]) == ("threshold", expected.threshold, expected.when)
     for word in (da.__version__, datetime.date.today().isoformat(), str(folder), "5 prompts", "seeds from 7", "saved", "pixel difference"):
         assert word in entry["source"]
@@ -43,23 +44,24 @@ def test_preset_is_written_and_used(run, folder, tmp_path, monkeypatch):
         "--scale",
         3,
         "-t",
-        "adaptive-guidance:space=x0",
+        "adaptive-guidance",
         "-o",
         tmp_path / "i",
         "--json",
     )
-    assert json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]["threshold"][0] == 0.99
+    assert json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]["threshold"][0] == 0.991
     assert f"{VARIABLE}={tmp_path / 'new' / 'mine.json'} " in result.stdout
     monkeypatch.setenv(VARIABLE, str(tmp_path / "new" / "mine.json"))
-    used = json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]["threshold"]
-    assert used == [expected.threshold, entry["source"]]
+    used = json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]
+    assert (used["space"], used["threshold"]) == (["x0", entry["source"]], [expected.threshold, entry["source"]])
 
 
 def test_json_and_defaults(run, folder, tmp_path):
     result = run(*CALIBRATE, "-m", folder, "-s", 8, "-c", 3, "-o", tmp_path / "a.json", "--json")
     data = json.loads(result.stdout)
     assert (data["preset"], data["plot"]) == (str(tmp_path / "a.json"), str(tmp_path / "a.png"))
-    (entry,) = json.loads((tmp_path / "a.json").read_text())["adaptive-guidance"]
+    space, entry = json.loads((tmp_path / "a.json").read_text())["adaptive-guidance"]
+    assert (space["option"], space["value"], space["source"]) == ("space", "eps", entry["source"])
     assert data["threshold"] == entry["value"]
     assert data["when"] == entry["when"]
     assert (data["when"]["space"], data["when"]["scale"], data["when"]["steps"]) == ("eps", 7.5, 8)

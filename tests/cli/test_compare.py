@@ -81,7 +81,7 @@ def test_table_and_json_agree(run, folder, tmp_path):
     data = json.loads(result.stdout)
     assert data == json.loads((tmp_path / "b" / "compare.json").read_text())
     assert data["columns"][1]["techniques"] == [
-        {"name": "adaptive-guidance", "scale": None, "threshold": -1.0, "space": "eps", "min_guided_steps": 2}
+        {"name": "adaptive-guidance", "scale": None, "threshold": -1.0, "space": None, "min_guided_steps": 2}
     ]
     assert {c["correct"] for c in data["columns"]} == {None}
     assert run("compare", "-o", tmp_path / "c", *arguments, "--quiet").stdout == ""

@@ -38,7 +38,7 @@ def test_one_technique_with_its_documentation(run):
     text = run("methods", "adaptive-guidance").stdout
     assert "Castillo et al. 2023" in text
     assert re.search(r"threshold\s+\S\s+number or none\s+\S\s+none", text)
-    assert re.search(r"space\s+\S\s+eps \| x0\s+\S\s+eps", text)
+    assert re.search(r"space\s+\S\s+eps \| x0 or none\s+\S\s+none", text)
 
 
 @pytest.mark.parametrize(
