@@ -145,7 +145,7 @@ def main() -> None:
         if (cfg, strength) == (scale, 1.0):
             gain = compare(m, done[cfg, 0.0])
             said = "Use it" if gain.low > 0.0 else "Leave it off" if gain.high < 0.0 else "No difference shown"
-            row |= {"technique": "pladis", "advice": f"{said}: {gain} against the same CFG of {cfg:g} without it."}
+            row |= {"technique": "pladis", "advice": f"{said} against the same CFG without it."}
     write("pladis", table, options, title="PLADIS on emoji: 200 GenEval prompts x 2 seeds")
 
 

@@ -45,7 +45,7 @@ def measured(name: str) -> str:
         if rows:
             row = rows[0]
             against = next((value.partition(" (")[0] for key, value in row.items() if key.startswith("vs best")), "")
-            said = f"{row['method']}: {against}, {row['NFE']:.0f} NFE. {row['advice']}" if against else row["advice"]
+            said = f"{row['method']}: {against}, {round(row['NFE'], 1):g} NFE. {row['advice']}" if against else row["advice"]
             repairs = [f" {other['method']}: {other['advice']}" for other in rows[1:] if "too strong" in other["advice"]]
             return said + "".join(repairs)
     return "not measured yet"
