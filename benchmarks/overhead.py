@@ -82,7 +82,7 @@ def paired(pipe: Any, name: str, batch: int, steps: int, runs: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="compile the denoiser of the large network as well")
     parser.add_argument("--output", default="benchmarks/results")
     options = parser.parse_args()

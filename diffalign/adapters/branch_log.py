@@ -20,7 +20,9 @@ class BranchLog:
     def record(self, index: int, cond: Tensor, uncond: Tensor, guided: Tensor, pair: tuple[Tensor, Tensor] | None) -> None:
         """Predictions [B, ...] of one step; ``pair``: both branches in the space of the cosine, None where that is the native one."""
         # copied, since a compiled model may write its next prediction over this one
-        vectors = torch.stack((cond, uncond, guided) if pair is None else (cond, uncond, guided, *pair)).detach()
+        vectors = torch.stack((cond, uncond, guided) if pair is None else (cond, uncond, guided, *pair))
+        if vectors.requires_grad:
+            vectors = vectors.detach()
         self._steps[index] = vectors.shape[1]
         self._waiting.append((index, vectors))
         if len(self._waiting) * vectors.numel() > PENDING:

@@ -45,7 +45,8 @@ class ClosedLoop:
         if expected.shape != arrived.shape:
             raise GuidanceMismatch(f"The scheduler got {list(arrived.shape)}, the guidance computed {list(expected.shape)}.")
         if size is None:
-            self._waiting.append((index, torch.stack((expected.to(arrived.dtype), arrived)).detach()))
+            both = torch.stack((expected.to(arrived.dtype), arrived))
+            self._waiting.append((index, both.detach() if both.requires_grad else both))
             if len(self._waiting) * 2 * arrived.numel() > PENDING:
                 self._compare()
         else:
