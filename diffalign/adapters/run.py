@@ -77,6 +77,7 @@ class Run:
         self.log = BranchLog()
         self._fixed: dict[int, bool] = {}
         self._template: Any = None
+        self._usual: tuple[Any, tuple[Pass, ...], list[int], tuple[bool, ...]] = (None, (), [], ())
         self._new_step()
 
     # -- the two intercepted calls --------------------------------------------------------------------------------------------------
@@ -281,6 +282,13 @@ class Run:
     ) -> Any:
         """Run ``wanted`` on the rows of each branch: plain passes together in one call, passes with blocks in a call of their own."""
         total = count_rows(hidden)
+        if wanted is self._usual[0]:  # the very passes of an earlier step that needed every row, in one call
+            _, group_of_all, sizes, flags = self._usual
+            self._reset_cache(module, total)
+            output = call(group_of_all, flags, kwargs)
+            self._preds.update(zip(group_of_all, prediction_of(output).split_with_sizes(sizes)))
+            self._template = output
+            return output
         plain = [p for p in wanted if p.blocks is None]
         plain.sort(key=lambda p: p.conditioned is (self.row.order == "uc"))
         template: Any = None
@@ -300,6 +308,8 @@ class Run:
             with cache_context(module, group[0]) if group[0].blocks is not None else nullcontext():
                 output = call(tuple(group), flags, given)
             template = output if template is None else template
+            if given is kwargs and group is plain and len(groups) == 1 and all(p.rows is None for p in group):
+                self._usual = (wanted, tuple(group), sizes, flags)
             prediction = prediction_of(output)
             for p, part in zip(group, prediction.split_with_sizes(sizes)):
                 self._preds[p] = part if p.rows is None or not whole else part[list(p.rows)]
