@@ -11,18 +11,17 @@ prompts are read from the folder.
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import write
+from results import images, write
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.core.chart import Curve, chart
 from diffalign.embedded import load
-from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, measure, tuning_prompts
+from diffalign.eval.evidence import Config, Measured, compare
 
 CANDIDATES = (
     *(("eps", t) for t in (0.991, 0.998, 0.999)),
@@ -48,12 +47,7 @@ def main() -> None:
     with Progress() as bar:
 
         def run(config: Config, kind: str) -> Measured:
-            ids = tuning_prompts() if kind == "tuning" else evidence_prompts()
-            task = bar.add_task(f"{kind}: {config.name}", total=2 * len(ids))
-            folder = Path(options.runs_folder) / kind / re.sub(r"[^\w.-]+", "-", config.name)
-            done = measure(pipe, judge, config, folder, prompt_ids=ids, scorers={"clip": clip}, progress=lambda n: bar.advance(task, n))
-            bar.update(task, completed=2 * len(ids))
-            return done
+            return images(bar, pipe, judge, config, options.runs_folder, kind, clip=clip)
 
         cfg = Config(f"CFG {scale:g}", (da.CFG(scale),), steps=steps)
         base = run(cfg, "tuning")

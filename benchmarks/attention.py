@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import write
+from results import images, write
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.embedded import load
 from diffalign.eval.bootstrap import interval
-from diffalign.eval.evidence import Config, compare, evidence_prompts, fingerprint, measure, read_lines, seed_of
+from diffalign.eval.evidence import Config, compare, fingerprint, read_lines, seed_of
 from diffalign.eval.geneval import keep, prompts
 
 
@@ -123,16 +123,7 @@ def main() -> None:
             for strength in strengths:
                 name = f"CFG {cfg:g}" + (f" PLADIS {strength:g}" if strength else "")
                 tools = (da.CFG(cfg), da.PLADIS(strength)) if strength else (da.CFG(cfg),)
-                task = bar.add_task(name, total=2 * len(evidence_prompts()))
-                done[cfg, strength] = measure(
-                    pipe,
-                    judge,
-                    Config(name, tools, steps=options.steps),
-                    Path(options.evidence_folder) / "evidence" / name.replace(" ", "-"),
-                    prompt_ids=evidence_prompts(),
-                    scorers={"clip": clip},
-                    progress=lambda n, t=task: bar.advance(t, n),
-                )
+                done[cfg, strength] = images(bar, pipe, judge, Config(name, tools, steps=options.steps), options.evidence_folder, clip=clip)
     best = max((m for (_, strength), m in done.items() if not strength), key=lambda m: m.score().mean)
     table = [
         {"method": m.config.name, "NFE": m.mean("nfe"), "seconds": m.mean("seconds"), "score": m.score().mean}

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import write
+from results import images, write
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.core.chart import Curve, chart
 from diffalign.embedded import load
-from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, measure, seed_of, tuning_prompts
+from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, seed_of
 from diffalign.eval.geneval import prompts
 
 WIDE = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -103,12 +103,7 @@ def main() -> None:
     with Progress() as bar:
 
         def run(config: Config, kind: str) -> Measured:
-            ids = tuning_prompts() if kind == "tuning" else evidence_prompts()
-            task = bar.add_task(f"{kind}: {config.name}", total=2 * len(ids))
-            folder = Path(options.runs_folder) / kind / config.name.replace(" ", "-")
-            done = measure(pipe, judge, config, folder, prompt_ids=ids, progress=lambda n: bar.advance(task, n))
-            bar.update(task, completed=2 * len(ids))
-            return done
+            return images(bar, pipe, judge, config, options.runs_folder, kind)
 
         cfg = Config(f"CFG {scale:g}", (da.CFG(scale),), steps=steps)
         base = run(cfg, "tuning")

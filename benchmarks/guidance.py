@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import write
+from results import images, write
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.core.chart import Curve, chart
 from diffalign.core.registry import name_of
 from diffalign.embedded import load
-from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, measure
+from diffalign.eval.evidence import Config, Measured, compare
 
 TOLERANCE = 0.02
 SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
@@ -120,19 +119,7 @@ def main() -> None:
     runs: dict[str, Measured] = {}
     with Progress() as bar:
         for entry in chosen:
-            config = entry.config
-            task = bar.add_task(config.name, total=2 * len(evidence_prompts()))
-            folder = Path(options.runs_folder) / "evidence" / re.sub(r"[^\w.-]+", "-", config.name)
-            runs[config.name] = measure(
-                pipe,
-                judge,
-                config,
-                folder,
-                prompt_ids=evidence_prompts(),
-                scorers={"clip": clip},
-                progress=lambda n, t=task: bar.advance(t, n),
-            )
-            bar.update(task, completed=2 * len(evidence_prompts()))
+            runs[entry.config.name] = images(bar, pipe, judge, entry.config, options.runs_folder, clip=clip)
     if options.only != "*":
         return
     best = max((runs[f"CFG {s:g}"] for s in SWEEP), key=lambda m: m.score().mean)

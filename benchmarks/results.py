@@ -1,9 +1,10 @@
-"""Write a benchmark's rows as JSON and Markdown, with everything needed to read or repeat them."""
+"""What benchmarks share: rows as JSON and Markdown with everything needed to read or repeat them, and images of the evidence set."""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
+
+from diffalign.eval.evidence import Config, Measured, evidence_prompts, measure, tuning_prompts
 
 
 def environment() -> dict[str, Any]:
@@ -48,3 +52,13 @@ def write(name: str, rows: Sequence[dict[str, Any]], options: Namespace, title: 
     text += f"commit {env['commit']}; `{env['command']}`\n"
     (folder / f"{name}.md").write_text(text)
     print(text)
+
+
+def images(bar: Progress, pipe: Any, judge: Any, config: Config, folder: str, kind: str = "evidence", **scorers: Any) -> Measured:
+    """``measure`` on the tuning or the evidence prompts with a line in ``bar``; ``<folder>/<kind>/<name>`` holds what is finished."""
+    ids = {"tuning": tuning_prompts, "evidence": evidence_prompts}[kind]()
+    task = bar.add_task(f"{kind}: {config.name}", total=2 * len(ids))
+    place = Path(folder) / kind / re.sub(r"[^\w.-]+", "-", config.name)
+    done = measure(pipe, judge, config, place, prompt_ids=ids, scorers=scorers, progress=lambda n: bar.advance(task, n))
+    bar.update(task, completed=2 * len(ids))
+    return done

@@ -24,7 +24,7 @@ from .clock import Clock
 from .report import Report
 from .row import Row
 from .rows_of import count_rows, take_arguments
-from .run import combined, parameter_names
+from .run import parameter_names
 from .swap import intercepted, original_class
 
 ROWS: dict[str, Row] = {
@@ -225,7 +225,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         return GuiderOutput(pred=guided, pred_cond=cond, pred_uncond=preds.get(UNCOND))
 
     def _combine(self, preds: Mapping[Pass, Tensor]) -> Tensor:
-        guided, state = combined(self._made, preds, self._info, self._technique_state[0])
+        guided, state = space.combined(self._made, preds, self._info, self._technique_state[0])
         self._technique_state = (state,)
         if any(not p.conditioned for p in preds):
             self._guided.add(self._info.index)

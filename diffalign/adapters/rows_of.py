@@ -73,3 +73,12 @@ def with_prediction(output: Any, prediction: Tensor) -> Any:
     changed = copy.copy(output)
     changed.sample = value
     return changed
+
+
+def halves_equal(hidden: Any) -> bool:
+    """Whether both halves of a batch, a tensor or a list of rows, hold the same values."""
+    if isinstance(hidden, list):
+        half = len(hidden) // 2
+        return all(torch.equal(a, b) for a, b in zip(hidden[:half], hidden[half:]))
+    half = hidden.shape[0] // 2
+    return torch.equal(hidden[:half], hidden[half:])

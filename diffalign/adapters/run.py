@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from .clock import Clock
 from .closed_loop import ClosedLoop
 from .report import Report
 from .row import Row
-from .rows_of import count_rows, doubled, prediction_of, take_arguments, with_prediction
+from .rows_of import count_rows, doubled, halves_equal, prediction_of, take_arguments, with_prediction
 from .swap import original_class
 
 
@@ -175,7 +175,7 @@ class Run:
             first = float(time.max()) if isinstance(time, Tensor) else float(time)  # given frames have earlier times
             self.clock.start(self.row.time(first, self.pipe), self.pipe.__dict__.get("_num_timesteps"))
             self.batch = total // 2 if both else total
-            if both and (total % 2 or not _halves_equal(hidden)):
+            if both and (total % 2 or not halves_equal(hidden)):
                 raise UnsupportedModel(
                     f"{type(self.pipe).__name__} did not run both branches in one batch although its guidance was switched on "
                     f"(the denoiser got {total} rows). Is this model distilled? Then there is nothing to guide; use NAG."
@@ -322,7 +322,7 @@ class Run:
         uncond = preds.get(UNCOND)
         if any(not p.conditioned for p in preds):
             self._guided_steps.add(step.index)
-        guided, state = combined(guidance, preds, step, self.state[0])
+        guided, state = space.combined(guidance, preds, step, self.state[0])
         self.state = (state,)
         cond = preds.get(COND)
         if cond is not None and uncond is not None and len(preds) > 1:
@@ -383,35 +383,5 @@ class Run:
         )
 
 
-def combined(guidance: Any, preds: Mapping[Pass, Tensor], step: StepInfo, state: Any) -> tuple[Tensor, Any]:
-    """``guidance.combine`` in the space that it names, from native predictions and back to a native one."""
-    target = guidance.combine_space
-    if target == "native" or not preds:
-        made: tuple[Tensor, Any] = guidance.combine(preds, step, state)
-        return made
-    given = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
-    guided, state = guidance.combine(given, step, state)
-    untouched = next((p for p, value in given.items() if value is guided), None)
-    if untouched is not None:  # handed back as it came: converting there and back would change its last bits
-        return preds[untouched], state
-    return space.widen(step.convert(guided, target, "native"), preds.get(COND, guided)), state
-
-
-def _halves_equal(hidden: Any) -> bool:
-    if isinstance(hidden, list):
-        half = len(hidden) // 2
-        return all(torch.equal(a, b) for a, b in zip(hidden[:half], hidden[half:]))
-    half = hidden.shape[0] // 2
-    return torch.equal(hidden[:half], hidden[half:])
-
-
 def _same(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.shape == b.shape
-
-
-def enter_attachments(run: Run, techniques: Sequence[Any], stack: ExitStack) -> None:
-    """Install attention and block techniques for this run, by kind and never by the user's order."""
-    for kind in ("attention", "block"):
-        group = [t for t in techniques if t.kind == kind]
-        if group:
-            stack.enter_context(type(group[0]).attach(group, run))

@@ -22,7 +22,7 @@ from .modular import as_technique
 from .registry import row_of
 from .report import Report
 from .row import Row
-from .run import Run, enter_attachments
+from .run import Run
 
 _STACKS: weakref.WeakKeyDictionary[Any, list[Session]] = weakref.WeakKeyDictionary()
 _BUSY: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
@@ -196,11 +196,19 @@ def _tapped(pipe: Any, row: Row, run: Run, techniques: Sequence[Any], accompanie
     try:
         with ExitStack() as stack:
             stack.enter_context(swap.intercepted(handlers))
-            enter_attachments(run, techniques, stack)
+            _enter_attachments(run, techniques, stack)
             yield
     finally:
         if announced is not None:
             pipe.__dict__.setdefault("_num_timesteps", announced)
+
+
+def _enter_attachments(run: Run, techniques: Sequence[Any], stack: ExitStack) -> None:
+    """Install attention and block techniques for this run, by kind and never by the user's order."""
+    for kind in ("attention", "block"):
+        group = [t for t in techniques if t.kind == kind]
+        if group:
+            stack.enter_context(type(group[0]).attach(group, run))
 
 
 @functools.cache

@@ -7,12 +7,13 @@ models (and for exploding ones after the scheduler's input scaling), ``x = (1 - 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffalign.core import Space
+from diffalign.core import COND, Pass, Space, StepInfo
 
 Kind = Literal["eps", "v", "x0", "flow"]
 
@@ -69,3 +70,17 @@ def widen(guided: Tensor, like: Tensor) -> Tensor:
     out = torch.clone(like)
     out[tuple(slice(0, n) for n in guided.shape)] = guided.to(like.dtype)
     return out
+
+
+def combined(guidance: Any, preds: Mapping[Pass, Tensor], step: StepInfo, state: Any) -> tuple[Tensor, Any]:
+    """``guidance.combine`` in the space that it names, from native predictions and back to a native one."""
+    target = guidance.combine_space
+    if target == "native" or not preds:
+        made: tuple[Tensor, Any] = guidance.combine(preds, step, state)
+        return made
+    given = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
+    guided, state = guidance.combine(given, step, state)
+    untouched = next((p for p, value in given.items() if value is guided), None)
+    if untouched is not None:  # handed back as it came: converting there and back would change its last bits
+        return preds[untouched], state
+    return widen(step.convert(guided, target, "native"), preds.get(COND, guided)), state

@@ -61,7 +61,8 @@ def twins(attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, guide: Gu
 
     ``one_image``: both rows attend with the image tokens of the first, although the model gave the second its own.
     """
-    spans = [site.image or site.spans[row][1] for row in range(q.shape[0])]  # type: ignore[index]
+    own = site.spans or ()
+    spans = [site.image or own[row][1] for row in range(q.shape[0])]
     if one_image:
         q, k, v = (_copy_image(x, site.twins, spans) for x in (q, k, v))
     z = attend.narrow(replace(site, twins=()))(q, k, v)

@@ -5,13 +5,11 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
 from .options import Options
-
-P = ParamSpec("P")
 
 WHAT, HOW, WHERE = "What to make", "How to sample", "Where and how to run"
 
@@ -62,22 +60,22 @@ SHARED: dict[str, Any] = {
 }
 
 
-def shared(*without: str, **defaults: Any) -> Callable[[Callable[Concatenate[Options, P], None]], Callable[..., None]]:
+def shared(*without: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The command gets the options of ``SHARED`` in the place of its first parameter, ``without`` some, with these ``defaults``."""
     usual = {"prompt": None, **{field.name: field.default for field in dataclasses.fields(Options)}, **defaults}
     names = [name for name in SHARED if name not in without]
 
-    def decorate(function: Callable[Concatenate[Options, P], None]) -> Callable[..., None]:
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**given: Any) -> None:
             texts = {name: given.pop(name) for name in names}
-            function(Options(prompts=tuple(texts.pop("prompt", None) or ()), **texts), **given)  # type: ignore[call-arg]
+            function(Options(prompts=tuple(texts.pop("prompt", None) or ()), **texts), **given)
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         kind = inspect.Parameter.KEYWORD_ONLY
         ours = [inspect.Parameter(name, kind, default=usual[name], annotation=SHARED[name]) for name in names]
         parameters = [*ours, *(parameter.replace(kind=kind) for parameter in own)]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        vars(run)["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,7 @@ def linear_ag(
     from . import run
     from .sample import prepare_sample, said_of
 
-    modes = None if plan is None else [LETTERS.get(letter, letter) for letter in plan]
+    modes: Any = None if plan is None else [LETTERS.get(letter, letter) for letter in plan]
     if modes is not None:
         with checking():
             check_plan(modes, options.steps or 0)
@@ -63,7 +63,7 @@ def linear_ag(
                 scale=scale,
                 steps=request.steps,
                 negative_prompt=request.negative_prompt or "",
-                plan=modes,  # type: ignore[arg-type]
+                plan=modes,
                 batch=request.batch,
                 seed=request.seed,
                 progress=after,
