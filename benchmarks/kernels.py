@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py [--runs 50] [--dtype bfloat16] [--no-compile] [--seed 0] [--output benchmarks/results]
 
-On a GPU: milliseconds at the shapes of SDXL, SD3-medium, Flux.1 and Wan 2.1. On a CPU: ratios of the paths that run there, in float32 and
-with a sixteenth of the image tokens; they say nothing about a GPU. The title of the table says which of the two was run. Every form is
-compared with the float64 truth on its first rows before it is timed, and a form whose error is out of bounds stops the run.
+On a GPU: milliseconds at the shapes of SDXL, SD3-medium, Flux.1 and Wan 2.1, with a cold L2 cache. On a CPU: ratios of the paths that run
+there, in float32 and with a sixteenth of the image tokens; they say nothing about a GPU. The title of the table says which of the two was
+run. Every form is compared with the float64 truth on its first rows before it is timed, and a form whose error is out of bounds stops the
+run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import entmax
 import torch
@@ -34,21 +35,28 @@ class Setting(TypedDict):
 NAG: Setting = {"scale": 5.0, "tau": 2.5, "alpha": 0.25}
 STRENGTH = 2.0
 CPU_SHARE = 16  # a CPU gets this fraction of the image tokens
-NAG_SHAPES = {  # image tokens, channels
-    "SDXL 64x64": (4096, 640),
-    "SDXL 32x32": (1024, 1280),
-    "SD3-medium": (4096, 1536),
-    "Flux.1": (4096, 3072),
-    "Wan 1.3B 81 frames": (32760, 1536),
-    "Wan 14B 81 frames": (32760, 5120),
-}
-PLADIS_SHAPES = {  # heads, image tokens, text tokens, head size
-    "SDXL 64x64": (10, 4096, 77, 64),
-    "SDXL 32x32": (20, 1024, 77, 64),
-    "PixArt-Sigma": (16, 4096, 300, 72),
-    "SD3-medium image x text": (24, 4096, 333, 64),
-    "Flux.1 image x text": (24, 4096, 512, 128),
-    "Wan 1.3B 81 frames": (12, 32760, 512, 128),
+CHECKED = 64  # image tokens that are compared with the float64 truth
+L2_BYTES = 256 << 20  # several times the largest L2 cache there is
+
+
+class Layer(NamedTuple):
+    """A layer where image meets text. ``joint``: its image queries see the image too, and PLADIS acts on the text keys alone."""
+
+    heads: int
+    size: int
+    image: int
+    text: int
+    joint: bool = False
+
+
+LAYERS = {
+    "SDXL 64x64": Layer(10, 64, 4096, 77),
+    "SDXL 32x32": Layer(20, 64, 1024, 77),
+    "PixArt-Sigma": Layer(16, 72, 4096, 300),
+    "SD3-medium": Layer(24, 64, 4096, 333, joint=True),
+    "Flux.1": Layer(24, 128, 4096, 512, joint=True),
+    "Wan 1.3B 81 frames": Layer(12, 128, 32760, 512),
+    "Wan 14B 81 frames": Layer(40, 128, 32760, 512),
 }
 
 
@@ -69,28 +77,34 @@ def published_pladis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (dense + STRENGTH * (entmax.entmax15(z, -1) - dense)) @ v
 
 
-def timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+def timer(gpu: bool) -> Callable[[Callable[[], Any]], float]:
     """A function that gives one call's milliseconds, by events on a GPU and by the wall clock on a CPU."""
+    if not gpu:
 
-    def wall(call: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - started)
+        def wall(call: Callable[[], Any]) -> float:
+            started = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - started)
+
+        return wall
+
+    spoil = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
 
     def events(call: Callable[[], Any]) -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        spoil.zero_()  # empties the cache, and keeps the GPU busy while the host launches what is timed
         start.record()
         call()
         stop.record()
         stop.synchronize()
         return float(start.elapsed_time(stop))
 
-    return events if device.type == "cuda" else wall
+    return events
 
 
-def clocked(forms: dict[str, Callable[[], Any]], runs: int, device: torch.device) -> dict[str, float]:
+def clocked(forms: dict[str, Callable[[], Any]], runs: int, gpu: bool) -> dict[str, float]:
     """Milliseconds per form: median on a GPU, best on a CPU that others may use too. Forms take turns, so that drift hits all of them."""
-    clock = timer(device)
+    clock = timer(gpu)
     times: dict[str, list[float]] = {name: [] for name in forms}
     for call in forms.values():  # compiles and warms up
         for _ in range(3):
@@ -98,7 +112,7 @@ def clocked(forms: dict[str, Callable[[], Any]], runs: int, device: torch.device
     for _ in range(runs):
         for name, call in forms.items():
             times[name].append(clock(call))
-    return {name: statistics.median(values) if device.type == "cuda" else min(values) for name, values in times.items()}
+    return {name: statistics.median(values) if gpu else min(values) for name, values in times.items()}
 
 
 def measure(forms: dict[str, Callable[[], Tensor]], true: Tensor, spread: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -116,8 +130,8 @@ def measure(forms: dict[str, Callable[[], Tensor]], true: Tensor, spread: float,
             bound = torch.finfo(got.dtype).eps / 2 * (spread + size) + 1e-5 * size
             if name != "published" and not errors[name] <= bound:
                 raise SystemExit(f"{name} is wrong: error {errors[name]:.2e}, bound {bound:.2e}. No time is reported.")
-    times = clocked(forms, options.runs, options.torch_device)
-    if options.torch_device.type == "cuda":
+    times = clocked(forms, options.runs, options.gpu)
+    if options.gpu:
         row: dict[str, Any] = {f"{name} ms": value for name, value in times.items()}
     else:
         row = {f"{name} / published": value / times["published"] for name, value in times.items() if name != "published"}
@@ -125,11 +139,22 @@ def measure(forms: dict[str, Callable[[], Tensor]], true: Tensor, spread: float,
     return {**row, "error published": errors["published"] / size, f"error {ours}": errors[ours] / size}
 
 
-def nag_row(model: str, options: argparse.Namespace, rng: torch.Generator) -> dict[str, Any]:
-    tokens, channels = NAG_SHAPES[model]
-    tokens //= options.share
-    pos, neg = (torch.randn(1, tokens, channels, generator=rng, device=rng.device).to(options.torch_dtype) for _ in range(2))
+def operands(layer: Layer, keys: int, options: argparse.Namespace, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [1, heads, tokens, size] in the memory layout of the processors."""
+    parts = ((layer.image, 2.0), (keys, 1.0), (keys, 1.0))
+    draws = (torch.randn(1, n, layer.heads, layer.size, generator=rng, device=rng.device) * std for n, std in parts)
+    q, k, v = (t.to(options.torch_dtype).transpose(1, 2) for t in draws)
+    return q, k, v
+
+
+def nag_row(model: str, layer: Layer, options: argparse.Namespace, rng: torch.Generator) -> dict[str, Any]:
+    """The epilogue; ``sdpa`` is one of the two attentions whose results it blends."""
+    keys = layer.text + layer.image * layer.joint
+    q, k, v = operands(layer, keys, options, rng)
+    shape = (1, layer.image, layer.heads * layer.size)
+    pos, neg = (torch.randn(shape, generator=rng, device=rng.device).to(options.torch_dtype) for _ in range(2))
     forms: dict[str, Callable[[], Tensor]] = {
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
         "published": lambda: published_nag(pos, neg),
         "torch": lambda: nag.nag(pos, neg, **NAG),
     }
@@ -139,21 +164,17 @@ def nag_row(model: str, options: argparse.Namespace, rng: torch.Generator) -> di
     choice = nag.choose(pos)
     if choice.call is not nag.nag:
         forms["triton"] = lambda: choice.call(pos, neg, **NAG)
-    rows = min(64, tokens)
-    true = nag.nag(pos[:, :rows].double(), neg[:, :rows].double(), **NAG)
-    shape = f"{tokens} x {channels}"
+    true = nag.nag(pos[:, :CHECKED].double(), neg[:, :CHECKED].double(), **NAG)
     found = measure(forms, true, 0.0, options)
-    if options.torch_device.type == "cuda":
-        best = min(found[f"{name} ms"] for name in forms)
+    if options.gpu:
+        best = min(found[f"{name} ms"] for name in forms if name != "sdpa")
         found["GB/s at 3 sweeps, best"] = 3 * pos.numel() * pos.element_size() / best / 1e6
-    return {"kernel": "NAG epilogue", "model": model, "shape": shape, **found, "chosen": choice.reason}
+    return {"kernel": "NAG epilogue", "model": model, "shape": f"{shape[1]} x {shape[2]}", **found, "chosen": choice.reason}
 
 
-def pladis_row(model: str, options: argparse.Namespace, rng: torch.Generator) -> dict[str, Any]:
-    heads, tokens, keys, size = PLADIS_SHAPES[model]
-    tokens //= options.share
-    q, k, v = (torch.randn(1, n, heads, size, generator=rng, device=rng.device) for n in (tokens, keys, keys))
-    q, k, v = ((t * s).to(options.torch_dtype).transpose(1, 2) for t, s in ((q, 2.0), (k, 1.0), (v, 1.0)))
+def pladis_row(model: str, layer: Layer, options: argparse.Namespace, rng: torch.Generator) -> dict[str, Any]:
+    """The whole attention to the text keys; ``sdpa`` is the plain attention to the same keys."""
+    q, k, v = operands(layer, layer.text, options, rng)
     forms: dict[str, Callable[[], Tensor]] = {
         "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
         "published": lambda: published_pladis(q, k, v),
@@ -165,16 +186,10 @@ def pladis_row(model: str, options: argparse.Namespace, rng: torch.Generator) ->
     choice = pladis.choose(q, k)
     if choice.call is not pladis.pladis:
         forms["triton"] = lambda: choice.call(q, k, v, strength=STRENGTH)
-    rows = min(64, tokens)
-    true = pladis_naive.pladis(q[:, :, :rows].double(), k.double(), v.double(), strength=STRENGTH)
-    shape = f"{tokens} x {keys} keys, {heads} x {size}"
-    return {
-        "kernel": "PLADIS",
-        "model": model,
-        "shape": shape,
-        **measure(forms, true, (2 * STRENGTH - 1) * float(v.abs().max()), options),
-        "chosen": choice.reason,
-    }
+    true = pladis_naive.pladis(q[:, :, :CHECKED].double(), k.double(), v.double(), strength=STRENGTH)
+    found = measure(forms, true, (2 * STRENGTH - 1) * float(v.abs().max()), options)
+    shape = f"{layer.image} x {layer.text} keys, {layer.heads} x {layer.size}"
+    return {"kernel": "PLADIS", "model": model, "shape": shape, **found, "chosen": choice.reason}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -188,15 +203,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", default="benchmarks/results")
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
+    if options.runs < 1 or (options.share is not None and options.share < 1):
+        parser.error(f"--runs and --share must be at least 1; got {options.runs} and {options.share}.")
+    if gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here. Use --device cpu for the ratios of the paths that run there.")
     options.share = options.share or (1 if gpu else CPU_SHARE)
     public = argparse.Namespace(**vars(options))
-    options.torch_device, options.torch_dtype = torch.device(options.device), getattr(torch, options.dtype) if gpu else torch.float32
+    options.gpu, options.torch_dtype = gpu, getattr(torch, options.dtype) if gpu else torch.float32
     if not gpu:
         torch.set_num_threads(1)
     rng = torch.Generator(options.device).manual_seed(options.seed)
     with torch.no_grad():
-        rows = [nag_row(model, options, rng) for model in NAG_SHAPES] + [pladis_row(model, options, rng) for model in PLADIS_SHAPES]
-    what = f"run on a GPU: times in {options.dtype}" if gpu else f"run on a CPU: ratios in float32, 1/{options.share} of the image tokens"
+        layers = {model: layer._replace(image=max(1, layer.image // options.share)) for model, layer in LAYERS.items()}
+        rows = [row(model, layer, options, rng) for row in (nag_row, pladis_row) for model, layer in layers.items()]
+    what = f"run on a GPU: times in {options.dtype}" if gpu else "run on a CPU: ratios in float32"
+    if options.share > 1:
+        what += f", 1/{options.share} of the image tokens"
     write(
         f"kernels_{options.device}",
         rows,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -510,14 +511,18 @@ def test_hooks_of_offloading_stay_inside():
     assert report().layers == {"NAG": (2, 2), "PLADIS": (2, 2)}
 
 
-@pytest.mark.parametrize("kind", ["leaf_level", "block_level", "model"])
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level", "model", "sequential"])
 @pytest.mark.parametrize("name", [SD, FLUX, WAN, "ZImagePipeline"])
 def test_offloading(name, kind):
-    """Groups of layers, or whole models, that come to the device when they are called; here the device is the CPU itself."""
+    """Groups of layers, whole models or single layers that come to the device when they are called; here the device is the CPU itself."""
     expected, _ = run(tiny_pipeline(name), name, nag(), da.PLADIS())
     pipe = tiny_pipeline(name)
     if kind == "model":
         pipe.enable_model_cpu_offload(device="cpu")
+    elif kind == "sequential":  # what enable_sequential_cpu_offload does to each model; the method itself wants an accelerator
+        for model in (part for part in pipe.components.values() if isinstance(part, torch.nn.Module)):
+            cpu_offload(model, torch.device("cpu"), offload_buffers=bool(model._parameters))
+        assert all(weight.is_meta for weight in model_of(pipe).parameters())
     else:
         groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
         apply_group_offloading(model_of(pipe), onload_device=torch.device("cpu"), offload_type=kind, **groups)

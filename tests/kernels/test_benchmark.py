@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,10 +32,31 @@ def test_report_of_a_cpu_run(benchmark, tmp_path):
     report = json.loads((tmp_path / "kernels_cpu.json").read_text())
     assert {"device", "commit", "versions", "command"} <= set(report["environment"])
     assert report["options"]["seed"] == 0
-    assert [row["model"] for row in report["rows"]] == [*benchmark.NAG_SHAPES, *benchmark.PLADIS_SHAPES]
+    assert [row["model"] for row in report["rows"]] == 2 * list(benchmark.LAYERS)
     assert all(row["torch / published"] > 0 and row["chosen"].startswith("torch: cpu") for row in report["rows"])
-    assert all(("sdpa / published" in row) == (row["kernel"] == "PLADIS") for row in report["rows"])
+    assert all(row["sdpa / published"] > 0 for row in report["rows"])
     assert "run on a CPU: ratios in float32" in (tmp_path / "kernels_cpu.md").read_text()
+
+
+def test_report_of_the_gpu_part(tmp_path):
+    script = Path(__file__).with_name("gpu_part.py")
+    done = subprocess.run([sys.executable, script, tmp_path], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "kernels_cuda.json").read_text())["rows"]
+    assert [row["kernel"] for row in rows] == 7 * ["NAG epilogue"] + 7 * ["PLADIS"]
+    for row in rows:
+        assert row["chosen"].startswith("triton: ")
+        assert {"sdpa ms", "published ms", "torch ms", "triton ms", "error published", "error triton"} <= set(row)
+        assert ("GB/s at 3 sweeps, best" in row) == (row["kernel"] == "NAG epilogue")
+        assert 0 < row["error triton"] < 1e-3
+    assert "run on a GPU: times in float16, 1/2048 of the image tokens" in (tmp_path / "kernels_cuda.md").read_text()
+
+
+def test_a_gpu_that_is_not_there_is_said(benchmark, capsys):
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            benchmark.main(["--device", "cuda"])
+        assert "sees no GPU" in capsys.readouterr().err
 
 
 def test_published_forms_are_the_methods(benchmark, rng):
