@@ -1,0 +1,314 @@
+"""NAG beside CFG's negative prompt: how often a negated object or colour is gone, at equal effective strength. Part of attention.py.
+
+Objects: GenEval's two-object prompts; the second object is named in the prompt and negated. Colours: its single-object prompts; negated is
+the object in the colour that the judge sees when the same noise is denoised without guidance, so "nothing" is 0 by construction.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from results import write
+from rich.progress import Progress
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+import diffalign as da
+from diffalign.core.chart import Curve, chart
+from diffalign.eval.bootstrap import interval
+from diffalign.eval.evidence import fingerprint, read_lines, seed_of
+from diffalign.eval.geneval import keep, prompts
+from diffalign.eval.sheet import Cell, contact_sheet
+
+SAMPLES, BATCH, STEPS = 2, 16, 20
+CHECKED = 3.0  # CFG at this scale has its strength measured all the same, to check the measure
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to negate. ``cfg``: guidance scale, 1 is none; ``nag``: NAG's scale, 1 is none; ``negative``: CFG has the negative prompt.
+
+    ``always``: NAG acts at every step, not only in the window that its preset has for this family of models.
+    """
+
+    cfg: float = 1.0
+    nag: float = 1.0
+    negative: bool = False
+    steps: int = STEPS
+    always: bool = False
+
+    @property
+    def known(self) -> float | None:
+        """Effective strength where it need not be measured: 1 for nothing, the scale for CFG with the negative prompt."""
+        return self.cfg if self.nag == 1 and (self.negative or self.cfg == 1) and self.cfg != CHECKED else None
+
+    @property
+    def name(self) -> str:
+        parts = [f"CFG {self.cfg:g}"] if self.cfg != 1 else []
+        parts += ["negative"] if self.negative else [f"NAG {self.nag:g}"] if self.nag != 1 else []
+        parts += ["at every step"] if self.always else []
+        return " ".join(parts or ["nothing"]) + ("" if self.steps == STEPS else f", {self.steps} steps")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One image: its prompt and noise, the object to keep, what is negated, and the text that negates it."""
+
+    prompt_id: int
+    sample: int
+    wanted: str
+    negated: str
+    text: str
+
+    def judged(self, seen: Sequence[Any], judge: Any) -> dict[str, bool]:
+        tag = prompts()[self.prompt_id]["tag"]
+        kept = keep(seen, tag, judge.thresholds)
+        mine = kept.get(self.wanted, [])
+        there = bool(kept.get(self.negated)) if tag == "two_object" else self.negated in {seen[i].colour for i in mine}
+        return {"gone": not there, "kept": bool(mine), "both": bool(mine) and not there}
+
+
+def objects() -> list[Case]:
+    """The 99 two-object prompts, twice each."""
+    return [
+        Case(n, k, wanted, negated, f"a photo of a {negated}")
+        for n, item in enumerate(prompts())
+        if item["tag"] == "two_object"
+        for wanted, negated in [[clause["class"] for clause in item["include"]]]
+        for k in range(SAMPLES)
+    ]
+
+
+def colours(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> list[Case]:
+    """The 80 single-object prompts, twice each, with the colour that the object has without guidance; images without it are left out."""
+    blank = [
+        Case(n, k, item["include"][0]["class"], "", "")
+        for n, item in enumerate(prompts())
+        if item["tag"] == "single_object"
+        for k in range(SAMPLES)
+    ]
+    seen = {(r["prompt_id"], r["sample"]): r["colour"] for r in collect(pipe, judge, Way(), blank, "plain", options, bar)}
+    return [
+        Case(c.prompt_id, c.sample, c.wanted, colour, f"a photo of a {colour} {c.wanted}")
+        for c in blank
+        if (colour := seen[c.prompt_id, c.sample]) is not None
+    ]
+
+
+def effective(pipe: Any, calls: list[tuple[Tensor, Any, Tensor, Tensor]], scale: float, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Mean over steps of ``<d - d_n, d_c - d_n> / |d_c - d_n|^2`` and of the part off that line, per image.
+
+    ``calls``: the denoiser's (input, time, text, output) at each step. d is the guided prediction, d_c and d_n the plain ones with the
+    prompt and with the negative text at the same state. Affine in the output, so outputs stand for denoised images.
+    """
+    negative = pipe.encode_prompt(texts, "cpu", 1, False)[0]
+    found = []
+    for x, t, text, out in calls:
+        guided, half = out, len(out) // 2 if scale != 1 else 0
+        if scale != 1:
+            guided = out[:half] + scale * (out[half:] - out[:half])
+        d_c, d_n = (pipe.unet(x[half:], t, encoder_hidden_states=e, return_dict=False)[0] for e in (text[half:], negative))
+        line, moved = ((d - d_n).flatten(1).double() for d in (d_c, guided))
+        along = (moved * line).sum(1) / line.square().sum(1)
+        found.append((along, (moved - along[:, None] * line).norm(dim=1) / line.norm(dim=1)))
+    along, off = (torch.stack(values).mean(0) for values in zip(*found))
+    return along, off
+
+
+@torch.no_grad()
+def collect(pipe: Any, judge: Any, way: Way, cases: list[Case], kind: str, options: Namespace, bar: Progress) -> list[Record]:
+    """Records of all cases in their order; images lie beside them, and a run that was cut off goes on where it stopped."""
+    folder = Path(options.runs_folder) / fingerprint(pipe.unet) / kind / way.name.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path, position = folder / "records.jsonl", {(c.prompt_id, c.sample): i for i, c in enumerate(cases)}
+    done: dict[int, Record] = {position[r["prompt_id"], r["sample"]]: r for r in read_lines(path)}
+    task = bar.add_task(f"{kind}: {way.name}", total=len(cases), completed=len(done))
+    calls: list[tuple[Tensor, Any, Tensor, Tensor]] = []
+
+    def log(module: Any, given: Any, named: Any, out: Any) -> None:
+        named = named | dict(zip(("sample", "timestep"), given))
+        calls.append((named["sample"].clone(), named["timestep"], named["encoder_hidden_states"].clone(), out[0].clone()))
+
+    left = [i for i in range(len(cases)) if i not in done]
+    for start in range(0, len(left), BATCH):
+        batch = [cases[i] for i in left[start : start + BATCH]]
+        tools: list[Any] = [da.CFG(way.cfg)] if way.cfg != 1 else []
+        if way.nag != 1:
+            window = (0.0, math.inf) if way.always else None
+            tools.append(da.NAG(way.nag, negative_prompt=tuple(c.text for c in batch), sigma=window))
+        calls.clear()
+        handle = pipe.unet.register_forward_hook(log, with_kwargs=True)
+        try:
+            with da.apply(pipe, *tools) as session:
+                began = time.process_time()
+                images = pipe(
+                    [str(prompts()[c.prompt_id]["prompt"]) for c in batch],
+                    num_inference_steps=way.steps,
+                    guidance_scale=way.cfg,
+                    generator=[torch.Generator().manual_seed(seed_of(c.prompt_id, c.sample)) for c in batch],
+                    output_type="pt",
+                    negative_prompt=[c.text for c in batch] if way.negative else None,
+                ).images
+                seconds = (time.process_time() - began) / len(batch)
+        finally:
+            handle.remove()
+        nothing = torch.ones(len(batch), dtype=torch.float64)
+        if way.known is None:
+            along, off = effective(pipe, calls, way.cfg, [c.text for c in batch])
+        else:
+            along, off = way.known * nothing, 0 * nothing
+        for j, (i, seen) in enumerate(zip(left[start : start + BATCH], judge.detect(images), strict=True)):
+            case, wanted = batch[j], [d for d in seen if d.name == batch[j].wanted and d.score > judge.thresholds.threshold]
+            done[i] = {"prompt_id": case.prompt_id, "sample": case.sample, **case.judged(seen, judge), "nfe": session.report().nfe}
+            done[i] |= {
+                "seconds": seconds,
+                "strength": float(along[j]),
+                "off": float(off[j]),
+                "colour": wanted[0].colour if wanted else None,
+            }
+            to_pil_image(images[j]).save(folder / f"{case.prompt_id}-{case.sample}.png")
+        with path.open("a") as lines:
+            lines.writelines(json.dumps(done[i]) + "\n" for i in left[start : start + BATCH])
+        bar.advance(task, len(batch))
+    return [done[i] for i in range(len(cases))]
+
+
+def mean(records: list[Record], key: str) -> float:
+    return sum(float(r[key]) for r in records) / len(records)
+
+
+def bootstrap(records: list[Record], key: str, base: list[Record] | None = None) -> Any:
+    """Of the mean of ``key``, or of its difference to ``base`` image by image; prompts are resampled with all their images."""
+    values: dict[int, list[float]] = {}
+    for r, b in zip(records, base or records, strict=True):
+        values.setdefault(r["prompt_id"], []).append(float(r[key]) - (float(b[key]) if base else 0.0))
+    return interval([sum(v) / len(v) for v in values.values()], ["all"] * len(values))
+
+
+def row(kind: str, way: Way, records: list[Record], matched: tuple[Way, list[Record]] | None) -> dict[str, Any]:
+    """``matched``: CFG's negative prompt at the same effective strength."""
+    found: dict[str, Any] = {
+        "negated": kind,
+        "method": way.name,
+        "NFE": mean(records, "nfe"),
+        "effective strength": mean(records, "strength"),
+    }
+    found["off the line"] = mean(records, "off")
+    for key, head in (("gone", "gone"), ("kept", "other kept"), ("both", "gone and kept")):
+        value = bootstrap(records, key)
+        found |= {head: value.mean, f"{head} 95%": f"[{value.low:.3f}, {value.high:.3f}]"}
+    found["CFG's negative prompt at equal strength"] = matched and matched[0].name
+    found["gone and kept, difference"] = matched and str(bootstrap(records, "both", matched[1]))
+    return found | {"seconds": mean(records, "seconds")}
+
+
+def advise(rows: list[dict[str, Any]]) -> None:
+    """One sentence for NAG, in the row of its best strength without guidance, from the table's figures alone."""
+    mine = [r for r in rows if r["negated"] == "object"]
+    nothing = next(r for r in mine if r["method"] == "nothing")
+    ours = max((r for r in mine if r["method"].startswith("NAG")), key=lambda r: r["gone and kept"])
+    equal = next(r for r in mine if r["method"] == ours["CFG's negative prompt at equal strength"])
+    best = max((r for r in mine if "negative" in r["method"]), key=lambda r: r["gone and kept"])
+    share = {name: f"{100 * r['gone and kept']:.0f}%" for name, r in (("n", nothing), ("o", ours), ("e", equal), ("b", best))}
+    ours["technique"] = "nag"
+    ours["advice"] = (
+        f"Removes a negated object and keeps the wanted one in {share['o']} at {ours['NFE']:.0f} NFE without guidance ({ours['method']}; "
+        f"nothing: {share['n']}); CFG's negative prompt: {share['e']} at equal strength and {equal['NFE']:.0f} NFE, {share['b']} at most "
+        f"({best['method']})."
+    )
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Share of images without what was negated, the rest kept, by effective strength: objects above, colours below."""
+    pictures = []
+    for kind, many in (("object", "objects"), ("colour", "colours")):
+        mine = [r for r in rows if r["negated"] == kind]
+        nags = [r for r in mine if r["method"].startswith("NAG")]
+        groups = {"NAG, 20 NFE": [r for r in nags if "every" not in r["method"]]}
+        groups["NAG at every step"] = [r for r in nags if "every" in r["method"]]
+        groups["negative prompt, 40 NFE"] = [r for r in mine if "negative" in r["method"] and "," not in r["method"]]
+        groups["negative prompt, 20 NFE"] = [r for r in mine if "negative" in r["method"] and "," in r["method"]]
+        groups["CFG with NAG, 40 NFE"] = [r for r in mine if "CFG" in r["method"] and "NAG" in r["method"]]
+        groups["CFG, nothing negated"] = [r for r in mine if r["method"].startswith("CFG") and len(r["method"].split()) == 2]
+        curves = []
+        for label, group in groups.items():
+            group = sorted(group, key=lambda r: r["effective strength"])
+            low, high = zip(*(map(float, r["gone and kept 95%"].strip("[]").split(", ")) for r in group))
+            curves.append(Curve(label, [(r["effective strength"], r["gone and kept"]) for r in group], low=low, high=high))
+        title = f"Negated {many}: share of images without it that keep the rest, with 95% intervals"
+        pictures.append(chart(curves, title=title, x_label="effective strength of the negative text (1: none)", y_label="share"))
+    page = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (0, i * pictures[0].height))
+    page.save(file)
+
+
+def sheet(
+    results: dict[tuple[str, Way], list[Record]], cases: list[Case], ways: list[Way], folder: Path, file: Path, count: int = 6
+) -> None:
+    """The first images, in the order of the prompts, whose object was there without negation and gone under at least one of ``ways``."""
+    chosen = [
+        i
+        for i in range(len(cases))
+        if not results["object", ways[0]][i]["gone"] and any(results["object", way][i]["both"] for way in ways[1:])
+    ]
+    rows, labels = [], []
+    for i in chosen[:count]:
+        case = cases[i]
+        labels.append(f"{prompts()[case.prompt_id]['prompt']}; not: {case.text}")
+        pictures = [Image.open(folder / "object" / w.name.replace(" ", "-") / f"{case.prompt_id}-{case.sample}.png") for w in ways]
+        rows.append([Cell(picture, correct=bool(results["object", w][i]["both"])) for picture, w in zip(pictures, ways)])
+    columns = [f"{way.name}\n{mean(results['object', way], 'nfe'):.0f} NFE" for way in ways]
+    footer = (
+        f"The first {len(rows)} of {len(chosen)} images (of {len(cases)}) in which one of the three removed what was there; same noise."
+    )
+    contact_sheet(rows, labels, columns, title="A negated object: gone, and the other kept?", footer=footer, size=192).save(file)
+
+
+def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
+    """Tables and pictures ``negation*`` in ``options.output``."""
+    scale, results, matches = options.scale, {}, {}
+    cases = {"object": objects(), "colour": colours(pipe, judge, options, bar)}
+    nags = [Way(nag=s) for s in (3.0, 5.0, 9.0)] + [Way(nag=s, always=True) for s in (3.0, 5.0)] + [Way(scale, nag=s) for s in (3.0, 5.0)]
+    others = [Way(), Way(scale), *(Way(s, negative=True) for s in (scale, 2.0, 3.0, 5.0))]
+    ways: dict[str, list[Way]] = {}
+    for kind, mine in cases.items():
+        ways[kind] = list(others)
+        for way in (*others, *nags):
+            results[kind, way] = collect(pipe, judge, way, mine, kind, options, bar)
+            if way.negative and abs(mean(results[kind, way], "strength") - way.cfg) > 1e-3:
+                raise SystemExit(f"{way.name} has strength {mean(results[kind, way], 'strength'):.4f}: the measure of strength is wrong.")
+        for way in nags:
+            strength = round(mean(results[kind, way], "strength"), 2)
+            equal = Way(strength, negative=True)
+            short = Way(strength, negative=True, steps=STEPS // 2)
+            for extra in (equal, short) if way.cfg == 1 and not way.always else (equal,):
+                results[kind, extra] = collect(pipe, judge, extra, mine, kind, options, bar)
+                ways[kind] += [extra] if extra not in ways[kind] else []
+            matches[kind, way] = equal
+            ways[kind].append(way)
+    rows = [
+        row(kind, way, results[kind, way], (m, results[kind, m]) if (m := matches.get((kind, way))) else None)
+        for kind in cases
+        for way in ways[kind]
+    ]
+    advise(rows)
+    title = (
+        f"What was negated is gone, the other object is kept: {len(cases['object'])} images for objects, {len(cases['colour'])} for colours"
+    )
+    write("negation", rows, options, title=f"{title}; emoji, {STEPS} steps")
+    plot(rows, Path(options.output) / "negation.png")
+    strongest = max((way for way in nags if way.cfg == 1), key=lambda way: mean(results["object", way], "both"))
+    columns = [Way(), matches["object", strongest], Way(5.0, negative=True), strongest]
+    folder = Path(options.runs_folder) / fingerprint(pipe.unet)
+    sheet(results, cases["object"], columns, folder, Path(options.output) / "negation-images.png")
