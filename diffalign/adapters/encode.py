@@ -15,6 +15,8 @@ from .row import Argument, Row
 
 # arguments of the pipeline call that change how a text is encoded
 SAME = ("max_sequence_length", "clip_skip", "clean_caption", "system_prompt", "complex_human_instruction")
+# arguments of the pipeline call whose "scale" is that of the LoRA, of the text encoders too
+SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 PLAIN = ("prompt_embeds", "negative_prompt_embeds")
 POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -43,16 +45,25 @@ class Encoder:
         ``negative``: encoded as the pipeline encodes negative prompts. ``call``: arguments of the pipeline call, for text lengths and the
         like; where it has none, the call's defaults hold. ``more``: other arguments of ``encode_prompt``.
         Cost: the text encoders run once, or twice where the pipeline encodes negative prompts only beside positive ones.
-        Raises: ``UnsupportedModel`` without text encoders.
+        Raises: ``UnsupportedModel`` without text encoders, or where texts are encoded together with an image.
         """
         if not has_text_encoder(pipe):
             raise UnsupportedModel(f"{type(pipe).__name__} has no text encoder loaded, so it cannot encode {list(texts)!r}.")
         known = inspect.signature(pipe.encode_prompt).parameters
-        given: dict[str, Any] = {"prompt": list(texts), "device": pipe._execution_device, **more}
-        given |= {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "prompt_2": None, "prompt_3": None}
+        if "image" in known:
+            raise UnsupportedModel(
+                f"{type(pipe).__name__} encodes a text together with its image. Encode {list(texts)!r} with pipe.encode_prompt(image=..., "
+                "prompt=...) and pass the embeddings and their mask: NAG(negative_embeds={'negative_prompt_embeds': ..., ...})."
+            )
+        both = negative and "negative_prompt" in known
+        if negative and not both:  # there every text is encoded as a prompt
+            more = {name.removeprefix("negative_"): value for name, value in more.items()}
+        given: dict[str, Any] = {"prompt": list(texts), "device": pipe._execution_device}
+        given |= {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "prompt_2": None, "prompt_3": None, **more}
         defaults = {name: p.default for name, p in inspect.signature(type(pipe).__call__).parameters.items() if name in SAME}
         given |= defaults | {name: call[name] for name in SAME if call is not None and name in call}
-        both = negative and "negative_prompt" in known
+        scales = [options["scale"] for name in SCALES if (options := (call or {}).get(name)) and "scale" in options]
+        given |= {"lora_scale": scales[0]} if scales else {}
         given |= {"do_classifier_free_guidance": both, **({"negative_prompt": list(texts)} if both else {})}
         with torch.no_grad():
             made = pipe.encode_prompt(**{name: value for name, value in given.items() if name in known})

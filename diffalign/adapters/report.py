@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.core.chart import Curve, chart
+from diffalign.core.registry import plain
 
 
 @dataclass(slots=True)
@@ -43,8 +44,9 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON data."""
-        return asdict(self)
+        """The report as JSON data; infinity and "not a number" are texts."""
+        data: dict[str, Any] = plain(asdict(self))
+        return data
 
     def __str__(self) -> str:
         if not self.steps:

@@ -52,7 +52,7 @@ def parameter_names(cls: type, method: str = "forward") -> tuple[str, ...]:
 
 
 class Run:
-    """One call of the pipeline. ``middleware`` and ``meter`` are what attention and block techniques use."""
+    """One call of the pipeline. What attention and block techniques use: ``middleware``, ``meter``, ``sigma`` (by step)."""
 
     def __init__(self, pipe: Any, row: Row, guidances: Mapping[str, Any], own: Mapping[str, Any], opened: bool, dummy: float) -> None:
         self.pipe, self.row, self.guidances, self.own, self.opened = pipe, row, guidances, own, opened
@@ -62,6 +62,7 @@ class Run:
         self.meter = Meter()
         self.middleware: list[Callable[[Denoise], Denoise]] = []
         self.layers: dict[str, tuple[int, int]] = {}
+        self.resolved: dict[str, dict[str, tuple[Any, str]]] = {}
         self.notes: list[str] = []
         self.cancelled = False
         self.clock = Clock(pipe.scheduler, row.mix, row.sigma)
@@ -73,7 +74,7 @@ class Run:
         self.began = perf_counter()
         self._step: StepInfo | None = None
         self._guided_steps: set[int] = set()
-        self._sigma: dict[int, float] = {}
+        self.sigma: dict[int, float] = {}
         self.log = BranchLog()
         self._fixed: dict[int, bool] = {}
         self._template: Any = None
@@ -189,7 +190,7 @@ class Run:
             return space.convert(value, inputs, sigma, self.kind, self.row.sign, source, target)
 
         self._step = self.clock.now(convert)
-        self._sigma.setdefault(self._step.index, self._step.sigma)
+        self.sigma.setdefault(self._step.index, self._step.sigma)
 
     def _wanted(self, guidance: Any, module: Any) -> tuple[Pass, ...]:
         assert self._step is not None
@@ -261,12 +262,20 @@ class Run:
 
     def _pass_through(self, call: Any, kwargs: dict[str, Any], hidden: Any) -> Any:
         """No guidance of ours: the pipeline's own call, metered and open to attention and block techniques."""
+        assert self._step is not None
         total, self._calls = count_rows(hidden), self._calls + 1
-        if self.opened and self.row.mode == "batched":
-            half = (True,) * (total // 2)
-            other = (False,) * (total // 2)
+        batched = self.opened and self.row.mode == "batched"
+        if batched and total == 2 * self.batch:
+            self._guided_steps.add(self._step.index)
+            half = (True,) * self.batch
+            other = (False,) * self.batch
             return call((COND, UNCOND), (other + half) if self.row.order == "uc" else (half + other), kwargs)
-        conditioned = self._calls == 1
+        if total != self.batch:
+            raise UnsupportedModel(f"Expected {self.batch} or {2 * self.batch} rows at the denoiser; got {total}.")
+        # a callback may have ended the guidance, and SD3 skips layers in a third call: both with the prompt alone
+        conditioned = batched or self._calls == 1
+        if not conditioned:
+            self._guided_steps.add(self._step.index)
         return call((COND,) if conditioned else (UNCOND,), (conditioned,) * total, kwargs)
 
     def _evaluate(
@@ -376,8 +385,9 @@ class Run:
             decodes=self.meter.decodes,
             rewards=self.meter.rewards,
             seconds=perf_counter() - self.began,
-            sigma=[self._sigma.get(s, float("nan")) for s in range(steps)],
+            sigma=[self.sigma.get(s, float("nan")) for s in range(steps)],
             layers=dict(self.layers),
+            resolved=self.resolved,
             extras={name: extras for name, g in self.guidances.items() if (extras := g.extras(self.state[0]))} if self.state else {},
             notes=list(self.notes),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from diffalign.core import Context, Meter, SessionError, UnsupportedModel
+from diffalign.core.errors import warn_once
 from diffalign.core.registry import name_of, to_config
 
 from . import swap
@@ -26,14 +26,6 @@ from .run import Run
 
 _STACKS: weakref.WeakKeyDictionary[Any, list[Session]] = weakref.WeakKeyDictionary()
 _BUSY: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
-_WARNED: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """A warning about a choice that the user can change, once per process."""
-    if message not in _WARNED:
-        _WARNED.add(message)
-        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 class Session:
@@ -163,13 +155,12 @@ def _generate(pipe: Any, stack: list[Session], original: Callable[..., Any], arg
         techniques = [t for session in stack for t in session.techniques]
         plan = _Plan(pipe, row, techniques, original, args, kwargs)
         run = Run(pipe, row, plan.guidances, plan.own, plan.opened, row.dummy)
-        run.call, run.meter = plan.value, plan.meter
+        run.call, run.meter, run.resolved = plan.value, plan.meter, plan.resolved
         for session in stack:
             session._run = run
-        with _tapped(pipe, row, run, plan.techniques, not plan.guess_mode):
+        with _tapped(pipe, row, run, plan.techniques, not plan.guess_mode), _callbacks(plan.arguments):
             result = original(**plan.arguments)
         report = run.report()
-        report.resolved = plan.resolved
         for session in stack:
             session._report, session._log = report, run.log
         return result
@@ -201,6 +192,26 @@ def _tapped(pipe: Any, row: Row, run: Run, techniques: Sequence[Any], accompanie
     finally:
         if announced is not None:
             pipe.__dict__.setdefault("_num_timesteps", announced)
+
+
+@contextmanager
+def _callbacks(arguments: dict[str, Any]) -> Iterator[None]:
+    """The user's callbacks run outside the session: another pipeline that shares the denoiser may generate there."""
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+    objects: dict[Any, tuple[str, swap.Handler]] = {}
+    for name in ("callback_on_step_end", "callback"):
+        callback = arguments.get(name)
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):  # pipelines look at their class
+            objects[callback] = ("__call__", swap.outside)
+        elif callback is not None:
+            arguments[name] = functools.partial(_outside, callback)
+    with swap.intercepted(objects):
+        yield
+
+
+def _outside(callback: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return swap.outside(callback, args, kwargs)
 
 
 def _enter_attachments(run: Run, techniques: Sequence[Any], stack: ExitStack) -> None:
@@ -241,8 +252,8 @@ class _Plan:
         refusals = [(name, why) for name, why in row.refuses.items() if value.get(name) not in (None, 0, 0.0, False)]
         if guidance is not None and refusals:
             raise UnsupportedModel(f"{refusals[0][0]}={value[refusals[0][0]]!r} cannot be combined with a guidance: {refusals[0][1]}")
-        reason = row.check(pipe) if guidance is not None else None
-        if reason is not None:
+        reason = row.check(pipe)
+        if reason is not None and guidance is not None:
             raise UnsupportedModel(f"{swap.original_class(pipe).__name__}: {reason}")
         gate = row.gates[0] if row.gates else None
         native = [value.get(name) for name in row.gates]
@@ -253,7 +264,8 @@ class _Plan:
         count = len(steps) if steps is not None else int(value.get("num_inference_steps") or 0)
         scheduler = pipe.scheduler
         self.guidances: dict[str, Any] = {}
-        self.opened = bool(native) and native[0] is not None and native[0] > row.opens and row.negative_given(pipe, value)
+        self.opened = bool(native) and native[0] is not None and native[0] > row.opens and reason is None
+        self.opened = self.opened and row.negative_given(pipe, value)
         self.techniques: list[Any] = []
         for i, name in enumerate(row.denoisers):
             scale = native[min(i, len(native) - 1)] if native else 1.0
@@ -285,6 +297,7 @@ class _Plan:
                     f.name: (setting, sources.get(f.name, ""))
                     for f in fields(made)
                     if f.init and not f.metadata.get("tensors") and (setting := getattr(made, f.name)) is not None
+                    if f.name not in ("start", "stop") or getattr(made, "sigma", None) is None
                 }
                 if technique.kind == "guidance":
                     self.guidances[name] = made

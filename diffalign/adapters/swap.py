@@ -95,6 +95,15 @@ def in_place(handlers: Mapping[Any, tuple[str, Handler]]) -> bool:
     return all(active.get(id(obj)) is handler for obj, (_, handler) in handlers.items())
 
 
+def outside(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A handler: the call runs as if nothing were intercepted, so that what a user's callback runs is its own."""
+    token = _HANDLERS.set({})
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _HANDLERS.reset(token)
+
+
 @contextmanager
 def intercepted(handlers: Mapping[Any, tuple[str, Handler]], opaque: bool = False) -> Iterator[None]:
     """Within the block and this context only, calls of ``method`` on each object go to its handler."""

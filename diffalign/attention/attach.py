@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -13,8 +14,9 @@ from torch import nn
 from diffalign.adapters.cache import empty_cache
 from diffalign.adapters.run import Denoise, Evaluation, Run
 from diffalign.adapters.swap import Handler, in_place, intercepted
-from diffalign.core import UnsupportedModel
-from diffalign.core.errors import nearest
+from diffalign.core import StepInfo, UnsupportedModel
+from diffalign.core.errors import nearest, warn_once
+from diffalign.core.registry import name_of
 
 from .base import AttentionTechnique, Stream
 from .intercept import Intercepted, start
@@ -36,6 +38,7 @@ class Attachment:
         self.group = tuple(sorted((t for t in group if not t.off), key=lambda t: t.order))
         self.frame: Frame | None = None
         self.acting: set[tuple[str, str, str]] = set()
+        self.always: set[AttentionTechnique] | None = None
         self.chosen: dict[Any, Any] = {}
         self.cached: dict[str, bool] = {}
         self.last: dict[str, Any] = {}
@@ -86,6 +89,26 @@ class Attachment:
         """Technique -> (layers where it acted, layers selected)."""
         return {name: (sum(name == acted for acted, _, _ in self.acting), count) for name, count in self.selected.items()}
 
+    def say_what_never_acted(self) -> None:
+        """A note and a warning about each technique whose window held no step of the run."""
+        for technique in self.group if self.run.sigma else ():
+            name = type(technique).__name__
+            if not any(name == acted for acted, _, _ in self.acting):
+                levels = [f"{value:.3g}" for value in self.run.sigma.values()]
+                held = f"its window holds none of this run's {len(levels)} steps (noise levels {levels[0]} to {levels[-1]})"
+                note = f"{name} never acted: {held}."
+                self.run.notes.append(note)
+                warn_once(f"{note} Give it another; sigma=(0, inf) acts at every step.")
+
+    def _too_late(self, technique: AttentionTechnique, first: StepInfo) -> bool:
+        """Whether the model's default window ends before the run begins, as in image-to-image: then the technique acts at every step."""
+        options = self.run.resolved.get(name_of(technique), {})
+        window, source = options.get("sigma", (None, ""))
+        if not source or first.sigma >= window[0]:
+            return False
+        options["sigma"] = ((0.0, math.inf), f"the run begins at {first.sigma:.3g}, below {window[0]:g} of {source}")
+        return True
+
     def kernel(self, op: str, key: Any, make: Callable[[], Any]) -> Any:
         """The callable of a ``Choice``, made once per key; its reason goes into the report."""
         if (op, key) not in self.chosen:
@@ -101,7 +124,9 @@ class Attachment:
 
     def _middleware(self, inner: Denoise) -> Denoise:
         def denoise(evaluation: Evaluation, kwargs: dict[str, Any]) -> Any:
-            active = tuple(t for t in self.group if t.active(evaluation.step))
+            if self.always is None:
+                self.always = {t for t in self.group if self._too_late(t, evaluation.step)}
+            active = tuple(t for t in self.group if t in self.always or t.active(evaluation.step))
             name, module = evaluation.denoiser, self.denoisers[evaluation.denoiser]
             frame = Frame(name, active, evaluation.conditioned, text_length(self.run.row, kwargs))
             opened = []
@@ -212,5 +237,6 @@ def attach(group: Sequence[AttentionTechnique], run: Run) -> Iterator[None]:
     try:
         with attachment.installed():
             yield
+        attachment.say_what_never_acted()
     finally:
         run.layers.update(attachment.counts())

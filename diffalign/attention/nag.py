@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .intercept import Attend
 
 
+TAU_LIMIT = 1e6  # beyond any growth: no limit
+
+
 @dataclass(frozen=True, slots=True)
 class NAG(Windowed, AttentionTechnique):
     """A negative prompt inside attention, at one denoiser call per step, with or without classifier-free guidance.
@@ -30,7 +33,7 @@ class NAG(Windowed, AttentionTechnique):
     Each text layer attends with the prompt and with the negative text; the image tokens ``z`` [B, N, E] are pushed from the second
     towards the first, their growth limited to ``tau`` per token and blended with ``alpha``.
     ``scale``: 1 is off. It is s = phi + 1 where the paper's tables give phi; the authors' code also uses s, some ports use phi.
-    ``tau`` >= 1, ``alpha`` in [0, 1], ``scale``, and the window: None takes the family's published value, which the report names.
+    ``tau`` in [1, 1e6], ``alpha`` in [0, 1], ``scale``, and the window: None takes the family's published value, which the report names.
     ``negative_prompt``: one text, or one per prompt; None takes the call's ``negative_prompt_embeds``, else its ``negative_prompt``,
     else "". ``negative_embeds``: the negative text already encoded, under the pipeline's own names: ``negative_prompt_embeds`` and the
     mask and pooled embeddings that go with it (not saved in settings).
@@ -39,7 +42,7 @@ class NAG(Windowed, AttentionTechnique):
     single blocks, modulated with the negative pooled text.
     Differs from the paper: on models with pooled text the negative text tokens are modulated with the prompt's pooled text.
     Cost: no extra pass; the negative text's tokens at every layer, and a second row per guided image on Lumina2, Z-Image, CogVideoX,
-    Wan image-to-video, and with ``share_image=False``.
+    Wan 2.1 image-to-video, and with ``share_image=False``.
     """
 
     scale: float | None = None
@@ -54,12 +57,11 @@ class NAG(Windowed, AttentionTechnique):
 
     order: ClassVar[int] = 0
     everywhere: ClassVar[bool] = True
-    reads_negative: ClassVar[bool] = True  # of the call, so that nobody is told that it has no effect
 
     def __post_init__(self) -> None:
         check_scale("NAG", self.scale)
         if self.tau is not None:
-            check_range("NAG", "tau", self.tau, 1.0, math.inf)
+            check_range("NAG", "tau", self.tau, 1.0, TAU_LIMIT)
         if self.alpha is not None:
             check_range("NAG", "alpha", self.alpha, 0.0, 1.0)
         check_choice("NAG", "norm", self.norm, ("l1", "l2"))
@@ -83,11 +85,16 @@ class NAG(Windowed, AttentionTechnique):
     def off(self) -> bool:
         return self.scale == 1.0 or self.alpha == 0.0
 
+    @property
+    def reads_negative(self) -> bool:
+        """Whether it takes the call's negative prompt, so that nobody need be told that it has no effect."""
+        return not self.off and self.negative_prompt is None and self.negative_embeds is None
+
     def selects(self, site: Site) -> bool:
         return site.kind != "self" and matches(self.layers, site.layer)
 
     def refuses(self, pipe: Any, row: Any) -> str | None:
-        return super(NAG, self).refuses(pipe, row) or refusal(row, self.share_image)
+        return super(NAG, self).refuses(pipe, row) or refusal(pipe, row, self.share_image)
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         values: dict[str, Any] = {}

@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 ROWS = ("lumina2", "z-image", "cogvideox")  # image positions start where the text ends, or the text has one length
 
 
-def refusal(row: Row, share_image: bool) -> str | None:
-    """Why NAG cannot act on a family, None when it can."""
+def refusal(pipe: Any, row: Row, share_image: bool) -> str | None:
+    """Why NAG cannot act on a pipeline, None when it can."""
     if row.family not in TABLE or row.family not in ENCODERS:
         return f"the text layers of {row.family} are not known"
     if not share_image and row.family != "flux":
         return f"share_image=False is the published layout of Flux; on {row.family} one image stream is the layout"
+    if row.family == "z-image" and getattr(pipe, "controlnet", None) is not None:
+        return "its ControlNet's residuals have the length of one text"
     return None
 
 
@@ -98,13 +100,19 @@ class NegativeStream:
     def _rows(self, name: str, images: Sequence[int], like: Tensor) -> Tensor:
         """Rows of a text argument for these images, on the device and in the dtype of ``like``; made once, since steps repeat them."""
         value, key = self.text[name], (name, tuple(images), like.device, like.dtype)
-        if self.run.batch % len(value):
-            raise ValueError(f"NAG got {len(value)} negative texts for {self.run.batch} images; give one, or one per prompt.")
         if key not in self.made:
-            copies = self.run.batch // len(value)
-            index = torch.tensor([image // copies for image in images])
+            index = torch.tensor(self._texts_of(name, images))
             self.made[key] = value.to(like.device, like.dtype)[index.to(like.device)]
         return self.made[key]
+
+    def _texts_of(self, name: str, images: Sequence[int]) -> list[int]:
+        """Which negative text each image takes; a prompt's images stand together."""
+        texts, batch = len(self.text[name]), self.run.batch
+        copies = int(self.run.call.get("num_images_per_prompt") or self.run.call.get("num_videos_per_prompt") or 1)
+        if texts not in (1, batch // copies, batch):
+            many = f" with {copies} images each" if copies > 1 else ""
+            raise ValueError(f"NAG got {texts} negative texts for {batch // copies} prompts{many}; give one, or one per prompt.")
+        return [image * texts // batch for image in images]
 
     def _extend(self, kwargs: dict[str, Any], images: Sequence[int]) -> tuple[dict[str, Any], int]:
         """The denoiser's arguments with the negative text behind the prompt, and its number of tokens."""
@@ -129,15 +137,12 @@ class NegativeStream:
         """A second row for each conditioned row, with the negative text; padded to one length where a mask says so."""
         row, total = self.run.row, count_rows(next(iter(kwargs.values())))
         guided = [r for r, conditioned in enumerate(evaluation.conditioned) if conditioned]
-        if kwargs.get("controlnet_block_samples") is not None and row.family == "z-image":
-            raise UnsupportedModel("NAG cannot be combined with a ControlNet on Z-Image: its residuals have the length of one text.")
         self.run.meter.charge(rows=len(guided), joined=True)
         changed = take_arguments(kwargs, [*range(total), *guided], total, row.shared, row.lists)
         theirs = [images[r] for r in guided]
         name, mask = self.argument.name, self.argument.mask
         if isinstance(changed[name], list):
-            copies = self.run.batch // len(self.text[name])
-            texts = [self.text[name][image // copies].to(changed[name][0]) for image in theirs]
+            texts = [self.text[name][i].to(changed[name][0]) for i in self._texts_of(name, theirs)]
             changed[name] = [*changed[name][:total], *texts]
         else:
             if not self.nag.share_image:
@@ -168,10 +173,9 @@ def negative_text(nag: NAG, run: Run) -> tuple[dict[str, Any], str]:
     encode, call, wanted = ENCODERS[run.row.family], run.call, nag.negative_prompt
     embeds, where = nag.negative_embeds, "NAG(negative_embeds=...)"
     if embeds is not None:
-        unknown = set(embeds) - {f"negative_{name}" for name in encode.arguments}
-        if unknown:
-            known = ", ".join(f"negative_{name}" for name in encode.arguments)
-            raise ValueError(f"NAG(negative_embeds=...) has {sorted(unknown)}; {run.row.family} takes {known}.")
+        known = {f"negative_{name}" for name in encode.arguments} | {name for name in encode.results if name.startswith("negative_")}
+        if unknown := set(embeds) - known:
+            raise ValueError(f"NAG(negative_embeds=...) has {sorted(unknown)}; {run.row.family} takes {', '.join(sorted(known))}.")
     elif wanted is None and call.get("negative_prompt_embeds") is not None:
         embeds, where = call, "negative_prompt_embeds of the call"
     if embeds is not None:
@@ -180,9 +184,11 @@ def negative_text(nag: NAG, run: Run) -> tuple[dict[str, Any], str]:
     where, more = "NAG(negative_prompt=...)", {}
     if wanted is None:
         wanted = call.get("negative_prompt") or ""
-        more = {name: call[name] for name in ("negative_prompt_2", "negative_prompt_3") if call.get(name) is not None}
-        where = "negative_prompt of the call" if call.get("negative_prompt") else "the empty prompt"
-    texts = [wanted] if isinstance(wanted, str) else list(wanted)
+        more = {name: call[name] for name in ("negative_prompt_2", "negative_prompt_3") if call.get(name)}
+        where = "negative_prompt of the call" if wanted or more else "the empty prompt"
+    count = max(1 if isinstance(given, str) else len(given) for given in (wanted, *more.values()))
+    texts, *others = ([given] * count if isinstance(given, str) else list(given) for given in (wanted, *more.values()))
+    more = dict(zip(more, others))
     if not has_text_encoder(run.pipe):
         raise UnsupportedModel(
             f"NAG needs a negative text, and {type(run.pipe).__name__} has no text encoder loaded: pass negative_prompt_embeds (with the "

@@ -1,7 +1,10 @@
 """What can go wrong, by name. Bad arguments are ValueError or TypeError; these are the rest."""
 
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_WARNED: set[str] = set()
 
 
 class UnsupportedModel(ValueError):
@@ -22,6 +25,13 @@ class Cancelled(RuntimeError):
 
 class BudgetExceeded(RuntimeError):
     """A budget is used up. Search methods catch it and return the best result so far."""
+
+
+def warn_once(message: str) -> None:
+    """A warning about a choice that the user can change, once per process."""
+    if message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

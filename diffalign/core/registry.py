@@ -5,6 +5,7 @@ Plugins join by the entry point group ``diffalign.techniques``; each entry loads
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -115,7 +116,16 @@ def _saved(field: dataclasses.Field[Any], value: Any) -> Any:
     """An option as JSON data; tensors leave a mark and objects their class name, which the technique refuses when read back."""
     if field.metadata.get("objects"):
         return [item if isinstance(item, str) else type(item).__name__ for item in value]
-    return "given as tensors" if value is not None and field.metadata.get("tensors") else value
+    return "given as tensors" if value is not None and field.metadata.get("tensors") else plain(value)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as strict JSON data: infinity and "not a number" as text, which ``make`` reads back; containers likewise."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def from_config(config: Mapping[str, Any]) -> Any:

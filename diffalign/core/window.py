@@ -12,7 +12,7 @@ class Windowed:
 
     ``sigma=(lo, hi)``: acts while ``lo <= sigma < hi`` (noise levels as in ``StepInfo``).
     ``start``, ``stop``: fractions of the steps in [0, 1], acts for ``floor(start * S) <= index < floor(stop * S)``.
-    Give one or the other.
+    Give one or the other. Where a technique has a default window for the model, ``sigma=(0, inf)`` acts at every step.
     """
 
     sigma: tuple[float, float] | None = None
@@ -30,6 +30,9 @@ class Windowed:
         """Raise ValueError unless the window is one, and not empty."""
         owner = type(self).__name__
         if self.sigma is not None:
+            if not isinstance(self.sigma, list | tuple):
+                raise TypeError(f"{owner}(sigma=...) must be two noise levels (lo, hi) or None; got {self.sigma!r}.")
+            object.__setattr__(self, "sigma", tuple(self.sigma))
             if (self.start, self.stop) != (0.0, 1.0):
                 raise ValueError(
                     f"{owner} takes sigma=(lo, hi) or start/stop, not both; got sigma={self.sigma}, {self.start}, {self.stop}."

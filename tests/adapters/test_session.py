@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import threading
 import warnings
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, StableDiffusionPipeline
+from diffusers.callbacks import PipelineCallback
 
 import diffalign as da
 from diffalign.adapters import closed_loop, swap
-from diffalign.core import COND, UNCOND, GuidanceMismatch, SessionError, UnsupportedModel
+from diffalign.core import COND, UNCOND, GuidanceMismatch, SessionError, UnsupportedModel, errors
 from diffalign.guidance import CFG, Guidance
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -351,9 +353,7 @@ def test_a_prediction_that_is_not_finite_names_the_step(pipe):
 
 
 def test_technique_scale_wins_over_the_call_with_one_warning(pipe):
-    from diffalign.adapters import session as module
-
-    module._WARNED.clear()
+    errors._WARNED.clear()
     native = final(pipe, sd_inputs(scale=6.0))
     with da.apply(pipe, CFG(6.0)) as session, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -366,9 +366,7 @@ def test_technique_scale_wins_over_the_call_with_one_warning(pipe):
 
 
 def test_a_negative_prompt_without_effect_warns_once(pipe):
-    from diffalign.adapters import session as module
-
-    module._WARNED.clear()
+    errors._WARNED.clear()
     with da.apply(pipe, CFG(1.0)), pytest.warns(UserWarning, match="negative prompt has no effect"):
         final(pipe, sd_inputs(scale=1.0))
 
@@ -481,3 +479,46 @@ def test_unknown_pipelines_are_refused_with_the_reason():
 def test_session_config_round_trip(pipe):
     session = da.apply(pipe, CFG(3.5))
     assert da.techniques_of(session.config()) == (CFG(3.5),)
+
+
+@pytest.mark.parametrize("kind", ["function", "object"])
+def test_callbacks_run_outside_the_session(pipe, kind):
+    """Another pipeline that shares the U-Net generates in a callback as it would alone, and is not counted."""
+    other = tiny_pipeline(SD)
+    other.unet = pipe.unet
+    native = final(other, sd_inputs())
+    found = []
+
+    class Look(PipelineCallback):
+        tensor_inputs = ["latents"]  # noqa: RUF012
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            assert pipeline is pipe
+            assert list(callback_kwargs) == ["latents"]
+            found.append(final(other, sd_inputs()))
+            return callback_kwargs
+
+    def look(pipeline, index, timestep, values):
+        assert pipeline is pipe
+        found.append(final(other, sd_inputs()))
+        return values
+
+    callback = Look() if kind == "object" else look
+    cls = type(callback)
+    with da.apply(pipe, CFG(3.0), da.NAG()) as session:
+        expected = final(pipe, sd_inputs())
+        got = final(pipe, sd_inputs(callback_on_step_end=callback))
+    assert len(found) == 3
+    assert all(torch.equal(image, native) for image in found)
+    assert torch.equal(got, expected)
+    assert session.report().nfe == 6
+    assert type(callback) is cls
+    assert session.report().resolved["nag"]["scale"]
+
+
+def test_reports_and_settings_are_strict_json(pipe):
+    with da.apply(pipe, da.NAG(sigma=(0.5, float("inf")))) as session:
+        final(pipe, sd_inputs())
+    text = json.dumps([session.config(), session.report().to_dict()], allow_nan=False)
+    (technique,) = da.techniques_of(json.loads(text)[0])
+    assert technique == session.techniques[0]

@@ -432,8 +432,11 @@ def test_controls_and_image_conditions(name):
 def test_z_image_controlnet_is_refused_by_name():
     name = "ZImageControlNetPipeline"
     pipe = tiny_pipeline(name)
-    with pytest.raises(da.UnsupportedModel, match="ControlNet on Z-Image"):
+    with pytest.raises(da.UnsupportedModel, match="ControlNet's residuals have the length of one text"):
         run(pipe, name, nag())
+    assert not next(row for row in da.supports(pipe) if row.name == "nag").works
+    with pytest.raises(da.UnsupportedModel, match="one text"):
+        da.preset("negative", pipe)
     _, report = run(pipe, name, da.PLADIS())
     assert report().layers["PLADIS"] == (2, 2)
 

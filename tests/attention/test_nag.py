@@ -1,19 +1,22 @@
 """NAG's options, its negative text, when it acts and what it costs; the formula is tested in test_lockstep.py and kernels/test_nag.py."""
 
+import functools
 import json
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 import diffalign as da
 from diffalign.adapters.encode import ENCODERS
 from diffalign.adapters.registry import ROWS, row_of
+from diffalign.attention import AttentionTechnique
 from diffalign.attention.layers import TABLE
-from diffalign.core import COND, UNCOND
+from diffalign.core import COND, UNCOND, errors
 from diffalign.core.registry import from_config, parse, to_config
-from diffalign.guidance import Guidance
+from diffalign.guidance import Guidance, IntervalCFG
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -170,7 +173,7 @@ def test_where_the_negative_text_comes_from(monkeypatch):
     assert "negative_prompt_embeds of the call" in note
     negative, note = run(nag(negative_embeds={"negative_prompt_embeds": given[:1]}))
     assert torch.equal(negative, given[:1].expand(2, -1, -1))
-    with pytest.raises(ValueError, match="3 negative texts for 2 images"):
+    with pytest.raises(ValueError, match="3 negative texts for 2 prompts; give one"):
         run(nag(negative_prompt=("a", "b", "c")))
     handle.remove()
 
@@ -255,7 +258,7 @@ def test_published_values_are_the_defaults(name, expected):
     """Table 5 of the paper gives phi; our scale is phi + 1."""
     pipe = tiny_pipeline(name)
     with da.apply(pipe, da.NAG()) as session:
-        final(pipe, tiny_inputs(name, steps=2))
+        final(pipe, tiny_inputs(name, steps=10))  # so many that the first noise level is above the window's
     resolved = session.report().resolved["nag"]
     assert {key: resolved[key][0] for key in expected} == expected
     assert all(resolved[key][1] for key in expected)
@@ -334,3 +337,213 @@ def test_no_warning_about_a_negative_prompt_that_nag_reads(recwarn):
     with da.apply(pipe, da.CFG(1.0), nag()):
         final(pipe, {**tiny_inputs(SD, text=True), "guidance_scale": 1.0})
     assert not [w for w in recwarn if "no effect" in str(w.message)]
+
+
+def test_the_warning_comes_where_nag_does_not_read_it():
+    pipe = tiny_pipeline(SD, text=True)
+    for technique in (nag(1.0), nag(negative_prompt="blue")):
+        errors._WARNED.clear()
+        with da.apply(pipe, da.CFG(1.0), technique), pytest.warns(UserWarning, match="no effect"):
+            final(pipe, {**tiny_inputs(SD, text=True), "guidance_scale": 1.0})
+
+
+IMG2IMG = "StableDiffusionXLImg2ImgPipeline"
+
+
+def late(pipe, *techniques):
+    """An image-to-image call that begins at a third of the noise, and its report."""
+    with da.apply(pipe, *techniques) as session:
+        got = final(pipe, {**tiny_inputs(IMG2IMG, steps=10), "strength": 0.3})
+    return got, session.report()
+
+
+def test_a_default_window_before_the_run_begins_is_dropped():
+    """Image-to-image starts below the noise level at which the family's default window ends."""
+    pipe = tiny_pipeline(IMG2IMG)
+    got, report = late(pipe, da.NAG())
+    assert not torch.equal(got, late(pipe)[0])
+    acting, selected = report.layers["NAG"]
+    assert acting == selected > 0
+    window, source = report.resolved["nag"]["sigma"]
+    assert window == ALWAYS
+    assert "begins at" in source
+    assert not {"start", "stop"} & set(report.resolved["nag"])
+
+
+def test_a_window_of_the_users_that_never_acts_is_said():
+    pipe = tiny_pipeline(IMG2IMG)
+    errors._WARNED.clear()
+    with pytest.warns(UserWarning, match=r"NAG never acted.*sigma=\(0, inf\)"):
+        got, report = late(pipe, da.NAG(sigma=(50.0, 60.0)))
+    assert torch.equal(got, late(pipe)[0])
+    assert any("never acted" in note for note in report.notes)
+    assert not any("never acted" in note for note in late(pipe, da.NAG(1.0))[1].notes)
+
+
+@pytest.mark.parametrize("technique", [nag(), da.PLADIS()])
+def test_a_distilled_unet_has_one_branch_at_any_scale(technique):
+    """Latent consistency models take the scale as an input; the pipeline then runs the prompt alone."""
+    pipe = tiny_pipeline(SD)
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=16).eval()
+
+    def run(*techniques):
+        with da.apply(pipe, *techniques) as session:
+            got = final(pipe, {**tiny_inputs(SD, batch=2, steps=3), "guidance_scale": 3.0})
+        return got, session.report()
+
+    got, report = run(technique)
+    assert not torch.equal(got, run()[0])
+    assert report.nfe == 3
+    assert all(acting == selected > 0 for acting, selected in report.layers.values())
+    with pytest.raises(da.UnsupportedModel, match="distilled"):
+        run(da.CFG(3.0), technique)
+
+
+def cut(pipe, index, timestep, values):
+    """The CFG cut-off of diffusers' documentation."""
+    if index == 1:
+        pipe._guidance_scale = 0.0
+        values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[-1]
+    return values
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("technique", [nag(), da.PLADIS(branches="cond")])
+def test_guidance_that_a_callback_ends(technique, batch):
+    """From then on every row carries the prompt: the same as our own interval, which runs the conditional rows alone."""
+    pipe = tiny_pipeline(SD)
+
+    def run(*techniques, **more):
+        with da.apply(pipe, *techniques) as session:
+            got = final(pipe, {**tiny_inputs(SD, batch=batch, steps=4), "guidance_scale": 3.0, **more})
+        return got, session.report()
+
+    got, report = run(technique, callback_on_step_end=cut, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert (report.nfe, report.guided_steps) == (2 * 2 + 2, 2)
+    expected, _ = run(IntervalCFG(3.0, stop=0.5), technique)
+    assert (got - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps * expected.abs().max()
+
+
+def test_steps_guided_by_the_pipeline_itself_are_counted():
+    for name, gate in ((SD, "guidance_scale"), (FLUX, "true_cfg_scale")):
+        pipe = tiny_pipeline(name)
+        with da.apply(pipe, nag()) as session:
+            final(pipe, {**tiny_inputs(name, steps=3), gate: 3.0})
+            assert (session.report().guided_steps, session.report().nfe) == (3, 6)
+            final(pipe, {**tiny_inputs(name, steps=3), gate: 1.0})
+            assert (session.report().guided_steps, session.report().nfe) == (0, 3)
+
+
+SEEN = []
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(AttentionTechnique):
+    """Keeps which rows carry the prompt."""
+
+    def __call__(self, attend, q, k, v, site):
+        SEEN.append(site.conditioned)
+        return attend(q, k, v)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_skip_layer_call_of_sd3_carries_the_prompt(batch):
+    name = "StableDiffusion3Pipeline"
+    pipe = tiny_pipeline(name)
+
+    def run(*techniques):
+        with da.apply(pipe, *techniques) as session:
+            final(pipe, {**tiny_inputs(name, batch=batch, steps=2), "skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0})
+        return session.report()
+
+    SEEN.clear()
+    run(Rows())
+    assert set(SEEN) == {(False,) * batch + (True,) * batch, (True,) * batch}
+    assert run(nag(), da.PLADIS()).layers["NAG"] == (2, 2)
+
+
+class TextEncoder(torch.nn.Identity):
+    device = torch.device("cpu")
+
+
+class Encoded(Exception):
+    """What ``encode_prompt`` was called with."""
+
+
+def encoded_by(name, monkeypatch, technique, **call):
+    """The arguments with which the negative text is encoded, on pipelines whose text encoders have no tiny form too."""
+    pipe = tiny_pipeline(name)
+    monkeypatch.setattr(pipe, "text_encoder", TextEncoder(), raising=False)
+    encode = type(pipe).encode_prompt
+
+    @functools.wraps(encode)
+    def fake(self, **kwargs):
+        raise Encoded(kwargs)
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", fake)
+    with pytest.raises(Encoded) as caught, da.apply(pipe, technique):
+        pipe(prompt=["one", "two"], num_inference_steps=1, **call)
+    return caught.value.args[0]
+
+
+def test_the_second_encoder_gets_its_own_negative(monkeypatch):
+    call = encoded_by(FLUX, monkeypatch, nag(), negative_prompt="alpha", negative_prompt_2="beta")
+    assert (call["prompt"], call["prompt_2"]) == (["alpha"], ["beta"])
+    assert encoded_by(FLUX, monkeypatch, nag(), negative_prompt="alpha")["prompt_2"] is None
+    xl = "StableDiffusionXLPipeline"
+    call = encoded_by(xl, monkeypatch, nag(), negative_prompt="alpha", negative_prompt_2=["beta", "gamma"])
+    assert (call["negative_prompt"], call["negative_prompt_2"]) == (["alpha", "alpha"], ["beta", "gamma"])
+    call = encoded_by(xl, monkeypatch, nag(), negative_prompt_2="blue")
+    assert (call["negative_prompt"], call["negative_prompt_2"]) == ([""], ["blue"])
+
+
+def test_the_scale_of_a_lora_reaches_the_text_encoder(monkeypatch):
+    assert encoded_by(SD, monkeypatch, nag(), cross_attention_kwargs={"scale": 0.3})["lora_scale"] == 0.3
+    assert encoded_by(FLUX, monkeypatch, nag(), joint_attention_kwargs={"scale": 0.4})["lora_scale"] == 0.4
+    assert "lora_scale" not in encoded_by(SD, monkeypatch, nag())
+
+
+@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+def test_texts_that_are_encoded_with_an_image_must_be_given_encoded(name, monkeypatch):
+    pipe = tiny_pipeline(name)
+    monkeypatch.setattr(pipe, "text_encoder", TextEncoder(), raising=False)
+    with (
+        pytest.raises(da.UnsupportedModel, match=r"together with its image.*negative_embeds"),
+        da.apply(pipe, nag(negative_prompt="blue")),
+    ):
+        final(pipe, tiny_inputs(name, steps=1))
+    given = tiny_inputs(name, steps=1)
+    own = {key: given[key] for key in ("negative_prompt_embeds", "negative_prompt_embeds_mask")}
+    with da.apply(pipe, nag(negative_embeds=own)) as session:
+        final(pipe, given)
+    assert session.report().layers["NAG"][0] > 0
+
+
+@pytest.mark.parametrize("name", [SD, "ZImagePipeline"])
+def test_one_negative_or_one_per_prompt(name):
+    """Not as many as happen to divide the images."""
+    pipe = tiny_pipeline(name)
+    for count in (2, 3):
+        texts = tiny_inputs(name, batch=count)["negative_prompt_embeds"]
+        technique = nag(negative_embeds={"negative_prompt_embeds": texts})
+        with pytest.raises(ValueError, match=f"{count} negative texts for 4 prompts"), da.apply(pipe, technique):
+            final(pipe, tiny_inputs(name, batch=4, steps=1))
+
+
+def test_pooled_embeddings_may_come_along():
+    name = "StableDiffusionXLPipeline"
+    pipe = tiny_pipeline(name)
+    given = tiny_inputs(name, steps=1)
+    embeds = {key: given[key] for key in ("negative_prompt_embeds", "negative_pooled_prompt_embeds")}
+    with da.apply(pipe, nag(negative_embeds=embeds)) as session:
+        final(pipe, given)
+    assert session.report().layers["NAG"][0] > 0
+
+
+def test_a_window_as_a_list():
+    pipe = tiny_pipeline(SD)
+    with da.apply(pipe, nag(sigma=[0.0, 100.0])) as session:
+        final(pipe, tiny_inputs(SD))
+    assert session.techniques[0] == nag(sigma=(0.0, 100.0))
+    with pytest.raises(TypeError, match="two noise levels"):
+        nag(sigma=3.0)
