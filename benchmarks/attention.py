@@ -55,10 +55,10 @@ def main() -> None:
         for (cfg, _), m in done.items()
     ]
     for row, ((cfg, strength), m) in zip(table, done.items(), strict=True):
-        if (cfg, strength) == (scale, 1.0):
+        if (cfg, strength) == (scale, da.PLADIS().strength):
             gain = compare(m, done[cfg, 0.0])
             said = "Use it" if gain.low > 0.0 else "Leave it off" if gain.high < 0.0 else "No difference shown"
-            row |= {"technique": "pladis", "advice": f"{said} against the same CFG without it."}
+            row |= {"technique": "pladis", "advice": f"{said} against the same CFG without it (strength {strength:g}, the default)."}
     write("pladis", table, options, title="PLADIS on emoji: 200 GenEval prompts x 2 seeds")
 
 

@@ -213,19 +213,21 @@ def row(kind: str, way: Way, records: list[Record], matched: tuple[Way, list[Rec
 
 
 def advise(rows: list[dict[str, Any]]) -> None:
-    """One sentence for NAG, in the row of its best strength without guidance, from the table's figures alone."""
-    mine = [r for r in rows if r["negated"] == "object"]
-    nothing = next(r for r in mine if r["method"] == "nothing")
-    ours = max((r for r in mine if r["method"].startswith("NAG")), key=lambda r: r["gone and kept"])
-    equal = next(r for r in mine if r["method"] == ours["CFG's negative prompt at equal strength"])
-    best = max((r for r in mine if "negative" in r["method"]), key=lambda r: r["gone and kept"])
-    share = {name: f"{100 * r['gone and kept']:.0f}%" for name, r in (("n", nothing), ("o", ours), ("e", equal), ("b", best))}
-    ours["technique"] = "nag"
-    ours["advice"] = (
-        f"Removes a negated object and keeps the wanted one in {share['o']} at {ours['NFE']:.0f} NFE without guidance ({ours['method']}; "
-        f"nothing: {share['n']}); CFG's negative prompt: {share['e']} at equal strength and {equal['NFE']:.0f} NFE, {share['b']} at most "
-        f"({best['method']})."
-    )
+    """A sentence for objects and one for colours, in the row of NAG's best way for objects, from the table's figures alone."""
+    said, place = [], None
+    for kind, what in (("object", "Removes a negated object and keeps the other"), ("colour", "A negated colour")):
+        mine = [r for r in rows if r["negated"] == kind]
+        ours = max((r for r in mine if r["method"].startswith("NAG")), key=lambda r: r["gone and kept"])
+        place = place or ours
+        equal = next(r for r in mine if r["method"] == ours["CFG's negative prompt at equal strength"])
+        best = max((r for r in mine if "negative" in r["method"]), key=lambda r: r["gone and kept"])
+        n, o, e, b = (f"{100 * r['gone and kept']:.0f}%" for r in (mine[0], ours, equal, best))
+        said.append(
+            f"{what} in {o} at {ours['NFE']:.0f} NFE without guidance ({ours['method']}; nothing: {n}); CFG's negative prompt: {e} at "
+            f"equal strength, {b} at most ({best['method'].removesuffix(' negative')}), both at {best['NFE']:.0f} NFE."
+        )
+    assert place is not None
+    place |= {"technique": "nag", "advice": " ".join(said)}
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from rich.progress import Progress
 from diffalign.eval.evidence import Config, Measured, evidence_prompts, measure, tuning_prompts
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions and commit of this run."""
+def environment(device: str) -> dict[str, Any]:
+    """Device, versions and commit of this run; ``device`` is where it ran, not what the machine has."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    device = (
-        torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}"
-    )
-    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "diffalign")}
-    return {"device": device, "commit": commit, "python": platform.python_version(), "versions": packages, "command": shlex.join(sys.argv)}
+    where = torch.cuda.get_device_name(0) if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}"
+    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "diffalign", "entmax", "triton") if find_spec(name)}
+    packages |= {"cuda": str(torch.version.cuda)} if device == "cuda" else {}
+    return {"device": where, "commit": commit, "python": platform.python_version(), "versions": packages, "command": shlex.join(sys.argv)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -46,7 +46,7 @@ def write(name: str, rows: Sequence[dict[str, Any]], options: Namespace, title: 
     """``<output>/<name>.json`` and ``.md``; the table also goes to standard output."""
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    env = environment()
+    env = environment(getattr(options, "device", "cpu"))
     (folder / f"{name}.json").write_text(json.dumps({"environment": env, "options": vars(options), "rows": list(rows)}, indent=1) + "\n")
     text = f"# {title}\n\n{table(rows)}\n\n{env['device']}; torch {env['versions']['torch']}, diffusers {env['versions']['diffusers']}; "
     text += f"commit {env['commit']}; `{env['command']}`\n"

@@ -66,7 +66,8 @@ def chart(
     for side in sides:
         ys = [y for c in curves if c.right is side for y in (*(p[1] for p in c.points), *c.low, *c.high)]
         pad = max(max(ys) - min(ys), abs(max(ys)) * 1e-3, 1e-9) * 0.05
-        marks = ticks(min(ys) - pad, max(ys) + pad)
+        low = min(ys) - pad if min(ys) < 0 else max(0.0, min(ys) - pad)  # shares and costs have no negative ticks
+        marks = ticks(low, max(ys) + pad)
         scales[side] = (marks[0], marks[-1])
         digits = max(
             0, math.ceil(-math.log10(max(marks[1] - marks[0], 1e-12)) - 1e-9) + (1 if f"{marks[1] - marks[0]:.1e}"[:3] == "2.5" else 0)
@@ -82,7 +83,7 @@ def chart(
     draw.text((left, 14), title, fill=INK, font=font)
     draw.text(((left + right) / 2, height - 10), x_label, fill=INK, font=small, anchor="mb")
     draw.text((8, top - 22), y_label, fill=INK, font=small)
-    legend = float(left)
+    legend, line = float(left), 49
     labels: list[tuple[float, float, str, tuple[int, int, int]]] = []
     taken: list[tuple[float, float, float, float]] = []
     for i, curve in enumerate(curves):
@@ -104,9 +105,12 @@ def chart(
             labels.append((*path[-1], curve.label, colour))
         else:
             text = curve.label + (" (right)" if curve.right else "")
-            draw.rectangle((legend, 44, legend + 14, 54), fill=colour)
-            draw.text((legend + 20, 49), text, fill=INK, font=small, anchor="lm")
-            legend += 36 + draw.textlength(text, font=small)
+            wide = 36 + draw.textlength(text, font=small)
+            if legend + wide > width and legend > left:
+                legend, line = float(left), line + 17
+            draw.rectangle((legend, line - 5, legend + 14, line + 5), fill=colour)
+            draw.text((legend + 20, line), text, fill=INK, font=small, anchor="lm")
+            legend += wide
     for x, y, text, colour in sorted(labels, key=lambda item: (item[1], item[0])):
         wide, high = draw.textlength(text, font=small), 15.0
         boxes = [(cx, cy, cx + wide, cy + high) for cx, cy in _places(x, y, wide, high)]

@@ -6,6 +6,7 @@ holds for a whole run. What differs from call to call (gradients) is handled ins
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -71,6 +72,11 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a kernel works: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast switched off, which would take the float32 products of a kernel back to 16 bits."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def check_finite(op: str, **values: float) -> None:

@@ -85,13 +85,18 @@ def _pladis(size: int, tile: int, plan: tiles.Plan, dtype: str, arch: int) -> It
                 yield Job(name, pladis.kernel(), types, constants, plan.warps, arch)
 
 
-def compiled(job: Job) -> dict[str, int]:
-    """Registers, spilled and shared bytes of one binary, and the widest global loads its PTX uses."""
+def build(job: Job) -> Any:
+    """The binary of one job."""
     names = job.kernel.arg_names
     signature = {n: "constexpr" if n in job.constants else job.types.get(n, "i32") for n in names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(fn=job.kernel, signature=signature, constexprs=job.constants, attrs=attrs)
-    binary = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options={"num_warps": job.warps, "num_stages": 1})
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options={"num_warps": job.warps, "num_stages": 1})
+
+
+def compiled(job: Job) -> dict[str, int]:
+    """Registers, spilled and shared bytes of one binary, and the widest global loads its PTX uses."""
+    binary = build(job)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])

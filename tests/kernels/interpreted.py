@@ -64,6 +64,15 @@ def pladis_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
                 q = normal(rng, 2, 2, queries, size, dtype=dtype, std=2)
                 k, v = (normal(rng, 2, 2, keys, size, dtype=dtype) for _ in range(2))
                 yield pladis_case(f"D{size} K{keys} N{queries}", q, k, v, strength=strength, alpha=alpha)
+        for what, size in (("flat", 0.0), ("nearly flat", 0.02), ("two levels", None), ("geometric", 40.0)):  # hard for Newton's method
+            q = torch.ones(1, 1, 4, 64, dtype=dtype)
+            k = torch.zeros(1, 1, 512, 64, dtype=dtype)
+            order = torch.arange(512)
+            levels = (order < 100) * 1.0 if size is None else size * 0.97**order if size > 1 else size * torch.randn(512, generator=rng)
+            k[0, 0, :, 0] = levels.to(dtype)
+            v = normal(rng, 1, 1, 512, 64, dtype=dtype)
+            for alpha in (1.5, 2.0):
+                yield pladis_case(f"{what} rows", q, k, v, strength=2.0, alpha=alpha, scale=1.0)
         size, keys, queries, heads = 40, 77, 19, 3
         q = normal(rng, 2, queries, heads, size, dtype=dtype, std=2).transpose(1, 2)  # the layout of the processors
         k = normal(rng, 2, keys, heads, size, dtype=dtype).transpose(1, 2)
@@ -82,6 +91,10 @@ def pladis_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
                 yield pladis_case(name, q, k, v, strength=2.0, alpha=alpha, mask=mask)
         base = normal(rng, 2, heads, queries, size, dtype=dtype)
         mass = torch.rand(2, heads, queries, generator=rng).to(dtype)
+        shifted = normal(rng, 2, heads, queries, size + 3, dtype=dtype)[..., 3:]
+        yield pladis_case("joint, base not aligned", q, k, v, strength=2.0, alpha=1.5, base=shifted, mass=mass)
+        float_mask = torch.where(keep, 0.25, -1e5)  # float32 beside 16-bit queries
+        yield pladis_case("float32 bias", q, k, v, strength=2.0, alpha=1.5, mask=float_mask)
         yield pladis_case("joint", q, k, v, strength=2.0, alpha=1.5, base=base, mass=mass)
         yield pladis_case("joint, masked, own scale", q, k, v, strength=1.5, alpha=2.0, base=base, mass=mass, mask=dead, scale=0.3)
         yield pladis_case("anchored without mass", q, k, v, strength=2.0, alpha=1.5, base=base)
@@ -92,6 +105,7 @@ def pladis_case(name: str, q: Tensor, k: Tensor, v: Tensor, *, strength: float, 
     floor of 4 roundings, plus the rounding of the weights and of the result to the dtype, ``u (sum |w| |v| + |out|)``.
     """
     got = pladis_triton.pladis(q, k, v, strength=strength, alpha=alpha, **rest)
+    assert got.transpose(1, 2).is_contiguous(), "the promised memory layout is [B, N, A, D]"
     true, plain = (
         pladis_naive.pladis(*(t.to(d) for t in (q, k, v)), strength=strength, alpha=alpha, **cast(rest, d))
         for d in (torch.float64, torch.float32)

@@ -81,6 +81,22 @@ def test_sample_compiles_as_the_table_says(table):
     compile_again(table, SAMPLE)
 
 
+def test_a_real_call_launches_what_was_compiled_ahead_of_time():
+    """Same machine code byte for byte, on the device of the operands, with addresses in 64 bits and no TF32 product."""
+    script = SCRIPT.with_name("launched.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(cases) == 14
+    for case in cases:
+        assert case["same"], case
+        assert case["guarded"], case
+        assert not case["tf32"], case
+        # the number of a row tile's first query is one
+        assert case["32-bit products"] == case["name"].startswith("pladis"), case
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_the_whole_table_is_what_the_compiler_gives(table, part):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffalign.kernels import choice, nag, pladis
+from diffalign.kernels.layout import aligned
 from diffalign.kernels.nag import triton as nag_triton
 from diffalign.kernels.pladis import tiles
 from diffalign.kernels.pladis import triton as pladis_triton
@@ -80,13 +81,39 @@ def test_pladis_refusals():
     assert "no tile for head size 36 with 77 keys" in reason(36, 77)
     assert "no tile for head size 64 with 513 keys" in reason(64, 513)
     assert "no tile for head size 160 with 300 keys" in reason(160, 300)
-    assert "mask differs between queries" in reason(64, 77, mask=torch.ones(4, 77, dtype=torch.bool))
+    assert "not one row of keys per batch entry" in reason(64, 77, mask=torch.ones(4, 77, dtype=torch.bool))
+    assert "not one row of keys per batch entry" in reason(64, 77, mask=torch.ones(1, 2, 1, 77, dtype=torch.bool))
 
 
 def test_shared_memory_decides(monkeypatch):
     assert tiles.refusal(torch.float16, 128, 512, 163) is None
     assert "needs 148 KB of shared memory, the device has 99" in str(tiles.refusal(torch.float16, 128, 512, 99))
     assert tiles.refusal(torch.float16, 128, 256, 99) is None
+    monkeypatch.setattr(pladis, "why_not_triton", lambda device: None)
+    q, k = torch.zeros(1, 1, 4, 128, dtype=torch.float16), torch.zeros(1, 1, 512, 128, dtype=torch.float16)
+    for limit, form in ((148 << 10, pladis_triton.pladis), ((148 << 10) - 1024, pladis.pladis), (99 << 10, pladis.pladis)):
+        properties = type("Properties", (), {"shared_memory_per_block_optin": limit})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert pladis.choose(q, k).call is form
+
+
+@pytest.mark.parametrize(
+    ("view", "copied"),
+    [
+        (lambda t: t, False),
+        (lambda t: t[:, 1:, :16], False),
+        (lambda t: t[:, :, 8:24], False),
+        (lambda t: t[:, :, 3:19], True),  # starts off a 16-byte boundary
+        (lambda t: t.as_strided((2, 5, 16), (160, 32, 2)), True),  # elements apart
+        (lambda t: t.as_strided((2, 5, 16), (160, 20, 1)), True),  # rows at odd distances
+        (lambda t: t.as_strided((2, 2, 16), (100, 32, 1)), True),  # batch entries at odd distances
+    ],
+)
+def test_rows_are_copied_exactly_where_16_byte_loads_need_it(view, copied):
+    t = view(torch.arange(320.0).view(2, 5, 32))
+    got = aligned(t)
+    assert (got is t) is not copied
+    assert torch.equal(got, t)
 
 
 def test_nothing_imports_triton_before_a_launch():

@@ -113,6 +113,9 @@ def test_fused_form_gives_gradients_by_the_torch_path(rng):
     got = fused.nag(pos, neg, **SETTING)  # no GPU here: a launch would raise
     assert torch.equal(got, nag(pos, neg, **SETTING))
     assert torch.autograd.grad(got.sum(), pos)[0].abs().sum() > 0
+    away = neg.clone().requires_grad_()
+    assert torch.autograd.grad(fused.nag(pos.detach(), away, **SETTING).sum(), away)[0].abs().sum() > 0
+    assert fused.nag(pos.detach()[:, :0], neg[:, :0], **SETTING).shape == (1, 0, 8)
     with pytest.raises(Exception, match="driver"), torch.no_grad():
         fused.nag(pos, neg, **SETTING)
 

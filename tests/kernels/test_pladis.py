@@ -151,6 +151,53 @@ def test_fused_form_gives_gradients_and_query_masks_by_the_torch_path(rng):
     got = fused.pladis(q, k, v, strength=2.0)  # no GPU here: a launch would raise
     assert torch.equal(got, pladis(q, k, v, strength=2.0))
     assert torch.autograd.grad(got.sum(), q)[0].abs().sum() > 0
+    q = q.detach()
+    for name, value in (("base", torch.zeros_like(q)), ("mass", torch.ones(q.shape[:3])), ("mask", torch.zeros(1, 1, 1, 9))):
+        given = {"base": torch.zeros_like(q), name: value.requires_grad_()} if name != "mask" else {name: value.requires_grad_()}
+        got = fused.pladis(q, k, v, strength=2.0, **given)
+        assert torch.autograd.grad(got.square().sum(), value)[0].abs().sum() > 0
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_autocast_changes_nothing(form, dtype, rng):
+    """The products are float32 on purpose; a pipeline under autocast must not take them back to 16 bits."""
+    q, k, v = operands(rng, keys=77, dtype=dtype)
+    for anchor in ({}, {"base": v[:, :, :7].contiguous()}):
+        plain = form(q, k, v, strength=2.0, **anchor)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(form(q, k, v, strength=2.0, **anchor), plain)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [-1e5, torch.finfo(torch.float32).min, 60.3])
+def test_a_float32_mask_beside_16_bit_queries_is_not_rounded(form, dtype, bias, rng):
+    q, k, v = operands(rng, dtype=dtype)
+    mask = torch.full((1, 1, 1, 9), bias)
+    if bias == 60.3:
+        mask = mask + torch.randn(9, generator=rng)
+    single = form(q.float(), k.float(), v.float(), strength=2.0, mask=mask)
+    assert torch.equal(form(q, k, v, strength=2.0, mask=mask), single.to(dtype))
+
+
+@pytest.mark.parametrize("form", [naive.pladis, eager.pladis, fused.pladis], ids=["naive", "eager", "triton"])
+def test_nothing_in_nothing_out(form, rng):
+    q, k, v = operands(rng, dtype=torch.float32, size=40)
+    assert form(q[:0], k[:0], v[:0], strength=2.0).shape == (0, 3, 7, 40)
+    assert form(q[:, :, :0], k, v, strength=2.0).shape == (2, 3, 0, 40)
+
+
+def test_tiles_of_a_large_map():
+    """On a CPU at most ``CPU_SCORES`` scores or 16 queries at a time; a compiler gets the whole in one."""
+    q = torch.empty(2, 4, 3000, 8)
+    parts = list(eager._tiles(q, 100))
+    rows = eager.CPU_SCORES // (4 * 100)
+    assert parts[0] == (slice(0, 1), slice(0, rows))
+    assert len(parts) == 2 * -(-3000 // rows)
+    assert next(eager._tiles(q, 1 << 20)) == (slice(0, 1), slice(0, 16))
+    few = torch.empty(1000, 4, 10, 8)
+    assert next(eager._tiles(few, 100))[0] == slice(0, rows // 10)
 
 
 JOINT = {"text": slice(0, 5), "image": slice(5, 14)}
@@ -225,6 +272,7 @@ def test_errors(call, rng):
         (ValueError, r"must broadcast to \[B, A, N, L\]", (q, k, v), {"mask": torch.ones(8)}),
         (ValueError, "base must look like q", (q, k, v), {"base": q[..., :4]}),
         (ValueError, "needs base", (q, k, v), {"mass": q[..., 0]}),
+        (TypeError, "share one floating dtype and device", (q, k.to("meta"), v), {}),
     ]
     for error, message, tensors, change in cases:
         with pytest.raises(error, match=message):

@@ -33,10 +33,10 @@ def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float,
 
     With ``g = z_pos + (scale - 1)(z_pos - z_neg)`` and ``r = min(1, tau |z_pos| / |g|)`` the result is ``alpha r g + (1 - alpha) z_pos``,
     in the form ``(1 - alpha (1 - r)) z_pos + alpha r (scale - 1)(z_pos - z_neg)``: no division by a small norm, bit-exact where
-    ``z_pos == z_neg``, and 0 where ``z_pos`` is a zero row. One norm per token over all ``E`` channels (heads concatenated).
+    ``z_pos == z_neg`` (unless a norm underflows), and 0 where ``z_pos`` is a zero row. One norm per token over all ``E`` channels.
     ``scale`` 1 is off (the paper's phi is ``scale - 1``), ``tau`` >= 1 limits the growth, ``alpha`` in [0, 1] blends.
     Computes in float32 (float64 for float64) and returns the dtype of ``z_pos``. Differentiable; the clip passes no gradient at a kink.
-    Cost: two norms and four elementwise sweeps, two float32 temporaries of the size of ``z_pos``.
+    Cost: two norms and four elementwise sweeps; at its peak four float32 tensors of the size of ``z_pos``, the result among them.
 
     Raises:
         ValueError: shapes that differ or are not [B, N, E], ``tau`` < 1, ``alpha`` outside [0, 1], another ``norm``.

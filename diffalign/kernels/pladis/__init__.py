@@ -16,7 +16,8 @@ class PladisCall(Protocol):
     ``q`` [B, A, N, D]; ``k``, ``v`` [B, A, L, D] with the same heads; result [B, A, N, D] in the dtype of ``q``. ``strength`` 0 is dense
     attention, 1 purely sparse, the published default 2 extrapolates: rows of ``w`` sum to 1 and keys outside the support get
     ``(1 - strength) softmax(z)``. ``alpha`` is 1.5 (entmax) or 2 (sparsemax). ``scale`` None is ``1 / sqrt(D)``. ``mask`` broadcasts to
-    [B, A, N, L]: boolean (True = use) or an additive bias; a key masked by False or -inf gets weight 0, a row without keys gives 0.
+    [B, A, N, L]: boolean (True = use) or an additive bias of any floating dtype; a key masked by False or -inf gets weight 0, a row
+    without keys gives 0.
     With ``base`` [B, A, N, D], the dense attention output of the same rows, the result is the anchored form
     ``base + strength * mass * (entmax(z) - softmax(z)) v``; ``mass`` [B, A, N] (default 1) is the weight the rows put on these keys when
     they are only a part of the attended sequence. Differentiable once in q, k, v, base and mass (then the torch form runs).
@@ -58,7 +59,7 @@ def choose(q: Tensor, k: Tensor, mask: Tensor | None = None, *, backend: Backend
         limit: int = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]
         refusal = tiles.refusal(q.dtype, size, keys, limit >> 10)
     if refusal is None and not fused.is_key_mask(mask, keys):
-        refusal = "the mask differs between queries or heads"
+        refusal = "the mask is not one row of keys per batch entry"
     what = f"{str(q.dtype).removeprefix('torch.')}, head size {size}, {keys} keys"
     return pick("pladis", fused.pladis, pladis, refusal, what, backend)
 

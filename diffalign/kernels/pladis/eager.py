@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from diffalign.kernels.choice import accumulator, full_precision
 from diffalign.kernels.entmax import entmax
 from diffalign.kernels.pladis.scores import check, scores, softmax, split_mask
 
@@ -32,6 +33,8 @@ def pladis(
     check(q, k, v, strength=strength, alpha=alpha, mask=mask, base=base, mass=mass)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if q.numel() == 0:
+        return torch.zeros_like(q)
     whole = [q, k, v, mask, base, mass]
     tiles = list(_tiles(q, k.shape[2]))
     if len(tiles) == 1:
@@ -49,13 +52,14 @@ def _tile(operands: list[Tensor | None], strength: float, alpha: float, scale: f
     assert q is not None
     assert k is not None
     assert v is not None
-    bias, keep = split_mask(mask, q.dtype)
-    z = scores(q, k, scale, bias)
-    dense, sparse = softmax(z, keep), entmax(z, alpha, mask=keep)
-    values = v.to(z.dtype)
-    if base is None:
-        return (torch.lerp(dense, sparse, strength) @ values).to(q.dtype)
-    moved = (sparse - dense) @ values * strength
+    with full_precision(q.device):
+        bias, keep = split_mask(mask, accumulator(q.dtype))
+        z = scores(q, k, scale, bias)
+        dense, sparse = softmax(z, keep), entmax(z, alpha, mask=keep)
+        values = v.to(z.dtype)
+        if base is None:
+            return (torch.lerp(dense, sparse, strength) @ values).to(q.dtype)
+        moved = (sparse - dense) @ values * strength
     return (base.to(z.dtype) + (moved if mass is None else moved * mass.to(z.dtype).unsqueeze(-1))).to(q.dtype)
 
 
@@ -65,11 +69,11 @@ def _tiles(q: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
     limit = CPU_SCORES if q.device.type == "cpu" else GPU_SCORES
     if torch.compiler.is_compiling():
         limit = batch * heads * queries * keys
-    rows = max(1, limit // max(1, heads * keys))
-    per_batch = max(1, rows // max(1, queries))
+    rows = max(1, limit // (heads * keys))
+    per_batch = max(1, rows // queries)
     per_query = min(queries, max(16, rows)) if per_batch == 1 else queries
     for b in range(0, batch, per_batch):
-        for n in range(0, max(1, queries), max(1, per_query)):
+        for n in range(0, queries, per_query):
             yield slice(b, b + per_batch), slice(n, n + per_query)
 
 

@@ -33,7 +33,8 @@ def pladis_joint(
     ``attend(q, k, v)`` is dense attention with the mask and scale already bound; it must take values of D + 8 columns. Default: torch SDPA
     with ``mask`` and ``scale``. ``mask`` is a key mask, [B, 1, 1, S] or broadcastable to it (boolean, or an additive bias). ``call`` is a
     chosen ``PladisCall``. Text rows, and all columns but the text of image rows, keep their dense weights; strength 0 is dense attention.
-    Cost: dense attention plus one ``call`` over [image, text] scores and one copy of the values.
+    Cost: dense attention plus one ``call`` over [image, text] scores and one copy of the values. On CUDA, values wider than the queries
+    rule out torch's flash backend, so that its memory-efficient one runs.
 
     Raises:
         ValueError: a mask with different values per query, or whatever ``call`` raises.

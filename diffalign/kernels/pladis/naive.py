@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
+from diffalign.kernels.choice import accumulator, full_precision
 from diffalign.kernels.entmax import naive as exact
 from diffalign.kernels.pladis.scores import check, scores, softmax, split_mask
 
 
 def correction(q: Tensor, k: Tensor, v: Tensor, *, alpha: float, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """``(entmax(z) - softmax(z)) v`` [B, A, N, D] for scores ``z = scale q k^T + mask``, in float32 (float64 for float64)."""
-    bias, keep = split_mask(mask, q.dtype)
-    z = scores(q, k, scale, bias)
-    return (exact.entmax(z, alpha, mask=keep) - softmax(z, keep)) @ v.to(z.dtype)
+    with full_precision(q.device):
+        bias, keep = split_mask(mask, accumulator(q.dtype))
+        z = scores(q, k, scale, bias)
+        return (exact.entmax(z, alpha, mask=keep) - softmax(z, keep)) @ v.to(z.dtype)
 
 
 def pladis(
@@ -32,9 +34,10 @@ def pladis(
     """
     check(q, k, v, strength=strength, alpha=alpha, mask=mask, base=base, mass=mass)
     if base is None:
-        bias, keep = split_mask(mask, q.dtype)
-        z = scores(q, k, scale, bias)
-        dense = softmax(z, keep) @ v.to(z.dtype)
+        with full_precision(q.device):
+            bias, keep = split_mask(mask, accumulator(q.dtype))
+            z = scores(q, k, scale, bias)
+            dense = softmax(z, keep) @ v.to(z.dtype)
     else:
         dense = base
     if strength == 0:

@@ -177,7 +177,7 @@ def pladis(
     bias, base = key_bias(mask), None if base is None else aligned(base)
     units = [s // UNIT for t in (q, k, v, base, out) for s in ((0, 0, 0) if t is None else t.stride()[:3])]
     if base is not None and mass is None:
-        mass = torch.ones((1, 1, 1), dtype=torch.float32, device=q.device)
+        mass = torch.ones((1, 1, 1), dtype=q.dtype, device=q.device)
     mass_strides = (0, 0, 0) if mass is None or mass.numel() == 1 else mass.stride()
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call, unused-ignore]
         kernel()[(-(-queries // tiles.rows), heads, batch)](
