@@ -4,12 +4,13 @@
 
 A round runs every technique once, in an order that changes; a ratio is the median over rounds of a technique against its plain run of the
 same round, per evaluated row where a technique evaluates fewer. Attention techniques are split in two: interception (the layers run their
-own attention, caught and called on) and everything else. Processor seconds with one thread, so that other load does not count.
+own attention, caught and called on), whose share of the ratio is given, and everything else. NAG and PLADIS act at every step. Processor seconds with one thread, so that other load does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import time
@@ -52,12 +53,13 @@ CASES: list[tuple[str, str, tuple[Any, ...], float | None]] = [
     ("SkipLayerGuidance", "plain 2 rows", (da.SkipLayerGuidance(layers=(1,)),), 1.55),
     ("DynamicCFG, latent evaluator", "plain 2 rows", (da.DynamicCFG(evaluators=("emoji-alignment",)),), 1.5),
     ("interception, no guidance", "plain 1 row", (da.CFG(1.0), Caught()), None),
-    ("NAG, no guidance", "plain 1 row", (da.CFG(1.0), da.NAG(negative_prompt="a photo of a dog")), 1.35),
+    ("NAG, no guidance", "plain 1 row", (da.CFG(1.0), da.NAG(negative_prompt="a photo of a dog", sigma=(0.0, math.inf))), 1.35),
+    ("NAG in its default window", "plain 1 row", (da.CFG(1.0), da.NAG(negative_prompt="a photo of a dog")), 1.35),
     ("PLADIS, no guidance", "plain 1 row", (da.CFG(1.0), da.PLADIS()), 1.25),
     ("interception, CFG", "plain 2 rows", (da.CFG(), Caught()), None),
     ("PLADIS, CFG", "plain 2 rows", (da.CFG(), da.PLADIS()), 1.25),
 ]
-PER_ROW = ("IntervalCFG", "AdaptiveGuidance", "LinearAG")
+PER_ROW = ("ScheduledCFG", "BetaCFG", "IntervalCFG", "AdaptiveGuidance", "LinearAG")
 """Rules that evaluate fewer rows: their time is compared per evaluated row."""
 
 
@@ -98,16 +100,20 @@ def main() -> None:
             found = run(*jobs[name])
             if round_:  # the first warms up
                 seen[name].append(found)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    caught: dict[str, float] = {}
     for name, beside, _, bar in CASES:
         pairs = list(zip(seen[name], seen[beside], strict=True))
         ratio = statistics.median(
             (a[0] / (a[1] if name in PER_ROW else 1.0)) / (b[0] / (b[1] if name in PER_ROW else 1.0)) for a, b in pairs
         )
+        if name.startswith("interception"):
+            caught[beside] = ratio - 1
         per_image = statistics.median(s for s, _ in seen[name]) / options.batch
         rows.append(
             {"technique": name, "beside": beside, "seconds per image": per_image, "NFE": seen[name][0][1]}
             | {"ratio": ratio, "counted": "per evaluated row" if name in PER_ROW else "whole run", "bar": bar}
+            | {"of it interception": caught.get(beside) if name.startswith(("NAG", "PLADIS")) else None}
             | {"held": "–" if bar is None else "yes" if ratio <= bar else "no"}
         )
     write(

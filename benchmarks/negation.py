@@ -309,6 +309,8 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
         f"What was negated is gone, the other object is kept: {len(cases['object'])} images for objects, {len(cases['colour'])} for colours"
     )
     write("negation", rows, options, title=f"{title}; emoji, {STEPS} steps")
+    with (Path(options.output) / "negation.md").open("a") as page:
+        page.write("\n![Share by effective strength](negation.png)\n\n![The same noise under four ways](negation-images.png)\n")
     plot(rows, Path(options.output) / "negation.png")
     strongest = max((way for way in nags if way.cfg == 1), key=lambda way: mean(results["object", way], "both"))
     columns = [Way(), matches["object", strongest], Way(5.0, negative=True), strongest]
