@@ -4,7 +4,8 @@
 
 A round runs every technique once, in an order that changes; a ratio is the median over rounds of a technique against its plain run of the
 same round, per evaluated row where a technique evaluates fewer. Attention techniques are split in two: interception (the layers run their
-own attention, caught and called on), whose share of the ratio is given, and everything else. NAG and PLADIS act at every step. Processor seconds with one thread, so that other load does not count.
+own attention, caught and called on), whose share of the ratio is given, and everything else; NAG and PLADIS act at every step. Processor
+seconds with one thread, so that other load does not count.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [--runs 50] [--dtype bfloat16] [--no-compile] [--seed 0] [--output benchmarks/results]
 
-On a GPU: milliseconds at the shapes of SDXL, SD3-medium, Flux.1 and Wan 2.1, with a cold L2 cache and without the host's launches. On a CPU:
+On a GPU: milliseconds at the shapes of SDXL, SD3-medium, Flux.1 and Wan 2.1, with a cold L2 cache, without the host's launches. On a CPU:
 ratios of the paths that run there, in float32 and with a sixteenth of the image tokens; they say nothing about a GPU. ``compiled`` is
 torch.compile in its default mode. The title of the table says which of the two was run. Every form is compared with the float64 truth on
 its first rows before it is timed, and a form whose error is out of bounds stops the run.
