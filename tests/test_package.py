@@ -28,6 +28,7 @@ LAYERS = (
     ("search", "noise_opt"),
     ("eval",),
     ("cli", "app"),
+    ("__main__",),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 # rules on plain values, without a model, an image or a tensor: they may be used from every layer, and import nothing but each other

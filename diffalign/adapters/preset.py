@@ -29,7 +29,7 @@ def preset(name: str, pipe: Any) -> tuple[Any, ...]:
     Raises ValueError for another name, ``UnsupportedModel`` with the reason when one of the techniques cannot act on ``pipe``.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset(name={name!r}) must be one of {', '.join(PRESETS)}; nearest: {nearest(name, PRESETS)}.")
+        raise ValueError(f"preset(name={name!r}) must be one of {', '.join(PRESETS)}; nearest: {nearest(str(name), PRESETS)}.")
     found = {support.name: support for support in supports(pipe)}
     refused = next((found[part] for part in PRESETS[name] if not found[part].works), None)
     if refused is not None:

@@ -50,7 +50,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.steps:
-            return f"{self.pipeline}: no generation has run yet."
+            return f"{self.pipeline}: no generation has finished yet."
         lines = [
             f"{self.pipeline}: guided {self.guided_steps} of {self.steps} steps, {self.nfe:g} NFE per image (CFG: {self.nfe_cfg:g}), "
             f"{self.images} image{'s' if self.images != 1 else ''}, {self.seconds:.1f} s"

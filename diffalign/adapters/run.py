@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffalign.core import COND, UNCOND, Cancelled, Meter, Pass, StepInfo, UnsupportedModel
+from diffalign.core import COND, UNCOND, Cancelled, Meter, Pass, StepInfo, UnsupportedModel, Windowed
+from diffalign.core.window import never_acted
 
 from . import space
 from .branch_log import BranchLog
@@ -373,6 +374,8 @@ class Run:
         """The finished run as a report, without the columns of its ``log``: those come off the device when somebody asks for them."""
         self.loop.verify()
         steps = self.clock.calls // self.clock.order + (self.clock.calls % self.clock.order > 0)
+        idle = {type(g).__name__ for g in self.guidances.values() if isinstance(g, Windowed) and not g.acts_in(self.sigma, steps)}
+        self.notes += [never_acted(name, self.sigma) for name in idle if self.sigma]
         return Report(
             pipeline=original_class(self.pipe).__name__,
             images=self.batch,

@@ -35,6 +35,7 @@ class Session:
     """
 
     def __init__(self, pipe: Any, techniques: Sequence[Any]) -> None:
+        self.row, self.inherited = row_of(swap.original_class(pipe))
         techniques = [as_technique(given) for given in techniques]
         for technique in techniques:
             if not hasattr(technique, "kind") or isinstance(technique, type):
@@ -45,7 +46,6 @@ class Session:
         self._run: Run | None = None
         self._log: BranchLog | None = None
         self._report = Report(pipeline=swap.original_class(pipe).__name__)
-        self.row, self.inherited = row_of(swap.original_class(pipe))
         _check_together([*(t for s in _STACKS.get(pipe, []) for t in s.techniques), *self.techniques])
 
     def __enter__(self) -> Self:
@@ -106,6 +106,7 @@ def apply(pipe: Any, *techniques: Any) -> Session:
 
 def enable(pipe: Any, *techniques: Any) -> Session:
     """Techniques until ``disable(pipe)``. Raises like ``apply``, and ``SessionError`` when techniques are already active."""
+    row_of(swap.original_class(pipe))
     if _STACKS.get(pipe):
         raise SessionError("Techniques are already active on this pipeline; call disable(pipe) first, or add some with apply(...).")
     session = Session(pipe, techniques)
@@ -349,9 +350,14 @@ def _one_text(value: Any) -> str | None:
 
 
 def techniques_of(config: dict[str, Any]) -> tuple[Any, ...]:
-    """The techniques of ``Session.config()`` or of a saved PNG's settings."""
+    """The techniques of ``Session.config()`` or of a saved PNG's settings. Raises ValueError where there are none, as in a sheet."""
     from diffalign.core.registry import from_config
 
+    if "techniques" not in config:
+        where = (
+            "a contact sheet holds several: take one of its columns" if "columns" in config else "pass Session.config() or a PNG's settings"
+        )
+        raise ValueError(f"techniques_of needs settings with 'techniques'; got {sorted(config)}: {where}.")
     return tuple(from_config(item) for item in config["techniques"])
 
 

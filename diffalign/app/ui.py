@@ -13,7 +13,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from diffalign import apply, load, methods, supports
+from diffalign import Cancelled, Session, apply, load, methods, supports
 from diffalign.core.registry import make, parse
 from diffalign.eval.geneval import Detection, parse_prompt, verdict
 from diffalign.eval.sheet import Cell, contact_sheet
@@ -26,6 +26,11 @@ EXAMPLES = [
 ]
 
 
+def _refused(message: str) -> gr.Error:
+    """An error for the page that leaves no traceback in the terminal."""
+    return gr.Error(message, print_exception=False)
+
+
 class Demo:
     """One embedded model with its judge. ``draw`` is the only action: two runs on the same noise, one after the other."""
 
@@ -35,6 +40,14 @@ class Demo:
         ready = {n for n, c in methods().items() if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(c))}
         self.choices = [row.name for row in supports(self.pipe) if row.works and row.name in ready]  # not those that need a file
         self._busy = threading.Lock()
+        self._session: Session | None = None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End the drawing that runs at its next step; without one, nothing happens."""
+        self._stopped = True
+        if self._session is not None:
+            self._session.cancel()
 
     def techniques(self, names: list[str], text: str) -> tuple[Any, ...]:
         """The chosen names with default options, or ``text`` in the command line's form, which wins."""
@@ -43,15 +56,25 @@ class Demo:
     def draw(
         self, prompt: str, names: list[str], text: str, scale: float, steps: float, seed: float, progress: Any = None
     ) -> tuple[Image.Image, str, Image.Image | None]:
-        """Sheet, report and plot. Raises ``gr.Error`` with one line for bad input."""
+        """Sheet, report and plot. Raises ``gr.Error`` with one line for bad input, and after ``stop``."""
+        prompt, names, text = prompt or "", names or [], text or ""
         if not prompt.strip():
-            raise gr.Error("The prompt is empty. Say what to draw, e.g. 'a photo of three dogs'.")
+            raise _refused("The prompt is empty. Say what to draw, e.g. 'a photo of three dogs'.")
+        if not names and not text.strip():
+            raise _refused("No technique is chosen. Pick one from the list, or write it in the command line's form.")
+        if not isinstance(seed, int | float) or not 0 <= seed < 2**63 or seed != int(seed):
+            raise _refused(f"The seed must be a whole number from 0 to 2^63 - 1; got {seed}.")
+        if not isinstance(steps, int | float) or steps != int(steps):
+            raise _refused(f"Steps must be a whole number; got {steps}.")
         try:
-            columns = {f"CFG {scale:g}": (), " + ".join(names) if not text.strip() else text.strip(): self.techniques(names, text)}
+            columns = {f"CFG {scale:g}": (), text.strip() or " + ".join(names): self.techniques(names, text)}
             with self._busy:
+                self._stopped = False
                 drawn = {name: self._run(prompt, tools, scale, int(steps), int(seed), progress) for name, tools in columns.items()}
+        except Cancelled as error:
+            raise _refused("Stopped. The pipeline is as it was; draw again whenever you like.") from error
         except ValueError as error:
-            raise gr.Error(str(error)) from error
+            raise _refused(str(error)) from error
         cells = [[cell for cell, _ in drawn.values()]]
         sheet = contact_sheet(
             cells, rows=[prompt], columns=list(drawn), title="", footer=f"{self.name}, {int(steps)} steps, seed {int(seed)}"
@@ -67,6 +90,9 @@ class Demo:
             return values
 
         with apply(self.pipe, *tools) as session:
+            self._session = session
+            if self._stopped:
+                raise Cancelled
             image = self.pipe(
                 prompt,
                 num_inference_steps=steps,
@@ -114,7 +140,9 @@ def build(demo: Demo) -> gr.Blocks:
                     scale = gr.Slider(1.0, 10.0, value=1.5, step=0.1, label="Guidance scale")
                     steps = gr.Slider(2, 50, value=20, step=1, label="Steps")
                     seed = gr.Number(0, precision=0, label="Seed")
-                button = gr.Button("Draw", variant="primary")
+                with gr.Row():
+                    button = gr.Button("Draw", variant="primary")
+                    stop = gr.Button("Stop")
                 gr.Examples(EXAMPLES, prompt)
             with gr.Column(scale=3):
                 sheet = gr.Image(label="Same noise", type="pil", format="png")
@@ -122,4 +150,5 @@ def build(demo: Demo) -> gr.Blocks:
                 plot = gr.Image(label="Effective scale and agreement of the branches", type="pil", format="png")
         inputs = [prompt, names, text, scale, steps, seed]
         gr.on([button.click, prompt.submit], act, inputs, [sheet, report, plot], concurrency_limit=1)
+        stop.click(demo.stop, api_name="stop")
     return page

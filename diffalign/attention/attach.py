@@ -15,8 +15,9 @@ from diffalign.adapters.cache import empty_cache
 from diffalign.adapters.run import Denoise, Evaluation, Run
 from diffalign.adapters.swap import Handler, in_place, intercepted
 from diffalign.core import StepInfo, UnsupportedModel
-from diffalign.core.errors import nearest, warn_once
+from diffalign.core.errors import nearest
 from diffalign.core.registry import name_of
+from diffalign.core.window import never_acted
 
 from .base import AttentionTechnique, Stream
 from .intercept import Intercepted, start
@@ -94,11 +95,7 @@ class Attachment:
         for technique in self.group if self.run.sigma else ():
             name = type(technique).__name__
             if not any(name == acted for acted, _, _ in self.acting):
-                levels = [f"{value:.3g}" for value in self.run.sigma.values()]
-                held = f"its window holds none of this run's {len(levels)} steps (noise levels {levels[0]} to {levels[-1]})"
-                note = f"{name} never acted: {held}."
-                self.run.notes.append(note)
-                warn_once(f"{note} Give it another; sigma=(0, inf) acts at every step.")
+                self.run.notes.append(never_acted(name, self.run.sigma))
 
     def _too_late(self, technique: AttentionTechnique, first: StepInfo) -> bool:
         """Whether the model's default window ends before the run begins, as in image-to-image: then the technique acts at every step."""

@@ -9,7 +9,7 @@ import typer
 
 from . import arguments as a
 from . import show
-from .options import Options
+from .options import Options, free
 from .problem import checking, command, complain
 
 calibrate = typer.Typer(no_args_is_help=True, help="Measure the value of an option on a model.")
@@ -46,6 +46,7 @@ def adaptive_guidance(
 
     target = output if output.suffix == ".json" else output.with_name(output.name + ".json")
     picture = target.with_suffix(".png")
+    free(target, picture)
     request = prepare_sample(options, count, target, Recording(None, space, lambda index, cosine: None))
     with checking():
         check_saving(saving, request.steps, int(getattr(request.pipe.scheduler, "order", 1)))
@@ -76,9 +77,10 @@ def adaptive_guidance(
     about += f", negative prompt {options.negative_prompt!r}" if options.negative_prompt else ""
     result = f"{100 * (1 - found.nfe / full):.0f}% of the evaluations saved, mean absolute pixel difference {apart:.4f}"
     source = f"diffalign {__version__} calibrate, {date.today().isoformat()}, {request.model.name}: {about}; {result}"
-    found.plot().save(picture)
-    draft = target.with_name(target.name + ".part")
+    draft, sketch = target.with_name(target.name + ".part"), picture.with_name(picture.name + ".part")
+    found.plot().save(sketch, format="PNG")
     draft.write_text(show.to_json(found.preset(source)) + "\n", encoding="utf-8")
+    sketch.replace(picture)
     draft.replace(target)
     latches = found.curves.latches(found.threshold)
     early, latched = int((latches == found.curves.minimum - 1).sum()), int((latches < found.curves.cosine.shape[1]).sum())

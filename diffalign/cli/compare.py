@@ -5,7 +5,7 @@ from pathlib import Path
 from . import arguments as a
 from . import show
 from .generate import techniques_of
-from .options import Options
+from .options import Options, free
 from .problem import command
 
 
@@ -21,6 +21,7 @@ def compare(
     variants = [(text, techniques_of([text])) for text in technique or []]
     from .request import Column, prepare
 
+    free(options.output / "compare.png", options.output / "compare.json", folder=options.output / "images")
     request = prepare(options, (Column(""), *(Column(text, made) for text, made in variants)))
     finish(request, quiet, json)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,10 +83,25 @@ def _index(name: str) -> tuple[Literal["embedded", "folder", "hub"], str, dict[s
         raise BadInput(f"unknown model {name!r}: no embedded model and no folder. Nearest embedded names: {near}. A hub id is owner/name.")
     from diffusers import DiffusionPipeline
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # a line for every attempt to connect, else
     try:
         return "hub", name, dict(DiffusionPipeline.load_config(name))
     except Exception as error:  # the hub client has many: not found, gated, no network, bad answer
-        raise BadInput(f"no folder {name!r}, and as a hub id it cannot be read: {one_line(error)[:300]}") from error
+        why = "the hub cannot be reached; check the network, or give a folder" if _offline(error) else one_line(error)[:300]
+        raise BadInput(f"no folder {name!r}, and as a hub id it cannot be read: {why}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _offline(error: BaseException | None) -> bool:
+    """Whether a failed connection is behind an error of the hub client."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(e, ConnectionError | socket.gaierror) or type(e).__name__ in ("ConnectError", "ConnectTimeout") for e in seen)
 
 
 def find(name: str) -> Model:

@@ -24,7 +24,8 @@ def models(
         if json:
             show.text(show.to_json(answer))
         else:
-            show.text(f"{pipeline} is supported: family {row.family}, guidance scale {', '.join(row.gates)}. {row.notes}".rstrip())
+            scale = f"guidance scale {', '.join(row.gates)}" if row.gates else "no guidance scale to set (distilled into the model)"
+            show.text(f"{pipeline} is supported: family {row.family}, {scale}. {row.notes}".rstrip())
         return
     installed = [{"name": m.name, "description": m.description, "bytes": m.bytes} for m in available()]
     families: dict[str, list[str]] = {}

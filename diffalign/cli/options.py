@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .problem import BadInput, checking
+from .problem import BadInput
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -39,8 +39,10 @@ def read_prompts(options: Options) -> tuple[str, ...]:
     if any(not prompt.strip() for prompt in prompts):
         raise BadInput("--prompt is empty; describe the image.")
     if options.prompts_file is not None:
-        with checking(OSError):
+        try:
             lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--prompts-file {str(options.prompts_file)!r} cannot be read as a UTF-8 text: {error}.") from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise BadInput(f"--prompts-file {str(options.prompts_file)!r} holds no prompt; write one a line.")
@@ -93,6 +95,8 @@ def read_device(device: str, dtype: str | None) -> tuple[str, str]:
 
 def writable(folder: Path) -> Path:
     """``folder``, made if it was missing."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--output {str(folder)!r} is a file; give a folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -100,3 +104,13 @@ def writable(folder: Path) -> Path:
     except OSError as error:
         raise BadInput(f"--output {str(folder)!r} cannot be written: {error.strerror or error}.") from error
     return folder
+
+
+def free(*files: Path, folder: Path | None = None) -> None:
+    """Raise ``BadInput`` where a folder has the name of a file that is to be written, or a file that of ``folder``."""
+    places = [(file, "file", file.is_dir()) for file in files]
+    places += [(folder, "folder", folder.is_file())] if folder else []
+    for path, wanted, found in places:
+        if found:
+            other = "folder" if wanted == "file" else "file"
+            raise BadInput(f"--output: {str(path)!r} is to be a {wanted}, and a {other} of that name is there. Give another --output.")

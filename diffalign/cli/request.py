@@ -67,6 +67,7 @@ def prepare(options: Options, columns: tuple[Column, ...]) -> Request:
     scale = options.scale if options.scale is not None else defaults.get("scale")
     pipe = load(model, dtype, device)
     schedulers.replace(pipe, scheduler)
+    schedulers.check_steps(pipe.scheduler, steps)
     factor = int(getattr(pipe, "vae_scale_factor", 1))
     if size is not None and any(side % factor for side in size):
         raise BadInput(f"--size must be a multiple of {factor} for this model; got {options.size!r}.")

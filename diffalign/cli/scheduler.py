@@ -1,5 +1,6 @@
 """``--scheduler``: short names for diffusers schedulers, checked against the one the pipeline comes with."""
 
+import copy
 from typing import Any
 
 from diffalign.core.errors import nearest
@@ -53,3 +54,13 @@ def replace(pipe: Any, wanted: str) -> None:
     if config.get("prediction_type") == "flow_prediction" and wanted not in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         raise BadInput(f"--scheduler: {wanted} cannot sample this flow model; use dpm++ or unipc, or leave the option out.")
     pipe.scheduler = getattr(diffusers, wanted).from_config(config)
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Raise ``BadInput`` when the scheduler has no ``steps`` steps to give."""
+    try:
+        copy.deepcopy(scheduler).set_timesteps(steps)
+    except ValueError as error:  # others, like the shift that flow models compute from the image size, are the pipeline's to give
+        if "num_inference_steps" in str(error):
+            most = scheduler.config.num_train_timesteps
+            raise BadInput(f"--steps: {type(scheduler).__name__} has at most {most} steps; got {steps}.") from error

@@ -96,6 +96,8 @@ def parse(text: str) -> tuple[Any, ...]:
     made = []
     for part in text.split("+"):
         name, _, rest = part.strip().partition(":")
+        if not name.strip():
+            raise ValueError(f"Technique {text!r} has an empty part; write name:key=value+name2. `diffalign methods` lists the names.")
         options: dict[str, str] = {}
         for item in filter(None, _split(rest)):
             key, equals, value = item.partition("=")

@@ -1,9 +1,19 @@
 """When a technique acts: a band of noise levels or a part of the steps."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .errors import warn_once
 from .types import StepInfo
+
+
+def never_acted(owner: str, levels: Mapping[int, float]) -> str:
+    """A note for the report about a window that held no step of a run, whose noise levels these are; also said once as a warning."""
+    first, *_, last = [*levels.values()] * 2
+    note = f"{owner} never acted: its window holds none of this run's {len(levels)} steps (noise levels {first:.3g} to {last:.3g})."
+    warn_once(f"{note} Give it another; sigma=(0, inf) acts at every step.")
+    return note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +35,12 @@ class Windowed:
             return self.sigma[0] <= step.sigma < self.sigma[1]
         first, last = (math.floor(fraction * step.count + 1e-9) for fraction in (self.start, self.stop))
         return first <= step.index < last
+
+    def acts_in(self, levels: Mapping[int, float], count: int) -> bool:
+        """Whether any step of a run is inside. ``levels``: index -> noise level; ``count``: number of steps."""
+        if self.sigma is not None:
+            return any(self.sigma[0] <= level < self.sigma[1] for level in levels.values())
+        return any(math.floor(self.start * count + 1e-9) <= index < math.floor(self.stop * count + 1e-9) for index in levels)
 
     def check_window(self) -> None:
         """Raise ValueError unless the window is one, and not empty."""

@@ -85,6 +85,8 @@ def check_saving(saving: float, steps: int, order: int = 1, minimum: int = 2) ->
     """Raise ValueError unless AdaptiveGuidance can save this share of the evaluations. ``order``: evaluations of all steps but the last."""
     total = order * steps - (order - 1)
     most = (total - order * minimum) / (2 * total)
+    if most <= 0:
+        raise ValueError(f"AdaptiveGuidance always guides {minimum} steps, so {steps} steps leave nothing to save; give more steps.")
     if not 0.0 < saving <= most:
         raise ValueError(
             f"saving must be above 0 and at most {most:.3f} for {steps} steps, {minimum} of them always guided; got {saving:g}."

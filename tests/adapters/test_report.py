@@ -92,7 +92,7 @@ def test_plot_has_both_curves(pipe, tmp_path):
 
 
 def test_an_empty_report_says_so(pipe):
-    assert "no generation has run yet" in str(da.apply(pipe, da.CFG()).report())
+    assert "no generation has finished yet" in str(da.apply(pipe, da.CFG()).report())
 
 
 def test_chart_axes():

@@ -522,3 +522,30 @@ def test_reports_and_settings_are_strict_json(pipe):
     text = json.dumps([session.config(), session.report().to_dict()], allow_nan=False)
     (technique,) = da.techniques_of(json.loads(text)[0])
     assert technique == session.techniques[0]
+
+
+def test_settings_of_a_contact_sheet_are_not_taken_for_techniques():
+    with pytest.raises(ValueError, match="take one of its columns"):
+        da.techniques_of({"columns": [{"techniques": []}]})
+    with pytest.raises(ValueError, match=r"pass Session\.config"):
+        da.techniques_of({})
+
+
+@pytest.mark.parametrize("technique", [da.IntervalCFG(3.0, sigma=(100.0, 200.0)), da.S2Guidance(3.0, sigma=(100.0, 200.0))])
+def test_a_window_that_holds_no_step_is_said(pipe, technique):
+    errors._WARNED.clear()
+    with da.apply(pipe, technique) as session, pytest.warns(UserWarning, match="never acted"):
+        final(pipe, sd_inputs(scale=3.0))
+    assert any(note.startswith(f"{type(technique).__name__} never acted") for note in session.report().notes)
+    with da.apply(pipe, type(technique)(3.0, start=0.0, stop=1.0)) as session:
+        final(pipe, sd_inputs(scale=3.0))
+    assert not any("never acted" in note for note in session.report().notes)
+
+
+@pytest.mark.parametrize("wrong", [None, "emoji", StableDiffusionPipeline])
+def test_what_is_no_pipeline_is_refused_by_name(wrong):
+    for door in (da.apply, da.enable, lambda pipe, _: da.supports(pipe)):
+        with pytest.raises(da.UnsupportedModel, match="is not a pipeline class that diffalign knows"):
+            door(wrong, CFG())
+    with pytest.raises(ValueError, match=r"preset\(name="):
+        da.preset(tiny_pipeline(SD), "fast")  # the other way round

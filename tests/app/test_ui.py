@@ -28,10 +28,41 @@ def test_text_form_wins_and_nothing_is_left_behind(demo):
     assert (type(demo.pipe), type(demo.pipe.unet)) == before
 
 
-@pytest.mark.parametrize(("prompt", "text", "said"), [(" ", "", "prompt is empty"), ("a dog", "nagg", "Nearest: nag")])
-def test_bad_input_is_one_line(demo, prompt, text, said):
-    with pytest.raises(gr.Error, match=said):
-        demo.draw(prompt, [], text, 3.0, 2, 0)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": None}, "prompt is empty"),
+        ({"text": "nagg"}, "Nearest: nag"),
+        ({"names": []}, "No technique is chosen"),
+        ({"names": None, "text": None}, "No technique is chosen"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"seed": 1e30}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"steps": 3.7}, "Steps must be a whole number"),
+    ],
+)
+def test_bad_input_is_one_line(demo, change, said):
+    given = {"prompt": "a dog", "names": ["cfg"], "text": "", "scale": 3.0, "steps": 2, "seed": 0} | change
+    with pytest.raises(gr.Error, match=said) as caught:
+        demo.draw(**given)
+    assert not caught.value.print_exception
+
+
+@pytest.mark.parametrize("when", [1, 5])
+def test_stop_ends_the_drawing_and_the_next_one_runs(demo, when):
+    """In the plain column and in the one with techniques."""
+    ticks = []
+
+    def progress(done, desc):
+        ticks.append(done)
+        if len(ticks) == when:
+            demo.stop()
+
+    with pytest.raises(gr.Error, match="Stopped"):
+        demo.draw("a dog", ["apg"], "", 3.0, 4, 0, progress=progress)
+    assert len(ticks) == when
+    assert demo.draw("a dog", ["apg"], "", 3.0, 2, 0)[2] is not None
 
 
 def test_page_lists_what_works(demo):

@@ -55,7 +55,8 @@ def refused(result, *words):
         (["-t", "adaptive-guidance:threshold=high"], ["threshold", "number", "high"]),
         (["-t", "cfg:scale=nan"], ["scale", "finite"]),
         (["-t", "cfg:scale=inf"], ["scale", "finite"]),
-        (["-t", ""], ["Unknown technique"]),
+        (["-t", ""], ["empty part"]),
+        (["-t", "cfg+"], ["empty part"]),
         (["-t", "cfg+adaptive-guidance"], ["CFG", "AdaptiveGuidance", "only one"]),
         (["-t", "cfg:scale=2+cfg:scale=3"], ["twice"]),
         (["--scale", "nan"], ["--scale", "finite"]),
@@ -108,6 +109,17 @@ def test_hub_id_without_network(run, untouched, tmp_path):
     refused(run("generate", "-m", "nobody/no-such-pipeline", "-o", tmp_path, *PROMPT), "nobody/no-such-pipeline", "hub")
 
 
+def test_a_hub_that_cannot_be_reached_is_not_called_a_bad_repository(run, untouched, tmp_path, monkeypatch):
+    def unreachable(name):
+        try:
+            raise ConnectionError("Name or service not known")
+        except ConnectionError as error:
+            raise OSError(f"{name} does not appear to have a file named model_index.json") from error
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", unreachable)
+    refused(run("generate", "-m", "nobody/pipeline", "-o", tmp_path, *PROMPT), "hub cannot be reached", "give a folder")
+
+
 def test_pipelines_that_cannot_serve(run, untouched, index, tmp_path):
     import diffusers
 
@@ -121,8 +133,26 @@ def test_pipelines_that_cannot_serve(run, untouched, index, tmp_path):
 
 def test_output_that_cannot_be_written(run, untouched, folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        refused(run("generate", "-m", folder, "-o", path, *PROMPT), "--output", "cannot be written")
+    refused(run("generate", "-m", folder, "-o", tmp_path / "file", *PROMPT), "--output", "is a file; give a folder")
+    refused(run("generate", "-m", folder, "-o", tmp_path / "file" / "below", *PROMPT), "--output", "cannot be written")
+
+
+@pytest.mark.parametrize("name", ["compare.png", "compare.json", "images"])
+def test_names_that_are_taken(run, untouched, folder, tmp_path, name):
+    (tmp_path / name).touch() if name == "images" else (tmp_path / name).mkdir()
+    refused(run("compare", "-m", folder, "-o", tmp_path, *PROMPT), name, "Give another --output")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_prompts_file_that_is_no_text(run, untouched, folder, tmp_path):
+    (tmp_path / "picture").write_bytes(b"\xd0\xff\x00")
+    refused(run("generate", "-m", folder, "-o", tmp_path, "--prompts-file", tmp_path / "picture"), "--prompts-file", "UTF-8")
+
+
+@pytest.mark.parametrize("command", [["generate", *PROMPT], ["fit", "linear-ag"], ["calibrate", "adaptive-guidance"]])
+def test_more_steps_than_the_scheduler_has(run, folder, tmp_path, monkeypatch, command):
+    computed(monkeypatch)
+    refused(run(*command, "-m", folder, "-o", tmp_path / "out", "--steps", "5000"), "--steps", "at most 1000", "5000")
 
 
 def test_what_only_the_loaded_model_can_tell_stops_before_the_first_step(run, folder, tmp_path, monkeypatch):
@@ -195,6 +225,11 @@ def test_abort_outside_a_command_is_an_interrupt_too(capsys):
 def test_methods_and_models_refuse_unknown_names(run):
     refused(run("methods", "adaptive"), "adaptive", "adaptive-guidance")
     refused(run("models", "StableDiffusionPipelin"), "StableDiffusionPipeline")
+    refused(run("models", "Xyzzy"), "Xyzzy", "Nearest: none")
+
+
+def test_models_without_a_scale_say_so(run):
+    assert "no guidance scale to set" in run("models", "FluxControlPipeline").stdout
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_agreement_in_pure_noise_is_pointed_out(run, folder, tmp_path):
     [
         (["--saving", "0"], ["saving", "above 0"]),
         (["--saving", "0.46"], ["saving", "at most 0.450", "20 steps"]),
-        (["--steps", "2", "--saving", "0.1"], ["saving", "at most 0.000"]),
+        (["--steps", "2", "--saving", "0.1"], ["2 steps leave nothing to save"]),
         (["--scale", "1"], ["nothing to save"]),
         (["--count", "0"], ["--count"]),
         (["--seed", "-1"], ["--seed"]),
@@ -100,6 +100,19 @@ def test_bad_options(run, folder, tmp_path, monkeypatch, arguments, words):
     assert len(result.stderr.splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_taken(run, folder, tmp_path):
+    (tmp_path / "preset.png").mkdir()
+    result = run(*CALIBRATE, "-m", folder, "-o", tmp_path / "preset.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "preset.png" in result.stderr
+
+
+def test_too_few_steps_to_save_any(run, folder, tmp_path):
+    result = run(*CALIBRATE, "-m", folder, "-o", tmp_path / "preset.json", "--steps", "1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "give more steps" in result.stderr
 
 
 def test_a_broken_preset_file_is_bad_input(run, folder, tmp_path, monkeypatch):

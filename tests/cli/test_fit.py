@@ -125,7 +125,7 @@ def test_bad_model_and_output(run, unmoved, folder, index, tmp_path):
     name = next(name for name in refusals() if isinstance(getattr(diffusers, name, None), type))
     refused(run(*FIT, "-m", index(name), "-o", tmp_path / "p"), " ".join(refusals()[name].split()))
     (tmp_path / "file").write_text("in the way")
-    refused(run(*FIT, "-m", folder, "-o", tmp_path / "file" / "p"), "--output", "cannot be written")
+    refused(run(*FIT, "-m", folder, "-o", tmp_path / "file" / "p"), "--output", "is a file; give a folder")
     refused(run(*FIT, "-m", folder, "-o", tmp_path), "--output", "is a folder")
     (tmp_path / "taken.json").mkdir()
     refused(run(*FIT, "-m", folder, "-o", tmp_path / "taken"), "--output", "taken.json", "is a folder")
