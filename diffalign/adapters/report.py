@@ -20,7 +20,8 @@ class Report:
     ``rows``, ``calls``: denoiser rows and calls in all. ``decodes``, ``rewards``: images decoded and scored by the techniques.
     ``scale``: effective guidance scale ``<d - d_n, d_c - d_n> / |d_c - d_n|^2``, mean over images, None where only one branch ran;
     ``orthogonal``: the part of ``d - d_n`` that is not along ``d_c - d_n``, relative to it; ``cosine``: between the branches, as noise
-    predictions. ``layers``: technique -> (layers acting, layers selected). ``resolved``: technique -> option -> (value, source).
+    predictions. ``layers``: technique -> (layers acting, layers selected); ``acted``: technique -> number of steps in which.
+    ``resolved``: technique -> option -> (value, source).
     """
 
     pipeline: str = ""
@@ -39,6 +40,7 @@ class Report:
     orthogonal: list[float | None] = field(default_factory=list)
     cosine: list[float | None] = field(default_factory=list)
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    acted: dict[str, int] = field(default_factory=dict)
     resolved: dict[str, dict[str, tuple[Any, str]]] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -58,7 +60,7 @@ class Report:
         if self.decodes or self.rewards:
             lines.append(f"{self.decodes} decoded and {self.rewards} scored while sampling")
         for name, (acting, selected) in self.layers.items():
-            lines.append(f"{name}: at {acting} of {selected} layers")
+            lines.append(f"{name}: at {acting} of {selected} layers in {self.acted.get(name, 0)} of {self.steps} steps")
         for name, options in self.resolved.items():
             said = ", ".join(f"{key}={value!r}" + (f" ({source})" if source else "") for key, (value, source) in options.items())
             lines.append(f"{name}({said})")

@@ -63,6 +63,7 @@ class Run:
         self.meter = Meter()
         self.middleware: list[Callable[[Denoise], Denoise]] = []
         self.layers: dict[str, tuple[int, int]] = {}
+        self.acted: dict[str, int] = {}
         self.resolved: dict[str, dict[str, tuple[Any, str]]] = {}
         self.notes: list[str] = []
         self.cancelled = False
@@ -390,6 +391,7 @@ class Run:
             seconds=perf_counter() - self.began,
             sigma=[self.sigma.get(s, float("nan")) for s in range(steps)],
             layers=dict(self.layers),
+            acted=dict(self.acted),
             resolved=self.resolved,
             extras={name: extras for name, g in self.guidances.items() if (extras := g.extras(self.state[0]))} if self.state else {},
             notes=list(self.notes),

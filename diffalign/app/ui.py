@@ -54,7 +54,7 @@ class Demo:
         return parse(text.strip()) if text.strip() else tuple(make(name, {}) for name in names)
 
     def draw(
-        self, prompt: str, names: list[str], text: str, scale: float, steps: float, seed: float, progress: Any = None
+        self, prompt: str, names: list[str], text: str, scale: float, steps: float, seed: float, negative: str = "", progress: Any = None
     ) -> tuple[Image.Image, str, Image.Image | None]:
         """Sheet, report and plot. Raises ``gr.Error`` with one line for bad input, and after ``stop``."""
         prompt, names, text = prompt or "", names or [], text or ""
@@ -70,7 +70,8 @@ class Demo:
             columns = {f"CFG {scale:g}": (), text.strip() or " + ".join(names): self.techniques(names, text)}
             with self._busy:
                 self._stopped = False
-                drawn = {name: self._run(prompt, tools, scale, int(steps), int(seed), progress) for name, tools in columns.items()}
+                given = {"prompt": prompt, "negative_prompt": negative or None, "guidance_scale": scale, "num_inference_steps": int(steps)}
+                drawn = {name: self._run(given, tools, int(seed), progress) for name, tools in columns.items()}
         except Cancelled as error:
             raise _refused("Stopped. The pipeline is as it was; draw again whenever you like.") from error
         except ValueError as error:
@@ -83,27 +84,21 @@ class Demo:
         plot = report.plot() if any(value is not None for value in report.scale) else None
         return sheet, str(report), plot
 
-    def _run(self, prompt: str, tools: tuple[Any, ...], scale: float, steps: int, seed: int, progress: Any) -> tuple[Cell, Any]:
+    def _run(self, given: dict[str, Any], tools: tuple[Any, ...], seed: int, progress: Any) -> tuple[Cell, Any]:
         def tick(pipe: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
             if progress is not None:
-                progress((index + 1, steps), desc="plain" if not tools else "with techniques")
+                progress((index + 1, given["num_inference_steps"]), desc="plain" if not tools else "with techniques")
             return values
 
         with apply(self.pipe, *tools) as session:
             self._session = session
             if self._stopped:
                 raise Cancelled
-            image = self.pipe(
-                prompt,
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                generator=torch.Generator().manual_seed(seed),
-                callback_on_step_end=tick,
-                output_type="pt",
-            ).images
+            generator = torch.Generator().manual_seed(seed)
+            image = self.pipe(**given, generator=generator, callback_on_step_end=tick, output_type="pt").images
         report = session.report()
         found: list[Detection] = self.judge.detect(image)[0]
-        metadata = parse_prompt(prompt)
+        metadata = parse_prompt(given["prompt"])
         said = verdict(metadata, found, self.judge.thresholds) if metadata else None
         picture = Image.fromarray((image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
         caption = f"{report.nfe:g} evaluations, {report.seconds:.1f} s" + (f"\n{said.reason}" if said and said.reason else "")
@@ -120,9 +115,10 @@ def build(demo: Demo) -> gr.Blocks:
         scale: float,
         steps: float,
         seed: float,
+        negative: str = "",
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> Any:
-        return demo.draw(prompt, names, text, scale, steps, seed, progress)
+        return demo.draw(prompt, names, text, scale, steps, seed, negative, progress)
 
     page: gr.Blocks = gr.Blocks(title="diffalign", analytics_enabled=False)
     with page:
@@ -132,6 +128,7 @@ def build(demo: Demo) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(EXAMPLES[0], label="Prompt")
+                negative = gr.Textbox(label="Negative prompt", placeholder="for guidance above 1, or for nag at any scale")
                 names = gr.Dropdown(
                     demo.choices, value=["adaptive-guidance"], multiselect=True, label="Techniques, with their default options"
                 )
@@ -148,7 +145,7 @@ def build(demo: Demo) -> gr.Blocks:
                 sheet = gr.Image(label="Same noise", type="pil", format="png")
                 report = gr.Textbox(label="What it did and what it cost", lines=10)
                 plot = gr.Image(label="Effective scale and agreement of the branches", type="pil", format="png")
-        inputs = [prompt, names, text, scale, steps, seed]
+        inputs = [prompt, names, text, scale, steps, seed, negative]
         gr.on([button.click, prompt.submit], act, inputs, [sheet, report, plot], concurrency_limit=1)
         stop.click(demo.stop, api_name="stop")
     return page

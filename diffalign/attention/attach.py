@@ -39,6 +39,7 @@ class Attachment:
         self.group = tuple(sorted((t for t in group if not t.off), key=lambda t: t.order))
         self.frame: Frame | None = None
         self.acting: set[tuple[str, str, str]] = set()
+        self.steps: dict[str, set[int]] = {}
         self.always: set[AttentionTechnique] | None = None
         self.chosen: dict[Any, Any] = {}
         self.cached: dict[str, bool] = {}
@@ -124,6 +125,8 @@ class Attachment:
             if self.always is None:
                 self.always = {t for t in self.group if self._too_late(t, evaluation.step)}
             active = tuple(t for t in self.group if t in self.always or t.active(evaluation.step))
+            for technique in active:
+                self.steps.setdefault(type(technique).__name__, set()).add(evaluation.step.index)
             name, module = evaluation.denoiser, self.denoisers[evaluation.denoiser]
             frame = Frame(name, active, evaluation.conditioned, text_length(self.run.row, kwargs))
             opened = []
@@ -237,3 +240,4 @@ def attach(group: Sequence[AttentionTechnique], run: Run) -> Iterator[None]:
         attachment.say_what_never_acted()
     finally:
         run.layers.update(attachment.counts())
+        run.acted.update({type(t).__name__: len(attachment.steps.get(type(t).__name__, ())) for t in group})

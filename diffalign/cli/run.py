@@ -122,6 +122,7 @@ def merged(reports: Sequence[Report]) -> Report:
         orthogonal=column("orthogonal"),
         cosine=column("cosine"),
         layers=reports[0].layers,
+        acted=reports[0].acted,
         resolved=reports[0].resolved,
         extras=reports[0].extras if len(reports) == 1 else {},
         notes=list(dict.fromkeys(note for r in reports for note in r.notes)),

@@ -20,6 +20,15 @@ def test_draw_gives_sheet_report_and_plot(demo):
     assert ticks == [(i, 4) for i in (1, 2, 3, 4)] * 2
 
 
+def test_the_negative_prompt_reaches_nag(demo):
+    given = {"prompt": "a photo of a dog and a cat", "names": ["nag"], "text": "", "scale": 1.0, "steps": 4, "seed": 0}
+    plain, without, _ = demo.draw(**given)
+    sheet, report, _ = demo.draw(**given, negative="a photo of a cat")
+    assert "negative text from the empty prompt" in without
+    assert "negative text from negative_prompt of the call" in report
+    assert sheet.tobytes() != plain.tobytes()
+
+
 def test_text_form_wins_and_nothing_is_left_behind(demo):
     before = type(demo.pipe), type(demo.pipe.unet)
     _, report, _ = demo.draw("three cats", ["adaptive-guidance"], "interval-cfg:stop=0.5+pladis", 3.0, 4, 0)

@@ -544,6 +544,9 @@ def test_a_window_as_a_list():
     pipe = tiny_pipeline(SD)
     with da.apply(pipe, nag(sigma=[0.0, 100.0])) as session:
         final(pipe, tiny_inputs(SD))
+    with da.apply(pipe, da.NAG(stop=0.5)) as half:
+        final(pipe, tiny_inputs(SD, steps=4))
+    assert "NAG: at 4 of 4 layers in 2 of 4 steps" in str(half.report())
     assert session.techniques[0] == nag(sigma=(0.0, 100.0))
     with pytest.raises(TypeError, match="two noise levels"):
         nag(sigma=3.0)
