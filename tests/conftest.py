@@ -1,7 +1,10 @@
 """What every test gets: one thread, no network, and no skip that nobody would notice."""
 
+import importlib.util
 import os
 import socket
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -27,6 +30,23 @@ def pytest_collection_modifyitems(items):
         for name, reason in ALLOWED.items():
             if item.get_closest_marker(name) and not there[name]:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def benchmark_module():
+    """``load(name)``: benchmarks/NAME.py as a module, with its neighbours importable."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+
+        def load(name):
+            spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, spec.name, module)
+            spec.loader.exec_module(module)
+            return module
+
+        yield load
 
 
 @pytest.fixture(autouse=True)

@@ -1,27 +1,16 @@
 """The negation benchmark's measure of strength, and that a run goes on where it stopped."""
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 from rich.progress import Progress
 
 from diffalign.embedded import load
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def negation():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        spec = importlib.util.spec_from_file_location("negation", FOLDER / "negation.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "negation", module)
-        spec.loader.exec_module(module)
-        yield module
+def negation(benchmark_module):
+    return benchmark_module("negation")
 
 
 def test_strength_of_plain_guidance_is_its_scale(negation, tmp_path):

@@ -1,6 +1,5 @@
 """The kernel benchmark says where it ran, compares before it times, and times every form it names."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,17 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("kernel_benchmark", FOLDER / "kernels.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "kernel_benchmark", module)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(benchmark_module):
+    return benchmark_module("kernels")
 
 
 def run(benchmark, folder: Path) -> None:
