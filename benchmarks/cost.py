@@ -2,10 +2,10 @@
 
     python benchmarks/cost.py [--runs 9] [--batch 16]
 
-A round runs every technique once, in an order that changes; a ratio is the median over rounds of a technique against its plain run of the
-same round, per evaluated row where a technique evaluates fewer. Attention techniques are split in two: interception (the layers run their
-own attention, caught and called on), whose share of the ratio is given, and everything else; NAG and PLADIS act at every step. Processor
-seconds with one thread, so that other load does not count.
+A round runs every technique once and the plain ones four times, in an order that changes; a ratio is the median over rounds of a technique
+against the mean of its plain runs of the same round, per evaluated row where a technique evaluates fewer. Attention techniques are split in
+two: interception (the layers run their own attention, caught and called on), whose share of the ratio is given, and everything else; NAG
+and PLADIS act at every step. Processor seconds with one thread, so that other load does not count.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ CASES: list[tuple[str, str, tuple[Any, ...], float | None]] = [
     ("interception, CFG", "plain 2 rows", (da.CFG(), Caught()), None),
     ("PLADIS, CFG", "plain 2 rows", (da.CFG(), da.PLADIS()), 1.25),
 ]
+PLAIN_RUNS = 4  # in each round, since every ratio of the round has their mean below the line
 PER_ROW = ("ScheduledCFG", "BetaCFG", "IntervalCFG", "AdaptiveGuidance", "LinearAG")
 """Rules that evaluate fewer rows: their time is compared per evaluated row."""
 
@@ -94,13 +95,15 @@ def main() -> None:
     jobs: dict[str, tuple[tuple[Any, ...], float]] = {name: ((), scale) for name, scale in scales.items()}
     jobs |= {name: (techniques, scales[beside]) for name, beside, techniques, _ in CASES}
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
-    order, rng = list(jobs), random.Random(0)
+    order, rng = [*jobs, *(name for name in scales for _ in range(PLAIN_RUNS - 1))], random.Random(0)
     for round_ in track(range(options.runs + 1), description="rounds"):
         rng.shuffle(order)
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
         for name in order:
-            found = run(*jobs[name])
-            if round_:  # the first warms up
-                seen[name].append(found)
+            found[name].append(run(*jobs[name]))
+        if round_:  # the first warms up
+            for name, times in found.items():
+                seen[name].append((statistics.mean(seconds for seconds, _ in times), times[0][1]))
     rows: list[dict[str, Any]] = []
     caught: dict[str, float] = {}
     for name, beside, _, bar in CASES:
