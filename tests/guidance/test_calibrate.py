@@ -81,9 +81,12 @@ def test_a_saving_out_of_reach_is_refused():
         curves.threshold_for(0.34)
     check_saving(1 / 3, 6)
     check_saving(5 / 18, 5, order=2)  # Heun: 2 + 2 + 2 + 2 + 1 = 9 evaluations, four of which are guided: 18 - 13 of 18
-    for saving, steps, order in ((0.34, 6, 1), (0.28, 5, 2), (0.0, 20, 1), (0.1, 2, 1)):
+    for saving, steps, order in ((0.34, 6, 1), (0.28, 5, 2), (0.0, 20, 1)):
         with pytest.raises(ValueError, match=f"saving must be above 0.*got {saving:g}"):
             check_saving(saving, steps, order)
+    for steps, order in ((1, 1), (2, 1), (2, 2)):
+        with pytest.raises(ValueError, match="leave nothing to save"):
+            check_saving(0.1, steps, order=order)
 
 
 @pytest.mark.parametrize("space", ["eps", "x0"])
