@@ -23,8 +23,7 @@ from .cache import fixed_rows
 from .clock import Clock
 from .report import Report
 from .row import Row
-from .rows_of import count_rows, take_arguments
-from .run import parameter_names
+from .rows_of import count_rows, parameter_names, take_arguments
 from .swap import intercepted, original_class
 
 ROWS: dict[str, Row] = {

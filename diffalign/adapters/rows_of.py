@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -45,6 +47,12 @@ def doubled(value: Any, rows: int) -> Any:
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
         return type(value)(doubled(item, rows) for item in value)
     return value
+
+
+@functools.cache
+def parameter_names(cls: type, method: str = "forward") -> tuple[str, ...]:
+    """Names of the positional parameters of a denoiser's forward, or of another method."""
+    return tuple(inspect.signature(getattr(cls, method)).parameters)[1:]
 
 
 def count_rows(hidden: Any) -> int:

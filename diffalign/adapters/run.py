@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from .clock import Clock
 from .closed_loop import ClosedLoop
 from .report import Report
 from .row import Row
-from .rows_of import count_rows, doubled, halves_equal, prediction_of, take_arguments, with_prediction
+from .rows_of import count_rows, doubled, halves_equal, parameter_names, prediction_of, take_arguments, with_prediction
 from .swap import original_class
 
 
@@ -44,12 +43,6 @@ class Technique(Protocol):
     """Anything that ``apply`` accepts. ``kind`` is "guidance", "attention" or "block"."""
 
     kind: str
-
-
-@functools.cache
-def parameter_names(cls: type, method: str = "forward") -> tuple[str, ...]:
-    """Names of the positional parameters of a denoiser's forward, or of another method."""
-    return tuple(inspect.signature(getattr(cls, method)).parameters)[1:]
 
 
 class Run:
@@ -269,9 +262,8 @@ class Run:
         batched = self.opened and self.row.mode == "batched"
         if batched and total == 2 * self.batch:
             self._guided_steps.add(self._step.index)
-            half = (True,) * self.batch
-            other = (False,) * self.batch
-            return call((COND, UNCOND), (other + half) if self.row.order == "uc" else (half + other), kwargs)
+            flags = (False,) * self.batch + (True,) * self.batch
+            return call((COND, UNCOND), flags if self.row.order == "uc" else flags[::-1], kwargs)
         if total != self.batch:
             raise UnsupportedModel(f"Expected {self.batch} or {2 * self.batch} rows at the denoiser; got {total}.")
         # a callback may have ended the guidance, and SD3 skips layers in a third call: both with the prompt alone

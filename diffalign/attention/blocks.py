@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.adapters.run import parameter_names
+from diffalign.adapters.rows_of import parameter_names
 from diffalign.adapters.swap import Handler, intercepted, original_class
 from diffalign.core import UnsupportedModel
 from diffalign.core.errors import nearest

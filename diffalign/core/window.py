@@ -31,16 +31,17 @@ class Windowed:
 
     def active(self, step: StepInfo) -> bool:
         """Whether the technique acts at this step."""
-        if self.sigma is not None:
-            return self.sigma[0] <= step.sigma < self.sigma[1]
-        first, last = (math.floor(fraction * step.count + 1e-9) for fraction in (self.start, self.stop))
-        return first <= step.index < last
+        return self._holds(step.index, step.sigma, step.count)
 
     def acts_in(self, levels: Mapping[int, float], count: int) -> bool:
         """Whether any step of a run is inside. ``levels``: index -> noise level; ``count``: number of steps."""
+        return any(self._holds(index, level, count) for index, level in levels.items())
+
+    def _holds(self, index: int, sigma: float, count: int) -> bool:
         if self.sigma is not None:
-            return any(self.sigma[0] <= level < self.sigma[1] for level in levels.values())
-        return any(math.floor(self.start * count + 1e-9) <= index < math.floor(self.stop * count + 1e-9) for index in levels)
+            return self.sigma[0] <= sigma < self.sigma[1]
+        first, last = (math.floor(fraction * count + 1e-9) for fraction in (self.start, self.stop))
+        return first <= index < last
 
     def check_window(self) -> None:
         """Raise ValueError unless the window is one, and not empty."""
