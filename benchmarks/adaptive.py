@@ -1,11 +1,13 @@
-"""Does AdaptiveGuidance save evaluations at equal quality? Threshold chosen on 100 prompts, confirmed on the evidence set.
+"""Does AdaptiveGuidance save evaluations at equal quality? Threshold chosen on 100 prompts,
+confirmed on the evidence set.
 
     python benchmarks/adaptive.py [--runs-folder runs/evidence] [--scale 1.5]
 
-Beside it stand CFG at the same scale and "CFG for the first p% of the steps" at equal NFE (the baseline of Step AG, arXiv:2506.08351).
-Chosen: of the thresholds that save a quarter of the evaluations, the best on the tuning prompts. Quality: GenEval's verdict by emoji-judge,
-which no technique has seen; differences are paired by prompt and seed with a 95% bootstrap interval. Everything is resumable: finished
-prompts are read from the folder.
+Beside it stand CFG at the same scale and "CFG for the first p% of the steps" at equal NFE (the
+baseline of Step AG, arXiv:2506.08351). Chosen: of the thresholds that save a quarter of the
+evaluations, the best on the tuning prompts. Quality: GenEval's verdict by emoji-judge, which no
+technique has seen; differences are paired by prompt and seed with a 95% bootstrap interval.
+Everything is resumable: finished prompts are read from the folder.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from results import images, write
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.core.chart import Curve, chart
+from diffalign.drawing.chart import Curve, chart
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare
 
@@ -55,47 +57,88 @@ def main() -> None:
         for space, t in CANDIDATES:
             made = da.AdaptiveGuidance(scale, threshold=t, space=space)
             tuned[made] = run(Config(f"AG {space} {t:g}", (made,), steps=steps), "tuning")
-        # of the thresholds that save a quarter, the best on the tuning prompts, the cheaper of equals; the evidence set has no say
-        cheap = {made: m for made, m in tuned.items() if m.mean("nfe") <= (1.0 - SAVING) * base.mean("nfe")}
-        chosen = max(cheap, key=lambda made: (round(cheap[made].score().mean, 9), -cheap[made].mean("nfe")))
+        # of the thresholds that save a quarter, the best on the tuning prompts, the cheaper of
+        # equals; the evidence set has no say
+        cheap = {
+            made: m
+            for made, m in tuned.items()
+            if m.mean("nfe") <= (1.0 - SAVING) * base.mean("nfe")
+        }
+        chosen = max(
+            cheap, key=lambda made: (round(cheap[made].score().mean, 9), -cheap[made].mean("nfe"))
+        )
 
         plain = run(cfg, "evidence")
         ours = run(Config(tuned[chosen].config.name, (chosen,), steps=steps), "evidence")
         guided = round(ours.mean("nfe")) - steps  # guided steps that cost the same
         first = run(
-            Config(f"first {100 * guided / steps:g}%", (da.IntervalCFG(scale, stop=guided / steps),), steps=steps),
+            Config(
+                f"first {100 * guided / steps:g}%",
+                (da.IntervalCFG(scale, stop=guided / steps),),
+                steps=steps,
+            ),
             "evidence",
         )
         off = run(Config("CFG 1", (da.CFG(1.0),), steps=steps), "evidence")
 
     rows: list[dict[str, Any]] = []
-    for kind, runs, reference in (("tuning", [base, *tuned.values()], base), ("evidence", [plain, ours, first, off], plain)):
+    for kind, runs, reference in (
+        ("tuning", [base, *tuned.values()], base),
+        ("evidence", [plain, ours, first, off], plain),
+    ):
         for m in runs:
             score, against = m.score(), compare(m, reference)
             rows.append(
-                {"set": kind, "method": m.config.name, "NFE": m.mean("nfe"), "seconds": m.mean("seconds"), "score": score.mean}
-                | {"low": score.low, "high": score.high, "vs CFG": against.mean, "vs low": against.low, "vs high": against.high}
+                {
+                    "set": kind,
+                    "method": m.config.name,
+                    "NFE": m.mean("nfe"),
+                    "seconds": m.mean("seconds"),
+                    "score": score.mean,
+                }
+                | {
+                    "low": score.low,
+                    "high": score.high,
+                    "vs CFG": against.mean,
+                    "vs low": against.low,
+                    "vs high": against.high,
+                }
                 | m.tags()
             )
     saved = 1.0 - ours.mean("nfe") / plain.mean("nfe")
     holds = saved >= SAVING and compare(ours, plain).low > -TOLERANCE
-    verdict = f"AdaptiveGuidance(threshold={chosen.threshold:g}, space={chosen.space!r}): {100 * saved:.0f}% fewer NFE, difference to CFG "
+    verdict = (
+        f"AdaptiveGuidance(threshold={chosen.threshold:g}, space={chosen.space!r}): "
+        f"{100 * saved:.0f}% fewer NFE, difference to CFG "
+    )
     verdict += f"{compare(ours, plain)}; to CFG for the first {100 * guided / steps:g}% of the steps {compare(ours, first)}; bar "
     verdict += "held" if holds else "missed"
     write("adaptive", rows, options, title=f"AdaptiveGuidance on emoji, {steps} steps\n\n{verdict}")
     curves = [
         *(
-            Curve(f"AG in {space}, tuning", sorted((m.mean("nfe"), m.score().mean) for made, m in tuned.items() if made.space == space))
+            Curve(
+                f"AG in {space}, tuning",
+                sorted(
+                    (m.mean("nfe"), m.score().mean)
+                    for made, m in tuned.items()
+                    if made.space == space
+                ),
+            )
             for space in ("eps", "x0")
         ),
         *(
-            Curve(f"{m.config.name}, evidence", [(m.mean("nfe"), m.score().mean)], low=[m.score().low], high=[m.score().high])
+            Curve(
+                f"{m.config.name}, evidence",
+                [(m.mean("nfe"), m.score().mean)],
+                low=[m.score().low],
+                high=[m.score().high],
+            )
             for m in (plain, ours, first)
         ),
     ]
-    chart(curves, title="GenEval verdicts against cost", x_label="NFE per image", y_label="score").save(
-        Path(options.output) / "adaptive.png"
-    )
+    chart(
+        curves, title="GenEval verdicts against cost", x_label="NFE per image", y_label="score"
+    ).save(Path(options.output) / "adaptive.png")
 
 
 if __name__ == "__main__":

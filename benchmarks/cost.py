@@ -1,11 +1,14 @@
-"""What does each technique cost in time? The embedded model at B = 16, each technique beside plain CFG (or no guidance), paired.
+"""What does each technique cost in time? The embedded model at B = 16, each technique beside plain
+CFG (or no guidance), paired.
 
     python benchmarks/cost.py [--runs 9] [--batch 16]
 
-A round runs every technique once and the plain ones four times, in an order that changes; a ratio is the median over rounds of a technique
-against the mean of its plain runs of the same round, per evaluated row where a technique evaluates fewer. Attention techniques are split in
-two: interception (the layers run their own attention, caught and called on), whose share of the ratio is given, and everything else; NAG
-and PLADIS act at every step. Processor seconds with one thread, so that other load does not count.
+A round runs every technique once and the plain ones four times, in an order that changes; a ratio
+is the median over rounds of a technique against the mean of its plain runs of the same round, per
+evaluated row where a technique evaluates fewer. Attention techniques are split in two: interception
+(the layers run their own attention, caught and called on), whose share of the ratio is given, and
+everything else; NAG and PLADIS act at every step. Processor seconds with one thread, so that other
+load does not count.
 """
 
 from __future__ import annotations
@@ -23,16 +26,18 @@ from results import write
 from rich.progress import track
 
 import diffalign as da
-from diffalign.attention.base import AttentionTechnique
 from diffalign.embedded import load
-from diffalign.eval.geneval import prompts
+from diffalign.seams.attention.base import AttentionTechnique
+from diffalign.tasks.geneval.verdict import prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Caught(AttentionTechnique):
     """Interception alone: every text layer's attention is caught and called as it is."""
 
-    def __call__(self, attend: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any) -> torch.Tensor:
+    def __call__(
+        self, attend: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any
+    ) -> torch.Tensor:
         result: torch.Tensor = attend(q, k, v)
         return result
 
@@ -52,10 +57,25 @@ CASES: list[tuple[str, str, tuple[Any, ...], float | None]] = [
     ("CFGPlusPlus", "plain 2 rows", (da.CFGPlusPlus(),), 1.03),
     ("S2Guidance", "plain 2 rows", (da.S2Guidance(),), 1.55),
     ("SkipLayerGuidance", "plain 2 rows", (da.SkipLayerGuidance(layers=(1,)),), 1.55),
-    ("DynamicCFG, latent evaluator", "plain 2 rows", (da.DynamicCFG(evaluators=("emoji-alignment",)),), 1.5),
+    (
+        "DynamicCFG, latent evaluator",
+        "plain 2 rows",
+        (da.DynamicCFG(evaluators=("emoji-alignment",)),),
+        1.5,
+    ),
     ("interception, no guidance", "plain 1 row", (da.CFG(1.0), Caught()), None),
-    ("NAG, no guidance", "plain 1 row", (da.CFG(1.0), da.NAG(negative_prompt="a photo of a dog", sigma=(0.0, math.inf))), 1.35),
-    ("NAG in its default window", "plain 1 row", (da.CFG(1.0), da.NAG(negative_prompt="a photo of a dog")), 1.35),
+    (
+        "NAG, no guidance",
+        "plain 1 row",
+        (da.CFG(1.0), da.NAG(negative_prompt="a photo of a dog", sigma=(0.0, math.inf))),
+        1.35,
+    ),
+    (
+        "NAG in its default window",
+        "plain 1 row",
+        (da.CFG(1.0), da.NAG(negative_prompt="a photo of a dog")),
+        1.35,
+    ),
     ("PLADIS, no guidance", "plain 1 row", (da.CFG(1.0), da.PLADIS()), 1.25),
     ("interception, CFG", "plain 2 rows", (da.CFG(), Caught()), None),
     ("PLADIS, CFG", "plain 2 rows", (da.CFG(), da.PLADIS()), 1.25),
@@ -76,11 +96,17 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = load("emoji")
     pipe.set_progress_bar_config(disable=True)
-    texts = [str(prompts()[n]["prompt"]) for n in range(0, 553, 553 // options.batch)][: options.batch]
+    texts = [str(prompts()[n]["prompt"]) for n in range(0, 553, 553 // options.batch)][
+        : options.batch
+    ]
 
     def run(techniques: tuple[Any, ...], scale: float) -> tuple[float, float]:
         """Processor seconds and rows per image; without techniques no session is open."""
-        given = {"num_inference_steps": options.steps, "guidance_scale": scale, "output_type": "latent"}
+        given = {
+            "num_inference_steps": options.steps,
+            "guidance_scale": scale,
+            "output_type": "latent",
+        }
         generator = torch.Generator().manual_seed(0)
         if not techniques:
             began = time.process_time()
@@ -92,10 +118,15 @@ def main() -> None:
             return time.process_time() - began, session.report().nfe
 
     scales = {"plain 2 rows": options.scale, "plain 1 row": 1.0}
-    jobs: dict[str, tuple[tuple[Any, ...], float]] = {name: ((), scale) for name, scale in scales.items()}
+    jobs: dict[str, tuple[tuple[Any, ...], float]] = {
+        name: ((), scale) for name, scale in scales.items()
+    }
     jobs |= {name: (techniques, scales[beside]) for name, beside, techniques, _ in CASES}
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
-    order, rng = [*jobs, *(name for name in scales for _ in range(PLAIN_RUNS - 1))], random.Random(0)
+    order, rng = (
+        [*jobs, *(name for name in scales for _ in range(PLAIN_RUNS - 1))],
+        random.Random(0),
+    )
     for round_ in track(range(options.runs + 1), description="rounds"):
         rng.shuffle(order)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
@@ -109,22 +140,40 @@ def main() -> None:
     for name, beside, _, bar in CASES:
         pairs = list(zip(seen[name], seen[beside], strict=True))
         ratio = statistics.median(
-            (a[0] / (a[1] if name in PER_ROW else 1.0)) / (b[0] / (b[1] if name in PER_ROW else 1.0)) for a, b in pairs
+            (a[0] / (a[1] if name in PER_ROW else 1.0))
+            / (b[0] / (b[1] if name in PER_ROW else 1.0))
+            for a, b in pairs
         )
         if name.startswith("interception"):
             caught[beside] = ratio - 1
         per_image = statistics.median(s for s, _ in seen[name]) / options.batch
         rows.append(
-            {"technique": name, "beside": beside, "seconds per image": per_image, "NFE": seen[name][0][1]}
-            | {"ratio": ratio, "counted": "per evaluated row" if name in PER_ROW else "whole run", "bar": bar}
-            | {"of it interception": caught.get(beside) if name.startswith(("NAG", "PLADIS")) else None}
+            {
+                "technique": name,
+                "beside": beside,
+                "seconds per image": per_image,
+                "NFE": seen[name][0][1],
+            }
+            | {
+                "ratio": ratio,
+                "counted": "per evaluated row" if name in PER_ROW else "whole run",
+                "bar": bar,
+            }
+            | {
+                "of it interception": caught.get(beside)
+                if name.startswith(("NAG", "PLADIS"))
+                else None
+            }
             | {"held": "–" if bar is None else "yes" if ratio <= bar else "no"}
         )
     write(
         "cost",
         rows,
         options,
-        title=f"Time on emoji, B = {options.batch}, {options.steps} steps, latents only, median of {options.runs} rounds",
+        title=(
+            f"Time on emoji, B = {options.batch}, {options.steps} steps, latents only, median of "
+            f"{options.runs} rounds"
+        ),
     )
 
 

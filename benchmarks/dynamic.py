@@ -1,11 +1,13 @@
-"""Does a guidance weight chosen per image and step beat a fixed one? Candidates chosen on 100 prompts, confirmed on the evidence set.
+"""Does a guidance weight chosen per image and step beat a fixed one? Candidates chosen on 100
+prompts, confirmed on the evidence set.
 
     python benchmarks/dynamic.py [--runs-folder runs/evidence] [--scale 1.5]
 
-DynamicCFG with the latent evaluator ("emoji-alignment") and with emoji-clip through the decoder, beside CFG at the best fixed scale.
-Quality: GenEval's verdict by emoji-judge, which neither evaluator has seen; differences are paired by prompt and seed with a 95% bootstrap
-interval. Cost: seconds of processor time against CFG, paired, 16 images a call. Everything is resumable: finished prompts are read from
-the folder. The plot shows which weights were chosen at each step.
+DynamicCFG with the latent evaluator ("emoji-alignment") and with emoji-clip through the decoder,
+beside CFG at the best fixed scale. Quality: GenEval's verdict by emoji-judge, which neither
+evaluator has seen; differences are paired by prompt and seed with a 95% bootstrap interval. Cost:
+seconds of processor time against CFG, paired, 16 images a call. Everything is resumable: finished
+prompts are read from the folder. The plot shows which weights were chosen at each step.
 """
 
 from __future__ import annotations
@@ -23,22 +25,33 @@ from results import images, write
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.core.chart import Curve, chart
+from diffalign.drawing.chart import Curve, chart
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, seed_of
-from diffalign.eval.geneval import prompts
+from diffalign.tasks.geneval.verdict import prompts
 
 WIDE = (1.0, 1.25, 1.5, 2.0, 3.0)
-SETTINGS = ((WIDE, 0.0), ((1.25, 1.5, 2.0), 0.0), ((1.5, 2.0, 3.0), 0.0), (WIDE, 0.3))  # candidates, first progress with a choice
+SETTINGS = (
+    (WIDE, 0.0),
+    ((1.25, 1.5, 2.0), 0.0),
+    ((1.5, 2.0, 3.0), 0.0),
+    (WIDE, 0.3),
+)  # candidates, first progress with a choice
 LATENT, DECODED = "emoji-alignment", "reward:emoji-clip"
 
 
-def weights(pipe: Any, technique: Any, file: Path, *, steps: int, images: int = 96) -> list[list[float]]:
-    """Chosen weights, ``[steps][images]``, on the first seed of evenly spread evidence prompts; read from ``file`` when it holds them."""
+def weights(
+    pipe: Any, technique: Any, file: Path, *, steps: int, images: int = 96
+) -> list[list[float]]:
+    """Chosen weights, ``[steps][images]``, on the first seed of evenly spread evidence prompts;
+    read from ``file`` when it holds them."""
     settings = {"technique": repr(technique), "steps": steps, "images": images}
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
         return [list(map(float, row)) for row in saved["chosen"]]
-    ids, official = evidence_prompts()[:: max(1, len(evidence_prompts()) // images)][:images], prompts()
+    ids, official = (
+        evidence_prompts()[:: max(1, len(evidence_prompts()) // images)][:images],
+        prompts(),
+    )
     parts = []
     for start in range(0, len(ids), 16):
         part = ids[start : start + 16]
@@ -56,14 +69,22 @@ def weights(pipe: Any, technique: Any, file: Path, *, steps: int, images: int = 
     return chosen
 
 
-def cost(pipe: Any, plain: Any, other: Any, *, steps: int, batch: int = 16, runs: int = 5) -> tuple[float, float]:
-    """Median of the paired ratios other / plain, decoding of the picture included: processor seconds and wall seconds. Order alternates."""
+def cost(
+    pipe: Any, plain: Any, other: Any, *, steps: int, batch: int = 16, runs: int = 5
+) -> tuple[float, float]:
+    """Median of the paired ratios other / plain, decoding of the picture included: processor
+    seconds and wall seconds. Order alternates."""
     texts = [str(prompts()[n]["prompt"]) for n in evidence_prompts()[:batch]]
 
     def once(technique: Any) -> tuple[float, float]:
         began, processor = time.perf_counter(), time.process_time()
         with da.apply(pipe, technique):
-            pipe(texts, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="pt")
+            pipe(
+                texts,
+                num_inference_steps=steps,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            )
         return time.process_time() - processor, time.perf_counter() - began
 
     once(other)
@@ -81,7 +102,9 @@ def plot(chosen: Any, file: Path) -> None:
     values = {"10%": low, "90%": high, "mean": chosen.mean(1).tolist(), "median": middle}
     title = f"Weights chosen by the latent evaluator on emoji, {chosen.shape[1]} images"
     curves = [Curve(label, list(enumerate(column))) for label, column in values.items()]
-    chart(curves, title=title, x_label="step (0 is the noisiest)", y_label="guidance weight").save(file)
+    chart(curves, title=title, x_label="step (0 is the noisiest)", y_label="guidance weight").save(
+        file
+    )
 
 
 def main() -> None:
@@ -97,8 +120,15 @@ def main() -> None:
     steps, scale = options.steps, options.scale
 
     def dynamic(candidates: tuple[float, ...], start: float, evaluator: str) -> Config:
-        name = f"Dynamic {evaluator.removeprefix('reward:')} {' '.join(f'{w:g}' for w in candidates)}" + f" from {start:g}" * (start > 0)
-        return Config(name, (da.DynamicCFG(scale, candidates=candidates, evaluators=(evaluator,), start=start),), steps=steps)
+        name = (
+            f"Dynamic {evaluator.removeprefix('reward:')} {' '.join(f'{w:g}' for w in candidates)}"
+            + f" from {start:g}" * (start > 0)
+        )
+        return Config(
+            name,
+            (da.DynamicCFG(scale, candidates=candidates, evaluators=(evaluator,), start=start),),
+            steps=steps,
+        )
 
     with Progress() as bar:
 
@@ -114,22 +144,50 @@ def main() -> None:
         ours = [run(config, "evidence") for config in configs]
 
     latent = configs[0].techniques[0]
-    chosen = np.array(weights(pipe, latent, Path(options.runs_folder) / "dynamic-weights.json", steps=steps))
-    ratios = [cost(pipe, cfg.techniques[0], config.techniques[0], steps=steps, runs=runs) for config, runs in zip(configs, (9, 3))]
+    chosen = np.array(
+        weights(pipe, latent, Path(options.runs_folder) / "dynamic-weights.json", steps=steps)
+    )
+    ratios = [
+        cost(pipe, cfg.techniques[0], config.techniques[0], steps=steps, runs=runs)
+        for config, runs in zip(configs, (9, 3))
+    ]
 
     rows: list[dict[str, Any]] = []
     cpu = {m.config.name: ratio for m, ratio in zip(ours, ratios)}
-    for kind, runs, reference in (("tuning", [base, *tuned], base), ("evidence", [plain, *ours], plain)):
+    for kind, runs, reference in (
+        ("tuning", [base, *tuned], base),
+        ("evidence", [plain, *ours], plain),
+    ):
         for m in runs:
-            score, against, ratio = m.score(), compare(m, reference), cpu.get(m.config.name) if kind == "evidence" else None
+            score, against, ratio = (
+                m.score(),
+                compare(m, reference),
+                cpu.get(m.config.name) if kind == "evidence" else None,
+            )
             rows.append(
-                {"set": kind, "method": m.config.name, "NFE": m.mean("nfe"), "seconds": m.mean("seconds")}
-                | {"processor time / CFG": ratio and ratio[0], "wall / CFG": ratio and ratio[1], "score": score.mean}
-                | {"low": score.low, "high": score.high, "vs CFG": against.mean, "vs low": against.low, "vs high": against.high}
+                {
+                    "set": kind,
+                    "method": m.config.name,
+                    "NFE": m.mean("nfe"),
+                    "seconds": m.mean("seconds"),
+                }
+                | {
+                    "processor time / CFG": ratio and ratio[0],
+                    "wall / CFG": ratio and ratio[1],
+                    "score": score.mean,
+                }
+                | {
+                    "low": score.low,
+                    "high": score.high,
+                    "vs CFG": against.mean,
+                    "vs low": against.low,
+                    "vs high": against.high,
+                }
                 | m.tags()
             )
     verdict = (
-        f"candidates {best[0]} from progress {best[1]:g} on, chosen on the tuning prompts. On the evidence set, against CFG {scale:g}: "
+        f"candidates {best[0]} from progress {best[1]:g} on, chosen on the tuning prompts. On the "
+        f"evidence set, against CFG {scale:g}: "
     )
     for name, m, ratio in zip(("latent evaluator", "emoji-clip through the decoder"), ours, ratios):
         verdict += f"{name} {compare(m, plain)} at {ratio[0]:.2f} times the processor time; "

@@ -1,8 +1,10 @@
-"""GenEval of an embedded model: all 553 official prompts x 4 seeds, its judge's verdicts, and how far the second judge agrees.
+"""GenEval of an embedded model: all 553 official prompts x 4 seeds, its judge's verdicts, and how
+far the second judge agrees.
 
     python benchmarks/geneval.py [--scale 1.5] [--runs-folder runs/geneval]
 
-The overall is official in form (553 x 4, unweighted mean of tags) and ours in judge: it compares runs of this model, not models.
+The overall is official in form (553 x 4, unweighted mean of tags) and ours in judge: it compares
+runs of this model, not models.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from rich.progress import Progress
 
 import diffalign as da
 from diffalign.embedded import load
-from diffalign.eval.bootstrap import interval
 from diffalign.eval.evidence import Config, measure, tag_of
-from diffalign.eval.geneval import TAGS, parse_prompt, prompts, verdict
+from diffalign.eval.statistics import interval
+from diffalign.tasks.geneval.verdict import TAGS, parse_prompt, prompts, verdict
 
 
 def main() -> None:
@@ -33,7 +35,11 @@ def main() -> None:
     pipe, judge, audit = load("emoji"), load("emoji-judge"), load("emoji-judge-audit")
 
     def second(images: torch.Tensor, texts: Any) -> torch.Tensor:
-        said = [verdict(m, seen, audit.thresholds).correct for m, seen in zip(map(parse_prompt, texts), audit.detect(images)) if m]
+        said = [
+            verdict(m, seen, audit.thresholds).correct
+            for m, seen in zip(map(parse_prompt, texts), audit.detect(images))
+            if m
+        ]
         return torch.tensor(said, dtype=torch.float32)
 
     config = Config(f"CFG {options.scale:g}", (da.CFG(options.scale),), steps=options.steps)
@@ -58,13 +64,31 @@ def main() -> None:
         score = interval([values[n] for n in ids], [tag] * len(ids))
         agree = sum(r["correct"] == bool(r["audit"]) for r in records) / len(records)
         rows.append(
-            {"tag": tag, "images": len(records), "score": score.mean, "low": score.low, "high": score.high, "second judge agrees": agree}
+            {
+                "tag": tag,
+                "images": len(records),
+                "score": score.mean,
+                "low": score.low,
+                "high": score.high,
+                "second judge agrees": agree,
+            }
         )
     overall = done.score()
     agree = sum(r["correct"] == bool(r["audit"]) for r in done.records) / len(done.records)
-    rows.append({"tag": "overall", "images": len(done.records), "score": overall.mean, "low": overall.low, "high": overall.high})
+    rows.append(
+        {
+            "tag": "overall",
+            "images": len(done.records),
+            "score": overall.mean,
+            "low": overall.low,
+            "high": overall.high,
+        }
+    )
     rows[-1] |= {"second judge agrees": agree}
-    title = f"emoji on GenEval: 553 prompts x 4, CFG {options.scale:g}, {options.steps} steps, {done.mean('seconds'):.2f} s per image"
+    title = (
+        f"emoji on GenEval: 553 prompts x 4, CFG {options.scale:g}, {options.steps} steps, "
+        f"{done.mean('seconds'):.2f} s per image"
+    )
     write("geneval", rows, options, title=title)
 
 

@@ -1,11 +1,15 @@
-"""How long do the attention kernels take beside the published eager form, torch.compile of the short form, and plain attention?
+"""How long do the attention kernels take beside the published eager form, torch.compile of the
+short form, and plain attention?
 
-    python benchmarks/kernels.py [--runs 50] [--dtype bfloat16] [--no-compile] [--seed 0] [--output benchmarks/results]
+    python benchmarks/kernels.py [--runs 50] [--dtype bfloat16] [--no-compile] [--seed 0] [--output
+    benchmarks/results]
 
-On a GPU: milliseconds at the shapes of SDXL, SD3-medium, Flux.1 and Wan 2.1, with a cold L2 cache, without the host's launches. On a CPU:
-ratios of the paths that run there, in float32 and with a sixteenth of the image tokens; they say nothing about a GPU. ``compiled`` is
-torch.compile in its default mode. The title of the table says which of the two was run. Every form is compared with the float64 truth on
-its first rows before it is timed, and a form whose error is out of bounds stops the run.
+On a GPU: milliseconds at the shapes of SDXL, SD3-medium, Flux.1 and Wan 2.1, with a cold L2 cache,
+without the host's launches. On a CPU: ratios of the paths that run there, in float32 and with a
+sixteenth of the image tokens; they say nothing about a GPU. ``compiled`` is torch.compile in its
+default mode. The title of the table says which of the two was run. Every form is compared with the
+float64 truth on its first rows before it is timed, and a form whose error is out of bounds stops
+the run.
 """
 
 from __future__ import annotations
@@ -41,7 +45,10 @@ L2_BYTES = 256 << 20  # several times the largest L2 cache there is
 
 
 class Layer(NamedTuple):
-    """A layer where image meets text. ``joint``: its image queries see the image too, and PLADIS acts on the text keys alone."""
+    """A layer where image meets text.
+
+    ``joint``: its image queries see the image too, and PLADIS acts on the text keys alone.
+    """
 
     heads: int
     size: int
@@ -62,7 +69,8 @@ LAYERS = {
 
 
 def published_nag(z_pos: Tensor, z_neg: Tensor) -> Tensor:
-    """The steps of the published code in its order: the norms are expanded to full size before ratio, minimum and division."""
+    """The steps of the published code in its order: the norms are expanded to full size before
+    ratio, minimum and division."""
     guided = z_pos * NAG["scale"] - z_neg * (NAG["scale"] - 1)
     size = torch.norm(z_pos, p=1, dim=-1, keepdim=True).expand(*z_pos.shape)
     grown = torch.norm(guided, p=1, dim=-1, keepdim=True).expand(*z_pos.shape)
@@ -72,14 +80,16 @@ def published_nag(z_pos: Tensor, z_neg: Tensor) -> Tensor:
 
 
 def published_pladis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores, softmax and the sorting entmax of the ``entmax`` package in the model's dtype, one product with the values."""
+    """Scores, softmax and the sorting entmax of the ``entmax`` package in the model's dtype, one
+    product with the values."""
     z = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     dense = z.softmax(-1)
     return (dense + STRENGTH * (entmax.entmax15(z, -1) - dense)) @ v
 
 
 def timer(gpu: bool) -> Callable[[Callable[[], Any]], float]:
-    """A function that gives one call's milliseconds, by events on a GPU and by the wall clock on a CPU."""
+    """A function that gives one call's milliseconds, by events on a GPU and by the wall clock on a
+    CPU."""
     if not gpu:
 
         def wall(call: Callable[[], Any]) -> float:
@@ -94,7 +104,11 @@ def timer(gpu: bool) -> Callable[[Callable[[], Any]], float]:
     def events(call: Callable[[], Any]) -> float:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         spoil.zero_()  # empties the cache
-        torch.cuda._sleep(AHEAD)  # and the GPU waits while the host launches all that is timed, so that no form pays for its launches
+        torch.cuda._sleep(
+            AHEAD
+            # and the GPU waits while the host launches all that is timed, so that no form pays for
+            # its launches
+        )
         start.record()
         call()
         stop.record()
@@ -105,7 +119,8 @@ def timer(gpu: bool) -> Callable[[Callable[[], Any]], float]:
 
 
 def clocked(forms: dict[str, Callable[[], Any]], runs: int, gpu: bool) -> dict[str, float]:
-    """Milliseconds per form: median on a GPU, best on a CPU that others may use too. Forms take turns, so that drift hits all of them."""
+    """Milliseconds per form: median on a GPU, best on a CPU that others may use too. Forms take
+    turns, so that drift hits all of them."""
     clock = timer(gpu)
     times: dict[str, list[float]] = {name: [] for name in forms}
     for call in forms.values():  # compiles and warms up
@@ -114,14 +129,20 @@ def clocked(forms: dict[str, Callable[[], Any]], runs: int, gpu: bool) -> dict[s
     for _ in range(runs):
         for name, call in forms.items():
             times[name].append(clock(call))
-    return {name: statistics.median(values) if gpu else min(values) for name, values in times.items()}
+    return {
+        name: statistics.median(values) if gpu else min(values) for name, values in times.items()
+    }
 
 
-def measure(forms: dict[str, Callable[[], Tensor]], true: Tensor, spread: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Times (GPU) or ratios to ``published`` (CPU) of all forms, and the largest errors of the published and the chosen form.
+def measure(
+    forms: dict[str, Callable[[], Tensor]], true: Tensor, spread: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Times (GPU) or ratios to ``published`` (CPU) of all forms, and the largest errors of the
+    published and the chosen form.
 
-    Our forms may err by the rounding of the weights and of the result, ``eps / 2 (spread + |true|)`` with ``spread`` the largest
-    ``sum |w| |v|``, plus 1e-5 of the result for float32 arithmetic.
+    Our forms may err by the rounding of the weights and of the result, ``eps / 2 (spread +
+    |true|)`` with ``spread`` the largest ``sum |w| |v|``, plus 1e-5 of the result for float32
+    arithmetic.
     """
     rows, errors = true.shape[-2], {}
     size = float(true.abs().max())
@@ -131,30 +152,51 @@ def measure(forms: dict[str, Callable[[], Tensor]], true: Tensor, spread: float,
             errors[name] = float((got.double() - true).abs().max())
             bound = torch.finfo(got.dtype).eps / 2 * (spread + size) + 1e-5 * size
             if name != "published" and not errors[name] <= bound:
-                raise SystemExit(f"{name} is wrong: error {errors[name]:.2e}, bound {bound:.2e}. No time is reported.")
+                raise SystemExit(
+                    f"{name} is wrong: error {errors[name]:.2e}, bound {bound:.2e}. No time is "
+                    "reported."
+                )
     times = clocked(forms, options.runs, options.gpu)
     if options.gpu:
         row: dict[str, Any] = {f"{name} ms": value for name, value in times.items()}
     else:
-        row = {f"{name} / published": value / times["published"] for name, value in times.items() if name != "published"}
+        row = {
+            f"{name} / published": value / times["published"]
+            for name, value in times.items()
+            if name != "published"
+        }
     ours = "triton" if "triton" in forms else "torch"
-    return {**row, "error published": errors["published"] / size, f"error {ours}": errors[ours] / size}
+    return {
+        **row,
+        "error published": errors["published"] / size,
+        f"error {ours}": errors[ours] / size,
+    }
 
 
-def operands(layer: Layer, keys: int, options: argparse.Namespace, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def operands(
+    layer: Layer, keys: int, options: argparse.Namespace, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value [1, heads, tokens, size] in the memory layout of the processors."""
     parts = ((layer.image, 2.0), (keys, 1.0), (keys, 1.0))
-    draws = (torch.randn(1, n, layer.heads, layer.size, generator=rng, device=rng.device) * std for n, std in parts)
+    draws = (
+        torch.randn(1, n, layer.heads, layer.size, generator=rng, device=rng.device) * std
+        for n, std in parts
+    )
     q, k, v = (t.to(options.torch_dtype).transpose(1, 2) for t in draws)
     return q, k, v
 
 
-def nag_row(model: str, layer: Layer, options: argparse.Namespace, rng: torch.Generator) -> dict[str, Any]:
+def nag_row(
+    model: str, layer: Layer, options: argparse.Namespace, rng: torch.Generator
+) -> dict[str, Any]:
     """The epilogue; ``sdpa`` is one of the two attentions whose results it blends."""
     keys = layer.text + layer.image * layer.joint
     q, k, v = operands(layer, keys, options, rng)
     shape = (1, layer.image, layer.heads * layer.size)
-    pos, neg = (torch.randn(shape, generator=rng, device=rng.device).to(options.torch_dtype) for _ in range(2))
+    pos, neg = (
+        torch.randn(shape, generator=rng, device=rng.device).to(options.torch_dtype)
+        for _ in range(2)
+    )
     forms: dict[str, Callable[[], Tensor]] = {
         "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
         "published": lambda: published_nag(pos, neg),
@@ -171,10 +213,18 @@ def nag_row(model: str, layer: Layer, options: argparse.Namespace, rng: torch.Ge
     if options.gpu:
         best = min(found[f"{name} ms"] for name in forms if name != "sdpa")
         found["GB/s at 3 sweeps, best"] = 3 * pos.numel() * pos.element_size() / best / 1e6
-    return {"kernel": "NAG epilogue", "model": model, "shape": f"{shape[1]} x {shape[2]}", **found, "chosen": choice.reason}
+    return {
+        "kernel": "NAG epilogue",
+        "model": model,
+        "shape": f"{shape[1]} x {shape[2]}",
+        **found,
+        "chosen": choice.reason,
+    }
 
 
-def pladis_row(model: str, layer: Layer, options: argparse.Namespace, rng: torch.Generator) -> dict[str, Any]:
+def pladis_row(
+    model: str, layer: Layer, options: argparse.Namespace, rng: torch.Generator
+) -> dict[str, Any]:
     """The whole attention to the text keys; ``sdpa`` is the plain attention to the same keys."""
     q, k, v = operands(layer, layer.text, options, rng)
     forms: dict[str, Callable[[], Tensor]] = {
@@ -183,32 +233,54 @@ def pladis_row(model: str, layer: Layer, options: argparse.Namespace, rng: torch
         "torch": lambda: pladis.pladis(q, k, v, strength=STRENGTH),
     }
     if options.compile:
-        short = torch.compile(lambda q, k, v: pladis.pladis(q, k, v, strength=STRENGTH), dynamic=False)
+        short = torch.compile(
+            lambda q, k, v: pladis.pladis(q, k, v, strength=STRENGTH), dynamic=False
+        )
         forms["compiled"] = lambda: short(q, k, v)
     choice = pladis.choose(q, k)
     if choice.call is not pladis.pladis:
         forms["triton"] = lambda: choice.call(q, k, v, strength=STRENGTH)
-    true = pladis_naive.pladis(q[:, :, :CHECKED].double(), k.double(), v.double(), strength=STRENGTH)
+    true = pladis_naive.pladis(
+        q[:, :, :CHECKED].double(), k.double(), v.double(), strength=STRENGTH
+    )
     found = measure(forms, true, (2 * STRENGTH - 1) * float(v.abs().max()), options)
     shape = f"{layer.image} x {layer.text} keys, {layer.heads} x {layer.size}"
     return {"kernel": "PLADIS", "model": model, "shape": shape, **found, "chosen": choice.reason}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="on a GPU; a CPU runs float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16"),
+        default="bfloat16",
+        help="on a GPU; a CPU runs float32",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--share", type=int, help=f"divide the image tokens by this; default 1 on a GPU, {CPU_SHARE} on a CPU")
+    parser.add_argument(
+        "--share",
+        type=int,
+        help=f"divide the image tokens by this; default 1 on a GPU, {CPU_SHARE} on a CPU",
+    )
     parser.add_argument("--output", default="benchmarks/results")
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
     if options.runs < 1 or (options.share is not None and options.share < 1):
-        parser.error(f"--runs and --share must be at least 1; got {options.runs} and {options.share}.")
+        parser.error(
+            f"--runs and --share must be at least 1; got {options.runs} and {options.share}."
+        )
     if gpu and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here. Use --device cpu for the ratios of the paths that run there.")
+        parser.error(
+            "--device cuda: torch sees no GPU here. Use --device cpu for the ratios of the paths "
+            "that run there."
+        )
     options.share = options.share or (1 if gpu else CPU_SHARE)
     options.dtype = options.dtype if gpu else "float32"
     public = argparse.Namespace(**vars(options))
@@ -217,8 +289,15 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     rng = torch.Generator(options.device).manual_seed(options.seed)
     with torch.no_grad():
-        layers = {model: layer._replace(image=max(1, layer.image // options.share)) for model, layer in LAYERS.items()}
-        rows = [row(model, layer, options, rng) for row in (nag_row, pladis_row) for model, layer in layers.items()]
+        layers = {
+            model: layer._replace(image=max(1, layer.image // options.share))
+            for model, layer in LAYERS.items()
+        }
+        rows = [
+            row(model, layer, options, rng)
+            for row in (nag_row, pladis_row)
+            for model, layer in layers.items()
+        ]
     what = f"run on a GPU: times in {options.dtype}" if gpu else "run on a CPU: ratios in float32"
     if options.share > 1:
         what += f", 1/{options.share} of the image tokens"
@@ -226,7 +305,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"kernels_{options.device}",
         rows,
         public,
-        f"Attention kernels, {what}; {'median' if gpu else 'best'} of {options.runs} runs, seed {options.seed}",
+        f"Attention kernels, {what}; {'median' if gpu else 'best'} of {options.runs} runs, seed "
+        f"{options.seed}",
     )
 
 

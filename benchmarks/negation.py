@@ -1,7 +1,9 @@
-"""NAG beside CFG's negative prompt: how often a negated object or colour is gone, at equal effective strength. Part of attention.py.
+"""NAG beside CFG's negative prompt: how often a negated object or colour is gone, at equal
+effective strength. Part of attention.py.
 
-Objects: GenEval's two-object prompts; the second object is named in the prompt and negated. Colours: its single-object prompts; negated is
-the object in the colour that the judge sees when the same noise is denoised without guidance, so "nothing" is 0 by construction.
+Objects: GenEval's two-object prompts; the second object is named in the prompt and negated.
+Colours: its single-object prompts; negated is the object in the colour that the judge sees when the
+same noise is denoised without guidance, so "nothing" is 0 by construction.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 import diffalign as da
-from diffalign.core.chart import Curve, chart
-from diffalign.eval.bootstrap import interval
+from diffalign.drawing.chart import Curve, chart
+from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.eval.evidence import fingerprint, read_lines, seed_of
-from diffalign.eval.geneval import keep, prompts
-from diffalign.eval.sheet import Cell, contact_sheet
+from diffalign.eval.statistics import interval
+from diffalign.tasks.geneval.verdict import keep, prompts
 
 SAMPLES, BATCH, STEPS = 2, 16, 20
 CHECKED = 3.0  # CFG at this scale has its strength measured all the same, to check the measure
@@ -36,9 +38,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to negate. ``cfg``: guidance scale, 1 is none; ``nag``: NAG's scale, 1 is none; ``negative``: CFG has the negative prompt.
+    """One way to negate. ``cfg``: guidance scale, 1 is none; ``nag``: NAG's scale, 1 is none;
+    ``negative``: CFG has the negative prompt.
 
-    ``always``: NAG acts at every step, not only in the window that its preset has for this family of models.
+    ``always``: NAG acts at every step, not only in the window that its preset has for this family
+    of models.
     """
 
     cfg: float = 1.0
@@ -49,20 +53,28 @@ class Way:
 
     @property
     def known(self) -> float | None:
-        """Effective strength where it need not be measured: 1 for nothing, the scale for CFG with the negative prompt."""
-        return self.cfg if self.nag == 1 and (self.negative or self.cfg == 1) and self.cfg != CHECKED else None
+        """Effective strength where it need not be measured: 1 for nothing, the scale for CFG with
+        the negative prompt."""
+        return (
+            self.cfg
+            if self.nag == 1 and (self.negative or self.cfg == 1) and self.cfg != CHECKED
+            else None
+        )
 
     @property
     def name(self) -> str:
         parts = [f"CFG {self.cfg:g}"] if self.cfg != 1 else []
         parts += ["negative"] if self.negative else [f"NAG {self.nag:g}"] if self.nag != 1 else []
         parts += ["at every step"] if self.always else []
-        return " ".join(parts or ["nothing"]) + ("" if self.steps == STEPS else f", {self.steps} steps")
+        return " ".join(parts or ["nothing"]) + (
+            "" if self.steps == STEPS else f", {self.steps} steps"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One image: its prompt and noise, the object to keep, what is negated, and the text that negates it."""
+    """One image: its prompt and noise, the object to keep, what is negated, and the text that
+    negates it."""
 
     prompt_id: int
     sample: int
@@ -74,7 +86,11 @@ class Case:
         tag = prompts()[self.prompt_id]["tag"]
         kept = keep(seen, tag, judge.thresholds)
         mine = kept.get(self.wanted, [])
-        there = bool(kept.get(self.negated)) if tag == "two_object" else self.negated in {seen[i].colour for i in mine}
+        there = (
+            bool(kept.get(self.negated))
+            if tag == "two_object"
+            else self.negated in {seen[i].colour for i in mine}
+        )
         return {"gone": not there, "kept": bool(mine), "both": bool(mine) and not there}
 
 
@@ -90,14 +106,18 @@ def objects() -> list[Case]:
 
 
 def colours(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> list[Case]:
-    """The 80 single-object prompts, twice each, with the colour that the object has without guidance; images without it are left out."""
+    """The 80 single-object prompts, twice each, with the colour that the object has without
+    guidance; images without it are left out."""
     blank = [
         Case(n, k, item["include"][0]["class"], "", "")
         for n, item in enumerate(prompts())
         if item["tag"] == "single_object"
         for k in range(SAMPLES)
     ]
-    seen = {(r["prompt_id"], r["sample"]): r["colour"] for r in collect(pipe, judge, Way(), blank, "plain", options, bar)}
+    seen = {
+        (r["prompt_id"], r["sample"]): r["colour"]
+        for r in collect(pipe, judge, Way(), blank, "plain", options, bar)
+    }
     return [
         Case(c.prompt_id, c.sample, c.wanted, colour, f"a photo of a {colour} {c.wanted}")
         for c in blank
@@ -105,11 +125,15 @@ def colours(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> list[Ca
     ]
 
 
-def effective(pipe: Any, calls: list[tuple[Tensor, Any, Tensor, Tensor]], scale: float, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Mean over steps of ``<d - d_n, d_c - d_n> / |d_c - d_n|^2`` and of the part off that line, per image.
+def effective(
+    pipe: Any, calls: list[tuple[Tensor, Any, Tensor, Tensor]], scale: float, texts: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Mean over steps of ``<d - d_n, d_c - d_n> / |d_c - d_n|^2`` and of the part off that line,
+    per image.
 
-    ``calls``: the denoiser's (input, time, text, output) at each step. d is the guided prediction, d_c and d_n the plain ones with the
-    prompt and with the negative text at the same state. Affine in the output, so outputs stand for denoised images.
+    ``calls``: the denoiser's (input, time, text, output) at each step. d is the guided prediction,
+    d_c and d_n the plain ones with the prompt and with the negative text at the same state. Affine
+    in the output, so outputs stand for denoised images.
     """
     negative = pipe.encode_prompt(texts, "cpu", 1, False)[0]
     found = []
@@ -117,7 +141,10 @@ def effective(pipe: Any, calls: list[tuple[Tensor, Any, Tensor, Tensor]], scale:
         guided, half = out, len(out) // 2 if scale != 1 else 0
         if scale != 1:
             guided = out[:half] + scale * (out[half:] - out[:half])
-        d_c, d_n = (pipe.unet(x[half:], t, encoder_hidden_states=e, return_dict=False)[0] for e in (text[half:], negative))
+        d_c, d_n = (
+            pipe.unet(x[half:], t, encoder_hidden_states=e, return_dict=False)[0]
+            for e in (text[half:], negative)
+        )
         line, moved = ((d - d_n).flatten(1).double() for d in (d_c, guided))
         along = (moved * line).sum(1) / line.square().sum(1)
         found.append((along, (moved - along[:, None] * line).norm(dim=1) / line.norm(dim=1)))
@@ -126,18 +153,31 @@ def effective(pipe: Any, calls: list[tuple[Tensor, Any, Tensor, Tensor]], scale:
 
 
 @torch.no_grad()
-def collect(pipe: Any, judge: Any, way: Way, cases: list[Case], kind: str, options: Namespace, bar: Progress) -> list[Record]:
-    """Records of all cases in their order; images lie beside them, and a run that was cut off goes on where it stopped."""
+def collect(
+    pipe: Any, judge: Any, way: Way, cases: list[Case], kind: str, options: Namespace, bar: Progress
+) -> list[Record]:
+    """Records of all cases in their order; images lie beside them, and a run that was cut off goes
+    on where it stopped."""
     folder = Path(options.runs_folder) / fingerprint(pipe.unet) / kind / way.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    path, position = folder / "records.jsonl", {(c.prompt_id, c.sample): i for i, c in enumerate(cases)}
+    path, position = (
+        folder / "records.jsonl",
+        {(c.prompt_id, c.sample): i for i, c in enumerate(cases)},
+    )
     done: dict[int, Record] = {position[r["prompt_id"], r["sample"]]: r for r in read_lines(path)}
     task = bar.add_task(f"{kind}: {way.name}", total=len(cases), completed=len(done))
     calls: list[tuple[Tensor, Any, Tensor, Tensor]] = []
 
     def log(module: Any, given: Any, named: Any, out: Any) -> None:
         named = named | dict(zip(("sample", "timestep"), given))
-        calls.append((named["sample"].clone(), named["timestep"], named["encoder_hidden_states"].clone(), out[0].clone()))
+        calls.append(
+            (
+                named["sample"].clone(),
+                named["timestep"],
+                named["encoder_hidden_states"].clone(),
+                out[0].clone(),
+            )
+        )
 
     left = [i for i in range(len(cases)) if i not in done]
     for start in range(0, len(left), BATCH):
@@ -145,7 +185,9 @@ def collect(pipe: Any, judge: Any, way: Way, cases: list[Case], kind: str, optio
         tools: list[Any] = [da.CFG(way.cfg)] if way.cfg != 1 else []
         if way.nag != 1:
             window = (0.0, math.inf) if way.always else None
-            tools.append(da.NAG(way.nag, negative_prompt=tuple(c.text for c in batch), sigma=window))
+            tools.append(
+                da.NAG(way.nag, negative_prompt=tuple(c.text for c in batch), sigma=window)
+            )
         calls.clear()
         handle = pipe.unet.register_forward_hook(log, with_kwargs=True)
         try:
@@ -155,7 +197,9 @@ def collect(pipe: Any, judge: Any, way: Way, cases: list[Case], kind: str, optio
                     [str(prompts()[c.prompt_id]["prompt"]) for c in batch],
                     num_inference_steps=way.steps,
                     guidance_scale=way.cfg,
-                    generator=[torch.Generator().manual_seed(seed_of(c.prompt_id, c.sample)) for c in batch],
+                    generator=[
+                        torch.Generator().manual_seed(seed_of(c.prompt_id, c.sample)) for c in batch
+                    ],
                     output_type="pt",
                     negative_prompt=[c.text for c in batch] if way.negative else None,
                 ).images
@@ -167,9 +211,23 @@ def collect(pipe: Any, judge: Any, way: Way, cases: list[Case], kind: str, optio
             along, off = effective(pipe, calls, way.cfg, [c.text for c in batch])
         else:
             along, off = way.known * nothing, 0 * nothing
-        for j, (i, seen) in enumerate(zip(left[start : start + BATCH], judge.detect(images), strict=True)):
-            case, wanted = batch[j], [d for d in seen if d.name == batch[j].wanted and d.score > judge.thresholds.threshold]
-            done[i] = {"prompt_id": case.prompt_id, "sample": case.sample, **case.judged(seen, judge), "nfe": session.report().nfe}
+        for j, (i, seen) in enumerate(
+            zip(left[start : start + BATCH], judge.detect(images), strict=True)
+        ):
+            case, wanted = (
+                batch[j],
+                [
+                    d
+                    for d in seen
+                    if d.name == batch[j].wanted and d.score > judge.thresholds.threshold
+                ],
+            )
+            done[i] = {
+                "prompt_id": case.prompt_id,
+                "sample": case.sample,
+                **case.judged(seen, judge),
+                "nfe": session.report().nfe,
+            }
             done[i] |= {
                 "seconds": seconds,
                 "strength": float(along[j]),
@@ -188,14 +246,19 @@ def mean(records: list[Record], key: str) -> float:
 
 
 def bootstrap(records: list[Record], key: str, base: list[Record] | None = None) -> Any:
-    """Of the mean of ``key``, or of its difference to ``base`` image by image; prompts are resampled with all their images."""
+    """Of the mean of ``key``, or of its difference to ``base`` image by image; prompts are
+    resampled with all their images."""
     values: dict[int, list[float]] = {}
     for r, b in zip(records, base or records, strict=True):
-        values.setdefault(r["prompt_id"], []).append(float(r[key]) - (float(b[key]) if base else 0.0))
+        values.setdefault(r["prompt_id"], []).append(
+            float(r[key]) - (float(b[key]) if base else 0.0)
+        )
     return interval([sum(v) / len(v) for v in values.values()], ["all"] * len(values))
 
 
-def row(kind: str, way: Way, records: list[Record], matched: tuple[Way, list[Record]] | None) -> dict[str, Any]:
+def row(
+    kind: str, way: Way, records: list[Record], matched: tuple[Way, list[Record]] | None
+) -> dict[str, Any]:
     """``matched``: CFG's negative prompt at the same effective strength."""
     found: dict[str, Any] = {
         "negated": kind,
@@ -213,42 +276,77 @@ def row(kind: str, way: Way, records: list[Record], matched: tuple[Way, list[Rec
 
 
 def advise(rows: list[dict[str, Any]]) -> None:
-    """A sentence for objects and one for colours, in the row of NAG's best way for objects, from the table's figures alone."""
+    """A sentence for objects and one for colours, in the row of NAG's best way for objects, from
+    the table's figures alone."""
     said, place = [], None
-    for kind, what in (("object", "Removes a negated object and keeps the other"), ("colour", "A negated colour")):
+    for kind, what in (
+        ("object", "Removes a negated object and keeps the other"),
+        ("colour", "A negated colour"),
+    ):
         mine = [r for r in rows if r["negated"] == kind]
-        ours = max((r for r in mine if r["method"].startswith("NAG")), key=lambda r: r["gone and kept"])
+        ours = max(
+            (r for r in mine if r["method"].startswith("NAG")), key=lambda r: r["gone and kept"]
+        )
         place = place or ours
-        equal = next(r for r in mine if r["method"] == ours["CFG's negative prompt at equal strength"])
+        equal = next(
+            r for r in mine if r["method"] == ours["CFG's negative prompt at equal strength"]
+        )
         best = max((r for r in mine if "negative" in r["method"]), key=lambda r: r["gone and kept"])
         n, o, e, b = (f"{100 * r['gone and kept']:.0f}%" for r in (mine[0], ours, equal, best))
         said.append(
-            f"{what} in {o} at {ours['NFE']:.0f} NFE without guidance ({ours['method']}; nothing: {n}); CFG's negative prompt: {e} at "
-            f"equal strength, {b} at most ({best['method'].removesuffix(' negative')}), both at {best['NFE']:.0f} NFE."
+            f"{what} in {o} at {ours['NFE']:.0f} NFE without guidance ({ours['method']}; nothing: "
+            f"{n}); CFG's negative prompt: {e} at "
+            f"equal strength, {b} at most ({best['method'].removesuffix(' negative')}), both at "
+            f"{best['NFE']:.0f} NFE."
         )
     assert place is not None
     place |= {"technique": "nag", "advice": " ".join(said)}
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Share of images without what was negated, the rest kept, by effective strength: objects above, colours below."""
+    """Share of images without what was negated, the rest kept, by effective strength: objects
+    above, colours below."""
     pictures = []
     for kind, many in (("object", "objects"), ("colour", "colours")):
         mine = [r for r in rows if r["negated"] == kind]
         nags = [r for r in mine if r["method"].startswith("NAG")]
         groups = {"NAG, 20 NFE": [r for r in nags if "every" not in r["method"]]}
         groups["NAG at every step"] = [r for r in nags if "every" in r["method"]]
-        groups["negative prompt, 40 NFE"] = [r for r in mine if "negative" in r["method"] and "," not in r["method"]]
-        groups["negative prompt, 20 NFE"] = [r for r in mine if "negative" in r["method"] and "," in r["method"]]
-        groups["CFG with NAG, 40 NFE"] = [r for r in mine if "CFG" in r["method"] and "NAG" in r["method"]]
-        groups["CFG, nothing negated"] = [r for r in mine if r["method"].startswith("CFG") and len(r["method"].split()) == 2]
+        groups["negative prompt, 40 NFE"] = [
+            r for r in mine if "negative" in r["method"] and "," not in r["method"]
+        ]
+        groups["negative prompt, 20 NFE"] = [
+            r for r in mine if "negative" in r["method"] and "," in r["method"]
+        ]
+        groups["CFG with NAG, 40 NFE"] = [
+            r for r in mine if "CFG" in r["method"] and "NAG" in r["method"]
+        ]
+        groups["CFG, nothing negated"] = [
+            r for r in mine if r["method"].startswith("CFG") and len(r["method"].split()) == 2
+        ]
         curves = []
         for label, group in groups.items():
             group = sorted(group, key=lambda r: r["effective strength"])
-            low, high = zip(*(map(float, r["gone and kept 95%"].strip("[]").split(", ")) for r in group))
-            curves.append(Curve(label, [(r["effective strength"], r["gone and kept"]) for r in group], low=low, high=high))
+            low, high = zip(
+                *(map(float, r["gone and kept 95%"].strip("[]").split(", ")) for r in group)
+            )
+            curves.append(
+                Curve(
+                    label,
+                    [(r["effective strength"], r["gone and kept"]) for r in group],
+                    low=low,
+                    high=high,
+                )
+            )
         title = f"Negated {many}: share of images without it that keep the rest, with 95% intervals"
-        pictures.append(chart(curves, title=title, x_label="effective strength of the negative text (1: none)", y_label="share"))
+        pictures.append(
+            chart(
+                curves,
+                title=title,
+                x_label="effective strength of the negative text (1: none)",
+                y_label="share",
+            )
+        )
     page = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)), "white")
     for i, picture in enumerate(pictures):
         page.paste(picture, (0, i * pictures[0].height))
@@ -256,32 +354,61 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def sheet(
-    results: dict[tuple[str, Way], list[Record]], cases: list[Case], ways: list[Way], folder: Path, file: Path, count: int = 6
+    results: dict[tuple[str, Way], list[Record]],
+    cases: list[Case],
+    ways: list[Way],
+    folder: Path,
+    file: Path,
+    count: int = 6,
 ) -> None:
-    """The first images, in the order of the prompts, whose object was there without negation and gone under at least one of ``ways``."""
+    """The first images, in the order of the prompts, whose object was there without negation and
+    gone under at least one of ``ways``."""
     chosen = [
         i
         for i in range(len(cases))
-        if not results["object", ways[0]][i]["gone"] and any(results["object", way][i]["both"] for way in ways[1:])
+        if not results["object", ways[0]][i]["gone"]
+        and any(results["object", way][i]["both"] for way in ways[1:])
     ]
     rows, labels = [], []
     for i in chosen[:count]:
         case = cases[i]
         labels.append(f"{prompts()[case.prompt_id]['prompt']}; not: {case.text}")
-        pictures = [Image.open(folder / "object" / w.name.replace(" ", "-") / f"{case.prompt_id}-{case.sample}.png") for w in ways]
-        rows.append([Cell(picture, correct=bool(results["object", w][i]["both"])) for picture, w in zip(pictures, ways)])
+        pictures = [
+            Image.open(
+                folder / "object" / w.name.replace(" ", "-") / f"{case.prompt_id}-{case.sample}.png"
+            )
+            for w in ways
+        ]
+        rows.append(
+            [
+                Cell(picture, correct=bool(results["object", w][i]["both"]))
+                for picture, w in zip(pictures, ways)
+            ]
+        )
     columns = [f"{way.name}\n{mean(results['object', way], 'nfe'):.0f} NFE" for way in ways]
     footer = (
-        f"The first {len(rows)} of {len(chosen)} images (of {len(cases)}) in which one of the three removed what was there; same noise."
+        f"The first {len(rows)} of {len(chosen)} images (of {len(cases)}) in which one of the "
+        "three removed what was there; same noise."
     )
-    contact_sheet(rows, labels, columns, title="A negated object: gone, and the other kept?", footer=footer, size=192).save(file)
+    contact_sheet(
+        rows,
+        labels,
+        columns,
+        title="A negated object: gone, and the other kept?",
+        footer=footer,
+        size=192,
+    ).save(file)
 
 
 def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
     """Tables and pictures ``negation*`` in ``options.output``."""
     scale, results, matches = options.scale, {}, {}
     cases = {"object": objects(), "colour": colours(pipe, judge, options, bar)}
-    nags = [Way(nag=s) for s in (3.0, 5.0, 9.0)] + [Way(nag=s, always=True) for s in (3.0, 5.0)] + [Way(scale, nag=s) for s in (3.0, 5.0)]
+    nags = (
+        [Way(nag=s) for s in (3.0, 5.0, 9.0)]
+        + [Way(nag=s, always=True) for s in (3.0, 5.0)]
+        + [Way(scale, nag=s) for s in (3.0, 5.0)]
+    )
     others = [Way(), Way(scale), *(Way(s, negative=True) for s in (scale, 2.0, 3.0, 5.0))]
     ways: dict[str, list[Way]] = {}
     for kind, mine in cases.items():
@@ -289,7 +416,10 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
         for way in (*others, *nags):
             results[kind, way] = collect(pipe, judge, way, mine, kind, options, bar)
             if way.negative and abs(mean(results[kind, way], "strength") - way.cfg) > 1e-3:
-                raise SystemExit(f"{way.name} has strength {mean(results[kind, way], 'strength'):.4f}: the measure of strength is wrong.")
+                raise SystemExit(
+                    f"{way.name} has strength {mean(results[kind, way], 'strength'):.4f}: the "
+                    "measure of strength is wrong."
+                )
         for way in nags:
             strength = round(mean(results[kind, way], "strength"), 2)
             equal = Way(strength, negative=True)
@@ -300,19 +430,30 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
             matches[kind, way] = equal
             ways[kind].append(way)
     rows = [
-        row(kind, way, results[kind, way], (m, results[kind, m]) if (m := matches.get((kind, way))) else None)
+        row(
+            kind,
+            way,
+            results[kind, way],
+            (m, results[kind, m]) if (m := matches.get((kind, way))) else None,
+        )
         for kind in cases
         for way in ways[kind]
     ]
     advise(rows)
     title = (
-        f"What was negated is gone, the other object is kept: {len(cases['object'])} images for objects, {len(cases['colour'])} for colours"
+        f"What was negated is gone, the other object is kept: {len(cases['object'])} images for "
+        f"objects, {len(cases['colour'])} for colours"
     )
     write("negation", rows, options, title=f"{title}; emoji, {STEPS} steps")
     with (Path(options.output) / "negation.md").open("a") as page:
-        page.write("\n![Share by effective strength](negation.png)\n\n![The same noise under four ways](negation-images.png)\n")
+        page.write(
+            "\n![Share by effective strength](negation.png)\n\n![The same noise under four "
+            "ways](negation-images.png)\n"
+        )
     plot(rows, Path(options.output) / "negation.png")
-    strongest = max((way for way in nags if way.cfg == 1), key=lambda way: mean(results["object", way], "both"))
+    strongest = max(
+        (way for way in nags if way.cfg == 1), key=lambda way: mean(results["object", way], "both")
+    )
     columns = [Way(), matches["object", strongest], Way(5.0, negative=True), strongest]
     folder = Path(options.runs_folder) / fingerprint(pipe.unet)
     sheet(results, cases["object"], columns, folder, Path(options.output) / "negation-images.png")

@@ -1,9 +1,11 @@
-"""What does a session cost? Plain CFG through a session against the pipeline's own CFG: equal evaluations, paired, medians.
+"""What does a session cost? Plain CFG through a session against the pipeline's own CFG: equal
+evaluations, paired, medians.
 
     python benchmarks/overhead.py [--runs 20] [--compile] [--output benchmarks/results]
 
-The network of the first table has at least 5 M parameters; the per-family table uses networks of a few kilobytes, where the
-session's fixed cost per step is all one sees, so it is given in milliseconds per step.
+The network of the first table has at least 5 M parameters; the per-family table uses networks of a
+few kilobytes, where the session's fixed cost per step is all one sees, so it is given in
+milliseconds per step.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from results import write
 
 import diffalign as da
-from diffalign.adapters.registry import ROWS
+from diffalign.families.table import ROWS
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_unet_pipeline
 
 FAMILIES = [
@@ -41,14 +43,16 @@ FAMILIES = [
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds; with one thread the second does not see what else the machine is doing."""
+    """Wall and processor seconds; with one thread the second does not see what else the machine is
+    doing."""
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def paired(pipe: Any, name: str, batch: int, steps: int, runs: int) -> dict[str, float]:
-    """Median seconds of native and tapped runs, and medians of the paired ratios; the order alternates."""
+    """Median seconds of native and tapped runs, and medians of the paired ratios; the order
+    alternates."""
     pipe.set_progress_bar_config(disable=True)
     gate = ROWS[name].gates[0]
 
@@ -56,7 +60,9 @@ def paired(pipe: Any, name: str, batch: int, steps: int, runs: int) -> dict[str,
         pipe(**{**tiny_inputs(name, batch=batch, steps=steps), gate: 4.0})
 
     def tapped() -> tuple[float, float]:
-        with da.apply(pipe, da.CFG()):  # entering is not timed: it is paid once, whatever is drawn in the block
+        with da.apply(
+            pipe, da.CFG()
+        ):  # entering is not timed: it is paid once, whatever is drawn in the block
             return seconds(call)
 
     call()
@@ -83,7 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--compile", action="store_true", help="compile the denoiser of the large network as well")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the denoiser of the large network as well"
+    )
     parser.add_argument("--output", default="benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -96,12 +104,20 @@ def main() -> None:
                 torch._dynamo.reset()
                 pipe.unet.compile()
             network = f"U-Net {size / 1e6:.1f} M" + (", compiled" if compiled else "")
-            rows.append({"network": network, "batch": batch} | paired(pipe, "StableDiffusionPipeline", batch, options.steps, options.runs))
+            rows.append(
+                {"network": network, "batch": batch}
+                | paired(pipe, "StableDiffusionPipeline", batch, options.steps, options.runs)
+            )
     for name in FAMILIES:
         for batch in (1, 2, 8):
             few = paired(tiny_pipeline(name), name, batch, 4, max(options.runs // 2, 3))
             rows.append({"network": f"tiny {name}", "batch": batch} | few)
-    write("overhead", rows, options, title="Session overhead: plain CFG through a session against native CFG")
+    write(
+        "overhead",
+        rows,
+        options,
+        title="Session overhead: plain CFG through a session against native CFG",
+    )
 
 
 if __name__ == "__main__":

@@ -37,16 +37,34 @@ def measured(name: str) -> str:
     if name == "cfg":
         plain = [row for row in results("guidance") if re.fullmatch(r"CFG [\d.]+", row["method"])]
         if plain:
-            best, off = max(plain, key=lambda row: row["score"]), next(row for row in plain if row["method"] == "CFG 1")
+            best, off = (
+                max(plain, key=lambda row: row["score"]),
+                next(row for row in plain if row["method"] == "CFG 1"),
+            )
             scale = best["method"].removeprefix("CFG ")
             return f"best of the sweep: {best['score']:.3f} at scale {scale}; {off['score']:.3f} without guidance"
     for file in ("guidance", "negation", "pladis"):
         rows = [row for row in results(file) if row.get("technique") == name]
         if rows:
             row = rows[0]
-            against = next((value.partition(" (")[0] for key, value in row.items() if key.startswith("vs best")), "")
-            said = f"{row['method']}: {against}, {round(row['NFE'], 1):g} NFE. {row['advice']}" if against else row["advice"]
-            repairs = [f" {other['method']}: {other['advice']}" for other in rows[1:] if "too strong" in other["advice"]]
+            against = next(
+                (
+                    value.partition(" (")[0]
+                    for key, value in row.items()
+                    if key.startswith("vs best")
+                ),
+                "",
+            )
+            said = (
+                f"{row['method']}: {against}, {round(row['NFE'], 1):g} NFE. {row['advice']}"
+                if against
+                else row["advice"]
+            )
+            repairs = [
+                f" {other['method']}: {other['advice']}"
+                for other in rows[1:]
+                if "too strong" in other["advice"]
+            ]
             return said + "".join(repairs)
     return "not measured yet"
 
@@ -55,7 +73,7 @@ def row_of(name: str) -> str:
     """The README's row of a technique."""
     module = BUILTIN[name].partition(":")[0]
     source = module.replace(".", "/") + ".py"
-    test = f"tests/{Path(source).parent.name}/test_{Path(source).stem}.py"
+    test = f"tests/{Path(source).parent.relative_to('diffalign')}/test_{Path(source).stem}.py"
     test = test if (ROOT / test).is_file() else str(Path(test).parent)
     facts = describe(name, da.methods()[name])
     cost = facts["cost"].partition(". ")[0].rstrip(".")
@@ -64,23 +82,35 @@ def row_of(name: str) -> str:
 
 def render(text: str) -> str:
     """The README with its table written anew."""
-    table = "| name | paper | cost | measured on `emoji` | where |\n|---|---|---|---|---|\n" + "".join(
-        row_of(name) + "\n" for name in BUILTIN
+    table = (
+        "| name | paper | cost | measured on `emoji` | where |\n|---|---|---|---|---|\n"
+        + "".join(row_of(name) + "\n" for name in BUILTIN)
     )
     if not SECTION.search(text):
-        raise ValueError("README.md: expected the two comments around the table of techniques; put them back")
+        raise ValueError(
+            "README.md: expected the two comments around the table of techniques; put them back"
+        )
     return SECTION.sub(lambda found: found[1] + table + found[2], text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the table is not what the results say")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; fail when the table is not what the results say",
+    )
     options = parser.parse_args()
     path = ROOT / "README.md"
     old = path.read_text(encoding="utf-8")
     new = render(old)
     if options.check:
-        sys.exit("README.md: the table of techniques is not what the results say; run python benchmarks/readme.py" if new != old else 0)
+        sys.exit(
+            "README.md: the table of techniques is not what the results say; run python "
+            "benchmarks/readme.py"
+            if new != old
+            else 0
+        )
     path.write_text(new, encoding="utf-8")
 
 

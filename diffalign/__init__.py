@@ -1,13 +1,31 @@
 """diffalign: inference-time alignment and guidance for Hugging Face diffusers pipelines."""
 
-from . import core, rewards
-from .adapters import Report, Session, active, apply, disable, enable, guider, preset, supports, techniques_of
-from .attention import NAG, PLADIS
-from .core import Budget, BudgetExceeded, Cancelled, GuidanceMismatch, SessionError, UnsupportedModel
-from .core.registry import methods
-from .embedded import load
-from .guidance import *  # noqa: F403
-from .guidance import __all__ as _guidance
+from diffalign import core, rewards
+from diffalign.attention import NAG, PLADIS
+from diffalign.core import (
+    Budget,
+    BudgetExceeded,
+    Cancelled,
+    GuidanceMismatch,
+    SessionError,
+    UnsupportedModel,
+)
+from diffalign.core.registry import methods
+from diffalign.embedded import load
+from diffalign.guidance import *  # noqa: F403
+from diffalign.guidance import __all__ as _guidance
+from diffalign.seams import (
+    Report,
+    Session,
+    active,
+    apply,
+    disable,
+    enable,
+    guider,
+    preset,
+    supports,
+    techniques_of,
+)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,7 +9,8 @@ import diffalign as da
 
 pipe = da.load("emoji")
 generator = torch.Generator().manual_seed(0)
-# with gamma above 0 the scale counts in norms of the difference, so it does not compare with a CFG scale
+# with gamma above 0 the scale counts in norms of the difference, so it does not compare with a CFG
+# scale
 with da.apply(pipe, da.BetaCFG(5.0, a=2.0, b=2.0, gamma=0.5)) as session:
     image = pipe("a red apple", num_inference_steps=20, generator=generator).images[0]
 print(session.report())

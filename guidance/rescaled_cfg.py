@@ -1,4 +1,5 @@
-"""CFG with the conditional prediction's standard deviation (Lin et al. 2023): against over-exposed images.
+"""CFG with the conditional prediction's standard deviation (Lin et al. 2023): against over-exposed
+images.
 
 Run: python guidance/rescaled_cfg.py
 """

@@ -1,4 +1,5 @@
-"""TCFG (Kwon et al. 2025): only the part of the unconditional prediction that both predictions share is used.
+"""TCFG (Kwon et al. 2025): only the part of the unconditional prediction that both predictions
+share is used.
 
 Run: python guidance/tcfg.py
 """

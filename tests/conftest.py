@@ -16,7 +16,11 @@ _unmarked: list[str] = []
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fail-on-skip", action="store_true", help="fail when a test was skipped that is not marked gpu or hub")
+    parser.addoption(
+        "--fail-on-skip",
+        action="store_true",
+        help="fail when a test was skipped that is not marked gpu or hub",
+    )
 
 
 def pytest_configure(config):
@@ -40,7 +44,9 @@ def benchmark_module():
         patch.syspath_prepend(str(folder))
 
         def load(name):
-            spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+            spec = importlib.util.spec_from_file_location(
+                f"benchmark_{name}", folder / f"{name}.py"
+            )
             module = importlib.util.module_from_spec(spec)
             patch.setitem(sys.modules, spec.name, module)
             spec.loader.exec_module(module)
@@ -51,7 +57,8 @@ def benchmark_module():
 
 @pytest.fixture(autouse=True)
 def _same_attention_backend():
-    """``model.set_attention_backend`` changes a setting of the whole process; the next test starts from the usual one."""
+    """``model.set_attention_backend`` changes a setting of the whole process; the next test starts
+    from the usual one."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
     before = registry._active_backend
@@ -67,7 +74,11 @@ def _no_network(request, monkeypatch):
     connect = socket.socket.connect
 
     def local_only(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
             raise OSError(f"A test tried to reach {address[0]!r}; tests run without a network.")
         return connect(self, address)
 
@@ -75,9 +86,16 @@ def _no_network(request, monkeypatch):
 
 
 def pytest_runtest_logreport(report):
-    """Called in the controlling process too when tests run in several, where the exit code is decided."""
-    if report.skipped and not hasattr(report, "wasxfail") and not any(name in report.keywords for name in ALLOWED):
-        _unmarked.append(f"{report.nodeid}: {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}")
+    """Called in the controlling process too when tests run in several, where the exit code is
+    decided."""
+    if (
+        report.skipped
+        and not hasattr(report, "wasxfail")
+        and not any(name in report.keywords for name in ALLOWED)
+    ):
+        _unmarked.append(
+            f"{report.nodeid}: {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}"
+        )
 
 
 def pytest_collectreport(report):

@@ -1,4 +1,5 @@
-"""What the package promises as a whole: layout, layers, imports, what a wheel holds, and nothing of the machine it was written on."""
+"""What the package promises as a whole: layout, layers, imports, what a wheel holds, and nothing of
+the machine it was written on."""
 
 import ast
 import os
@@ -21,18 +22,22 @@ PACKAGE = ROOT / "diffalign"
 COMPANIONS = ("guidance", "noise_opt", "search", "rewards", "app")
 # a module may import its own layer and those below it; `testing` is for tests and stands outside
 LAYERS = (
-    ("core",),
-    ("adapters", "kernels", "embedded"),
-    ("guidance", "attention", "pruning"),
-    ("sampling", "rewards"),
+    ("core", "kernels", "drawing", "tasks"),
+    ("families",),
+    ("seams",),
+    ("embedded",),
+    ("guidance", "attention", "pruning", "rewards"),
     ("search", "noise_opt"),
+    ("generate",),
+    ("calibration",),
     ("eval",),
     ("cli", "app"),
     ("__main__",),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
-# rules on plain values, without a model, an image or a tensor: they may be used from every layer, and import nothing but each other
-PURE = {f"diffalign.eval.{name}" for name in ("geneval", "geneval_prompts", "geneval_summary")}
+# rules on plain values, without a model, an image or a tensor: they may be used from every layer,
+# and import nothing but each other
+PURE = {f"diffalign.tasks.geneval.{name}" for name in ("verdict", "prompts", "summary")}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
@@ -44,18 +49,28 @@ def name_of(path):
 
 def imports(path, nodes):
     """Dotted names that these statements of a module import, relative ones made absolute."""
-    package = name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    package = (
+        name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    )
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")] if node.level else node.module.split(".")
+            base = (
+                [*package[: len(package) + 1 - node.level], *(node.module or "").split(".")]
+                if node.level
+                else node.module.split(".")
+            )
             base = [part for part in base if part]
-            yield from (".".join([*base, alias.name]) if base == ["diffalign"] else ".".join(base) for alias in node.names)
+            yield from (
+                ".".join([*base, alias.name]) if base == ["diffalign"] else ".".join(base)
+                for alias in node.names
+            )
 
 
 def at_import(tree):
-    """Statements that run when the module is imported: not those inside functions, nor those for type checkers only."""
+    """Statements that run when the module is imported: not those inside functions, nor those for
+    type checkers only."""
     todo = list(tree.body)
     while todo:
         node = todo.pop()
@@ -68,7 +83,8 @@ def at_import(tree):
 
 
 def part_of(name):
-    """The part of the package that a dotted name belongs to: "guidance" for diffalign.guidance.cfg, None for the rest of the world."""
+    """The part of the package that a dotted name belongs to: "guidance" for diffalign.guidance.cfg,
+    None for the rest of the world."""
     parts = name.split(".")
     return parts[1] if parts[0] == "diffalign" and len(parts) > 1 else None
 
@@ -88,34 +104,78 @@ def test_imports_point_downwards(path):
         assert name != "diffalign", f"{name_of(path)} imports the whole package"
         if other is not None and other != mine:
             assert other != "testing", f"{name_of(path)} imports test tools: {name}"
-            assert name in PURE or LAYER.get(other, -1) <= LAYER[mine], f"{name_of(path)} imports upwards: {name}"
+            assert name in PURE or LAYER.get(other, -1) <= LAYER[mine], (
+                f"{name_of(path)} imports upwards: {name}"
+            )
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if name_of(path) in PURE], ids=name_of)
 def test_pure_rules_import_nothing_but_each_other(path):
-    assert set(imports(path, ast.walk(PARSED[path]))) <= PURE | sys.stdlib_module_names | {"collections.abc", "importlib.resources"} | {
-        "importlib.resources.abc"
-    }
+    assert set(imports(path, ast.walk(PARSED[path]))) <= PURE | sys.stdlib_module_names | {
+        "collections.abc",
+        "importlib.resources",
+    } | {"importlib.resources.abc"}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if part_of(name_of(path)) == "core"], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if part_of(name_of(path)) == "core"], ids=name_of
+)
 def test_core_imports_torch_and_nothing_of_ours_even_inside_functions(path):
-    ours = {part_of(name) for name in imports(path, ast.walk(PARSED[path])) if name.startswith("diffalign")}
+    ours = {
+        part_of(name)
+        for name in imports(path, ast.walk(PARSED[path]))
+        if name.startswith("diffalign")
+    }
     assert ours <= {"core"}
-    others = {name.split(".")[0] for name in imports(path, at_import(PARSED[path]))} - sys.stdlib_module_names - {"diffalign"}
+    others = (
+        {name.split(".")[0] for name in imports(path, at_import(PARSED[path]))}
+        - sys.stdlib_module_names
+        - {"diffalign"}
+    )
     assert others <= {"torch", "PIL"}
 
 
 def test_importing_diffalign_loads_no_model_library():
     code = "import sys, diffalign; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"diffusers", "transformers", "accelerate", "open_clip", "triton", "gradio", "typer", "rich", "xformers", "scipy"}
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+    assert not loaded & {
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "open_clip",
+        "triton",
+        "gradio",
+        "typer",
+        "rich",
+        "xformers",
+        "scipy",
+    }
 
 
 def test_importing_the_command_line_loads_no_model_library():
-    code = "import sys, diffalign.cli; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"diffusers", "transformers", "accelerate", "open_clip", "triton", "gradio", "xformers", "scipy"}
+    code = (
+        "import sys, diffalign.cli; print(*sorted({name.partition('.')[0] for name in "
+        "sys.modules}))"
+    )
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+    assert not loaded & {
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "open_clip",
+        "triton",
+        "gradio",
+        "xformers",
+        "scipy",
+    }
 
 
 def test_every_public_name_exists():
@@ -128,7 +188,9 @@ def test_every_public_name_exists():
             assert hasattr(module, name), f"{module.__name__}.{name}"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__main__.py"], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if path.name != "__main__.py"], ids=name_of
+)
 def test_every_module_can_be_imported(path):
     import_module(name_of(path))
 
@@ -136,14 +198,23 @@ def test_every_module_can_be_imported(path):
 def test_third_party_imports_are_declared():
     """Whatever the package imports, even inside a function, is a dependency or belongs to an extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
     declared = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in lines}
     distributions = packages_distributions()
     for path, tree in PARSED.items():
-        for top in {name.split(".")[0] for name in imports(path, ast.walk(tree))} - sys.stdlib_module_names - {"diffalign"}:
+        for top in (
+            {name.split(".")[0] for name in imports(path, ast.walk(tree))}
+            - sys.stdlib_module_names
+            - {"diffalign"}
+        ):
             found = {name.lower().replace("_", "-") for name in distributions.get(top, [top])}
             extra = {"huggingface-hub", "tokenizers"}  # of diffusers and transformers
-            assert found & (declared | extra), f"{name_of(path)} imports {top}, which pyproject.toml does not declare"
+            assert found & (declared | extra), (
+                f"{name_of(path)} imports {top}, which pyproject.toml does not declare"
+            )
 
 
 def test_companion_folders_are_no_packages():
@@ -156,18 +227,31 @@ def files_of_the_project():
     """Files that git would commit, or everything of a source archive."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
-        return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
-    return [path for path in ROOT.rglob("*") if path.is_file() and not {".git", ".venv", ".venv-ci", "runs"} & set(path.parts)]
+        return [
+            ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()
+        ]
+    return [
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file() and not {".git", ".venv", ".venv-ci", "runs"} & set(path.parts)
+    ]
 
 
 def test_no_machine_paths():
     """No path of the machine it was written on, and no package index."""
     trees = ("work", "root", "tmp", "home", "mnt", "opt")
-    machine = re.compile(rf"(?<![\w.~}}])/(?:{'|'.join(trees)})/\w|\b(?:pypi|registry)\.[a-z.-]+\.(?:com|net|org|io)\b|/simple/?\b")
+    machine = re.compile(
+        rf"(?<![\w.~}}])/(?:{'|'.join(trees)})/\w|\b(?:pypi|registry)\.[a-z.-]+\.(?:com|net|org|io)\b|/simple/?\b"
+    )
     # the tests' own arguments, and files that are other people's text
     for path in files_of_the_project():
         data = path.read_bytes()
-        if b"\0" in data[:8192] or "data" in path.parts or "models" in path.parts or path == Path(__file__):
+        if (
+            b"\0" in data[:8192]
+            or "data" in path.parts
+            or "models" in path.parts
+            or path == Path(__file__)
+        ):
             continue
         found = machine.search(data.decode("utf-8", errors="replace"))
         assert found is None, f"{path.relative_to(ROOT)} holds {found[0]!r}"
@@ -185,27 +269,58 @@ def test_techniques_are_frozen_dataclasses_with_one_positional_option():
     for name, cls in diffalign.methods().items():
         assert dataclasses.is_dataclass(cls), name
         assert cls.__dataclass_params__.frozen, name
-        positional = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert positional in ([], ["scale"], ["strength"], ["keep"]) or len(positional) == 1, (name, positional)
+        positional = [
+            p.name
+            for p in inspect.signature(cls).parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        assert positional in ([], ["scale"], ["strength"], ["keep"]) or len(positional) == 1, (
+            name,
+            positional,
+        )
 
 
 @pytest.mark.slow
 def test_wheel_built_from_the_source_archive_is_the_package(tmp_path):
-    """The archive builds, and the wheel built from it has one top-level package with every module and data file of the tree."""
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    built = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INDEX": "1"})
+    """The archive builds, and the wheel built from it has one top-level package with every module
+    and data file of the tree."""
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    built = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INDEX": "1"}
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,), (archive,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == {"diffalign"}
     tree = {
-        p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".pyc"
+        p.relative_to(ROOT).as_posix()
+        for p in PACKAGE.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".pyc"
     }
     assert {name for name in held if name.startswith("diffalign/")} == tree
     assert "diffalign/py.typed" in held
     assert any(name.endswith("licenses/LICENSE") for name in held)
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "tests/test_package.py", "Makefile", "constraints.txt"} <= names
-    assert not [name for name in names if name.split("/")[0] in ("runs", "outputs", ".venv", ".venv-ci", "dist")]
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "tests/test_package.py",
+        "Makefile",
+        "constraints.txt",
+    } <= names
+    assert not [
+        name
+        for name in names
+        if name.split("/")[0] in ("runs", "outputs", ".venv", ".venv-ci", "dist")
+    ]
     assert wheel.stat().st_size < 64e6, "the embedded models may take 60 MB together"

@@ -45,13 +45,24 @@ def test_a_module_that_skips_itself_fails_too(suite, pytester):
 def test_marked_tests_may_skip(suite, mark, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("DIFFALIGN_HUB", raising=False)
-    code, out = suite(f"import pytest\n\ndef test_runs(): pass\n\n@pytest.mark.{mark}\ndef test_marked(): assert False\n", "--fail-on-skip")
+    code, out = suite(
+        f"import pytest\n\ndef test_runs(): pass\n\n@pytest.mark.{mark}\ndef test_marked(): "
+        "assert False\n",
+        "--fail-on-skip",
+    )
     assert code == 0
     assert "1 passed, 1 skipped" in out
 
 
 def test_expected_failures_are_no_skips(suite):
-    assert suite("import pytest\n\n@pytest.mark.xfail\ndef test_known(): assert False\n\ndef test_runs(): pass\n", "--fail-on-skip")[0] == 0
+    assert (
+        suite(
+            "import pytest\n\n@pytest.mark.xfail\ndef test_known(): assert False\n\ndef "
+            "test_runs(): pass\n",
+            "--fail-on-skip",
+        )[0]
+        == 0
+    )
 
 
 def test_a_failure_stays_a_failure_and_no_test_is_exit_five(suite):
@@ -60,7 +71,10 @@ def test_a_failure_stays_a_failure_and_no_test_is_exit_five(suite):
 
 
 def test_no_test_reaches_the_network(suite):
-    code = "import socket\n\ndef test_out():\n    socket.create_connection(('192.0.2.1', 80), timeout=1)\n"
+    code = (
+        "import socket\n\ndef test_out():\n    socket.create_connection(('192.0.2.1', 80), "
+        "timeout=1)\n"
+    )
     ret, out = suite(code)
     assert ret == 1
     assert "tests run without a network" in out

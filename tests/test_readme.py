@@ -1,4 +1,5 @@
-"""README and docs: every Python block of the README runs, every command exists, every technique has its row, every link its file."""
+"""README and docs: every Python block of the README runs, every command exists, every technique has
+its row, every link its file."""
 
 import ast
 import json
@@ -18,11 +19,17 @@ from diffalign.testing.tiny import tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [page for name in ("guidance", "noise_opt", "search", "rewards", "app") if (page := ROOT / name / "README.md").is_file()]
+PAGES += [
+    page
+    for name in ("guidance", "noise_opt", "search", "rewards", "app")
+    if (page := ROOT / name / "README.md").is_file()
+]
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
 
 
 def script(name):
@@ -37,7 +44,9 @@ def script(name):
 def models(monkeypatch):
     """Where the embedded model is not installed, a tiny one of random weights takes its place."""
     if not any(model.name == "emoji" for model in import_module("diffalign.embedded").available()):
-        monkeypatch.setattr(da, "load", lambda name: tiny_pipeline("StableDiffusionPipeline", text=True))
+        monkeypatch.setattr(
+            da, "load", lambda name: tiny_pipeline("StableDiffusionPipeline", text=True)
+        )
 
 
 def test_python_of_the_readme_runs(models, tmp_path, monkeypatch, capsys):
@@ -61,8 +70,14 @@ def test_python_of_every_page_is_python_and_its_imports_exist(page):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffalign"):
                 module = import_module(node.module)
                 for alias in node.names:
-                    assert hasattr(module, alias.name), f"{page.name}: from {node.module} import {alias.name}"
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "da":
+                    assert hasattr(module, alias.name), (
+                        f"{page.name}: from {node.module} import {alias.name}"
+                    )
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "da"
+            ):
                 assert hasattr(da, node.attr), f"{page.name}: da.{node.attr}"
 
 
@@ -88,7 +103,11 @@ def test_commands_of_every_page_exist(page):
         if hasattr(command, "commands"):
             assert words[2] in command.commands, line
             command = command.commands[words[2]]
-        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        known = {
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         for i, word in enumerate(words):
             assert not word.startswith("-") or word in known, f"{line}: {word}"
             if word in ("-t", "--technique"):
@@ -103,7 +122,13 @@ def test_the_table_is_what_the_results_say():
 def test_a_changed_result_changes_the_table(tmp_path, monkeypatch):
     """Every cell of a measured technique comes from the result files."""
     readme = script("readme")
-    row = {"technique": "apg", "method": "APG 9", "NFE": 40.0, "vs best (CFG 2)": "-0.123 [-0.2, -0.1] (CFG 2)", "advice": "Leave it off."}
+    row = {
+        "technique": "apg",
+        "method": "APG 9",
+        "NFE": 40.0,
+        "vs best (CFG 2)": "-0.123 [-0.2, -0.1] (CFG 2)",
+        "advice": "Leave it off.",
+    }
     (tmp_path / "guidance.json").write_text(json.dumps({"rows": [row]}))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert "APG 9: -0.123 [-0.2, -0.1], 40 NFE. Leave it off." in readme.row_of("apg")
@@ -111,5 +136,7 @@ def test_a_changed_result_changes_the_table(tmp_path, monkeypatch):
 
 
 def test_every_row_names_a_technique():
-    names = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    names = re.findall(
+        r"^\| `([a-z0-9-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M
+    )
     assert set(names) == set(BUILTIN)

@@ -1,7 +1,8 @@
-"""Attention techniques: one file each. ``base.py`` is the contract, ``pladis.py`` the smallest example."""
+"""Attention techniques: one file each. ``base.py`` is the contract, ``pladis.py`` the smallest
+example."""
 
-from .base import AttentionTechnique
-from .nag import NAG
-from .pladis import PLADIS
+from diffalign.attention.nag.nag import NAG
+from diffalign.attention.pladis import PLADIS
+from diffalign.seams.attention.base import AttentionTechnique
 
 __all__ = ["NAG", "PLADIS", "AttentionTechnique"]

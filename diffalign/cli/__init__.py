@@ -1,6 +1,8 @@
-"""The command line: ``diffalign generate | compare | fit | calibrate | models | methods | env``, one file per command.
+"""The command line: ``diffalign generate | compare | fit | calibrate | models | methods | env``,
+one file per command.
 
-Exit codes: 0 done, 2 bad input (one line on standard error, before anything is computed), 130 after Ctrl-C, 1 anything unexpected.
+Exit codes: 0 done, 2 bad input (one line on standard error, before anything is computed), 130 after
+Ctrl-C, 1 anything unexpected.
 """
 
 import os
@@ -9,18 +11,22 @@ from typing import Annotated
 
 import typer
 
-from .calibrate import calibrate
-from .compare import compare
-from .env import env
-from .fit import fit
-from .generate import generate
-from .methods import methods
-from .models import models
-from .problem import complain
+from diffalign.cli.calibrate import calibrate
+from diffalign.cli.compare import compare
+from diffalign.cli.env import env
+from diffalign.cli.fit import fit
+from diffalign.cli.generate import generate
+from diffalign.cli.methods import methods
+from diffalign.cli.models import models
+from diffalign.cli.problem import complain
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 for function in (generate, compare, models, methods, env):
     app.command()(function)
 app.add_typer(fit, name="fit")
@@ -37,7 +43,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Inference-time alignment and guidance for diffusers pipelines."""
 
@@ -49,7 +57,8 @@ def main(program: typer.Typer = app) -> None:
     except typer.Abort:
         complain("interrupted", "stopped")
         code = 130
-    except BrokenPipeError:  # the reader (head, less) has left: nothing more to say, and Python must not complain at exit
+    # the reader (head, less) has left: nothing more to say, and Python must not complain at exit
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:

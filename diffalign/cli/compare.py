@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from . import arguments as a
-from . import show
-from .generate import techniques_of
-from .options import Options, free
-from .problem import command
+from diffalign.cli import arguments as a
+from diffalign.cli import show
+from diffalign.cli.generate import techniques_of
+from diffalign.cli.options import Options, free
+from diffalign.cli.problem import command
 
 
 @command
@@ -17,21 +17,25 @@ def compare(
     json: a.Json = False,
     quiet: a.Quiet = False,
 ) -> None:
-    """The plain pipeline beside each --technique, on the same noise: compare.png, compare.json, images/."""
+    """The plain pipeline beside each --technique, on the same noise: compare.png, compare.json,
+    images/."""
     variants = [(text, techniques_of([text])) for text in technique or []]
-    from .request import Column, prepare
+    from diffalign.cli.request import Column, prepare
 
-    free(options.output / "compare.png", options.output / "compare.json", folder=options.output / "images")
+    free(
+        options.output / "compare.png",
+        options.output / "compare.json",
+        folder=options.output / "images",
+    )
     request = prepare(options, (Column(""), *(Column(text, made) for text, made in variants)))
     finish(request, quiet, json)
 
 
 def finish(request: object, quiet: bool, json: bool, title: str = "") -> None:
     """Run a prepared request, write sheet and data, print the table or the data."""
-    from diffalign.eval.png import save_png
-
-    from . import comparison
-    from .request import Request
+    from diffalign.cli import comparison
+    from diffalign.cli.request import Request
+    from diffalign.drawing.png import save_png
 
     assert isinstance(request, Request)
     results, why = comparison.compare(request, quiet)
@@ -41,7 +45,9 @@ def finish(request: object, quiet: bool, json: bool, title: str = "") -> None:
     summary = {key: value for key, value in data.items() if key not in ("columns", "images")}
     techniques = [{"label": c["label"], "techniques": c["techniques"]} for c in data["columns"]]
     save_png(
-        comparison.sheet(request, results, title), picture, show.finite({**summary, "prompts": request.prompts, "columns": techniques})
+        comparison.sheet(request, results, title),
+        picture,
+        show.finite({**summary, "prompts": request.prompts, "columns": techniques}),
     )
     beside.write_text(show.to_json(data) + "\n", encoding="utf-8")
     if json:

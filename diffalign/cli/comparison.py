@@ -1,4 +1,5 @@
-"""Every column of a request on the same noise: images, costs and verdicts, as a contact sheet and as data."""
+"""Every column of a request on the same noise: images, costs and verdicts, as a contact sheet and
+as data."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ from typing import Any
 from PIL import Image
 
 from diffalign import Report, __version__
-from diffalign.eval.geneval import Verdict
-from diffalign.eval.png import save_png
-from diffalign.eval.sheet import Cell, contact_sheet
-
-from . import run, show
-from .referee import referee
-from .request import Column, Request
+from diffalign.cli import run, show
+from diffalign.cli.referee import referee
+from diffalign.cli.request import Column, Request
+from diffalign.drawing.png import save_png
+from diffalign.drawing.sheet import Cell, contact_sheet
+from diffalign.tasks.geneval.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One column: an image and a verdict (None without one) per job, the settings and the report of all its batches."""
+    """One column: an image and a verdict (None without one) per job, the settings and the report of
+    all its batches."""
 
     column: Column
     files: tuple[Path, ...]
@@ -36,7 +37,8 @@ class Result:
         return [v.correct for v in self.verdicts if v is not None]
 
     def effective(self, request: Request) -> float | None:
-        """Mean effective scale over the guided steps; without a guidance of ours the pipeline's own scale."""
+        """Mean effective scale over the guided steps; without a guidance of ours the pipeline's own
+        scale."""
         if not any(t.kind == "guidance" for t in self.column.techniques):
             return request.model.scale(request.scale)
         known = [value for value in self.report.scale if value is not None]
@@ -50,7 +52,10 @@ class Result:
 
 
 def compare(request: Request, quiet: bool) -> tuple[list[Result], str]:
-    """Run every column and save each image as soon as its batch is done. Also returns why there are no verdicts, "" if there are."""
+    """Run every column and save each image as soon as its batch is done.
+
+    Also returns why there are no verdicts, "" if there are.
+    """
     todo = run.jobs(request)
     judge, why = referee(request.model, request.prompts)
     folder = request.output / "images"
@@ -58,7 +63,9 @@ def compare(request: Request, quiet: bool) -> tuple[list[Result], str]:
     results: list[Result] = []
     kept = 0
     try:
-        with show.progress(len(request.columns) * -(-len(todo) // request.batch) * request.steps, quiet) as bar:
+        with show.progress(
+            len(request.columns) * -(-len(todo) // request.batch) * request.steps, quiet
+        ) as bar:
             run.warm_up(request)
             for number, column in enumerate(request.columns):
                 parts, files = [], []
@@ -69,28 +76,53 @@ def compare(request: Request, quiet: bool) -> tuple[list[Result], str]:
                         save_png(image, files[-1], run.settings(request, job, made.config))
                         kept += 1
                     prompts = [job.prompt for job in made.jobs]
-                    verdicts += judge.judge(prompts, made.images) if judge else [None] * len(prompts)
+                    verdicts += (
+                        judge.judge(prompts, made.images) if judge else [None] * len(prompts)
+                    )
                     parts.append(made)
                 images = tuple(image for made in parts for image in made.images)
                 report = run.merged([made.report for made in parts])
-                results.append(Result(column, tuple(files), images, tuple(verdicts), parts[0].config, report))
+                results.append(
+                    Result(column, tuple(files), images, tuple(verdicts), parts[0].config, report)
+                )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{kept} of {len(request.columns) * len(todo)} images are kept in {folder}") from None
+        raise KeyboardInterrupt(
+            f"{kept} of {len(request.columns) * len(todo)} images are kept in {folder}"
+        ) from None
     return results, why
 
 
 def sheet(request: Request, results: Sequence[Result], title: str = "") -> Image.Image:
-    """Prompts down, columns across, each with its cost; frames and reasons where there are verdicts."""
+    """Prompts down, columns across, each with its cost; frames and reasons where there are
+    verdicts."""
     todo = run.jobs(request)
 
     def cell(result: Result, i: int) -> Cell:
         seen = result.verdicts[i]
-        return Cell(result.images[i], caption=seen.reason if seen else "", correct=seen.correct if seen else None)
+        return Cell(
+            result.images[i],
+            caption=seen.reason if seen else "",
+            correct=seen.correct if seen else None,
+        )
 
-    rows = [request.prompts[job.prompt] + (f"\nseed {job.seed}" if request.count > 1 else "") for job in todo]
-    columns = [f"{result.column.label}\n{result.report.nfe:.4g} NFE per image" for result in results]
-    footer = f"{request.model.name}, {request.scheduler}, {request.steps} steps, seed {request.seed}; the same noise in every column"
-    return contact_sheet([[cell(r, i) for r in results] for i in range(len(todo))], rows, columns, title=title, footer=footer)
+    rows = [
+        request.prompts[job.prompt] + (f"\nseed {job.seed}" if request.count > 1 else "")
+        for job in todo
+    ]
+    columns = [
+        f"{result.column.label}\n{result.report.nfe:.4g} NFE per image" for result in results
+    ]
+    footer = (
+        f"{request.model.name}, {request.scheduler}, {request.steps} steps, seed {request.seed}; "
+        "the same noise in every column"
+    )
+    return contact_sheet(
+        [[cell(r, i) for r in results] for i in range(len(todo))],
+        rows,
+        columns,
+        title=title,
+        footer=footer,
+    )
 
 
 def data(request: Request, results: Sequence[Result], why: str) -> dict[str, Any]:
@@ -116,24 +148,51 @@ def data(request: Request, results: Sequence[Result], why: str) -> dict[str, Any
         )
         for job, path, seen in zip(todo, result.files, result.verdicts):
             right, reason = (seen.correct, seen.reason) if seen else (None, None)
-            entry = {"column": result.column.label, "prompt": request.prompts[job.prompt], "seed": job.seed, "file": str(path)}
+            entry = {
+                "column": result.column.label,
+                "prompt": request.prompts[job.prompt],
+                "seed": job.seed,
+                "file": str(path),
+            }
             images.append({**entry, "correct": right, "reason": reason})
-    head = {"diffalign": __version__, **common, "seed": request.seed, "count": request.count, "batch": request.batch, "no_verdicts": why}
+    head = {
+        "diffalign": __version__,
+        **common,
+        "seed": request.seed,
+        "count": request.count,
+        "batch": request.batch,
+        "no_verdicts": why,
+    }
     return {**head, "columns": columns, "images": images}
 
 
 def print_table(request: Request, results: Sequence[Result]) -> None:
     """One line per column."""
     judged = any(result.judged for result in results)
-    heads = ["column", "NFE/image", "guided steps", "effective scale", "s/image", *(["correct"] if judged else [])]
+    heads = [
+        "column",
+        "NFE/image",
+        "guided steps",
+        "effective scale",
+        "s/image",
+        *(["correct"] if judged else []),
+    ]
     lines = []
     for result in results:
         scale = result.effective(request)
         report = result.report
-        line = [result.column.label, f"{report.nfe:.4g}", f"{result.guided(request)} of {report.steps}"]
-        line += ["-" if scale is None else f"{scale:.2f}", f"{report.seconds / max(report.images, 1):.3f}"]
+        line = [
+            result.column.label,
+            f"{report.nfe:.4g}",
+            f"{result.guided(request)} of {report.steps}",
+        ]
+        line += [
+            "-" if scale is None else f"{scale:.2f}",
+            f"{report.seconds / max(report.images, 1):.3f}",
+        ]
         lines.append(line + ([f"{sum(result.judged)} of {len(result.judged)}"] if judged else []))
     title = (
-        f"{request.model.name}: {len(run.jobs(request))} images per column, {request.steps} steps, {request.scheduler}, {request.device}"
+        f"{request.model.name}: {len(run.jobs(request))} images per column, {request.steps} "
+        f"steps, {request.scheduler}, {request.device}"
     )
     show.table(heads, lines, title, numbers=heads[1:])

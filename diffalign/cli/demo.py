@@ -1,4 +1,5 @@
-"""``make demo``: one official GenEval prompt of each category, plain guidance beside AdaptiveGuidance, on the embedded model.
+"""``make demo``: one official GenEval prompt of each category, plain guidance beside
+AdaptiveGuidance, on the embedded model.
 
 python -m diffalign.cli.demo [--output FOLDER] [--nth N]
 """
@@ -8,15 +9,16 @@ from typing import Annotated
 
 import typer
 
-from . import arguments as a
-from .problem import command
+from diffalign.cli import arguments as a
+from diffalign.cli.problem import command
 
 STEPS = 20
 
 
 def prompts_of(nth: int) -> tuple[str, ...]:
-    """Official prompt number ``nth`` of each category, in the categories' order; counting on from the start where a category is shorter."""
-    from diffalign.eval.geneval import TAGS, prompts
+    """Official prompt number ``nth`` of each category, in the categories' order; counting on from
+    the start where a category is shorter."""
+    from diffalign.tasks.geneval.verdict import TAGS, prompts
 
     groups = [[str(entry["prompt"]) for entry in prompts() if entry["tag"] == tag] for tag in TAGS]
     return tuple(group[nth % len(group)] for group in groups)
@@ -31,20 +33,28 @@ def demo(
     quiet: a.Quiet = False,
 ) -> None:
     """Plain guidance beside AdaptiveGuidance: a contact sheet and what it cost."""
+    from diffalign.cli.compare import finish
+    from diffalign.cli.options import Options
+    from diffalign.cli.request import Column, prepare
     from diffalign.core.registry import parse
 
-    from .compare import finish
-    from .options import Options
-    from .request import Column, prepare
-
-    options = Options(model="emoji", prompts=prompts_of(nth), steps=STEPS, seed=seed, batch=len(prompts_of(nth)), output=output)
-    request = prepare(options, (Column(""), Column("adaptive-guidance", parse("adaptive-guidance"))))
+    options = Options(
+        model="emoji",
+        prompts=prompts_of(nth),
+        steps=STEPS,
+        seed=seed,
+        batch=len(prompts_of(nth)),
+        output=output,
+    )
+    request = prepare(
+        options, (Column(""), Column("adaptive-guidance", parse("adaptive-guidance")))
+    )
     finish(request, quiet, json, title="GenEval prompts on the embedded model")
 
 
 def main() -> None:
     """Run the demo as a program."""
-    from . import main as program
+    from diffalign.cli import main as program
 
     program(typer_app())
 

@@ -9,11 +9,28 @@ from typing import Annotated, Any
 
 import typer
 
-from . import show
-from .problem import command
+from diffalign.cli import show
+from diffalign.cli.problem import command
 
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "safetensors", "open-clip-torch", "pillow", "numpy", "typer")
-EXTRAS = {"app": ("gradio",), "eval": ("pyarrow", "scipy"), "video": ("av",), "triton": ("triton",), "xformers": ("xformers",)}
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "open-clip-torch",
+    "pillow",
+    "numpy",
+    "typer",
+)
+EXTRAS = {
+    "app": ("gradio",),
+    "eval": ("pyarrow", "scipy"),
+    "video": ("av",),
+    "triton": ("triton",),
+    "xformers": ("xformers",),
+}
 
 
 def version_of(package: str) -> str | None:
@@ -31,8 +48,15 @@ def devices() -> list[str]:
     found = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(i)
-        found.append(f"cuda:{i} {facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}")
-    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), f"cpu {platform.processor() or platform.machine()}"]
+        found.append(
+            f"cuda:{i} {facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability "
+            f"{facts.major}.{facts.minor}"
+        )
+    return [
+        *found,
+        *(["mps"] if torch.backends.mps.is_available() else []),
+        f"cpu {platform.processor() or platform.machine()}",
+    ]
 
 
 def kernels() -> dict[str, str]:
@@ -63,27 +87,47 @@ def facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "devices": devices(),
-        "threads": {"torch": torch.get_num_threads(), "cpus": os.cpu_count(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
-        "extras": {extra: all(version_of(name) for name in names) for extra, names in EXTRAS.items()},
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        },
+        "extras": {
+            extra: all(version_of(name) for name in names) for extra, names in EXTRAS.items()
+        },
         "kernels": kernels(),
         "executable": sys.executable,
     }
 
 
 @command
-def env(json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False) -> None:
+def env(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
     """Versions, devices, threads, extras, and whether the fused kernels can be used."""
     found = facts()
     if json:
         show.text(show.to_json(found))
         return
-    rows = [("diffalign", found["diffalign"]), ("python", f"{found['python']}, {found['platform']}")]
+    rows = [
+        ("diffalign", found["diffalign"]),
+        ("python", f"{found['python']}, {found['platform']}"),
+    ]
     rows += [(name, known or "not installed") for name, known in found["packages"].items()]
     rows += [("devices", "\n".join(found["devices"]))]
     threads = found["threads"]
-    rows += [("threads", f"{threads['torch']} of {threads['cpus']} CPUs (OMP_NUM_THREADS: {threads['OMP_NUM_THREADS'] or 'not set'})")]
     rows += [
-        (f"extra {name}", "installed" if there else f"not installed: pip install 'diffalign[{name}]'")
+        (
+            "threads",
+            f"{threads['torch']} of {threads['cpus']} CPUs (OMP_NUM_THREADS: "
+            f"{threads['OMP_NUM_THREADS'] or 'not set'})",
+        )
+    ]
+    rows += [
+        (
+            f"extra {name}",
+            "installed" if there else f"not installed: pip install 'diffalign[{name}]'",
+        )
         for name, there in found["extras"].items()
     ]
     rows += [(f"kernels {name}", state) for name, state in found["kernels"].items()]

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import arguments as a
-from . import show
-from .options import Options
-from .problem import BadInput, checking, command
+from diffalign.cli import arguments as a
+from diffalign.cli import show
+from diffalign.cli.options import Options
+from diffalign.cli.problem import BadInput, checking, command
 
 fit = typer.Typer(no_args_is_help=True, help="Fit what a technique must know about a model.")
 LETTERS = {"g": "guided", "e": "estimated", "c": "conditional"}
@@ -21,27 +21,45 @@ LETTERS = {"g": "guided", "e": "estimated", "c": "conditional"}
 def linear_ag(
     options: Options,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Policy to write: PATH.json and PATH.safetensors.", rich_help_panel=a.WHERE)
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Policy to write: PATH.json and PATH.safetensors.",
+            rich_help_panel=a.WHERE,
+        ),
     ],
     count: Annotated[
-        int, typer.Option("--count", "-c", help="Trajectories. Prompts: --prompts-file, else GenEval's.", rich_help_panel=a.WHAT)
+        int,
+        typer.Option(
+            "--count",
+            "-c",
+            help="Trajectories. Prompts: --prompts-file, else GenEval's.",
+            rich_help_panel=a.WHAT,
+        ),
     ] = 200,
     plan: Annotated[
         str | None,
         typer.Option(
-            help="A letter per step: g guided, e estimated, c conditional; the paper's (gege...cc) if left out.", rich_help_panel=a.HOW
+            help=(
+                "A letter per step: g guided, e estimated, c conditional; the paper's (gege...cc) "
+                "if left out."
+            ),
+            rich_help_panel=a.HOW,
         ),
     ] = None,
     json: a.Json = False,
     quiet: a.Quiet = False,
 ) -> None:
-    """Fit a LinearAG policy on plain guidance. It holds for this model, scheduler, steps, scale, size and negative prompt."""
-    from diffalign.guidance.fit import fit_linear_ag
+    """Fit a LinearAG policy on plain guidance.
+
+    It holds for this model, scheduler, steps, scale, size and negative prompt.
+    """
+    from diffalign.calibration.linear import fit_linear_ag
+    from diffalign.cli import run
+    from diffalign.cli.sample import prepare_sample, said_of
     from diffalign.guidance.linear_ag import Trajectories
     from diffalign.guidance.linear_policy import check_plan, files_of
-
-    from . import run
-    from .sample import prepare_sample, said_of
 
     modes: Any = None if plan is None else [LETTERS.get(letter, letter) for letter in plan]
     if modes is not None:
@@ -75,13 +93,29 @@ def linear_ag(
     policy.save(output)
     name = str(facts.with_suffix(""))
     nfe, full = len(policy.plan) + policy.plan.count("guided"), 2 * len(policy.plan)
-    use = f"diffalign generate {said_of(request, options)} --technique {shlex.quote(f'linear-ag:policy={name}')}"
+    use = (
+        f"diffalign generate {said_of(request, options)} --technique "
+        f"{shlex.quote(f'linear-ag:policy={name}')}"
+    )
     if json:
-        data = {"policy": name, "files": [str(facts), str(weights)], "nfe": nfe, "nfe_cfg": full, "use": use, **policy.facts()}
+        data = {
+            "policy": name,
+            "files": [str(facts), str(weights)],
+            "nfe": nfe,
+            "nfe_cfg": full,
+            "use": use,
+            **policy.facts(),
+        }
         show.text(show.to_json(data))
     elif not quiet:
-        rows = [(i, 2 * i + 1, f"{policy.r2[i]:.5f}", f"{policy.gain[i]:.3f}") for i in sorted(policy.r2)]
-        title = f"{request.model.name}: {policy.trajectories} trajectories, {nfe} NFE per image (CFG: {full})"
+        rows = [
+            (i, 2 * i + 1, f"{policy.r2[i]:.5f}", f"{policy.gain[i]:.3f}")
+            for i in sorted(policy.r2)
+        ]
+        title = (
+            f"{request.model.name}: {policy.trajectories} trajectories, {nfe} NFE per image (CFG: "
+            f"{full})"
+        )
         heads = ["estimated step", "from predictions", "R²", "gain over conditional"]
         show.text(title)
         show.table(heads, rows, numbers=heads)

@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import arguments as a
-from . import show
-from .options import Options
-from .problem import BadInput, checking, command, complain
+from diffalign.cli import arguments as a
+from diffalign.cli import show
+from diffalign.cli.options import Options
+from diffalign.cli.problem import BadInput, checking, command, complain
 
 
 def techniques_of(texts: list[str] | None) -> tuple[Any, ...]:
@@ -24,7 +24,9 @@ def techniques_of(texts: list[str] | None) -> tuple[Any, ...]:
 def generate(
     options: Options,
     technique: a.Technique = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Also draw the effective scale per step (scale.png).")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Also draw the effective scale per step (scale.png).")
+    ] = False,
     json: a.Json = False,
     quiet: a.Quiet = False,
 ) -> None:
@@ -32,10 +34,9 @@ def generate(
     techniques = techniques_of(technique)
     if plot and not any(t.kind == "guidance" for t in techniques):
         raise BadInput("--plot draws what a guidance did; add one, for example --technique cfg.")
-    from diffalign.eval.png import save_png
-
-    from . import run
-    from .request import Column, prepare
+    from diffalign.cli import run
+    from diffalign.cli.request import Column, prepare
+    from diffalign.drawing.png import save_png
 
     column = Column("+".join(technique or []) or "plain", techniques)
     request = prepare(options, (column,))
@@ -49,7 +50,9 @@ def generate(
                     files.append((job, path))
                 reports.append(made.report)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{len(files)} of {len(todo)} images are kept in {request.output}") from None
+        raise KeyboardInterrupt(
+            f"{len(files)} of {len(todo)} images are kept in {request.output}"
+        ) from None
     report = run.merged(reports)
     if plot:
         try:
@@ -58,7 +61,10 @@ def generate(
             complain(error, "warning")
             plot = False
     if json:
-        images = [{"file": str(path), "prompt": request.prompts[job.prompt], "seed": job.seed} for job, path in files]
+        images = [
+            {"file": str(path), "prompt": request.prompts[job.prompt], "seed": job.seed}
+            for job, path in files
+        ]
         drawn = str(request.output / "scale.png") if plot else None
         show.text(show.to_json({"images": images, "plot": drawn, "report": report.to_dict()}))
     elif not quiet:

@@ -4,35 +4,54 @@ from typing import Annotated
 
 import typer
 
-from . import show
-from .problem import checking, command
+from diffalign.cli import show
+from diffalign.cli.problem import checking, command
 
 
 @command
 def models(
-    pipeline: Annotated[str | None, typer.Argument(help="A diffusers pipeline class: is it supported, and if not, why?")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Argument(help="A diffusers pipeline class: is it supported, and if not, why?"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Embedded models, and the diffusers pipelines that techniques work on."""
-    from diffalign.adapters.registry import ROWS, refusals, row_of
     from diffalign.embedded import available
+    from diffalign.families.table import ROWS, refusals, row_of
 
     if pipeline is not None:
         with checking():
             row, _ = row_of(type(pipeline, (), {}))
-        answer = {"pipeline": pipeline, "family": row.family, "denoisers": row.denoisers, "scale": row.gates, "notes": row.notes}
+        answer = {
+            "pipeline": pipeline,
+            "family": row.family,
+            "denoisers": row.denoisers,
+            "scale": row.gates,
+            "notes": row.notes,
+        }
         if json:
             show.text(show.to_json(answer))
         else:
-            scale = f"guidance scale {', '.join(row.gates)}" if row.gates else "no guidance scale to set (distilled into the model)"
-            show.text(f"{pipeline} is supported: family {row.family}, {scale}. {row.notes}".rstrip())
+            scale = (
+                f"guidance scale {', '.join(row.gates)}"
+                if row.gates
+                else "no guidance scale to set (distilled into the model)"
+            )
+            show.text(
+                f"{pipeline} is supported: family {row.family}, {scale}. {row.notes}".rstrip()
+            )
         return
-    installed = [{"name": m.name, "description": m.description, "bytes": m.bytes} for m in available()]
+    installed = [
+        {"name": m.name, "description": m.description, "bytes": m.bytes} for m in available()
+    ]
     families: dict[str, list[str]] = {}
     for name, row in ROWS.items():
         families.setdefault(row.family, []).append(name)
     if json:
-        show.text(show.to_json({"embedded": installed, "families": families, "refused": len(refusals())}))
+        show.text(
+            show.to_json({"embedded": installed, "families": families, "refused": len(refusals())})
+        )
         return
     if installed:
         rows = [(m.name, f"{m.bytes / 1e6:.1f} MB", m.description) for m in available()]
@@ -41,6 +60,11 @@ def models(
         show.text("No embedded model is installed.")
     show.text("")
     show.table(
-        ["family", "pipelines"], [(family, ", ".join(names)) for family, names in families.items()], "Pipelines from folders or the hub"
+        ["family", "pipelines"],
+        [(family, ", ".join(names)) for family, names in families.items()],
+        "Pipelines from folders or the hub",
     )
-    show.text(f"{len(refusals())} other pipeline classes are refused, each with its reason: diffalign models CLASS")
+    show.text(
+        f"{len(refusals())} other pipeline classes are refused, each with its reason: diffalign "
+        "models CLASS"
+    )

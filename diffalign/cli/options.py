@@ -1,4 +1,5 @@
-"""The options that commands share: what they mean, and what may be in them. Nothing here knows a pipeline."""
+"""The options that commands share: what they mean, and what may be in them. Nothing here knows a
+pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .problem import BadInput
+from diffalign.cli.problem import BadInput
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -42,10 +43,15 @@ def read_prompts(options: Options) -> tuple[str, ...]:
         try:
             lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"--prompts-file {str(options.prompts_file)!r} cannot be read as a UTF-8 text: {error}.") from error
+            raise BadInput(
+                f"--prompts-file {str(options.prompts_file)!r} cannot be read as a UTF-8 text: "
+                f"{error}."
+            ) from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:
-            raise BadInput(f"--prompts-file {str(options.prompts_file)!r} holds no prompt; write one a line.")
+            raise BadInput(
+                f"--prompts-file {str(options.prompts_file)!r} holds no prompt; write one a line."
+            )
         prompts += found
     if not prompts:
         raise BadInput("no prompt; give --prompt TEXT or --prompts-file FILE.")
@@ -59,7 +65,9 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text.strip().lower())
     width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if width < 1 or height < 1:
-        raise BadInput(f"--size must be like 512 or 768x512 (width x height in pixels); got {text!r}.")
+        raise BadInput(
+            f"--size must be like 512 or 768x512 (width x height in pixels); got {text!r}."
+        )
     return height, width
 
 
@@ -71,22 +79,34 @@ def read_numbers(options: Options) -> None:
             raise BadInput(f"--{name} must be at least 1; got {value}.")
     if options.scale is not None and not (math.isfinite(options.scale) and options.scale >= 1.0):
         raise BadInput(
-            f"--scale must be a finite number of at least 1, where 1 is no guidance; got {options.scale}. Less: --technique cfg:scale=0.5"
+            "--scale must be a finite number of at least 1, where 1 is no guidance; got "
+            f"{options.scale}. Less: --technique cfg:scale=0.5"
         )
     if not 0 <= options.seed <= 2**63 - 1 - options.count:
         raise BadInput(f"--seed must be an integer in [0, 2^63 - 1 - count]; got {options.seed}.")
 
 
 def read_device(device: str, dtype: str | None) -> tuple[str, str]:
-    """Device and torch dtype by name. "auto" is the first accelerator, else the CPU; the dtype is fp32 on a CPU and bf16 elsewhere."""
+    """Device and torch dtype by name.
+
+    "auto" is the first accelerator, else the CPU; the dtype is fp32 on a CPU and bf16 elsewhere.
+    """
     import torch
 
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     chosen = best if device == "auto" else device
     try:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device!r} cannot be used here; {best!r} can. ({error})") from error
+        raise BadInput(
+            f"--device {device!r} cannot be used here; {best!r} can. ({error})"
+        ) from error
     short = dtype or ("fp32" if chosen == "cpu" else "bf16")
     if short not in DTYPES:
         raise BadInput(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
@@ -102,15 +122,21 @@ def writable(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadInput(f"--output {str(folder)!r} cannot be written: {error.strerror or error}.") from error
+        raise BadInput(
+            f"--output {str(folder)!r} cannot be written: {error.strerror or error}."
+        ) from error
     return folder
 
 
 def free(*files: Path, folder: Path | None = None) -> None:
-    """Raise ``BadInput`` where a folder has the name of a file that is to be written, or a file that of ``folder``."""
+    """Raise ``BadInput`` where a folder has the name of a file that is to be written, or a file
+    that of ``folder``."""
     places = [(file, "file", file.is_dir()) for file in files]
     places += [(folder, "folder", folder.is_file())] if folder else []
     for path, wanted, found in places:
         if found:
             other = "folder" if wanted == "file" else "file"
-            raise BadInput(f"--output: {str(path)!r} is to be a {wanted}, and a {other} of that name is there. Give another --output.")
+            raise BadInput(
+                f"--output: {str(path)!r} is to be a {wanted}, and a {other} of that name is "
+                "there. Give another --output."
+            )

@@ -1,4 +1,5 @@
-"""How a command ends: exit code 0, 2 with one line for bad input, 130 after Ctrl-C, 1 with a traceback for everything unexpected."""
+"""How a command ends: exit code 0, 2 with one line for bad input, 130 after Ctrl-C, 1 with a
+traceback for everything unexpected."""
 
 import functools
 import traceback
@@ -38,19 +39,27 @@ def checking(*also: type[Exception]) -> Iterator[None]:
 
 
 def _refused(error: ValueError) -> bool:
-    """Whether the library or the pipeline's own ``check_inputs`` refused the call, before it computed anything."""
+    """Whether the library or the pipeline's own ``check_inputs`` refused the call, before it
+    computed anything."""
     from diffalign.core import UnsupportedModel
 
-    return isinstance(error, UnsupportedModel) or any(f.name == "check_inputs" for f in traceback.extract_tb(error.__traceback__))
+    return isinstance(error, UnsupportedModel) or any(
+        f.name == "check_inputs" for f in traceback.extract_tb(error.__traceback__)
+    )
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
-    if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1]):
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any
+) -> None:
+    if issubclass(category, UserWarning) and Path(filename).is_relative_to(
+        Path(__file__).parents[1]
+    ):
         complain(message, "warning")
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """A command whose failures end it with the exit codes of this module; our own warnings become one line each."""
+    """A command whose failures end it with the exit codes of this module; our own warnings become
+    one line each."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:

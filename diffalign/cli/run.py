@@ -1,4 +1,7 @@
-"""Make the images of a request, batch by batch. Image i of every prompt has the seed ``seed + i``, whatever shares its batch."""
+"""Make the images of a request, batch by batch.
+
+Image i of every prompt has the seed ``seed + i``, whatever shares its batch.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign import Report, apply
-
-from .request import Column, Request
+from diffalign.cli.request import Column, Request
 
 Advance = Callable[[], None]
 
@@ -37,7 +39,9 @@ class Batch:
 
 def jobs(request: Request) -> list[Job]:
     """Every image of one column, prompt by prompt."""
-    return [Job(p, request.seed + i) for p in range(len(request.prompts)) for i in range(request.count)]
+    return [
+        Job(p, request.seed + i) for p in range(len(request.prompts)) for i in range(request.count)
+    ]
 
 
 def arguments(request: Request, batch: Sequence[Job]) -> dict[str, Any]:
@@ -62,8 +66,11 @@ def arguments(request: Request, batch: Sequence[Job]) -> dict[str, Any]:
     return call
 
 
-def counting(request: Request, advance: Advance | None) -> tuple[dict[str, Any], Callable[[int], None]]:
-    """How to call ``advance`` once a step: what to add to the call of the pipeline, and what to call after it with its number of images."""
+def counting(
+    request: Request, advance: Advance | None
+) -> tuple[dict[str, Any], Callable[[int], None]]:
+    """How to call ``advance`` once a step: what to add to the call of the pipeline, and what to
+    call after it with its number of images."""
     counted = advance is not None and "callback_on_step_end" in request.model.parameters()
 
     def step(pipe: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +87,10 @@ def counting(request: Request, advance: Advance | None) -> tuple[dict[str, Any],
 
 
 def batches(request: Request, column: Column, advance: Advance | None = None) -> Iterator[Batch]:
-    """Run one column. ``advance`` is called after each step where the pipeline can report it, else after each batch."""
+    """Run one column.
+
+    ``advance`` is called after each step where the pipeline can report it, else after each batch.
+    """
     todo = jobs(request)
     more, after = counting(request, advance)
     for first in range(0, len(todo), request.batch):
@@ -97,7 +107,8 @@ def warm_up(request: Request) -> None:
 
 
 def merged(reports: Sequence[Report]) -> Report:
-    """Reports of several batches as one: sums of work, means per image weighted by the images of each batch."""
+    """Reports of several batches as one: sums of work, means per image weighted by the images of
+    each batch."""
     images = sum(r.images for r in reports)
 
     def mean(values: Sequence[tuple[float | None, int]]) -> float | None:
@@ -105,7 +116,10 @@ def merged(reports: Sequence[Report]) -> Report:
         return sum(v * w for v, w in known) / sum(w for _, w in known) if known else None
 
     def column(name: str) -> list[float | None]:
-        return [mean([(v, r.images) for v, r in zip(values, reports)]) for values in zip_longest(*(getattr(r, name) for r in reports))]
+        return [
+            mean([(v, r.images) for v, r in zip(values, reports)])
+            for values in zip_longest(*(getattr(r, name) for r in reports))
+        ]
 
     return Report(
         pipeline=reports[0].pipeline,
@@ -149,5 +163,7 @@ def settings(request: Request, job: Job, config: dict[str, Any]) -> dict[str, ob
 
 def file_name(request: Request, job: Job) -> str:
     """Readable and unique within a column."""
-    slug = re.sub(r"[^a-z0-9]+", "-", request.prompts[job.prompt].lower())[:40].strip("-") or "prompt"
+    slug = (
+        re.sub(r"[^a-z0-9]+", "-", request.prompts[job.prompt].lower())[:40].strip("-") or "prompt"
+    )
     return f"{job.prompt:03d}-{slug}-s{job.seed}.png"

@@ -1,4 +1,5 @@
-"""What a command prints: tables on standard output, progress on standard error and only on a terminal, JSON without anything else."""
+"""What a command prints: tables on standard output, progress on standard error and only on a
+terminal, JSON without anything else."""
 
 from __future__ import annotations
 
@@ -36,12 +37,23 @@ def text(line: object) -> None:
     typer.echo(str(line))
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", numbers: Sequence[str] = ()) -> None:
+def table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    title: str = "",
+    numbers: Sequence[str] = (),
+) -> None:
     """A table; the columns named in ``numbers`` are right-aligned. Cells are text, never markup."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_WIDTH)
-    made = Table(title=Text(title) if title else None, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    made = Table(
+        title=Text(title) if title else None,
+        title_justify="left",
+        title_style="bold",
+        show_edge=False,
+        pad_edge=False,
+    )
     for head in heads:
         made.add_column(Text(head), justify="right" if head in numbers else "left", overflow="fold")
     for row in rows:
@@ -51,12 +63,19 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]], title: str = "
 
 @contextmanager
 def progress(total: int, quiet: bool) -> Iterator[Callable[[str], Callable[[], None]] | None]:
-    """A bar of ``total`` steps: a function from a label to the function that counts one step. None when there is nobody to see it."""
+    """A bar of ``total`` steps: a function from a label to the function that counts one step. None
+    when there is nobody to see it."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
 

@@ -1,10 +1,28 @@
 """Types, costs, errors and the registry. Imports torch and nothing else of ours."""
 
-from .budget import Budget, Meter
-from .context import Context
-from .errors import BudgetExceeded, Cancelled, GuidanceMismatch, SessionError, UnsupportedModel
-from .types import COND, UNCOND, Pass, Reward, Sampler, Search, Site, Space, StepInfo, Tensor, linear_mix
-from .window import Windowed
+from diffalign.core.budget import Budget, Meter
+from diffalign.core.context import Context
+from diffalign.core.errors import (
+    BudgetExceeded,
+    Cancelled,
+    GuidanceMismatch,
+    SessionError,
+    UnsupportedModel,
+)
+from diffalign.core.types import (
+    COND,
+    UNCOND,
+    Pass,
+    Reward,
+    Sampler,
+    Search,
+    Site,
+    Space,
+    StepInfo,
+    Tensor,
+    linear_mix,
+)
+from diffalign.core.window import Windowed
 
 __all__ = [
     "COND",

@@ -3,20 +3,21 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .budget import Meter
+from diffalign.core.budget import Meter
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
     """Facts that resolve a technique's ``None`` options.
 
-    ``scale``: the pipeline's own guidance scale for this call, ``scale_source``: "call" or "pipeline default".
-    ``steps``: sampling steps asked for. ``flow``: sigma is in [0, 1]. ``order``: model evaluations per solver step.
-    ``family``: e.g. "sd", "sdxl", "flux"; ``pipeline``, ``scheduler``: class names. ``denoiser``: attribute name.
-    ``negative_prompt``: of the call when it is one text, or one text for every image; None otherwise.
-    ``module``: the denoiser itself, None where a technique runs without a pipeline; ``pipe`` likewise.
-    ``prompts``: one text per image, empty where the call gives none (embeddings) and outside a call.
-    ``meter``: what the run is charged with; None outside a call.
+    ``scale``: the pipeline's own guidance scale for this call, ``scale_source``: "call" or
+    "pipeline default". ``steps``: sampling steps asked for. ``flow``: sigma is in [0, 1].
+    ``order``: model evaluations per solver step. ``family``: e.g. "sd", "sdxl", "flux";
+    ``pipeline``, ``scheduler``: class names. ``denoiser``: attribute name. ``negative_prompt``: of
+    the call when it is one text, or one text for every image; None otherwise. ``module``: the
+    denoiser itself, None where a technique runs without a pipeline; ``pipe`` likewise. ``prompts``:
+    one text per image, empty where the call gives none (embeddings) and outside a call. ``meter``:
+    what the run is charged with; None outside a call.
     """
 
     pipeline: str

@@ -8,15 +8,18 @@ _WARNED: set[str] = set()
 
 
 class UnsupportedModel(ValueError):
-    """A technique or a session cannot act on this pipeline, layer or scheduler; the message says why and what to do."""
+    """A technique or a session cannot act on this pipeline, layer or scheduler; the message says
+    why and what to do."""
 
 
 class SessionError(RuntimeError):
-    """A session is used against its rules: nested twice, closed out of order, or busy with another generation."""
+    """A session is used against its rules: nested twice, closed out of order, or busy with another
+    generation."""
 
 
 class GuidanceMismatch(RuntimeError):
-    """What reached the scheduler is not what the guidance computed: the result would be wrong, so the run stops."""
+    """What reached the scheduler is not what the guidance computed: the result would be wrong, so
+    the run stops."""
 
 
 class Cancelled(RuntimeError):
@@ -35,7 +38,10 @@ def warn_once(message: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names nearest to ``name`` as text for an error message; when none is near, all of a few or "none"."""
+    """The known names nearest to ``name`` as text for an error message; when none is near, all of a
+    few or "none"."""
     names = sorted(known)
-    found = get_close_matches(name, names, n=count, cutoff=0.4) or (names if len(names) <= 2 * count else ["none"])
+    found = get_close_matches(name, names, n=count, cutoff=0.4) or (
+        names if len(names) <= 2 * count else ["none"]
+    )
     return ", ".join(found)

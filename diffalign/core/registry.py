@@ -1,4 +1,5 @@
-"""Techniques by name, for the command line, the app and saved settings. Importing a class never needs it.
+"""Techniques by name, for the command line, the app and saved settings. Importing a class never
+needs it.
 
 Plugins join by the entry point group ``diffalign.techniques``; each entry loads a technique class.
 """
@@ -14,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from .errors import nearest
+from diffalign.core.errors import nearest
 
 # name on the command line -> where the class lives; modules are imported when first asked for
 BUILTIN: dict[str, str] = {
@@ -22,7 +23,7 @@ BUILTIN: dict[str, str] = {
     "scheduled-cfg": "diffalign.guidance.scheduled_cfg:ScheduledCFG",
     "interval-cfg": "diffalign.guidance.interval_cfg:IntervalCFG",
     "adaptive-guidance": "diffalign.guidance.adaptive_guidance:AdaptiveGuidance",
-    "nag": "diffalign.attention.nag:NAG",
+    "nag": "diffalign.attention.nag.nag:NAG",
     "pladis": "diffalign.attention.pladis:PLADIS",
     "linear-ag": "diffalign.guidance.linear_ag:LinearAG",
     "dynamic-cfg": "diffalign.guidance.dynamic_cfg:DynamicCFG",
@@ -38,7 +39,7 @@ BUILTIN: dict[str, str] = {
 }
 
 # not techniques of their own, so in no list, but named in saved settings
-DOORS: dict[str, str] = {"diffusers-guider": "diffalign.adapters.modular:DiffusersGuider"}
+DOORS: dict[str, str] = {"diffusers-guider": "diffalign.seams.guiders_in:DiffusersGuider"}
 
 
 @cache
@@ -47,7 +48,10 @@ def plugins() -> dict[str, type]:
     found: dict[str, type] = {}
     for entry in entry_points(group="diffalign.techniques"):
         if entry.name in BUILTIN:
-            raise ValueError(f"The plugin {entry.value!r} registers {entry.name!r}, which is taken; it must choose another name.")
+            raise ValueError(
+                f"The plugin {entry.value!r} registers {entry.name!r}, which is taken; it must "
+                "choose another name."
+            )
         found[entry.name] = entry.load()
     return found
 
@@ -73,13 +77,17 @@ def name_of(technique: object) -> str:
 
 
 def make(name: str, options: Mapping[str, Any]) -> Any:
-    """Build the technique ``name`` from ``options``, values as Python objects or as text; unknown names offer the nearest."""
+    """Build the technique ``name`` from ``options``, values as Python objects or as text; unknown
+    names offer the nearest."""
     known = methods()
     if name in DOORS:
         module, _, attribute = DOORS[name].partition(":")
         known = {**known, name: getattr(import_module(module), attribute)}
     if name not in known:
-        raise ValueError(f"Unknown technique {name!r}. Nearest: {nearest(name, known)}. `diffalign methods` lists all.")
+        raise ValueError(
+            f"Unknown technique {name!r}. Nearest: {nearest(name, known)}. `diffalign methods` "
+            "lists all."
+        )
     cls = known[name]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
@@ -97,7 +105,10 @@ def parse(text: str) -> tuple[Any, ...]:
     for part in text.split("+"):
         name, _, rest = part.strip().partition(":")
         if not name.strip():
-            raise ValueError(f"Technique {text!r} has an empty part; write name:key=value+name2. `diffalign methods` lists the names.")
+            raise ValueError(
+                f"Technique {text!r} has an empty part; write name:key=value+name2. `diffalign "
+                "methods` lists the names."
+            )
         options: dict[str, str] = {}
         for item in filter(None, _split(rest)):
             key, equals, value = item.partition("=")
@@ -110,19 +121,27 @@ def parse(text: str) -> tuple[Any, ...]:
 
 def to_config(technique: Any) -> dict[str, Any]:
     """A technique as JSON data: ``{"name": ..., fields}``; ``from_config`` is the inverse."""
-    options = {f.name: _saved(f, getattr(technique, f.name)) for f in dataclasses.fields(technique) if f.init}
+    options = {
+        f.name: _saved(f, getattr(technique, f.name))
+        for f in dataclasses.fields(technique)
+        if f.init
+    }
     return {"name": name_of(technique), **options}
 
 
 def _saved(field: dataclasses.Field[Any], value: Any) -> Any:
-    """An option as JSON data; tensors leave a mark and objects their class name, which the technique refuses when read back."""
+    """An option as JSON data; tensors leave a mark and objects their class name, which the
+    technique refuses when read back."""
     if field.metadata.get("objects"):
         return [item if isinstance(item, str) else type(item).__name__ for item in value]
-    return "given as tensors" if value is not None and field.metadata.get("tensors") else plain(value)
+    return (
+        "given as tensors" if value is not None and field.metadata.get("tensors") else plain(value)
+    )
 
 
 def plain(value: Any) -> Any:
-    """``value`` as strict JSON data: infinity and "not a number" as text, which ``make`` reads back; containers likewise."""
+    """``value`` as strict JSON data: infinity and "not a number" as text, which ``make`` reads
+    back; containers likewise."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -151,7 +170,8 @@ def _split(text: str) -> list[str]:
 
 
 def _items(text: str) -> Any:
-    """``"(1,2)"`` as JSON would read it, ``"(a,b)"`` and ``"a"`` as texts: names need no quotes and one entry no brackets."""
+    """``"(1,2)"`` as JSON would read it, ``"(a,b)"`` and ``"a"`` as texts: names need no quotes and
+    one entry no brackets."""
     try:
         found = json.loads(text.replace("(", "[").replace(")", "]"))
     except ValueError:
@@ -163,7 +183,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     """``value`` as the annotated type; text is read as the type says, lists become tuples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in args):
+        if value is None or (
+            isinstance(value, str) and value.lower() == "none" and type(None) in args
+        ):
             return None
         errors = []
         for option in (a for a in args if a is not type(None)):
@@ -195,5 +217,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         try:
             return hint(value)
         except (TypeError, ValueError):
-            raise ValueError(f"{where} must be {'an integer' if hint is int else 'a number'}; got {value!r}.") from None
+            raise ValueError(
+                f"{where} must be {'an integer' if hint is int else 'a number'}; got {value!r}."
+            ) from None
     return value

@@ -1,7 +1,8 @@
 """The whole idea in one file: what a technique may see, ask for and return. Read this first.
 
-Shape letters are fixed everywhere: ``B`` rows (images), ``C H W`` latent, ``T`` frames, ``L`` text tokens, ``N`` image tokens,
-``A`` heads, ``D`` head size, ``K`` candidates. A technique is a frozen dataclass; what changes while sampling is explicit state.
+Shape letters are fixed everywhere: ``B`` rows (images), ``C H W`` latent, ``T`` frames, ``L`` text
+tokens, ``N`` image tokens, ``A`` heads, ``D`` head size, ``K`` candidates. A technique is a frozen
+dataclass; what changes while sampling is explicit state.
 """
 
 from __future__ import annotations
@@ -13,7 +14,19 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["COND", "UNCOND", "Pass", "Reward", "Sampler", "Search", "Site", "Space", "StepInfo", "Tensor", "linear_mix"]
+__all__ = [
+    "COND",
+    "UNCOND",
+    "Pass",
+    "Reward",
+    "Sampler",
+    "Search",
+    "Site",
+    "Space",
+    "StepInfo",
+    "Tensor",
+    "linear_mix",
+]
 
 Space = Literal["native", "eps", "x0"]
 Mix = Callable[[Tensor, Tensor, "float | Tensor"], Tensor]
@@ -24,8 +37,9 @@ S = TypeVar("S")
 class Pass:
     """One named denoiser evaluation. Two passes are the same pass when their names are.
 
-    ``conditioned``: with the prompt, or with the negative (empty) prompt. ``blocks``: names of blocks that this pass skips.
-    ``rows``: the images it is needed for, None is all of them; the prediction then has ``len(rows)`` rows, in that order.
+    ``conditioned``: with the prompt, or with the negative (empty) prompt. ``blocks``: names of
+    blocks that this pass skips. ``rows``: the images it is needed for, None is all of them; the
+    prediction then has ``len(rows)`` rows, in that order.
     """
 
     name: str
@@ -39,13 +53,19 @@ UNCOND = Pass("uncond", False)
 
 
 def linear_mix(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """``uncond + scale * (cond - uncond)``: classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598)."""
+    """``uncond + scale * (cond - uncond)``: classifier-free guidance (Ho and Salimans 2022,
+    arXiv:2207.12598)."""
     return uncond + scale * (cond - uncond)
 
 
-def _native_only(prediction: Tensor, source: Space, target: Space, rows: Sequence[int] | None = None) -> Tensor:
+def _native_only(
+    prediction: Tensor, source: Space, target: Space, rows: Sequence[int] | None = None
+) -> Tensor:
     if source != target:
-        raise ValueError(f"This StepInfo was made without a parametrisation and cannot convert {source!r} to {target!r}.")
+        raise ValueError(
+            f"This StepInfo was made without a parametrisation and cannot convert {source!r} to "
+            f"{target!r}."
+        )
     return prediction
 
 
@@ -53,10 +73,12 @@ def _native_only(prediction: Tensor, source: Space, target: Space, rows: Sequenc
 class StepInfo:
     """Where sampling is.
 
-    ``index`` in [0, count): 0 is the noisiest step; solvers with two evaluations keep one index per step and count ``evaluation``.
-    ``sigma``, ``sigma_next``: noise level here and after the step: sqrt((1-abar)/abar) for variance preserving and exploding models,
-    in [0, 1] for flow models. ``timestep``: what the scheduler calls it. ``mix``: guidance in the pipeline's own arithmetic.
-    ``convert(prediction, source, target, rows=None)`` changes the space in float32; pass ``rows`` when the prediction holds only those.
+    ``index`` in [0, count): 0 is the noisiest step; solvers with two evaluations keep one index per
+    step and count ``evaluation``. ``sigma``, ``sigma_next``: noise level here and after the step:
+    sqrt((1-abar)/abar) for variance preserving and exploding models, in [0, 1] for flow models.
+    ``timestep``: what the scheduler calls it. ``mix``: guidance in the pipeline's own arithmetic.
+    ``convert(prediction, source, target, rows=None)`` changes the space in float32; pass ``rows``
+    when the prediction holds only those.
     """
 
     index: int
@@ -78,11 +100,13 @@ class StepInfo:
 class Site:
     """One attention layer as a technique sees it, in one denoiser call.
 
-    ``layer``: dotted module name. ``kind``: "cross" (text keys only), "joint" (text and image in one softmax) or "self".
-    ``text``, ``image``: positions of the prompt's tokens among the keys, and of the image tokens among the queries; None if there are
-    none, or if they differ between rows: then ``spans`` has (text, image) for each row. ``tokens``: number of image queries.
-    ``conditioned``: for each row, whether it carries the prompt. ``negative``: positions of NAG's negative text among the keys (and among
-    the queries of joint layers). ``twins``: pairs (row, its copy that carries NAG's negative text).
+    ``layer``: dotted module name. ``kind``: "cross" (text keys only), "joint" (text and image in
+    one softmax) or "self". ``text``, ``image``: positions of the prompt's tokens among the keys,
+    and of the image tokens among the queries; None if there are none, or if they differ between
+    rows: then ``spans`` has (text, image) for each row. ``tokens``: number of image queries.
+    ``conditioned``: for each row, whether it carries the prompt. ``negative``: positions of NAG's
+    negative text among the keys (and among the queries of joint layers). ``twins``: pairs (row, its
+    copy that carries NAG's negative text).
     """
 
     layer: str
@@ -116,7 +140,8 @@ class Sampler(Protocol):
 
 
 class Search(Protocol[S]):
-    """Anything that spends a budget on candidates; noise optimisers are searches over initial noises."""
+    """Anything that spends a budget on candidates; noise optimisers are searches over initial
+    noises."""
 
     def init(self, problem: Any, rng: torch.Generator) -> S: ...
     def step(self, problem: Any, state: S) -> tuple[S, Mapping[str, Any]]: ...

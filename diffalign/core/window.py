@@ -4,14 +4,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import warn_once
-from .types import StepInfo
+from diffalign.core.errors import warn_once
+from diffalign.core.types import StepInfo
 
 
 def never_acted(owner: str, levels: Mapping[int, float]) -> str:
-    """A note for the report about a window that held no step of a run, whose noise levels these are; also said once as a warning."""
+    """A note for the report about a window that held no step of a run, whose noise levels these
+    are; also said once as a warning."""
     first, *_, last = [*levels.values()] * 2
-    note = f"{owner} never acted: its window holds none of this run's {len(levels)} steps (noise levels {first:.3g} to {last:.3g})."
+    note = (
+        f"{owner} never acted: its window holds none of this run's {len(levels)} steps (noise "
+        f"levels {first:.3g} to {last:.3g})."
+    )
     warn_once(f"{note} Give it another; sigma=(0, inf) acts at every step.")
     return note
 
@@ -21,8 +25,9 @@ class Windowed:
     """Options of techniques that act only for a while. Intervals are half-open.
 
     ``sigma=(lo, hi)``: acts while ``lo <= sigma < hi`` (noise levels as in ``StepInfo``).
-    ``start``, ``stop``: fractions of the steps in [0, 1], acts for ``floor(start * S) <= index < floor(stop * S)``.
-    Give one or the other. Where a technique has a default window for the model, ``sigma=(0, inf)`` acts at every step.
+    ``start``, ``stop``: fractions of the steps in [0, 1], acts for ``floor(start * S) <= index <
+    floor(stop * S)``. Give one or the other. Where a technique has a default window for the model,
+    ``sigma=(0, inf)`` acts at every step.
     """
 
     sigma: tuple[float, float] | None = None
@@ -34,7 +39,10 @@ class Windowed:
         return self._holds(step.index, step.sigma, step.count)
 
     def acts_in(self, levels: Mapping[int, float], count: int) -> bool:
-        """Whether any step of a run is inside. ``levels``: index -> noise level; ``count``: number of steps."""
+        """Whether any step of a run is inside.
+
+        ``levels``: index -> noise level; ``count``: number of steps.
+        """
         return any(self._holds(index, level, count) for index, level in levels.items())
 
     def _holds(self, index: int, sigma: float, count: int) -> bool:
@@ -48,13 +56,20 @@ class Windowed:
         owner = type(self).__name__
         if self.sigma is not None:
             if not isinstance(self.sigma, list | tuple):
-                raise TypeError(f"{owner}(sigma=...) must be two noise levels (lo, hi) or None; got {self.sigma!r}.")
+                raise TypeError(
+                    f"{owner}(sigma=...) must be two noise levels (lo, hi) or None; got "
+                    f"{self.sigma!r}."
+                )
             object.__setattr__(self, "sigma", tuple(self.sigma))
             if (self.start, self.stop) != (0.0, 1.0):
                 raise ValueError(
-                    f"{owner} takes sigma=(lo, hi) or start/stop, not both; got sigma={self.sigma}, {self.start}, {self.stop}."
+                    f"{owner} takes sigma=(lo, hi) or start/stop, not both; got "
+                    f"sigma={self.sigma}, {self.start}, {self.stop}."
                 )
             if len(self.sigma) != 2 or not 0.0 <= self.sigma[0] < self.sigma[1]:
                 raise ValueError(f"{owner}(sigma=(lo, hi)) needs 0 <= lo < hi; got {self.sigma}.")
         elif not 0.0 <= self.start < self.stop <= 1.0:
-            raise ValueError(f"{owner} needs 0 <= start < stop <= 1, as fractions of the steps; got start={self.start}, stop={self.stop}.")
+            raise ValueError(
+                f"{owner} needs 0 <= start < stop <= 1, as fractions of the steps; got "
+                f"start={self.start}, stop={self.stop}."
+            )

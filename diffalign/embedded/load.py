@@ -16,8 +16,8 @@ FOLDER = Path(__file__).parent / "models"
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars for a few megabytes, and no warning of what is meant: a field that AutoencoderTiny itself writes, an autoencoder that is no
-    AutoencoderKL."""
+    """No bars for a few megabytes, and no warning of what is meant: a field that AutoencoderTiny
+    itself writes, an autoencoder that is no AutoencoderKL."""
     import diffusers
     import transformers
 
@@ -40,38 +40,41 @@ def _pipeline(folder: Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
     with _quiet():
-        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _judge(folder: Path) -> Any:
-    from diffalign.embedded.judge import load_judge
+    from diffalign.embedded.nets.judge import load_judge
 
     return load_judge(folder)
 
 
 def _audit(folder: Path) -> Any:
-    from diffalign.embedded.audit import load_audit
+    from diffalign.embedded.nets.audit import load_audit
 
     return load_audit(folder)
 
 
 def _clip(folder: Path) -> Any:
-    from diffalign.embedded.clip import load_clip
+    from diffalign.embedded.nets.clip import load_clip
 
     return load_clip(folder)
 
 
 def _evaluator(folder: Path) -> Any:
-    from diffalign.embedded.evaluator import load_evaluator
+    from diffalign.embedded.nets.evaluator import load_evaluator
 
     return load_evaluator(folder)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`folder` below `models/`, what it is in one line, and a function from the folder's path to the loaded model."""
+    """`folder` below `models/`, what it is in one line, and a function from the folder's path to
+    the loaded model."""
 
     folder: str
     description: str
@@ -79,11 +82,31 @@ class Entry:
 
 
 MODELS: dict[str, Entry] = {
-    "emoji": Entry("emoji", "text to 64 x 64 emoji scenes: StableDiffusionPipeline, 20 steps, v-prediction", _pipeline),
-    "emoji-judge": Entry("emoji-judge", "detector of the emoji world: class, score, box and colour of each object", _judge),
-    "emoji-judge-audit": Entry("emoji-judge-audit", "second detector, of another architecture, that checks the first one", _audit),
-    "emoji-clip": Entry("emoji-clip", "open_clip dual encoder of 64 x 64 scenes and captions, with its tokenizer", _clip),
-    "emoji-evaluator": Entry("emoji-evaluator", "noisy latents of emoji and a prompt to a score, for DynamicCFG", _evaluator),
+    "emoji": Entry(
+        "emoji",
+        "text to 64 x 64 emoji scenes: StableDiffusionPipeline, 20 steps, v-prediction",
+        _pipeline,
+    ),
+    "emoji-judge": Entry(
+        "emoji-judge",
+        "detector of the emoji world: class, score, box and colour of each object",
+        _judge,
+    ),
+    "emoji-judge-audit": Entry(
+        "emoji-judge-audit",
+        "second detector, of another architecture, that checks the first one",
+        _audit,
+    ),
+    "emoji-clip": Entry(
+        "emoji-clip",
+        "open_clip dual encoder of 64 x 64 scenes and captions, with its tokenizer",
+        _clip,
+    ),
+    "emoji-evaluator": Entry(
+        "emoji-evaluator",
+        "noisy latents of emoji and a prompt to a score, for DynamicCFG",
+        _evaluator,
+    ),
 }
 """Name -> entry. Further embedded models add their own line."""
 
@@ -103,7 +126,9 @@ def available() -> tuple[Available, ...]:
     for name, entry in MODELS.items():
         files = [path for path in (FOLDER / entry.folder).rglob("*") if path.is_file()]
         if files:
-            found.append(Available(name, entry.description, sum(path.stat().st_size for path in files)))
+            found.append(
+                Available(name, entry.description, sum(path.stat().st_size for path in files))
+            )
     return tuple(found)
 
 
@@ -114,8 +139,13 @@ def load(name: str) -> Any:
     """
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3) or list(MODELS)
-        raise ValueError(f"name: expected an embedded model, got {name!r}; nearest: {', '.join(close)}")
+        raise ValueError(
+            f"name: expected an embedded model, got {name!r}; nearest: {', '.join(close)}"
+        )
     folder = FOLDER / MODELS[name].folder
     if not folder.is_dir():
-        raise ValueError(f"name: the files of {name!r} are not installed (expected models/{folder.name}); reinstall diffalign")
+        raise ValueError(
+            f"name: the files of {name!r} are not installed (expected models/{folder.name}); "
+            "reinstall diffalign"
+        )
     return MODELS[name].loader(folder)

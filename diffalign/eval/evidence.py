@@ -1,7 +1,9 @@
-"""The evidence set: how every technique is measured on an embedded model, and how two runs are compared.
+"""The evidence set: how every technique is measured on an embedded model, and how two runs are
+compared.
 
-200 official GenEval prompts, stratified by tag, x 2 seeds; another 100 prompts for choosing thresholds. A run is a folder with one JSON
-line per image and its picture; it resumes by skipping prompts that are finished. One prompt's images stay in one batch.
+200 official GenEval prompts, stratified by tag, x 2 seeds; another 100 prompts for choosing
+thresholds. A run is a folder with one JSON line per image and its picture; it resumes by skipping
+prompts that are finished. One prompt's images stay in one batch.
 """
 
 from __future__ import annotations
@@ -16,24 +18,31 @@ from typing import Any
 
 import numpy as np
 
-from .bootstrap import Interval, interval
-from .geneval import prompts, verdict
-from .geneval_prompts import TAGS
+from diffalign.eval.statistics import Interval, interval
+from diffalign.tasks.geneval.prompts import TAGS
+from diffalign.tasks.geneval.verdict import prompts, verdict
 
 
 def stratified(count: int, *, offset: int = 0) -> list[int]:
-    """Ids of ``count`` official prompts, as equal over the six tags as possible, in a fixed shuffled order within each tag.
+    """Ids of ``count`` official prompts, as equal over the six tags as possible, in a fixed
+    shuffled order within each tag.
 
-    ``offset`` prompts per tag are skipped first, so that two sets can be disjoint. Raises ValueError when a tag runs out.
+    ``offset`` prompts per tag are skipped first, so that two sets can be disjoint. Raises
+    ValueError when a tag runs out.
     """
     official = prompts()
     chosen: list[int] = []
     for i, tag in enumerate(TAGS):
         ids = [n for n, item in enumerate(official) if item["tag"] == tag]
-        order = sorted(ids, key=lambda n: hashlib.sha256(f"diffalign evidence {n}".encode()).digest())
+        order = sorted(
+            ids, key=lambda n: hashlib.sha256(f"diffalign evidence {n}".encode()).digest()
+        )
         take = count // len(TAGS) + (i < count % len(TAGS))
         if offset + take > len(ids):
-            raise ValueError(f"stratified({count}, offset={offset}) needs {offset + take} prompts of {tag}; there are {len(ids)}.")
+            raise ValueError(
+                f"stratified({count}, offset={offset}) needs {offset + take} prompts of {tag}; "
+                f"there are {len(ids)}."
+            )
         chosen += order[offset : offset + take]
     return sorted(chosen)
 
@@ -61,7 +70,10 @@ def seed_of(prompt_id: int, sample: int, base: int = 0) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One column of a comparison. ``techniques``: for ``apply``; none and ``scale`` is the pipeline's own guidance."""
+    """One column of a comparison.
+
+    ``techniques``: for ``apply``; none and ``scale`` is the pipeline's own guidance.
+    """
 
     name: str
     techniques: tuple[Any, ...] = ()
@@ -87,7 +99,10 @@ class Measured:
         return float(np.mean([record[key] for record in self.records]))
 
     def score(self, **options: Any) -> Interval:
-        """Mean over tags of the share of correct images, with its interval. Not GenEval's overall: a subset of its prompts."""
+        """Mean over tags of the share of correct images, with its interval.
+
+        Not GenEval's overall: a subset of its prompts.
+        """
         values = self.per_prompt()
         return interval(list(values.values()), [tag_of(n) for n in values], **options)
 
@@ -100,10 +115,16 @@ class Measured:
 
 
 def compare(a: Measured, b: Measured, key: str = "correct", **options: Any) -> Interval:
-    """``a`` minus ``b``, paired by prompt. Raises ValueError unless both hold the same prompts and seeds."""
+    """``a`` minus ``b``, paired by prompt.
+
+    Raises ValueError unless both hold the same prompts and seeds.
+    """
     seeds = [[(r["prompt_id"], r["sample"], r["seed"]) for r in m.records] for m in (a, b)]
     if seeds[0] != seeds[1]:
-        raise ValueError(f"{a.config.name} and {b.config.name} were not run on the same prompts and seeds; a paired comparison needs that.")
+        raise ValueError(
+            f"{a.config.name} and {b.config.name} were not run on the same prompts and seeds; a "
+            "paired comparison needs that."
+        )
     left, right = a.per_prompt(key), b.per_prompt(key)
     return interval([left[n] - right[n] for n in left], [tag_of(n) for n in left], **options)
 
@@ -120,16 +141,22 @@ def measure(
     scorers: Mapping[str, Callable[[Any, Sequence[str]], Any]] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Measured:
-    """Generate, judge and record ``samples`` images of each prompt under ``config``; finished prompts are read from ``folder``.
+    """Generate, judge and record ``samples`` images of each prompt under ``config``; finished
+    prompts are read from ``folder``.
 
-    ``seconds`` of a record: of one image, in processor time on a CPU with one thread (so that other load does not count), else on the wall.
-    ``batch``: images per call, a multiple of ``samples``. ``scorers``: name -> ``f(images [B, 3, H, W], prompts) -> [B]``.
-    Cost: ``len(prompt_ids) * samples`` images. Raises ValueError when ``folder`` holds a run with other settings.
+    ``seconds`` of a record: of one image, in processor time on a CPU with one thread (so that other
+    load does not count), else on the wall. ``batch``: images per call, a multiple of ``samples``.
+    ``scorers``: name -> ``f(images [B, 3, H, W], prompts) -> [B]``.
+    Cost: ``len(prompt_ids) * samples`` images. Raises ValueError when ``folder`` holds a run with
+    other settings.
     """
     from diffalign.core.registry import to_config
 
     if batch % samples:
-        raise ValueError(f"batch must be a multiple of samples={samples}, so that a prompt's images share a batch; got {batch}.")
+        raise ValueError(
+            f"batch must be a multiple of samples={samples}, so that a prompt's images share a "
+            f"batch; got {batch}."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "techniques": [to_config(t) for t in config.techniques],
@@ -139,19 +166,27 @@ def measure(
         "batch": batch,
         "scheduler": type(pipe.scheduler).__name__,
         "model": fingerprint(getattr(pipe, "unet", None) or pipe.transformer),
-        "judge": [fingerprint(judge.net) if hasattr(judge, "net") else type(judge).__name__, asdict(judge.thresholds)],
+        "judge": [
+            fingerprint(judge.net) if hasattr(judge, "net") else type(judge).__name__,
+            asdict(judge.thresholds),
+        ],
     }
     manifest = folder / "manifest.json"
     settings = json.loads(json.dumps(settings))
     if manifest.exists() and json.loads(manifest.read_text()) != settings:
         old = json.loads(manifest.read_text())
         differing = [key for key in settings if settings[key] != old.get(key)]
-        raise ValueError(f"{folder} holds a run with other settings ({', '.join(differing)}); give another folder or delete it.")
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(differing)}); give another "
+            "folder or delete it."
+        )
     manifest.write_text(json.dumps(settings, indent=1) + "\n")
     found = {(r["prompt_id"], r["sample"]): r for r in read_lines(folder / "records.jsonl")}
     left = [n for n in prompt_ids if any((n, k) not in found for k in range(samples))]
     with (folder / "records.jsonl").open("a") as lines:
-        for records in _batches(pipe, judge, config, left, samples, batch // samples, scorers or {}):
+        for records in _batches(
+            pipe, judge, config, left, samples, batch // samples, scorers or {}
+        ):
             lines.write("".join(json.dumps(record) + "\n" for record in records))
             lines.flush()
             found.update({(r["prompt_id"], r["sample"]): r for r in records})
@@ -179,7 +214,11 @@ def _batches(
         texts = [str(official[n]["prompt"]) for n in ids]
         given: dict[str, Any] = {} if config.scale is None else {"guidance_scale": config.scale}
         with diffalign.apply(pipe, *config.techniques) as session:
-            clock = time.process_time if pipe.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+            clock = (
+                time.process_time
+                if pipe.device.type == "cpu" and torch.get_num_threads() == 1
+                else time.perf_counter
+            )
             began = clock()
             images = pipe(
                 texts,
@@ -200,18 +239,34 @@ def _batches(
             n = ids[i // samples]
             said = verdict(official[n], seen, judge.thresholds)
             records.append(
-                {"prompt_id": n, "sample": i % samples, "seed": seed, "correct": said.correct, "reason": said.reason, "nfe": report.nfe}
-                | {"seconds": seconds, "scale": sum(scales) / len(scales) if scales else 1.0, "spread": _spread(images, i, samples)}
+                {
+                    "prompt_id": n,
+                    "sample": i % samples,
+                    "seed": seed,
+                    "correct": said.correct,
+                    "reason": said.reason,
+                    "nfe": report.nfe,
+                }
+                | {
+                    "seconds": seconds,
+                    "scale": sum(scales) / len(scales) if scales else 1.0,
+                    "spread": _spread(images, i, samples),
+                }
                 | {name: values[i] for name, values in scores.items()}
             )
         yield records
 
 
 def _spread(images: Any, i: int, samples: int) -> float:
-    """Diversity: mean absolute pixel difference of image i to the other images of its prompt, in [0, 1]; 0 for a single sample."""
+    """Diversity: mean absolute pixel difference of image i to the other images of its prompt, in
+    [0, 1]; 0 for a single sample."""
     first = i - i % samples
     others = [j for j in range(first, first + samples) if j != i]
-    return float(sum((images[i] - images[j]).abs().mean() for j in others) / len(others)) if others else 0.0
+    return (
+        float(sum((images[i] - images[j]).abs().mean() for j in others) / len(others))
+        if others
+        else 0.0
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -226,7 +281,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def fingerprint(network: Any) -> str:
-    """Short hash of a network's weights, so that records of another model or judge are never mixed in."""
+    """Short hash of a network's weights, so that records of another model or judge are never mixed
+    in."""
     import torch
 
     digest = hashlib.sha256()

@@ -1,22 +1,22 @@
 """Guidance techniques: one file each. ``base.py`` is the contract, ``cfg.py`` the smallest example."""
 
-from .adaptive_guidance import AdaptiveGuidance
-from .apg import APG
-from .base import Guidance
-from .beta_cfg import BetaCFG
-from .cfg import CFG
-from .cfg_plus_plus import CFGPlusPlus
-from .cfg_zero_star import CFGZeroStar
-from .dynamic_cfg import DynamicCFG
-from .evaluators import DecodedReward, Evaluator
-from .interval_cfg import IntervalCFG
-from .linear_ag import LinearAG
-from .magnitude_aware import MagnitudeAware
-from .rescaled_cfg import RescaledCFG
-from .s2_guidance import S2Guidance
-from .scheduled_cfg import ScheduledCFG
-from .skip_layer_guidance import SkipLayerGuidance
-from .tcfg import TCFG
+from diffalign.guidance.adaptive_guidance import AdaptiveGuidance
+from diffalign.guidance.apg import APG
+from diffalign.guidance.base import Guidance
+from diffalign.guidance.beta_cfg import BetaCFG
+from diffalign.guidance.cfg import CFG
+from diffalign.guidance.cfg_plus_plus import CFGPlusPlus
+from diffalign.guidance.cfg_zero_star import CFGZeroStar
+from diffalign.guidance.dynamic_cfg import DynamicCFG
+from diffalign.guidance.evaluators import DecodedReward, Evaluator
+from diffalign.guidance.interval_cfg import IntervalCFG
+from diffalign.guidance.linear_ag import LinearAG
+from diffalign.guidance.magnitude_aware import MagnitudeAware
+from diffalign.guidance.rescaled_cfg import RescaledCFG
+from diffalign.guidance.s2_guidance import S2Guidance
+from diffalign.guidance.scheduled_cfg import ScheduledCFG
+from diffalign.guidance.skip_layer_guidance import SkipLayerGuidance
+from diffalign.guidance.tcfg import TCFG
 
 __all__ = [
     "APG",

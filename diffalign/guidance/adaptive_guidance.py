@@ -1,4 +1,7 @@
-"""Stop guiding each image once its two predictions agree (Castillo et al. 2023, arXiv:2312.12487)."""
+"""Stop guiding each image once its two predictions agree (Castillo et al.
+
+2023, arXiv:2312.12487).
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,14 +12,14 @@ import torch
 
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel
 from diffalign.core.checks import check_choice, check_scale, rowwise
-
-from .base import Guidance
-from .presets import facts_of, preset
+from diffalign.guidance.base import Guidance
+from diffalign.guidance.presets import facts_of, preset
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveState:
-    """``crossed``: for each image the index of the step at which the cosine reached the threshold, None before."""
+    """``crossed``: for each image the index of the step at which the cosine reached the threshold,
+    None before."""
 
     crossed: tuple[int | None, ...]
 
@@ -29,8 +32,15 @@ class AdaptiveState:
         return tuple(row for row, at in enumerate(self.crossed) if at is None or index <= at)
 
 
-def agreement(cond: Tensor, uncond: Tensor, step: StepInfo, space: Literal["eps", "x0"], rows: Sequence[int] | None = None) -> Tensor:
-    """Cosine of each image's two native predictions, read in ``space``, over all its values: [B, ...] twice -> [B] float32.
+def agreement(
+    cond: Tensor,
+    uncond: Tensor,
+    step: StepInfo,
+    space: Literal["eps", "x0"],
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """Cosine of each image's two native predictions, read in ``space``, over all its values: [B,
+    ...] twice -> [B] float32.
 
     ``rows``: which images of the run these are, None for all.
     """
@@ -40,16 +50,20 @@ def agreement(cond: Tensor, uncond: Tensor, step: StepInfo, space: Literal["eps"
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveGuidance(Guidance[AdaptiveState]):
-    """CFG until the cosine of the two predictions reaches ``threshold``, the conditional model from the next step on.
+    """CFG until the cosine of the two predictions reaches ``threshold``, the conditional model from
+    the next step on.
 
-    Castillo et al. 2023, arXiv:2312.12487, section 5: with K guided steps of S an image costs S + K evaluations instead of 2S.
-    ``scale``: 1 is off, None the pipeline's own value. ``threshold``: cosine that latches, in [-1, 1]; above 1 it is plain CFG, None is
-    looked up for the model (``presets.json``, or what ``diffalign calibrate adaptive-guidance`` wrote for yours). A threshold belongs to
-    its ``space``: "eps" compares noise predictions (the paper), "x0" denoised images; None is looked up together with the threshold, and is
-    "eps" beside a threshold of yours. ``min_guided_steps``: no image latches before that
-    many steps (pure noise alone can look like agreement).
-    Each image decides for itself, once per step, over all its values in float32; it never goes back to guidance.
-    Cost: 2 passes for images still guided, 1 for the others; one device synchronisation per guided step.
+    Castillo et al. 2023, arXiv:2312.12487, section 5: with K guided steps of S an image costs S + K
+    evaluations instead of 2S. ``scale``: 1 is off, None the pipeline's own value. ``threshold``:
+    cosine that latches, in [-1, 1]; above 1 it is plain CFG, None is looked up for the model
+    (``presets.json``, or what ``diffalign calibrate adaptive-guidance`` wrote for yours). A
+    threshold belongs to its ``space``: "eps" compares noise predictions (the paper), "x0" denoised
+    images; None is looked up together with the threshold, and is "eps" beside a threshold of yours.
+    ``min_guided_steps``: no image latches before that many steps (pure noise alone can look like
+    agreement). Each image decides for itself, once per step, over all its values in float32; it
+    never goes back to guidance.
+    Cost: 2 passes for images still guided, 1 for the others; one device synchronisation per guided
+    step.
     """
 
     scale: float | None = None
@@ -63,8 +77,15 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
         check_scale("AdaptiveGuidance", self.threshold, "threshold")
         if self.space is not None:
             check_choice("AdaptiveGuidance", "space", self.space, ("eps", "x0"))
-        if isinstance(self.min_guided_steps, bool) or not isinstance(self.min_guided_steps, int) or self.min_guided_steps < 1:
-            raise ValueError(f"AdaptiveGuidance(min_guided_steps=...) must be an integer of at least 1; got {self.min_guided_steps!r}.")
+        if (
+            isinstance(self.min_guided_steps, bool)
+            or not isinstance(self.min_guided_steps, int)
+            or self.min_guided_steps < 1
+        ):
+            raise ValueError(
+                "AdaptiveGuidance(min_guided_steps=...) must be an integer of at least 1; got "
+                f"{self.min_guided_steps!r}."
+            )
 
     @property
     def needs_uncond(self) -> bool:
@@ -74,7 +95,8 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
         made, sources = Guidance.resolve(self, context)
         if self.scale is None and made.scale == 1.0:
             raise UnsupportedModel(
-                f"AdaptiveGuidance has nothing to save: {context.pipeline} runs without guidance here. Give a scale above 1, "
+                f"AdaptiveGuidance has nothing to save: {context.pipeline} runs without guidance "
+                "here. Give a scale above 1, "
                 "or leave it out for models whose guidance is distilled."
             )
         facts = facts_of(context, scale=made.scale)
@@ -86,11 +108,15 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
             made, sources = dataclasses.replace(made, space=space), {**sources, "space": source}
         if made.threshold is None:
             value, source = preset("adaptive-guidance", "threshold", {**facts, "space": made.space})
-            made, sources = dataclasses.replace(made, threshold=value), {**sources, "threshold": source}
+            made, sources = (
+                dataclasses.replace(made, threshold=value),
+                {**sources, "threshold": source},
+            )
         return made, sources
 
     def extras(self, state: AdaptiveState) -> dict[str, Any]:
-        """``crossed``: for each image the last guided step, None where the threshold was never reached."""
+        """``crossed``: for each image the last guided step, None where the threshold was never
+        reached."""
         return {"crossed": list(state.crossed)}
 
     def init(self, batch: int) -> AdaptiveState:
@@ -103,7 +129,9 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
         whole = len(guided) == len(state.crossed)
         return (COND, UNCOND if whole else dataclasses.replace(UNCOND, rows=guided))
 
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: AdaptiveState) -> tuple[Tensor, AdaptiveState]:
+    def combine(
+        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: AdaptiveState
+    ) -> tuple[Tensor, AdaptiveState]:
         cond, uncond, guided = preds[COND], preds.get(UNCOND), list(state.guided(step.index))
         if uncond is None or not guided:
             return cond, state
@@ -120,11 +148,15 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
         return out, state
 
     @torch.no_grad()
-    def _decide(self, cond: Tensor, uncond: Tensor, rows: list[int], step: StepInfo, state: AdaptiveState) -> AdaptiveState:
+    def _decide(
+        self, cond: Tensor, uncond: Tensor, rows: list[int], step: StepInfo, state: AdaptiveState
+    ) -> AdaptiveState:
         """Latch the images of ``rows`` whose cosine has reached the threshold."""
         assert self.threshold is not None
         if self.threshold > 1.0:
             return state
         cosine = agreement(cond, uncond, step, self.space or "eps", rows).tolist()
         latched = {row for row, value in zip(rows, cosine) if value >= self.threshold}
-        return AdaptiveState(tuple(step.index if row in latched else at for row, at in enumerate(state.crossed)))
+        return AdaptiveState(
+            tuple(step.index if row in latched else at for row, at in enumerate(state.crossed))
+        )

@@ -10,14 +10,14 @@ import torch
 
 from diffalign.core import COND, UNCOND, Context, Pass, Space, StepInfo, Tensor
 from diffalign.core.checks import check_range, check_scale, rowwise
-
-from .base import Guidance
-from .presets import facts_of, preset
+from diffalign.guidance.base import Guidance
+from diffalign.guidance.presets import facts_of, preset
 
 
 @dataclass(frozen=True, slots=True)
 class APGState:
-    """Running difference before step ``index`` (``past``) and after it (``latest``), each ``[B, ...]`` in float32 or None at the start."""
+    """Running difference before step ``index`` (``past``) and after it (``latest``), each ``[B,
+    ...]`` in float32 or None at the start."""
 
     index: int = -1
     past: Tensor | None = None
@@ -25,21 +25,26 @@ class APGState:
 
     def select(self, rows: Sequence[int]) -> "APGState":
         """The state of those images."""
-        past, latest = (None if value is None else value[list(rows)] for value in (self.past, self.latest))
+        past, latest = (
+            None if value is None else value[list(rows)] for value in (self.past, self.latest)
+        )
         return APGState(self.index, past, latest)
 
 
 @dataclass(frozen=True, slots=True)
 class APG(Guidance[APGState]):
-    """CFG on denoised images with the part of the update that is parallel to the conditional image weakened (arXiv:2410.02416).
+    """CFG on denoised images with the part of the update that is parallel to the conditional image
+    weakened (arXiv:2410.02416).
 
-    ``m <- (cond - uncond) + momentum * m``, capped at norm ``cap``, split along ``cond``; the result is
-    ``cond + (scale - 1) * (orthogonal + eta * parallel)``: high scales without over-saturation.
-    ``scale``: 1 is off, None the pipeline's own value (the paper uses 15 for SDXL, 10 for SD 2.1). ``eta``: weight of the parallel part,
-    1 keeps it. ``cap``: largest norm of an image's difference, ``inf`` for none. ``momentum``: negative values turn against the last
-    steps' direction, 0 is none. ``cap`` and ``momentum`` of None are looked up for the model (``presets.json``).
-    With eta 1, no cap and no momentum it is CFG up to rounding. The momentum is kept before the cap, and a solver's second evaluation
-    of a step starts from the same momentum as its first. Norms are over all values of an image.
+    ``m <- (cond - uncond) + momentum * m``, capped at norm ``cap``, split along ``cond``; the
+    result is ``cond + (scale - 1) * (orthogonal + eta * parallel)``: high scales without
+    over-saturation. ``scale``: 1 is off, None the pipeline's own value (the paper uses 15 for SDXL,
+    10 for SD 2.1). ``eta``: weight of the parallel part, 1 keeps it. ``cap``: largest norm of an
+    image's difference, ``inf`` for none. ``momentum``: negative values turn against the last steps'
+    direction, 0 is none. ``cap`` and ``momentum`` of None are looked up for the model
+    (``presets.json``). With eta 1, no cap and no momentum it is CFG up to rounding. The momentum is
+    kept before the cap, and a solver's second evaluation of a step starts from the same momentum as
+    its first. Norms are over all values of an image.
     Cost: 2 passes per step and one latent of memory; 1 pass at scale 1.
     """
 
@@ -54,7 +59,10 @@ class APG(Guidance[APGState]):
         check_scale("APG", self.scale)
         check_scale("APG", self.eta, "eta")
         if self.cap is not None and not self.cap > 0.0:
-            raise ValueError(f"APG(cap=...) must be a positive number, inf for no cap, or None for the model's preset; got {self.cap!r}.")
+            raise ValueError(
+                "APG(cap=...) must be a positive number, inf for no cap, or None for the model's "
+                f"preset; got {self.cap!r}."
+            )
         if self.momentum is not None:
             check_range("APG", "momentum", self.momentum, -1.0, 1.0)
 
@@ -79,7 +87,9 @@ class APG(Guidance[APGState]):
     def passes(self, step: StepInfo, state: APGState) -> tuple[Pass, ...]:
         return (COND,) if self.scale == 1.0 else (COND, UNCOND)
 
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: APGState) -> tuple[Tensor, APGState]:
+    def combine(
+        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: APGState
+    ) -> tuple[Tensor, APGState]:
         cond, uncond = preds[COND], preds.get(UNCOND)
         if uncond is None:
             return cond, state

@@ -1,4 +1,7 @@
-"""Guidance weighted by a Beta density over progress, with a normalised difference (Malarz et al. 2025, arXiv:2502.10574)."""
+"""Guidance weighted by a Beta density over progress, with a normalised difference (Malarz et al.
+
+2025, arXiv:2502.10574).
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,21 +9,22 @@ from dataclasses import KW_ONLY, dataclass
 
 from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
 from diffalign.core.checks import check_range, check_scale, rowwise
-
-from .base import Guidance
-from .per_row import mix_rows
+from diffalign.guidance.base import Guidance
+from diffalign.guidance.per_row import mix_rows
 
 
 @dataclass(frozen=True, slots=True)
 class BetaCFG(Guidance[None]):
-    """``u + scale * Beta(p; a, b) * (c - u) / |c - u|^gamma`` with progress ``p`` and noise predictions (arXiv:2502.10574).
+    """``u + scale * Beta(p; a, b) * (c - u) / |c - u|^gamma`` with progress ``p`` and noise
+    predictions (arXiv:2502.10574).
 
-    ``scale``: weight of the normalised difference, None the pipeline's own value. It is the usual guidance scale (1 is off) only for
-    ``gamma`` 0 and ``a`` = ``b`` = 1, where this is CFG to the bit; with ``gamma`` 1 the difference has norm ``scale * Beta``.
-    ``a``, ``b`` >= 1: the density's parameters, 2 and 2 in the paper: no guidance, the unconditional model, at the first and last step.
-    ``gamma`` in [0, 1]: how far the norm (over all values of an image) is taken out.
-    Cost: 2 passes per step; 1 where the density is 0.
-    On pipelines with a call per branch the first step evaluates one conditional row more, to learn the prediction's shape.
+    ``scale``: weight of the normalised difference, None the pipeline's own value. It is the usual
+    guidance scale (1 is off) only for ``gamma`` 0 and ``a`` = ``b`` = 1, where this is CFG to the
+    bit; with ``gamma`` 1 the difference has norm ``scale * Beta``. ``a``, ``b`` >= 1: the density's
+    parameters, 2 and 2 in the paper: no guidance, the unconditional model, at the first and last
+    step. ``gamma`` in [0, 1]: how far the norm (over all values of an image) is taken out.
+    Cost: 2 passes per step; 1 where the density is 0. On pipelines with a call per branch the first
+    step evaluates one conditional row more, to learn the prediction's shape.
     """
 
     scale: float | None = None
@@ -38,7 +42,11 @@ class BetaCFG(Guidance[None]):
     def density(self, progress: float) -> float:
         """The Beta(a, b) density at ``progress`` in [0, 1]."""
         log_norm = math.lgamma(self.a + self.b) - math.lgamma(self.a) - math.lgamma(self.b)
-        return math.exp(log_norm) * math.pow(progress, self.a - 1.0) * math.pow(1.0 - progress, self.b - 1.0)
+        return (
+            math.exp(log_norm)
+            * math.pow(progress, self.a - 1.0)
+            * math.pow(1.0 - progress, self.b - 1.0)
+        )
 
     def weight(self, step: StepInfo) -> float:
         """The weight before normalisation; a single step has no progress and gets ``scale``."""
@@ -51,11 +59,18 @@ class BetaCFG(Guidance[None]):
             return (UNCOND,)
         return (COND,) if weight == 1.0 and self.gamma == 0.0 else (COND, UNCOND)
 
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
+    def combine(
+        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
+    ) -> tuple[Tensor, None]:
         if len(preds) == 1:
             return next(iter(preds.values())), None
         cond, uncond = preds[COND], preds[UNCOND]
         if self.gamma == 0.0:
             return step.mix(cond, uncond, self.weight(step)), None
         c, u = (rowwise(step.convert(value, "native", "eps")) for value in (cond, uncond))
-        return mix_rows(step, cond, uncond, self.weight(step) / (c - u).norm(dim=1).clamp_min(1e-30) ** self.gamma), None
+        return mix_rows(
+            step,
+            cond,
+            uncond,
+            self.weight(step) / (c - u).norm(dim=1).clamp_min(1e-30) ** self.gamma,
+        ), None

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
 from diffalign.core.checks import check_scale
-
-from .base import Guidance
+from diffalign.guidance.base import Guidance
 
 
 @dataclass(frozen=True, slots=True)
 class CFG(Guidance[None]):
-    """``uncond + scale * (cond - uncond)`` at every step, in the pipeline's own arithmetic: bit-identical to its native guidance.
+    """``uncond + scale * (cond - uncond)`` at every step, in the pipeline's own arithmetic:
+    bit-identical to its native guidance.
 
-    ``scale``: 1 is off (the conditional model), 0 the unconditional model, None the pipeline's own value.
+    ``scale``: 1 is off (the conditional model), 0 the unconditional model, None the pipeline's own
+    value.
     Cost: 2 passes per step; 1 where ``scale`` is 0 or 1.
     """
 
@@ -31,7 +32,9 @@ class CFG(Guidance[None]):
             return (COND,)
         return (UNCOND,) if self.scale == 0.0 else (COND, UNCOND)
 
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
+    def combine(
+        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
+    ) -> tuple[Tensor, None]:
         if len(preds) == 1:
             return next(iter(preds.values())), None
         assert self.scale is not None

@@ -1,4 +1,5 @@
-"""The fitted part of LinearAG: which steps estimate the unconditional prediction, and from what (arXiv:2312.12487, section 5.2)."""
+"""The fitted part of LinearAG: which steps estimate the unconditional prediction, and from what
+(arXiv:2312.12487, section 5.2)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ Mode = Literal["guided", "estimated", "conditional"]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a policy was fitted on; it means nothing anywhere else. ``shape``: of one prediction, ``model``: hash of the denoiser."""
+    """What a policy was fitted on; it means nothing anywhere else. ``shape``: of one prediction,
+    ``model``: hash of the denoiser."""
 
     model: str
     scheduler: str
@@ -35,12 +37,18 @@ class Identity:
         """Raise ``UnsupportedModel`` naming both identities where they differ."""
         wrong = [f.name for f in fields(self) if getattr(self, f.name) != getattr(found, f.name)]
         if wrong:
-            said = ", ".join(f"{n}: fitted {getattr(self, n)!r}, here {getattr(found, n)!r}" for n in wrong)
-            raise UnsupportedModel(f"{owner} was fitted for another setting ({said}). Fit one for this one: diffalign fit linear-ag.")
+            said = ", ".join(
+                f"{n}: fitted {getattr(self, n)!r}, here {getattr(found, n)!r}" for n in wrong
+            )
+            raise UnsupportedModel(
+                f"{owner} was fitted for another setting ({said}). Fit one for this one: "
+                "diffalign fit linear-ag."
+            )
 
 
 def model_hash(module: Any) -> str:
-    """Hash of a denoiser's class, shapes and the first values of every tensor: cheap for billions of parameters.
+    """Hash of a denoiser's class, shapes and the first values of every tensor: cheap for billions
+    of parameters.
 
     Raises ``UnsupportedModel`` where the weights are not in memory (sequential offload).
     """
@@ -49,7 +57,8 @@ def model_hash(module: Any) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         if tensor.is_meta:
             raise UnsupportedModel(
-                f"{type(module).__name__} cannot be recognised: {name} is offloaded. Use enable_model_cpu_offload instead."
+                f"{type(module).__name__} cannot be recognised: {name} is offloaded. Use "
+                "enable_model_cpu_offload instead."
             )
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().flatten()[:4].to("cpu", torch.float32).numpy().tobytes())
@@ -57,28 +66,40 @@ def model_hash(module: Any) -> str:
 
 
 def check_plan(plan: Sequence[str], steps: int) -> None:
-    """Raise ValueError unless ``plan`` has a mode per step, starts guided, estimates something, and ends with its conditional steps."""
+    """Raise ValueError unless ``plan`` has a mode per step, starts guided, estimates something, and
+    ends with its conditional steps."""
     first = plan.index("conditional") if "conditional" in plan else len(plan)
-    wrong = len(plan) != steps or plan[0] != "guided" or not {"estimated"} <= set(plan) <= {"guided", "estimated", "conditional"}
+    wrong = (
+        len(plan) != steps
+        or plan[0] != "guided"
+        or not {"estimated"} <= set(plan) <= {"guided", "estimated", "conditional"}
+    )
     if wrong or set(plan[first:]) - {"conditional"}:
         raise ValueError(
-            f"plan needs {steps} modes (guided, estimated, conditional): guided first, one estimated at least, and only conditional ones "
-            f"after a conditional one, whose unconditional prediction is unknown; got {', '.join(plan)}."
+            f"plan needs {steps} modes (guided, estimated, conditional): guided first, one "
+            "estimated at least, and only conditional ones "
+            "after a conditional one, whose unconditional prediction is unknown; got "
+            f"{', '.join(plan)}."
         )
 
 
 def default_plan(steps: int) -> tuple[Mode, ...]:
-    """The paper's: in the first half even steps guided and odd ones estimated, then conditional. 20 steps cost 25 evaluations."""
+    """The paper's: in the first half even steps guided and odd ones estimated, then conditional. 20
+    steps cost 25 evaluations."""
     half = steps // 2
-    return tuple("conditional" if i >= half else "estimated" if i % 2 else "guided" for i in range(steps))
+    return tuple(
+        "conditional" if i >= half else "estimated" if i % 2 else "guided" for i in range(steps)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class LinearPolicy:
-    """``plan``: one mode per step. ``coefficients``: for each estimated step i, weights of e_c(0..i) then e_n(0..i-1), noise predictions.
+    """``plan``: one mode per step. ``coefficients``: for each estimated step i, weights of
+    e_c(0..i) then e_n(0..i-1), noise predictions.
 
-    ``r2``: share of the variance of e_n that the estimate explains, per estimated step; ``gain``: share of ``|e_n - e_c|^2``, the part that
-    plain conditional sampling would miss. Both on the fitted trajectories. ``trajectories``: how many.
+    ``r2``: share of the variance of e_n that the estimate explains, per estimated step; ``gain``:
+    share of ``|e_n - e_c|^2``, the part that plain conditional sampling would miss. Both on the
+    fitted trajectories. ``trajectories``: how many.
     """
 
     identity: Identity
@@ -90,7 +111,13 @@ class LinearPolicy:
 
     def facts(self) -> dict[str, Any]:
         """Everything but the coefficients, as JSON data."""
-        return {"identity": asdict(self.identity), "plan": self.plan, "r2": self.r2, "gain": self.gain, "trajectories": self.trajectories}
+        return {
+            "identity": asdict(self.identity),
+            "plan": self.plan,
+            "r2": self.r2,
+            "gain": self.gain,
+            "trajectories": self.trajectories,
+        }
 
     def save(self, path: str | Path) -> None:
         """``<path>.json`` and ``<path>.safetensors``, complete or not at all."""
@@ -99,7 +126,11 @@ class LinearPolicy:
         drafts = facts.with_name(facts.name + ".part"), weights.with_name(weights.name + ".part")
         try:
             drafts[0].write_text(json.dumps(self.facts(), indent=1) + "\n", encoding="utf-8")
-            drafts[1].write_bytes(save({str(i): value.double().contiguous() for i, value in self.coefficients.items()}))
+            drafts[1].write_bytes(
+                save(
+                    {str(i): value.double().contiguous() for i, value in self.coefficients.items()}
+                )
+            )
             for draft, target in zip(drafts, (facts, weights)):
                 draft.replace(target)
         finally:
@@ -113,7 +144,8 @@ class LinearPolicy:
         facts, weights = files_of(path)
         if not facts.is_file() or not weights.is_file():
             raise ValueError(
-                f"LinearAG(policy=...) needs {facts.name} and {weights.name} in {facts.parent}; diffalign fit linear-ag writes them."
+                f"LinearAG(policy=...) needs {facts.name} and {weights.name} in {facts.parent}; "
+                "diffalign fit linear-ag writes them."
             )
         text = json.loads(facts.read_text(encoding="utf-8"))
         identity = Identity(**{**text["identity"], "shape": tuple(text["identity"]["shape"])})

@@ -4,16 +4,17 @@ from dataclasses import KW_ONLY, dataclass
 
 from diffalign.core import StepInfo, Tensor
 from diffalign.core.checks import check_range, check_scale
-
-from .per_row import BothBranches, latent, mix_rows
+from diffalign.guidance.per_row import BothBranches, latent, mix_rows
 
 
 @dataclass(frozen=True, slots=True)
 class MagnitudeAware(BothBranches):
-    """CFG with the scale ``1 + (scale - 1) * exp(-alpha * |c - u| / |u|)`` for each image (arXiv:2508.03442).
+    """CFG with the scale ``1 + (scale - 1) * exp(-alpha * |c - u| / |u|)`` for each image
+    (arXiv:2508.03442).
 
-    ``scale``: the scale where both predictions agree; 1 is off, None the pipeline's own value (the paper uses 10). ``alpha`` >= 0: how fast
-    it falls with the relative difference, 8 in the paper; 0 is CFG to the bit. Norms are over all values of the model's own output.
+    ``scale``: the scale where both predictions agree; 1 is off, None the pipeline's own value (the
+    paper uses 10). ``alpha`` >= 0: how fast it falls with the relative difference, 8 in the paper;
+    0 is CFG to the bit. Norms are over all values of the model's own output.
     Cost: 2 passes per step; 1 at scale 1.
     """
 

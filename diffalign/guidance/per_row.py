@@ -1,4 +1,5 @@
-"""Shared by techniques whose weight differs per image: when both branches run, what to measure, and how to mix with it."""
+"""Shared by techniques whose weight differs per image: when both branches run, what to measure, and
+how to mix with it."""
 
 from collections.abc import Mapping
 
@@ -6,12 +7,12 @@ import torch
 
 from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
 from diffalign.core.checks import rowwise
-
-from .base import Guidance
+from diffalign.guidance.base import Guidance
 
 
 class BothBranches(Guidance[None]):
-    """A rule on both predictions, ``guide``; at ``scale`` 1 it is off, and the conditional branch runs alone."""
+    """A rule on both predictions, ``guide``; at ``scale`` 1 it is off, and the conditional branch
+    runs alone."""
 
     __slots__ = ()
     scale: float | None
@@ -23,7 +24,9 @@ class BothBranches(Guidance[None]):
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
         return (COND,) if self.scale == 1.0 else (COND, UNCOND)
 
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
+    def combine(
+        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
+    ) -> tuple[Tensor, None]:
         cond, uncond = preds[COND], preds.get(UNCOND)
         if uncond is None:
             return cond, None
@@ -36,9 +39,11 @@ class BothBranches(Guidance[None]):
 
 
 def latent(prediction: Tensor, step: StepInfo) -> Tensor:
-    """``prediction`` as ``[B, n]`` in float32, without what is not part of the latent (the channels of a learned variance).
+    """``prediction`` as ``[B, n]`` in float32, without what is not part of the latent (the channels
+    of a learned variance).
 
-    The first row is converted to learn the latent's shape, because ``step.convert`` knows it and a technique does not.
+    The first row is converted to learn the latent's shape, because ``step.convert`` knows it and a
+    technique does not.
     """
     shape = step.convert(prediction[:1], "native", "eps", (0,)).shape
     return rowwise(prediction[(slice(None), *map(slice, shape[1:]))])

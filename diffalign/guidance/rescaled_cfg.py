@@ -1,19 +1,23 @@
-"""Guidance whose standard deviation is brought back to the conditional model's (Lin et al. 2023, arXiv:2305.08891)."""
+"""Guidance whose standard deviation is brought back to the conditional model's (Lin et al.
+
+2023, arXiv:2305.08891).
+"""
 
 from dataclasses import KW_ONLY, dataclass
 
 from diffalign.core import StepInfo, Tensor
 from diffalign.core.checks import check_range, check_scale
-
-from .per_row import BothBranches, column, latent, wide
+from diffalign.guidance.per_row import BothBranches, column, latent, wide
 
 
 @dataclass(frozen=True, slots=True)
 class RescaledCFG(BothBranches):
-    """CFG, then ``phi * d * std(cond) / std(d) + (1 - phi) * d`` per image (Lin et al. 2023, arXiv:2305.08891, eq. 15-16).
+    """CFG, then ``phi * d * std(cond) / std(d) + (1 - phi) * d`` per image (Lin et al. 2023,
+    arXiv:2305.08891, eq. 15-16).
 
-    ``scale``: 1 is off, None the pipeline's own value. ``phi`` in [0, 1]: share of the rescaled prediction; 0 is CFG, the paper uses 0.7.
-    The deviation is over all values of an image, of the model's own output (the paper's models predict v).
+    ``scale``: 1 is off, None the pipeline's own value. ``phi`` in [0, 1]: share of the rescaled
+    prediction; 0 is CFG, the paper uses 0.7. The deviation is over all values of an image, of the
+    model's own output (the paper's models predict v).
     Cost: 2 passes per step; 1 at scale 1.
     """
 

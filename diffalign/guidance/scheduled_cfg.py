@@ -8,11 +8,12 @@ from typing import Literal
 
 from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
 from diffalign.core.checks import check_choice, check_scale
+from diffalign.guidance.base import Guidance
+from diffalign.guidance.cfg import CFG
 
-from .base import Guidance
-from .cfg import CFG
-
-Shape = Literal["constant", "linear", "cosine", "inverse-linear", "sine", "v", "lambda", "interval", "pcs"]
+Shape = Literal[
+    "constant", "linear", "cosine", "inverse-linear", "sine", "v", "lambda", "interval", "pcs"
+]
 
 # progress u in [0, 1] -> share of the excess weight; area 1 over [0, 1] except for pcs
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -27,7 +28,9 @@ SHAPES: dict[str, Callable[[float], float]] = {
 NAMES = (*SHAPES, "interval", "pcs")
 
 
-def shape_at(shape: str, u: float, power: float = 1.0, band: tuple[float, float] = (0.0, 1.0)) -> float:
+def shape_at(
+    shape: str, u: float, power: float = 1.0, band: tuple[float, float] = (0.0, 1.0)
+) -> float:
     """The shape's value at progress ``u`` in [0, 1]."""
     if shape == "pcs":
         return (1.0 - math.cos(math.pi * u**power)) / 2.0
@@ -38,8 +41,11 @@ def shape_at(shape: str, u: float, power: float = 1.0, band: tuple[float, float]
 
 
 @cache
-def table(shape: str, count: int, power: float, band: tuple[float, float], normalise: bool) -> tuple[float, ...]:
-    """The shape on the grid of ``count`` steps, ``u = i / (count - 1)``; a single step has no ramp and gets 1."""
+def table(
+    shape: str, count: int, power: float, band: tuple[float, float], normalise: bool
+) -> tuple[float, ...]:
+    """The shape on the grid of ``count`` steps, ``u = i / (count - 1)``; a single step has no ramp
+    and gets 1."""
     if count == 1:
         return (1.0,)
     values = [shape_at(shape, i / (count - 1), power, band) for i in range(count)]
@@ -47,7 +53,8 @@ def table(shape: str, count: int, power: float, band: tuple[float, float], norma
         mean = math.fsum(values) / count
         if mean == 0.0:
             raise ValueError(
-                f"ScheduledCFG(shape={shape!r}, normalise=True) has no weight on any of {count} steps; take more steps or another band."
+                f"ScheduledCFG(shape={shape!r}, normalise=True) has no weight on any of {count} "
+                "steps; take more steps or another band."
             )
         values = [value / mean for value in values]
     return tuple(values)
@@ -55,16 +62,21 @@ def table(shape: str, count: int, power: float, band: tuple[float, float], norma
 
 @dataclass(frozen=True, slots=True)
 class ScheduledCFG(Guidance[None]):
-    """Classifier-free guidance whose weight follows ``shape`` over the steps (Wang et al. 2024, arXiv:2404.13040, section 4).
+    """Classifier-free guidance whose weight follows ``shape`` over the steps (Wang et al. 2024,
+    arXiv:2404.13040, section 4).
 
-    ``scale``: the mean weight; 1 is off, None the pipeline's own value. The paper's omega (``cond + omega (cond - uncond)``) is scale - 1.
-    ``shape``: "linear" and "cosine" increase from 0 to twice the mean, "inverse-linear" and "sine" decrease, "v" and "lambda" have
-    their dip or peak in the middle, "interval" acts in ``band``, "pcs" is ``(1 - cos(pi u^power)) / 2`` with mean 0.5 at power 1.
-    ``power``: of pcs, > 0. ``band``: [a, b) of progress for "interval"; a band that ends at 1 includes the last step.
-    ``ramp``: "excess" scales ``scale - 1``, so that 0 is the conditional model (the paper); "total" scales ``scale`` itself, so that 0 is
-    the unconditional model. ``normalise``: divide by the mean over the steps, so that the mean weight is exact on a finite grid.
-    ``clamp``: lowest weight, in units of ``scale`` (the paper's constant plus 1); raises the mean, which is not renormalised.
-    Cost: 2 passes per step; 1 where the weight is exactly 0 or 1 (linear and cosine: the first step).
+    ``scale``: the mean weight; 1 is off, None the pipeline's own value. The paper's omega (``cond +
+    omega (cond - uncond)``) is scale - 1. ``shape``: "linear" and "cosine" increase from 0 to twice
+    the mean, "inverse-linear" and "sine" decrease, "v" and "lambda" have their dip or peak in the
+    middle, "interval" acts in ``band``, "pcs" is ``(1 - cos(pi u^power)) / 2`` with mean 0.5 at
+    power 1. ``power``: of pcs, > 0. ``band``: [a, b) of progress for "interval"; a band that ends
+    at 1 includes the last step. ``ramp``: "excess" scales ``scale - 1``, so that 0 is the
+    conditional model (the paper); "total" scales ``scale`` itself, so that 0 is the unconditional
+    model. ``normalise``: divide by the mean over the steps, so that the mean weight is exact on a
+    finite grid. ``clamp``: lowest weight, in units of ``scale`` (the paper's constant plus 1);
+    raises the mean, which is not renormalised.
+    Cost: 2 passes per step; 1 where the weight is exactly 0 or 1 (linear and cosine: the first
+    step).
     """
 
     scale: float | None = None
@@ -82,22 +94,30 @@ class ScheduledCFG(Guidance[None]):
         check_choice("ScheduledCFG", "shape", self.shape, NAMES)
         check_choice("ScheduledCFG", "ramp", self.ramp, ("excess", "total"))
         if not (math.isfinite(self.power) and self.power > 0.0):
-            raise ValueError(f"ScheduledCFG(power=...) must be a positive number; got {self.power!r}.")
+            raise ValueError(
+                f"ScheduledCFG(power=...) must be a positive number; got {self.power!r}."
+            )
         if len(self.band) != 2 or not 0.0 <= self.band[0] < self.band[1] <= 1.0:
-            raise ValueError(f"ScheduledCFG(band=(a, b)) needs 0 <= a < b <= 1, as progress; got {self.band!r}.")
+            raise ValueError(
+                f"ScheduledCFG(band=(a, b)) needs 0 <= a < b <= 1, as progress; got {self.band!r}."
+            )
 
     def weights(self, count: int) -> tuple[float, ...]:
         """The guidance weight of each of ``count`` steps; needs a resolved ``scale``."""
         assert self.scale is not None
         shares = table(self.shape, count, self.power, self.band, self.normalise)
         # scale * f + (1 - f) rather than 1 + (scale - 1) * f: exact at f = 0 and at f = 1
-        weights = [self.scale * f + (1.0 - f) if self.ramp == "excess" else self.scale * f for f in shares]
+        weights = [
+            self.scale * f + (1.0 - f) if self.ramp == "excess" else self.scale * f for f in shares
+        ]
         return tuple(weights if self.clamp is None else [max(self.clamp, w) for w in weights])
 
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
         return CFG(self.weights(step.count)[step.index]).passes(step, None)
 
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
+    def combine(
+        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
+    ) -> tuple[Tensor, None]:
         if len(preds) == 1:
             return next(iter(preds.values())), None
         return step.mix(preds[COND], preds[UNCOND], self.weights(step.count)[step.index]), None

@@ -1,4 +1,5 @@
-"""What guidances by skipped blocks share: a third pass that is the conditional model without some of its blocks."""
+"""What guidances by skipped blocks share: a third pass that is the conditional model without some
+of its blocks."""
 
 from __future__ import annotations
 
@@ -8,21 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from diffalign.attention.blocks import select
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel, Windowed
 from diffalign.core.checks import check_range, check_scale
-
-from .base import Guidance
-from .cfg import CFG
+from diffalign.guidance.base import Guidance
+from diffalign.guidance.cfg import CFG
+from diffalign.seams.blocks.sites import select
 
 SKIPPED = "cond-skipped"
 
 
 @dataclass(frozen=True, slots=True)
 class SkippedBlocks(Windowed, Guidance[None]):
-    """``uncond + scale * (cond - uncond) + push * (cond - skipped)`` while the window is open, plain CFG elsewhere.
+    """``uncond + scale * (cond - uncond) + push * (cond - skipped)`` while the window is open,
+    plain CFG elsewhere.
 
-    Subclasses say which blocks a step skips and what ``push`` is called; ``names`` are the blocks of the resolved technique.
+    Subclasses say which blocks a step skips and what ``push`` is called; ``names`` are the blocks
+    of the resolved technique.
     """
 
     push_name: ClassVar[str]
@@ -34,7 +36,10 @@ class SkippedBlocks(Windowed, Guidance[None]):
         owner, default = type(self).__name__, {f.name: f.default for f in dataclasses.fields(self)}
         check_scale(owner, self.scale)
         check_range(owner, self.push_name, self.push, -sys.float_info.max, sys.float_info.max)
-        if self.sigma is not None and (self.start, self.stop) == (default["start"], default["stop"]):
+        if self.sigma is not None and (self.start, self.stop) == (
+            default["start"],
+            default["stop"],
+        ):
             object.__setattr__(self, "start", 0.0)
             object.__setattr__(self, "stop", 1.0)
         self.check_window()
@@ -49,17 +54,30 @@ class SkippedBlocks(Windowed, Guidance[None]):
         """Names of the blocks that step ``index`` skips."""
         raise NotImplementedError
 
-    def with_names(self, context: Context, option: str, wanted: tuple[int | str, ...] | None) -> tuple[Self, dict[str, str]]:
-        """A resolved copy that knows the names of its blocks. Without a module (an oracle), ``wanted`` are the names."""
+    def with_names(
+        self, context: Context, option: str, wanted: tuple[int | str, ...] | None
+    ) -> tuple[Self, dict[str, str]]:
+        """A resolved copy that knows the names of its blocks.
+
+        Without a module (an oracle), ``wanted`` are the names.
+        """
         made, sources = Guidance.resolve(self, context)
         owner, count = type(self).__name__, context.steps
-        if count and self.sigma is None and not any(self.active(StepInfo(i, count, 0.0)) for i in range(count)):
+        if (
+            count
+            and self.sigma is None
+            and not any(self.active(StepInfo(i, count, 0.0)) for i in range(count))
+        ):
             raise UnsupportedModel(
-                f"{owner}: none of {count} steps lies in the window start={self.start}, stop={self.stop}; widen it, or give sigma=(lo, hi)."
+                f"{owner}: none of {count} steps lies in the window start={self.start}, "
+                f"stop={self.stop}; widen it, or give sigma=(lo, hi)."
             )
         if context.module is None:
             if wanted is None:
-                raise ValueError(f"{owner}({option}=...) must name the blocks where there is no denoiser to list them; got None.")
+                raise ValueError(
+                    f"{owner}({option}=...) must name the blocks where there is no denoiser to "
+                    "list them; got None."
+                )
             names = tuple(map(str, wanted))
         else:
             names = select(owner, option, context.module, wanted)
@@ -78,7 +96,9 @@ class SkippedBlocks(Windowed, Guidance[None]):
         both = plain if COND in plain else (COND, *plain)
         return (*both, Pass(SKIPPED, True, blocks=self.chosen(step.index)))
 
-    def combine(self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None) -> tuple[Tensor, None]:
+    def combine(
+        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
+    ) -> tuple[Tensor, None]:
         skipped = preds.get(Pass(SKIPPED, True))
         if skipped is None:
             return CFG(self.scale).combine(preds, step, None)

@@ -6,19 +6,20 @@ import torch
 
 from diffalign.core import StepInfo, Tensor
 from diffalign.core.checks import check_scale
-
-from .per_row import BothBranches, column, latent, wide
+from diffalign.guidance.per_row import BothBranches, column, latent, wide
 
 
 @dataclass(frozen=True, slots=True)
 class TCFG(BothBranches):
-    """CFG after the unconditional prediction is projected on the direction both predictions share most (arXiv:2503.18137).
+    """CFG after the unconditional prediction is projected on the direction both predictions share
+    most (arXiv:2503.18137).
 
-    That direction is the first right singular vector of the 2 x n matrix of the two predictions of an image. With the Gram matrix
-    ``[[a, b], [b, d]]`` and ``D = hypot(a - d, 2 b)`` the projection is ``b / D * cond + (1 - (a - d) / D) / 2 * uncond``: two inner
-    products instead of a singular value decomposition.
-    ``scale``: 1 is off, None the pipeline's own value (the paper: 7.5 for SD 1.5, 5 for SDXL, 7 for SD3). Where the predictions are
-    orthogonal and equally long no direction is first, and the conditional one is taken.
+    That direction is the first right singular vector of the 2 x n matrix of the two predictions of
+    an image. With the Gram matrix ``[[a, b], [b, d]]`` and ``D = hypot(a - d, 2 b)`` the projection
+    is ``b / D * cond + (1 - (a - d) / D) / 2 * uncond``: two inner products instead of a singular
+    value decomposition. ``scale``: 1 is off, None the pipeline's own value (the paper: 7.5 for SD
+    1.5, 5 for SDXL, 7 for SD3). Where the predictions are orthogonal and equally long no direction
+    is first, and the conditional one is taken.
     Cost: 2 passes per step; 1 at scale 1.
     """
 

@@ -1,7 +1,9 @@
-"""Attention kernels: plain torch truths (``naive.py``), faster torch paths and fused Triton forms, one folder per operation.
+"""Attention kernels: plain torch truths (``naive.py``), faster torch paths and fused Triton forms,
+one folder per operation.
 
-``entmax`` sparse maps, ``nag`` the epilogue of normalised attention guidance, ``pladis`` dense-sparse cross-attention. Each folder's
-``choose`` returns the callable for a call site and the reason. Importing this package does not import Triton.
+``entmax`` sparse maps, ``nag`` the epilogue of normalised attention guidance, ``pladis``
+dense-sparse cross-attention. Each folder's ``choose`` returns the callable for a call site and the
+reason. Importing this package does not import Triton.
 """
 
 from diffalign.kernels.choice import Backend, Choice

@@ -1,7 +1,8 @@
 """Which implementation of a kernel runs, decided once per call site and said in one line.
 
-The decision depends on the device, the dtype and sizes only, never on values, so that it costs no device synchronisation and
-holds for a whole run. What differs from call to call (gradients) is handled inside the chosen callable.
+The decision depends on the device, the dtype and sizes only, never on values, so that it costs no
+device synchronisation and holds for a whole run. What differs from call to call (gradients) is
+handled inside the chosen callable.
 """
 
 import logging
@@ -16,11 +17,17 @@ import torch
 log = logging.getLogger("diffalign.kernels")
 Call = TypeVar("Call")
 Backend = Literal["auto", "torch", "triton"]
-MIN_CAPABILITY = (8, 0)  # 16-bit tensor cores with asynchronous copies; the tiles are compiled ahead of time for 8.0 and 9.0
+MIN_CAPABILITY = (
+    8,
+    0,
+    # 16-bit tensor cores with asynchronous copies; the tiles are compiled ahead of time for 8.0 and
+    # 9.0
+)
 
 
 class Choice(NamedTuple, Generic[Call]):
-    """A callable and the reason it was picked, ``"triton: ..."`` or ``"torch: ..."``, ready for a session report."""
+    """A callable and the reason it was picked, ``"triton: ..."`` or ``"torch: ..."``, ready for a
+    session report."""
 
     call: Call
     reason: str
@@ -40,8 +47,11 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def pick(op: str, fused: Call, plain: Call, refusal: str | None, what: str, backend: Backend) -> Choice[Call]:
-    """``fused`` unless ``refusal`` says why not or ``backend`` is "torch"; ``what`` describes the site in the reason.
+def pick(
+    op: str, fused: Call, plain: Call, refusal: str | None, what: str, backend: Backend
+) -> Choice[Call]:
+    """``fused`` unless ``refusal`` says why not or ``backend`` is "torch"; ``what`` describes the
+    site in the reason.
 
     Raises:
         ValueError: unknown ``backend``, or "triton" was demanded where it cannot run.
@@ -49,7 +59,10 @@ def pick(op: str, fused: Call, plain: Call, refusal: str | None, what: str, back
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"{op}: backend must be 'auto', 'torch' or 'triton'; got {backend!r}.")
     if backend == "triton" and refusal is not None:
-        raise ValueError(f"{op}: backend='triton' cannot run for {what}: {refusal}. Use backend='auto' or 'torch'.")
+        raise ValueError(
+            f"{op}: backend='triton' cannot run for {what}: {refusal}. Use backend='auto' or "
+            "'torch'."
+        )
     if backend == "torch":
         refusal = "asked for"
     if refusal is None:
@@ -76,7 +89,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Autocast switched off, which would take the float32 products of a kernel back to 16 bits."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return (
+        torch.autocast(device.type, enabled=False)
+        if torch.is_autocast_enabled(device.type)
+        else nullcontext()
+    )
 
 
 def check_finite(op: str, **values: float) -> None:

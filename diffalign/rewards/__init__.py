@@ -1,4 +1,5 @@
-"""Rewards: how well an image fits its prompt. `load(name)` gives one, `available()` lists them. Importing this loads no model."""
+"""Rewards: how well an image fits its prompt. `load(name)` gives one, `available()` lists them.
+Importing this loads no model."""
 
 from diffalign.core.types import Reward
 from diffalign.rewards.base import BaseReward, RewardInfo, available, load

@@ -1,4 +1,5 @@
-"""Tools for tests, ours and those of plugin authors: tiny random-weight pipelines of every supported family.
+"""Tools for tests, ours and those of plugin authors: tiny random-weight pipelines of every
+supported family.
 
 Nothing here is imported by the library itself.
 """

@@ -1,4 +1,5 @@
-"""What every technique must do, as tests to inherit; written for our own techniques and for plugins.
+"""What every technique must do, as tests to inherit; written for our own techniques and for
+plugins.
 
 class TestMyGuidance(GuidanceContract):
     def make(self): return MyGuidance(3.0)
@@ -20,8 +21,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffalign.core import Tensor
 from diffalign.core.registry import from_config, name_of, parse, to_config
-
-from .oracles import Trace, TwoGaussians, run
+from diffalign.testing.oracles import Trace, TwoGaussians, run
 
 
 def ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
@@ -37,9 +37,11 @@ def ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
 
 
 class GuidanceContract:
-    """Eleven facts of a guidance, checked on exact denoisers under diffusers' DDIM, or flow matching where ``flow`` is set.
+    """Eleven facts of a guidance, checked on exact denoisers under diffusers' DDIM, or flow
+    matching where ``flow`` is set.
 
-    ``off_tolerance``: 0 asks for equal bits; a technique that cannot give them states its derived bound, relative to the largest value.
+    ``off_tolerance``: 0 asks for equal bits; a technique that cannot give them states its derived
+    bound, relative to the largest value.
     """
 
     flow: ClassVar[bool] = False
@@ -66,13 +68,20 @@ class GuidanceContract:
         return FlowMatchEulerDiscreteScheduler(shift=3.0) if self.flow else ddim()
 
     def noise(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(self.batch, *self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        return torch.randn(
+            self.batch, *self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        ).to(dtype)
 
     def model(self) -> TwoGaussians:
         """Rows differ in how far the prompt moves them, so that decisions per image differ too."""
         rng = torch.Generator().manual_seed(2)
-        low, move = (torch.randn(self.batch, *self.shape, generator=rng, dtype=torch.float64) for _ in range(2))
-        reach = torch.linspace(0.2, 1.5, self.batch, dtype=torch.float64).reshape(-1, *(1,) * len(self.shape))
+        low, move = (
+            torch.randn(self.batch, *self.shape, generator=rng, dtype=torch.float64)
+            for _ in range(2)
+        )
+        reach = torch.linspace(0.2, 1.5, self.batch, dtype=torch.float64).reshape(
+            -1, *(1,) * len(self.shape)
+        )
         return TwoGaussians(low + reach * move, low, std=0.6)
 
     def sample(self, technique: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Trace:
@@ -85,7 +94,9 @@ class GuidanceContract:
         technique, plain = self.off()
         a, b = self.sample(technique).sample, self.sample(plain).sample
         worst = (a - b).abs().max().item()
-        assert worst <= self.off_tolerance * b.abs().max().item(), f"off differs from {plain} by {worst}"
+        assert worst <= self.off_tolerance * b.abs().max().item(), (
+            f"off differs from {plain} by {worst}"
+        )
 
     def test_on_does_something(self) -> None:
         assert not torch.equal(self.sample(self.make()).sample, self.sample(self.off()[1]).sample)
@@ -93,15 +104,20 @@ class GuidanceContract:
     def test_rows_are_permutable(self) -> None:
         order = list(reversed(range(self.batch)))
         whole = self.sample(self.make())
-        turned = self.sample(self._for(order), noise=self.noise()[order], model=self.model().select(order))
+        turned = self.sample(
+            self._for(order), noise=self.noise()[order], model=self.model().select(order)
+        )
         assert torch.equal(turned.sample, whole.sample[order])
 
     def test_rows_are_independent(self) -> None:
         whole = self.sample(self.make()).sample
-        # one image alone: reductions may round differently, by a few last places per step and weight
+        # one image alone: reductions may round differently, by a few last places per step and
+        # weight
         bound = 64 * self.steps * torch.finfo(torch.float32).eps * whole.abs().max().item()
         for row in range(self.batch):
-            alone = self.sample(self._for([row]), noise=self.noise()[[row]], model=self.model().select([row])).sample
+            alone = self.sample(
+                self._for([row]), noise=self.noise()[[row]], model=self.model().select([row])
+            ).sample
             assert (alone - whole[[row]]).abs().max().item() <= bound
 
     def _for(self, rows: Sequence[int]) -> Any:
@@ -123,11 +139,18 @@ class GuidanceContract:
         half = self.sample(technique, stop=cut)
         kept = copy.deepcopy(half.state)
         for _ in range(2):  # twice: continuing must not use the state up
-            assert torch.equal(self.sample(technique, start=cut, state=half.state, noise=half.sample).sample, whole.sample)
+            assert torch.equal(
+                self.sample(technique, start=cut, state=half.state, noise=half.sample).sample,
+                whole.sample,
+            )
         if kept is not None:
             order = list(reversed(range(self.batch)))
             turned = self.sample(
-                self._for(order), start=cut, state=kept.select(order), noise=half.sample[order], model=self.model().select(order)
+                self._for(order),
+                start=cut,
+                state=kept.select(order),
+                noise=half.sample[order],
+                model=self.model().select(order),
             )
             assert torch.equal(turned.sample, whole.sample[order])
 
@@ -148,8 +171,16 @@ class GuidanceContract:
         technique = self.make()
         config = to_config(technique)
         assert from_config(json.loads(json.dumps(config))) == technique
-        options = ",".join(f"{key.replace('_', '-')}={self._text(value)}" for key, value in config.items() if key != "name")
+        options = ",".join(
+            f"{key.replace('_', '-')}={self._text(value)}"
+            for key, value in config.items()
+            if key != "name"
+        )
         assert parse(f"{name_of(technique)}:{options}") == (technique,)
 
     def _text(self, value: Any) -> str:
-        return "(" + ",".join(json.dumps(item) for item in value) + ")" if isinstance(value, list | tuple) else str(value)
+        return (
+            "(" + ",".join(json.dumps(item) for item in value) + ")"
+            if isinstance(value, list | tuple)
+            else str(value)
+        )

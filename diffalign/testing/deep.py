@@ -1,4 +1,5 @@
-"""Tiny pipelines with more transformer blocks, and the same without one: the oracle of everything that skips blocks."""
+"""Tiny pipelines with more transformer blocks, and the same without one: the oracle of everything
+that skips blocks."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.adapters.registry import ROWS
-from diffalign.attention.blocks import sites
+from diffalign.families.table import ROWS
+from diffalign.seams.blocks.sites import sites
 from diffalign.testing.tiny import tiny_pipeline
 from diffalign.testing.tiny.base import randomise
 
@@ -34,14 +35,19 @@ FAMILIES = {
 
 
 def deep_pipeline(name: str, variant: str = "", *, extra: int = 2) -> Any:
-    """``tiny_pipeline(name)`` with ``extra`` more blocks in each stack, every one with weights of its own; U-Nets have enough already."""
+    """``tiny_pipeline(name)`` with ``extra`` more blocks in each stack, every one with weights of
+    its own; U-Nets have enough already."""
     pipe, rng = tiny_pipeline(name, variant=variant), torch.Generator().manual_seed(7)
     for attribute in ROWS[name].denoisers:
         module = getattr(pipe, attribute, None)
         if module is None or attribute == "unet":
             continue
-        if name == "ChromaPipeline":  # one network makes the modulation of all blocks, so their number is part of the model
-            module = type(module).from_config({**module.config, "num_layers": 1 + extra, "num_single_layers": 1 + extra})
+        if (
+            name == "ChromaPipeline"
+        ):  # one network makes the modulation of all blocks, so their number is part of the model
+            module = type(module).from_config(
+                {**module.config, "num_layers": 1 + extra, "num_single_layers": 1 + extra}
+            )
             randomise(module, rng)
             setattr(pipe, attribute, module.eval())
             continue
@@ -74,5 +80,7 @@ class _Nothing(nn.Module):
         super().__init__()
         self.single = single
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: Any
+    ) -> Any:
         return hidden_states if self.single else (encoder_hidden_states, hidden_states)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def final(pipe: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """``pipe(**inputs)`` without a progress bar, its images or frames as one tensor. Generators in ``inputs`` advance."""
+    """``pipe(**inputs)`` without a progress bar, its images or frames as one tensor.
+
+    Generators in ``inputs`` advance.
+    """
     pipe.set_progress_bar_config(disable=True)
     result = pipe(**inputs)
     value = result[0] if isinstance(result, tuple) else getattr(result, "images", None)

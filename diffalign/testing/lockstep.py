@@ -1,8 +1,10 @@
-"""NAG written down a second time: two copies of the model walk in lock-step, one per text, each in a thread of its own.
+"""NAG written down a second time: two copies of the model walk in lock-step, one per text, each in
+a thread of its own.
 
-At every text layer they meet, the paper's equations (Chen et al. 2025, arXiv:2505.21179, eq. 7-10) are applied to the attention outputs of
-the image tokens, and both go on with the result. Nothing here knows of sequence concatenation, of masks for it, or of interception:
-each copy runs the unmodified forward of diffusers with one text, so texts of unequal length need no padding.
+At every text layer they meet, the paper's equations (Chen et al. 2025, arXiv:2505.21179, eq. 7-10)
+are applied to the attention outputs of the image tokens, and both go on with the result. Nothing
+here knows of sequence concatenation, of masks for it, or of interception: each copy runs the
+unmodified forward of diffusers with one text, so texts of unequal length need no padding.
 """
 
 from __future__ import annotations
@@ -20,9 +22,13 @@ Formula = Callable[[Tensor, Tensor, str], Tensor]
 More = Callable[[Any, int, "Meeting"], None]
 Hook = tuple[str, str, str]
 
-# family -> [(layers, module whose input is hooked ("" for the layer's own output), where its image tokens are)]
+# family -> [(layers, module whose input is hooked ("" for the layer's own output), where its image
+# tokens are)]
 CROSS: list[Hook] = [(r".*attn2", "to_out.0", "all")]
-FLUX: list[Hook] = [(r"transformer_blocks\.\d+\.attn", "to_out.0", "all"), (r"single_transformer_blocks\.\d+\.attn", "", "behind text")]
+FLUX: list[Hook] = [
+    (r"transformer_blocks\.\d+\.attn", "to_out.0", "all"),
+    (r"single_transformer_blocks\.\d+\.attn", "", "behind text"),
+]
 HOOKS: dict[str, list[Hook]] = {
     **dict.fromkeys(("sd", "sdxl", "kolors", "pixart", "sana", "ltx", "wan", "cosmos2"), CROSS),
     "sd3": [(r"transformer_blocks\.\d+\.attn", "to_out.0", "all")],
@@ -35,22 +41,31 @@ HOOKS: dict[str, list[Hook]] = {
 }
 
 
-def paper(positive: Tensor, negative: Tensor, phi: float, tau: float, alpha: float, order: int = 1) -> Tensor:
+def paper(
+    positive: Tensor, negative: Tensor, phi: float, tau: float, alpha: float, order: int = 1
+) -> Tensor:
     """Eq. 7-10 as printed, on [..., E]."""
     extrapolated = positive + phi * (positive - negative)
-    grown, size = (torch.linalg.vector_norm(x, order, dim=-1, keepdim=True) for x in (extrapolated, positive))
+    grown, size = (
+        torch.linalg.vector_norm(x, order, dim=-1, keepdim=True) for x in (extrapolated, positive)
+    )
     limited: Tensor = extrapolated * (grown / size).clamp(max=tau) / (grown / size)
     return alpha * limited + (1 - alpha) * positive
 
 
 class Meeting:
-    """Where the two walks exchange their image tokens. ``visits``: how often the formula was applied."""
+    """Where the two walks exchange their image tokens.
+
+    ``visits``: how often the formula was applied.
+    """
 
     def __init__(self, formula: Formula) -> None:
         self.formula, self.barrier, self.visits = formula, threading.Barrier(2, timeout=60), 0
         self.held: list[Any] = [None, None]
 
-    def exchange(self, side: int, tokens: Tensor, layer: str, formula: Formula | None = None) -> Tensor:
+    def exchange(
+        self, side: int, tokens: Tensor, layer: str, formula: Formula | None = None
+    ) -> Tensor:
         self.held[side] = (layer, tokens)
         self.barrier.wait()
         (first, positive), (second, negative) = self.held
@@ -81,26 +96,36 @@ def _span(what: str, tensor: Tensor, kwargs: dict[str, Any], row: int) -> slice:
 
 
 def share_double_blocks(twin: Any, side: int, meeting: Meeting) -> None:
-    """Flux as published: the double blocks have one image stream, and the single blocks start from it."""
+    """Flux as published: the double blocks have one image stream, and the single blocks start from
+    it."""
     for name, part in twin.named_modules():
         if re.fullmatch(r"transformer_blocks\.\d+\.attn\.to_[qkv]", name):
-            part.register_forward_hook(lambda _, given, output, name=name: meeting.share(side, output, name))
+            part.register_forward_hook(
+                lambda _, given, output, name=name: meeting.share(side, output, name)
+            )
 
     def start(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "hidden_states": meeting.share(side, kwargs["hidden_states"], "single blocks")}
+        return args, {
+            **kwargs,
+            "hidden_states": meeting.share(side, kwargs["hidden_states"], "single blocks"),
+        }
 
     twin.single_transformer_blocks[0].register_forward_pre_hook(start, with_kwargs=True)
 
 
 def _image_keys(part: Any) -> Callable[[], Tensor]:
-    """Wan image-to-video adds attention over image keys to the same output: what it adds in the running call."""
+    """Wan image-to-video adds attention over image keys to the same output: what it adds in the
+    running call."""
     held: dict[str, Tensor] = {}
     for name in ("norm_q", "norm_added_k", "add_v_proj"):
-        getattr(part, name).register_forward_hook(lambda _, given, output, name=name: held.update({name: output}))
+        getattr(part, name).register_forward_hook(
+            lambda _, given, output, name=name: held.update({name: output})
+        )
 
     def added() -> Tensor:
         q, k, v = (
-            held[name].reshape(*held[name].shape[:2], part.heads, -1).transpose(1, 2) for name in ("norm_q", "norm_added_k", "add_v_proj")
+            held[name].reshape(*held[name].shape[:2], part.heads, -1).transpose(1, 2)
+            for name in ("norm_q", "norm_added_k", "add_v_proj")
         )
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
         image: Tensor = (weights @ v).transpose(1, 2).flatten(2)
@@ -109,7 +134,14 @@ def _image_keys(part: Any) -> Callable[[], Tensor]:
     return added
 
 
-def hooked(module: nn.Module, family: str, side: int, meeting: Meeting, kwargs: dict[str, Any], more: More | None = None) -> nn.Module:
+def hooked(
+    module: nn.Module,
+    family: str,
+    side: int,
+    meeting: Meeting,
+    kwargs: dict[str, Any],
+    more: More | None = None,
+) -> nn.Module:
     """A copy of ``module`` whose text layers meet the other copy's."""
     twin = copy.deepcopy(module)
     if more is not None:
@@ -121,29 +153,41 @@ def hooked(module: nn.Module, family: str, side: int, meeting: Meeting, kwargs: 
 
             added = _image_keys(part) if family == "wan" and part.add_k_proj is not None else None
 
-            def visit(tensor: Tensor, name: str = name, what: str = what, added: Any = added) -> Tensor:
+            def visit(
+                tensor: Tensor, name: str = name, what: str = what, added: Any = added
+            ) -> Tensor:
                 if added is not None:
                     image = added()
                     moved: Tensor = meeting.exchange(side, tensor - image, name) + image
                     return moved
                 where = [_span(what, tensor, kwargs, row) for row in range(len(tensor))]
-                guided = meeting.exchange(side, torch.stack([tensor[r, w] for r, w in enumerate(where)]), name)
+                guided = meeting.exchange(
+                    side, torch.stack([tensor[r, w] for r, w in enumerate(where)]), name
+                )
                 tensor = tensor.clone()
                 for row, place in enumerate(where):
                     tensor[row, place] = guided[row]
                 return tensor
 
             if inner:
-                part.get_submodule(inner).register_forward_pre_hook(lambda _, given, visit=visit: (visit(given[0]), *given[1:]))  # type: ignore[misc]
+                part.get_submodule(inner).register_forward_pre_hook(
+                    lambda _, given, visit=visit: (visit(given[0]), *given[1:])
+                )  # type: ignore[misc]
             else:
                 part.register_forward_hook(lambda _, given, output, visit=visit: visit(output))  # type: ignore[misc]
     return twin
 
 
 def walk(
-    module: nn.Module, family: str, positive: dict[str, Any], negative: dict[str, Any], formula: Formula, more: More | None = None
+    module: nn.Module,
+    family: str,
+    positive: dict[str, Any],
+    negative: dict[str, Any],
+    formula: Formula,
+    more: More | None = None,
 ) -> tuple[Any, int]:
-    """The denoiser's prediction for the arguments ``positive`` under NAG away from ``negative``, and how many layers they met at."""
+    """The denoiser's prediction for the arguments ``positive`` under NAG away from ``negative``,
+    and how many layers they met at."""
     meeting = Meeting(formula)
     results: list[Any] = [None, None]
     errors: list[BaseException] = []
@@ -151,12 +195,17 @@ def walk(
     def run(side: int, kwargs: dict[str, Any]) -> None:
         try:
             with torch.no_grad():
-                results[side] = hooked(module, family, side, meeting, kwargs, more).forward(**kwargs)
+                results[side] = hooked(module, family, side, meeting, kwargs, more).forward(
+                    **kwargs
+                )
         except BaseException as error:  # the other walk must not wait for ever
             errors.append(error)
             meeting.barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(side, kwargs)) for side, kwargs in enumerate((positive, negative))]
+    threads = [
+        threading.Thread(target=run, args=(side, kwargs))
+        for side, kwargs in enumerate((positive, negative))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,7 +1,9 @@
-"""Exact answers for guidance: two Gaussians whose denoiser is a formula, and a sampling loop short enough to be read.
+"""Exact answers for guidance: two Gaussians whose denoiser is a formula, and a sampling loop short
+enough to be read.
 
-The loop asks a technique for passes, evaluates exactly those rows, combines, and hands the result to a real diffusers scheduler.
-It knows nothing of pipelines, so a test that uses it depends on the technique and the scheduler only.
+The loop asks a technique for passes, evaluates exactly those rows, combines, and hands the result
+to a real diffusers scheduler. It knows nothing of pipelines, so a test that uses it depends on the
+technique and the scheduler only.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ Kind = Literal["eps", "v", "x0", "flow"]
 
 
 class Model(Protocol):
-    """``model(x [B, ...], sigma, kind, wanted)`` -> prediction of the rows of ``wanted``, in the parametrisation ``kind``."""
+    """``model(x [B, ...], sigma, kind, wanted)`` -> prediction of the rows of ``wanted``, in the
+    parametrisation ``kind``."""
 
     def __call__(self, x: Tensor, sigma: float, kind: Kind, wanted: Pass) -> Tensor: ...
 
 
 def amplitudes(sigma: float, flow: bool) -> tuple[float, float]:
-    """``(alpha, s)`` of ``x = alpha * x0 + s * eps``, the denoiser's input at noise level ``sigma``."""
+    """``(alpha, s)`` of ``x = alpha * x0 + s * eps``, the denoiser's input at noise level
+    ``sigma``."""
     if flow:
         return 1.0 - sigma, sigma
     return 1.0 / math.sqrt(1.0 + sigma * sigma), sigma / math.sqrt(1.0 + sigma * sigma)
@@ -38,8 +42,11 @@ def express(x0: Tensor, eps: Tensor, alpha: float, s: float, kind: Kind) -> Tens
     return {"eps": eps, "x0": x0, "v": alpha * eps - s * x0, "flow": eps - x0}[kind]
 
 
-def decompose(value: Tensor, x: Tensor, alpha: float, s: float, kind: Kind) -> tuple[Tensor, Tensor]:
-    """``(x0, eps)`` from a prediction ``value`` of the quantity ``kind`` at input ``x``; what is divided by must not be 0."""
+def decompose(
+    value: Tensor, x: Tensor, alpha: float, s: float, kind: Kind
+) -> tuple[Tensor, Tensor]:
+    """``(x0, eps)`` from a prediction ``value`` of the quantity ``kind`` at input ``x``; what is
+    divided by must not be 0."""
     if kind == "eps":
         return (x - s * value) / alpha, value
     if kind == "x0":
@@ -51,9 +58,11 @@ def decompose(value: Tensor, x: Tensor, alpha: float, s: float, kind: Kind) -> t
 
 @dataclass(frozen=True, slots=True)
 class TwoGaussians:
-    """Images are ``N(mean_cond, std^2)`` with the prompt and ``N(mean_uncond, std^2)`` without: the denoiser is exact, in float64.
+    """Images are ``N(mean_cond, std^2)`` with the prompt and ``N(mean_uncond, std^2)`` without: the
+    denoiser is exact, in float64.
 
-    ``mean_cond``, ``mean_uncond``: ``[B, ...]``, one mean per row. A pass that skips blocks sees a wider Gaussian (25% per block).
+    ``mean_cond``, ``mean_uncond``: ``[B, ...]``, one mean per row. A pass that skips blocks sees a
+    wider Gaussian (25% per block).
     """
 
     mean_cond: Tensor
@@ -75,26 +84,30 @@ class TwoGaussians:
         return TwoGaussians(self.mean_cond[list(rows)], self.mean_uncond[list(rows)], self.std)
 
     def endpoint(self, start: Tensor, sigma: float, weight: float) -> Tensor:
-        """Where the probability-flow ODE takes ``start = x0 + sigma * eps`` when guidance has the effective ``weight`` (float64).
+        """Where the probability-flow ODE takes ``start = x0 + sigma * eps`` when guidance has the
+        effective ``weight`` (float64).
 
-        With ``g(sigma)^2 = std^2 + sigma^2`` the ODE is linear and ends at
-        ``mean_uncond + std / g * (start - mean_uncond) + weight * (1 - std / g) * (mean_cond - mean_uncond)``.
+        With ``g(sigma)^2 = std^2 + sigma^2`` the ODE is linear and ends at ``mean_uncond + std / g
+        * (start - mean_uncond) + weight * (1 - std / g) * (mean_cond - mean_uncond)``.
         """
         shrink = self.std / math.hypot(self.std, sigma)
         low, high = self.mean_uncond.double(), self.mean_cond.double()
         return low + shrink * (start.double() - low) + weight * (1.0 - shrink) * (high - low)
 
     def band_weight(self, scale: float, lo: float, hi: float, sigma_max: float) -> float:
-        """Effective weight when ``scale`` acts for noise levels in (lo, hi) and the conditional model elsewhere."""
+        """Effective weight when ``scale`` acts for noise levels in (lo, hi) and the conditional
+        model elsewhere."""
         inside = self.std / math.hypot(self.std, lo) - self.std / math.hypot(self.std, hi)
         return 1.0 + (scale - 1.0) * inside / (1.0 - self.std / math.hypot(self.std, sigma_max))
 
 
 @dataclass(slots=True)
 class Trace:
-    """What ``run`` did: ``sample`` is the end, or the latents before call ``stop``, ``rows`` the denoiser rows in all.
+    """What ``run`` did: ``sample`` is the end, or the latents before call ``stop``, ``rows`` the
+    denoiser rows in all.
 
-    ``rows_per_call``, ``passes``, ``steps``, ``guided``: one entry per call. ``state``, ``technique``: at the end, with options resolved.
+    ``rows_per_call``, ``passes``, ``steps``, ``guided``: one entry per call. ``state``,
+    ``technique``: at the end, with options resolved.
     """
 
     sample: Tensor
@@ -148,13 +161,15 @@ def run(
     state: Any = None,
     seed: int = 0,
 ) -> Trace:
-    """Sample ``noise [B, ...]`` (of unit scale) under ``guidance`` with exact rows and a real scheduler.
+    """Sample ``noise [B, ...]`` (of unit scale) under ``guidance`` with exact rows and a real
+    scheduler.
 
-    ``sigmas``: noise levels instead of ``steps``, for schedulers that take them (Euler's list ends with 0, flow matching's does not).
-    ``scale``: what the pipeline would have asked for. ``mix``: the pipeline's arithmetic. ``seed``: of the noise that ancestral
-    schedulers add. ``start``, ``stop``, ``state``: a part of the calls; ``noise`` is then the latents at ``start``.
-    Predictions have the dtype of ``noise``.
-    Raises AssertionError when ``combine`` changes its arguments, or the shape or dtype of a prediction.
+    ``sigmas``: noise levels instead of ``steps``, for schedulers that take them (Euler's list ends
+    with 0, flow matching's does not). ``scale``: what the pipeline would have asked for. ``mix``:
+    the pipeline's arithmetic. ``seed``: of the noise that ancestral schedulers add. ``start``,
+    ``stop``, ``state``: a part of the calls; ``noise`` is then the latents at ``start``.
+    Predictions have the dtype of ``noise``. Raises AssertionError when ``combine`` changes its
+    arguments, or the shape or dtype of a prediction.
     """
     if sigmas is None:
         scheduler.set_timesteps(steps)
@@ -178,7 +193,9 @@ def run(
         )
     )
     x = noise if start else noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    if hasattr(scheduler, "set_begin_index"):  # counting beats searching: two levels may share a timestep
+    if hasattr(
+        scheduler, "set_begin_index"
+    ):  # counting beats searching: two levels may share a timestep
         scheduler.set_begin_index(start)
     trace = Trace(x, technique.init(len(noise)) if state is None else state, technique)
     levels = noise_levels(scheduler)
@@ -187,7 +204,9 @@ def run(
         t, (sigma, sigma_next) = timesteps[call], levels[call]
         inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         convert = _converter(inputs, sigma, kind)
-        step = StepInfo(call // order, count, sigma, sigma_next, float(t), call % order, mix, convert)
+        step = StepInfo(
+            call // order, count, sigma, sigma_next, float(t), call % order, mix, convert
+        )
         wanted = technique.passes(step, trace.state)
         preds = {p: model(inputs, sigma, kind, p) for p in wanted}
         trace.rows_per_call.append(sum(len(v) for v in preds.values()))
@@ -205,11 +224,15 @@ def _converter(x: Tensor, sigma: float, kind: Kind) -> Callable[..., Tensor]:
     """``StepInfo.convert`` in the precision of the prediction, at least float32."""
     alpha, s = amplitudes(sigma, kind == "flow")
 
-    def convert(value: Tensor, source: Space, target: Space, rows: Sequence[int] | None = None) -> Tensor:
+    def convert(
+        value: Tensor, source: Space, target: Space, rows: Sequence[int] | None = None
+    ) -> Tensor:
         if source == target:
             return value
         wide = torch.promote_types(value.dtype, torch.float32)
-        inputs = (x if rows is None else x[list(rows)])[tuple(slice(0, n) for n in value.shape)].to(wide)
+        inputs = (x if rows is None else x[list(rows)])[tuple(slice(0, n) for n in value.shape)].to(
+            wide
+        )
         quantities: dict[Space, Kind] = {"native": kind, "eps": "eps", "x0": "x0"}
         x0, eps = decompose(value.to(wide), inputs, alpha, s, quantities[source])
         return express(x0, eps, alpha, s, quantities[target])
@@ -217,8 +240,11 @@ def _converter(x: Tensor, sigma: float, kind: Kind) -> Callable[..., Tensor]:
     return convert
 
 
-def _combine(technique: Any, preds: dict[Pass, Tensor], step: StepInfo, state: Any) -> tuple[Tensor, Any]:
-    """``combine`` in the technique's own space and back; a prediction that it returns untouched is not converted twice."""
+def _combine(
+    technique: Any, preds: dict[Pass, Tensor], step: StepInfo, state: Any
+) -> tuple[Tensor, Any]:
+    """``combine`` in the technique's own space and back; a prediction that it returns untouched is
+    not converted twice."""
     target = technique.combine_space
     given = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
     before = {p: v.clone() for p, v in given.items()}
@@ -228,6 +254,10 @@ def _combine(technique: Any, preds: dict[Pass, Tensor], step: StepInfo, state: A
         if guided is value:
             return preds[p], after
     like = next(iter(preds.values()))
-    assert guided.shape[1:] == like.shape[1:], f"combine returned {list(guided.shape)} for predictions of {list(like.shape)}"
-    assert guided.dtype == next(iter(given.values())).dtype, f"combine turned {next(iter(given.values())).dtype} into {guided.dtype}"
+    assert guided.shape[1:] == like.shape[1:], (
+        f"combine returned {list(guided.shape)} for predictions of {list(like.shape)}"
+    )
+    assert guided.dtype == next(iter(given.values())).dtype, (
+        f"combine turned {next(iter(given.values())).dtype} into {guided.dtype}"
+    )
     return step.convert(guided, target, "native").to(like.dtype), after

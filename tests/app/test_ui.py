@@ -13,15 +13,32 @@ def demo():
 
 def test_draw_gives_sheet_report_and_plot(demo):
     ticks = []
-    sheet, report, plot = demo.draw("a photo of a dog", ["interval-cfg"], "", 3.0, 4, 0, progress=lambda done, desc: ticks.append(done))
+    sheet, report, plot = demo.draw(
+        "a photo of a dog",
+        ["interval-cfg"],
+        "",
+        3.0,
+        4,
+        0,
+        progress=lambda done, desc: ticks.append(done),
+    )
     assert sheet.width > 2 * 128
-    assert report.startswith("StableDiffusionPipeline: guided 4 of 4 steps, 8 NFE per image (CFG: 8)")
+    assert report.startswith(
+        "StableDiffusionPipeline: guided 4 of 4 steps, 8 NFE per image (CFG: 8)"
+    )
     assert plot is not None
     assert ticks == [(i, 4) for i in (1, 2, 3, 4)] * 2
 
 
 def test_the_negative_prompt_reaches_nag(demo):
-    given = {"prompt": "a photo of a dog and a cat", "names": ["nag"], "text": "", "scale": 1.0, "steps": 4, "seed": 0}
+    given = {
+        "prompt": "a photo of a dog and a cat",
+        "names": ["nag"],
+        "text": "",
+        "scale": 1.0,
+        "steps": 4,
+        "seed": 0,
+    }
     plain, without, _ = demo.draw(**given)
     sheet, report, _ = demo.draw(**given, negative="a photo of a cat")
     assert "negative text from the empty prompt" in without
@@ -31,7 +48,9 @@ def test_the_negative_prompt_reaches_nag(demo):
 
 def test_text_form_wins_and_nothing_is_left_behind(demo):
     before = type(demo.pipe), type(demo.pipe.unet)
-    _, report, _ = demo.draw("three cats", ["adaptive-guidance"], "interval-cfg:stop=0.5+pladis", 3.0, 4, 0)
+    _, report, _ = demo.draw(
+        "three cats", ["adaptive-guidance"], "interval-cfg:stop=0.5+pladis", 3.0, 4, 0
+    )
     assert "guided 2 of 4 steps" in report
     assert "pladis" in report
     assert (type(demo.pipe), type(demo.pipe.unet)) == before
@@ -52,7 +71,14 @@ def test_text_form_wins_and_nothing_is_left_behind(demo):
     ],
 )
 def test_bad_input_is_one_line(demo, change, said):
-    given = {"prompt": "a dog", "names": ["cfg"], "text": "", "scale": 3.0, "steps": 2, "seed": 0} | change
+    given = {
+        "prompt": "a dog",
+        "names": ["cfg"],
+        "text": "",
+        "scale": 3.0,
+        "steps": 2,
+        "seed": 0,
+    } | change
     with pytest.raises(gr.Error, match=said) as caught:
         demo.draw(**given)
     assert not caught.value.print_exception

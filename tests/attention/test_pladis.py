@@ -1,4 +1,5 @@
-"""PLADIS inside real models: against dense weights written out in float64, its identities, and what it leaves alone."""
+"""PLADIS inside real models: against dense weights written out in float64, its identities, and what
+it leaves alone."""
 
 from dataclasses import dataclass
 
@@ -7,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 import diffalign as da
-from diffalign.adapters.registry import row_of
-from diffalign.attention.base import AttentionTechnique
 from diffalign.core import Site
+from diffalign.families.table import row_of
+from diffalign.seams.attention.base import AttentionTechnique
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -44,17 +45,25 @@ def dense(q, k, v, mask, scale):
 
 
 def written_out(strength, alpha, text_of):
-    """Attention with every weight in hand: ``text_of(q, k)`` says where the text keys and the image queries are."""
+    """Attention with every weight in hand: ``text_of(q, k)`` says where the text keys and the image
+    queries are."""
 
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attention(
+        q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         z, weights = dense(q, k, v, attn_mask, scale)
         for row, (text, image) in enumerate(text_of(q, k)):
             if text is None:
                 continue
             block = z[row, :, image, text]
             block = block.masked_fill(block == -torch.inf, torch.finfo(block.dtype).min)
-            sparse, mass = SPARSE[alpha](block, dim=-1), weights[row, :, image, text].sum(-1, keepdim=True)
-            weights[row, :, image, text] = mass * ((1 - strength) * block.softmax(-1) + strength * sparse)
+            sparse, mass = (
+                SPARSE[alpha](block, dim=-1),
+                weights[row, :, image, text].sum(-1, keepdim=True),
+            )
+            weights[row, :, image, text] = mass * (
+                (1 - strength) * block.softmax(-1) + strength * sparse
+            )
         return weights @ v
 
     return attention
@@ -67,7 +76,11 @@ def record(pipe, inputs, technique=None, names=("unet", "transformer")):
         value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         seen.append(torch.stack(value) if isinstance(value, list) else value.clone())
 
-    handles = [part.register_forward_hook(keep) for name in names if (part := getattr(pipe, name, None)) is not None]
+    handles = [
+        part.register_forward_hook(keep)
+        for name in names
+        if (part := getattr(pipe, name, None)) is not None
+    ]
     try:
         if technique is None:
             pipe(**inputs)
@@ -82,13 +95,18 @@ def record(pipe, inputs, technique=None, names=("unet", "transformer")):
 
 
 def reference_call(name, pipe, attention_for):
-    """Each attention layer's own calls of scaled_dot_product_attention replaced while it runs, by a plain patch of the function."""
+    """Each attention layer's own calls of scaled_dot_product_attention replaced while it runs, by a
+    plain patch of the function."""
     undo = []
     model = getattr(pipe, "unet", None) or pipe.transformer
     state = {"layer": None}
     for path, part in model.named_modules():
         if hasattr(part, "processor"):
-            undo.append(part.register_forward_pre_hook(lambda m, a, path=path: state.update(layer=path, call=0)))
+            undo.append(
+                part.register_forward_pre_hook(
+                    lambda m, a, path=path: state.update(layer=path, call=0)
+                )
+            )
             undo.append(part.register_forward_hook(lambda m, a, o: state.update(layer=None)))
     original = F.scaled_dot_product_attention
 
@@ -120,12 +138,15 @@ def spans(name, given):
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_written_out(monkeypatch, name, alpha):
-    """The prediction of every family, when its text weights are the paper's, computed with the entmax package in float64."""
+    """The prediction of every family, when its text weights are the paper's, computed with the
+    entmax package in float64."""
     pipe = tiny_pipeline(name, dtype=torch.float64)
     model = getattr(pipe, "unet", None) or pipe.transformer
     torch.nn.Module.to(model, torch.float64)
     narrow = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x))
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x)
+    )
 
     def inputs():
         return tiny_inputs(name, batch=2, steps=2, guided=False, dtype=torch.float64)
@@ -163,16 +184,21 @@ def test_strength_zero_is_the_plain_pipeline(name):
     assert session.report().layers["PLADIS"][0] == 0
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline", "ZImagePipeline"])
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline", "ZImagePipeline"]
+)
 def test_only_the_conditional_branch(name):
-    """With ``branches="cond"`` the unconditional rows are those of the plain model, the others those of ``branches="both"``."""
+    """With ``branches="cond"`` the unconditional rows are those of the plain model, the others
+    those of ``branches="both"``."""
     pipe = tiny_pipeline(name)
     inputs = {"batch": 2, "steps": 1}
     plain = record(pipe, tiny_inputs(name, **inputs))[0]
     both, _ = record(pipe, tiny_inputs(name, **inputs), da.PLADIS())
     cond, _ = record(pipe, tiny_inputs(name, **inputs), da.PLADIS(branches="cond"))
     c, u = (slice(0, 2), slice(2, 4)) if name == "ZImagePipeline" else (slice(2, 4), slice(0, 2))
-    bound = 64 * torch.finfo(torch.float32).eps * plain.abs().max()  # other row counts, other order of sums
+    bound = (
+        64 * torch.finfo(torch.float32).eps * plain.abs().max()
+    )  # other row counts, other order of sums
     assert (cond[0][u] - plain[u]).abs().max() <= bound
     assert (cond[0][c] - both[0][c]).abs().max() <= bound
     assert (both[0][u] - plain[u]).abs().max() > 1e3 * bound
@@ -182,12 +208,17 @@ def test_window_and_layers():
     name = "StableDiffusionPipeline"
     pipe = tiny_pipeline(name)
     plain = record(pipe, tiny_inputs(name, steps=4))
-    got, report = record(pipe, tiny_inputs(name, steps=4), da.PLADIS(start=0.5, layers=("up_blocks.*",)))
+    got, report = record(
+        pipe, tiny_inputs(name, steps=4), da.PLADIS(start=0.5, layers=("up_blocks.*",))
+    )
     changed = [not torch.equal(a, b) for a, b in zip(got, plain)]
     assert changed == [False, False, True, True]
     acting, selected = report.layers["PLADIS"]
     assert 0 < acting == selected < 4
-    with pytest.raises(da.UnsupportedModel, match="selects no attention layer"), da.apply(pipe, da.PLADIS(layers=("nothing.*",))):
+    with (
+        pytest.raises(da.UnsupportedModel, match="selects no attention layer"),
+        da.apply(pipe, da.PLADIS(layers=("nothing.*",))),
+    ):
         pipe(**tiny_inputs(name))
 
 
@@ -207,7 +238,10 @@ def test_bad_options(options, error, match):
 
 
 def test_every_family_without_text_is_refused():
-    with pytest.raises(da.UnsupportedModel, match="no text"), da.apply(pipe := tiny_pipeline("DiTPipeline"), da.PLADIS()):
+    with (
+        pytest.raises(da.UnsupportedModel, match="no text"),
+        da.apply(pipe := tiny_pipeline("DiTPipeline"), da.PLADIS()),
+    ):
         pipe(**tiny_inputs("DiTPipeline"))
     row, _ = row_of(type(pipe))
     for technique in (da.NAG(), da.PLADIS()):

@@ -1,4 +1,5 @@
-"""A saved folder of a tiny pipeline, the command line on it, and a stand-in for the embedded model and its judge."""
+"""A saved folder of a tiny pipeline, the command line on it, and a stand-in for the embedded model
+and its judge."""
 
 import dataclasses
 import json
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from diffalign import cli
 from diffalign.embedded.load import MODELS, Entry
-from diffalign.eval.geneval import Detection, Thresholds
+from diffalign.tasks.geneval.verdict import Detection, Thresholds
 from diffalign.testing.tiny import tiny_pipeline
 
 STEPS = 4
@@ -17,7 +18,8 @@ STEPS = 4
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A Stable Diffusion folder as ``save_pretrained`` writes it: 16 x 16 pixels, tiny random weights."""
+    """A Stable Diffusion folder as ``save_pretrained`` writes it: 16 x 16 pixels, tiny random
+    weights."""
     path = tmp_path_factory.mktemp("tiny")
     tiny_pipeline("StableDiffusionPipeline", text=True).save_pretrained(path)
     return path
@@ -30,7 +32,9 @@ def index(tmp_path):
     def make(class_name, **components):
         path = tmp_path / f"index-{class_name}"
         path.mkdir()
-        (path / "model_index.json").write_text(json.dumps({"_class_name": class_name, **components}))
+        (path / "model_index.json").write_text(
+            json.dumps({"_class_name": class_name, **components})
+        )
         return path
 
     return make
@@ -38,7 +42,8 @@ def index(tmp_path):
 
 @pytest.fixture
 def run():
-    """``run("generate", ...)``: the command in this process; the result has exit_code, stdout, stderr."""
+    """``run("generate", ...)``: the command in this process; the result has exit_code, stdout,
+    stderr."""
 
     def call(*arguments):
         result = CliRunner().invoke(cli.app, [str(a) for a in arguments])

@@ -1,4 +1,5 @@
-"""Every bad input: exit code 2 and one line that says what to do, before weights are read or anything is computed."""
+"""Every bad input: exit code 2 and one line that says what to do, before weights are read or
+anything is computed."""
 
 import functools
 import sys
@@ -9,9 +10,9 @@ import typer
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from diffalign import cli
-from diffalign.adapters.registry import refusals
-from diffalign.cli import scheduler
 from diffalign.cli.problem import BadInput
+from diffalign.families.table import refusals
+from diffalign.generate import schedulers as scheduler
 
 PROMPT = ("--prompt", "a bench")
 
@@ -24,13 +25,19 @@ def untouched(monkeypatch):
         raise AssertionError("bad input was noticed too late")
 
     monkeypatch.setattr("diffalign.cli.request.load", never)
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", functools.wraps(StableDiffusionPipeline.__call__)(never))
+    monkeypatch.setattr(
+        StableDiffusionPipeline,
+        "__call__",
+        functools.wraps(StableDiffusionPipeline.__call__)(never),
+    )
 
 
 def computed(monkeypatch):
     """Fails when a pipeline is called."""
     monkeypatch.setattr(
-        StableDiffusionPipeline, "__call__", functools.wraps(StableDiffusionPipeline.__call__)(lambda *a, **k: pytest.fail("computed"))
+        StableDiffusionPipeline,
+        "__call__",
+        functools.wraps(StableDiffusionPipeline.__call__)(lambda *a, **k: pytest.fail("computed")),
     )
 
 
@@ -83,19 +90,32 @@ def test_options(run, untouched, folder, tmp_path, command, arguments, words):
 
 def test_absent_device(run, untouched, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(run("generate", "-m", folder, "-o", tmp_path, *PROMPT, "--device", "cuda:77"), "--device", "cuda:77", "'cpu' can")
+    refused(
+        run("generate", "-m", folder, "-o", tmp_path, *PROMPT, "--device", "cuda:77"),
+        "--device",
+        "cuda:77",
+        "'cpu' can",
+    )
 
 
 def test_no_prompt(run, untouched, folder, tmp_path):
     refused(run("generate", "-m", folder, "-o", tmp_path), "--prompt")
     refused(run("generate", "-m", folder, "-o", tmp_path, "--prompt", ""), "--prompt", "empty")
     (tmp_path / "blank.txt").write_text("\n  \n")
-    refused(run("generate", "-m", folder, "-o", tmp_path, "--prompts-file", tmp_path / "blank.txt"), "blank.txt", "no prompt")
+    refused(
+        run("generate", "-m", folder, "-o", tmp_path, "--prompts-file", tmp_path / "blank.txt"),
+        "blank.txt",
+        "no prompt",
+    )
 
 
 def test_unknown_model(run, untouched, emoji, tmp_path):
     refused(run("generate", "-m", "emojii", "-o", tmp_path, *PROMPT), "emojii", "emoji")
-    refused(run("generate", "-m", "emoji-judge", "-o", tmp_path, *PROMPT), "emoji-judge", "does not make images")
+    refused(
+        run("generate", "-m", "emoji-judge", "-o", tmp_path, *PROMPT),
+        "emoji-judge",
+        "does not make images",
+    )
     (tmp_path / "empty").mkdir()
     refused(run("generate", "-m", tmp_path / "empty", "-o", tmp_path, *PROMPT), "model_index.json")
 
@@ -106,35 +126,68 @@ def test_embedded_model_that_is_not_installed(run, untouched, tmp_path, monkeypa
 
 
 def test_hub_id_without_network(run, untouched, tmp_path):
-    refused(run("generate", "-m", "nobody/no-such-pipeline", "-o", tmp_path, *PROMPT), "nobody/no-such-pipeline", "hub")
+    refused(
+        run("generate", "-m", "nobody/no-such-pipeline", "-o", tmp_path, *PROMPT),
+        "nobody/no-such-pipeline",
+        "hub",
+    )
 
 
-def test_a_hub_that_cannot_be_reached_is_not_called_a_bad_repository(run, untouched, tmp_path, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_not_called_a_bad_repository(
+    run, untouched, tmp_path, monkeypatch
+):
     def unreachable(name):
         try:
             raise ConnectionError("Name or service not known")
         except ConnectionError as error:
-            raise OSError(f"{name} does not appear to have a file named model_index.json") from error
+            raise OSError(
+                f"{name} does not appear to have a file named model_index.json"
+            ) from error
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", unreachable)
-    refused(run("generate", "-m", "nobody/pipeline", "-o", tmp_path, *PROMPT), "hub cannot be reached", "give a folder")
+    refused(
+        run("generate", "-m", "nobody/pipeline", "-o", tmp_path, *PROMPT),
+        "hub cannot be reached",
+        "give a folder",
+    )
 
 
 def test_pipelines_that_cannot_serve(run, untouched, index, tmp_path):
     import diffusers
 
     name = next(name for name in refusals() if isinstance(getattr(diffusers, name, None), type))
-    refused(run("compare", "-m", index(name), "-o", tmp_path, *PROMPT), name, " ".join(refusals()[name].split()))
-    refused(run("compare", "-m", index("NoSuchPipeline"), "-o", tmp_path, *PROMPT), "NoSuchPipeline", diffusers.__version__)
-    refused(run("compare", "-m", index("WanPipeline"), "-o", tmp_path, *PROMPT), "WanPipeline", "videos")
-    refused(run("compare", "-m", index("StableDiffusionImg2ImgPipeline"), "-o", tmp_path, *PROMPT), "image")
+    refused(
+        run("compare", "-m", index(name), "-o", tmp_path, *PROMPT),
+        name,
+        " ".join(refusals()[name].split()),
+    )
+    refused(
+        run("compare", "-m", index("NoSuchPipeline"), "-o", tmp_path, *PROMPT),
+        "NoSuchPipeline",
+        diffusers.__version__,
+    )
+    refused(
+        run("compare", "-m", index("WanPipeline"), "-o", tmp_path, *PROMPT), "WanPipeline", "videos"
+    )
+    refused(
+        run("compare", "-m", index("StableDiffusionImg2ImgPipeline"), "-o", tmp_path, *PROMPT),
+        "image",
+    )
     refused(run("compare", "-m", index("DiTPipeline"), "-o", tmp_path, *PROMPT), "class_labels")
 
 
 def test_output_that_cannot_be_written(run, untouched, folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refused(run("generate", "-m", folder, "-o", tmp_path / "file", *PROMPT), "--output", "is a file; give a folder")
-    refused(run("generate", "-m", folder, "-o", tmp_path / "file" / "below", *PROMPT), "--output", "cannot be written")
+    refused(
+        run("generate", "-m", folder, "-o", tmp_path / "file", *PROMPT),
+        "--output",
+        "is a file; give a folder",
+    )
+    refused(
+        run("generate", "-m", folder, "-o", tmp_path / "file" / "below", *PROMPT),
+        "--output",
+        "cannot be written",
+    )
 
 
 @pytest.mark.parametrize("name", ["compare.png", "compare.json", "images"])
@@ -146,25 +199,52 @@ def test_names_that_are_taken(run, untouched, folder, tmp_path, name):
 
 def test_a_prompts_file_that_is_no_text(run, untouched, folder, tmp_path):
     (tmp_path / "picture").write_bytes(b"\xd0\xff\x00")
-    refused(run("generate", "-m", folder, "-o", tmp_path, "--prompts-file", tmp_path / "picture"), "--prompts-file", "UTF-8")
+    refused(
+        run("generate", "-m", folder, "-o", tmp_path, "--prompts-file", tmp_path / "picture"),
+        "--prompts-file",
+        "UTF-8",
+    )
 
 
-@pytest.mark.parametrize("command", [["generate", *PROMPT], ["fit", "linear-ag"], ["calibrate", "adaptive-guidance"]])
+@pytest.mark.parametrize(
+    "command", [["generate", *PROMPT], ["fit", "linear-ag"], ["calibrate", "adaptive-guidance"]]
+)
 def test_more_steps_than_the_scheduler_has(run, folder, tmp_path, monkeypatch, command):
     computed(monkeypatch)
-    refused(run(*command, "-m", folder, "-o", tmp_path / "out", "--steps", "5000"), "--steps", "at most 1000", "5000")
+    refused(
+        run(*command, "-m", folder, "-o", tmp_path / "out", "--steps", "5000"),
+        "--steps",
+        "at most 1000",
+        "5000",
+    )
 
 
-def test_what_only_the_loaded_model_can_tell_stops_before_the_first_step(run, folder, tmp_path, monkeypatch):
+def test_what_only_the_loaded_model_can_tell_stops_before_the_first_step(
+    run, folder, tmp_path, monkeypatch
+):
     computed(monkeypatch)
-    refused(run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "--size", "15"), "--size", "multiple of 2")
+    refused(
+        run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "--size", "15"),
+        "--size",
+        "multiple of 2",
+    )
 
 
 def test_a_techniques_own_refusal_stops_before_the_first_step(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffalign.attention.nag.NAG.refuses", lambda self, pipe, row: f"{row.family} is not for me")
+    monkeypatch.setattr(
+        "diffalign.attention.nag.nag.NAG.refuses",
+        lambda self, pipe, row: f"{row.family} is not for me",
+    )
     computed(monkeypatch)
-    refused(run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "-t", "nag"), "NAG", "sd is not for me")
-    refused(run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "-t", "skip-layer-guidance"), "layers=")
+    refused(
+        run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "-t", "nag"),
+        "NAG",
+        "sd is not for me",
+    )
+    refused(
+        run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "-t", "skip-layer-guidance"),
+        "layers=",
+    )
 
 
 def test_distilled_model_is_refused_before_the_first_step(run, folder, tmp_path, monkeypatch):
@@ -179,7 +259,11 @@ def test_distilled_model_is_refused_before_the_first_step(run, folder, tmp_path,
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(distilled))
     computed(monkeypatch)
-    refused(run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "-t", "adaptive-guidance"), "AdaptiveGuidance", "distilled")
+    refused(
+        run("compare", "-m", folder, "-o", tmp_path, *PROMPT, "-t", "adaptive-guidance"),
+        "AdaptiveGuidance",
+        "distilled",
+    )
 
 
 def test_the_pipelines_own_refusal_is_bad_input_too(run, folder, tmp_path, monkeypatch):
@@ -187,7 +271,9 @@ def test_the_pipelines_own_refusal_is_bad_input_too(run, folder, tmp_path, monke
         raise ValueError("`height` has to be\n divisible by 8.")
 
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.check_inputs", check_inputs)
-    refused(run("generate", "-m", folder, "-o", tmp_path, *PROMPT), "`height` has to be divisible by 8.")
+    refused(
+        run("generate", "-m", folder, "-o", tmp_path, *PROMPT), "`height` has to be divisible by 8."
+    )
 
 
 def test_an_error_that_is_not_the_users_is_not_called_bad_input(run, folder, tmp_path, monkeypatch):
@@ -201,7 +287,11 @@ def test_an_error_that_is_not_the_users_is_not_called_bad_input(run, folder, tmp
 
 
 def test_plot_without_guidance(run, untouched, folder, tmp_path):
-    refused(run("generate", "-m", folder, "-o", tmp_path, *PROMPT, "--plot"), "--plot", "--technique cfg")
+    refused(
+        run("generate", "-m", folder, "-o", tmp_path, *PROMPT, "--plot"),
+        "--plot",
+        "--technique cfg",
+    )
 
 
 def test_usage_errors_are_one_line_as_well(program):
@@ -246,5 +336,8 @@ def test_scheduler_names(name, current, expected):
 
 
 def test_scheduler_that_does_not_fit():
-    with pytest.raises(BadInput, match=r"ddim .* cannot replace .*FlowMatchEulerDiscreteScheduler; euler can be used"):
+    with pytest.raises(
+        BadInput,
+        match=r"ddim .* cannot replace .*FlowMatchEulerDiscreteScheduler; euler can be used",
+    ):
         scheduler.class_name("ddim", "FlowMatchEulerDiscreteScheduler")

@@ -1,4 +1,5 @@
-"""``diffalign calibrate adaptive-guidance``: the preset it writes is used, its figures are the library's, bad input ends early."""
+"""``diffalign calibrate adaptive-guidance``: the preset it writes is used, its figures are the
+library's, bad input ends early."""
 
 import datetime
 import functools
@@ -9,7 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from PIL import Image
 
 import diffalign as da
-from diffalign.guidance.calibrate import calibrate_adaptive_guidance
+from diffalign.calibration.adaptive import calibrate_adaptive_guidance
 from diffalign.guidance.presets import VARIABLE
 
 CALIBRATE = ("calibrate", "adaptive-guidance")
@@ -17,18 +18,49 @@ CALIBRATE = ("calibrate", "adaptive-guidance")
 
 def test_preset_is_written_and_used(run, folder, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red apple\ntwo cats\na bench\n")
-    arguments = ("-m", folder, "-s", 6, "--scale", 3, "-c", 5, "-b", 2, "--seed", 7, "--prompts-file", tmp_path / "prompts.txt")
-    result = run(*CALIBRATE, *arguments, "--saving", 0.2, "--space", "x0", "-o", tmp_path / "new" / "mine")
+    arguments = (
+        "-m",
+        folder,
+        "-s",
+        6,
+        "--scale",
+        3,
+        "-c",
+        5,
+        "-b",
+        2,
+        "--seed",
+        7,
+        "--prompts-file",
+        tmp_path / "prompts.txt",
+    )
+    result = run(
+        *CALIBRATE, *arguments, "--saving", 0.2, "--space", "x0", "-o", tmp_path / "new" / "mine"
+    )
     assert result.exit_code == 0, result.stderr
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["mine.json", "mine.png"]
     assert Image.open(tmp_path / "new" / "mine.png").size == (900, 960)
     texts = ["a red apple", "two cats", "a bench", "a red apple", "two cats"]
     pipe = DiffusionPipeline.from_pretrained(folder)
-    expected = calibrate_adaptive_guidance(pipe, texts, scale=3.0, steps=6, saving=0.2, space="x0", batch=2, seed=7)
+    expected = calibrate_adaptive_guidance(
+        pipe, texts, scale=3.0, steps=6, saving=0.2, space="x0", batch=2, seed=7
+    )
     space, entry = json.loads((tmp_path / "new" / "mine.json").read_text())["adaptive-guidance"]
     assert (space["option"], space["value"]) == ("space", "x0")
-    assert (entry["option"], entry["value"], entry["when"]) == ("threshold", expected.threshold, expected.when)
-    for word in (da.__version__, datetime.date.today().isoformat(), str(folder), "5 prompts", "seeds from 7", "saved", "pixel difference"):
+    assert (entry["option"], entry["value"], entry["when"]) == (
+        "threshold",
+        expected.threshold,
+        expected.when,
+    )
+    for word in (
+        da.__version__,
+        datetime.date.today().isoformat(),
+        str(folder),
+        "5 prompts",
+        "seeds from 7",
+        "saved",
+        "pixel difference",
+    ):
         assert word in entry["source"]
     assert "of GenEval" not in entry["source"]
     assert f"{expected.threshold:g} *" in result.stdout
@@ -49,11 +81,17 @@ def test_preset_is_written_and_used(run, folder, tmp_path, monkeypatch):
         tmp_path / "i",
         "--json",
     )
-    assert json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]["threshold"][0] == 0.991
+    assert (
+        json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]["threshold"][0]
+        == 0.991
+    )
     assert f"{VARIABLE}={tmp_path / 'new' / 'mine.json'} " in result.stdout
     monkeypatch.setenv(VARIABLE, str(tmp_path / "new" / "mine.json"))
     used = json.loads(run(*use).stdout)["report"]["resolved"]["adaptive-guidance"]
-    assert (used["space"], used["threshold"]) == (["x0", entry["source"]], [expected.threshold, entry["source"]])
+    assert (used["space"], used["threshold"]) == (
+        ["x0", entry["source"]],
+        [expected.threshold, entry["source"]],
+    )
 
 
 def test_json_and_defaults(run, folder, tmp_path):
@@ -75,7 +113,9 @@ def test_json_and_defaults(run, folder, tmp_path):
 
 def test_agreement_in_pure_noise_is_pointed_out(run, folder, tmp_path):
     """Saving as much as is possible latches every image at the first step that may."""
-    result = run(*CALIBRATE, "-m", folder, "-s", 4, "-c", 2, "--saving", 0.25, "-o", tmp_path / "a", "-q")
+    result = run(
+        *CALIBRATE, "-m", folder, "-s", 4, "-c", 2, "--saving", 0.25, "-o", tmp_path / "a", "-q"
+    )
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr.startswith("diffalign: warning: 2 of 2 images that latch do so at step 2")
 
@@ -94,7 +134,11 @@ def test_agreement_in_pure_noise_is_pointed_out(run, folder, tmp_path):
 )
 def test_bad_options(run, folder, tmp_path, monkeypatch, arguments, words):
     call = StableDiffusionPipeline.__call__
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", functools.wraps(call)(lambda *a, **k: pytest.fail("computed")))
+    monkeypatch.setattr(
+        StableDiffusionPipeline,
+        "__call__",
+        functools.wraps(call)(lambda *a, **k: pytest.fail("computed")),
+    )
     result = run(*CALIBRATE, "-m", folder, "-s", 20, "-o", tmp_path / "preset", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
@@ -117,7 +161,9 @@ def test_too_few_steps_to_save_any(run, folder, tmp_path):
 
 def test_a_broken_preset_file_is_bad_input(run, folder, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "gone.json"))
-    result = run("generate", "-m", folder, "-p", "x", "-s", 2, "-t", "adaptive-guidance", "-o", tmp_path)
+    result = run(
+        "generate", "-m", folder, "-p", "x", "-s", 2, "-t", "adaptive-guidance", "-o", tmp_path
+    )
     assert result.exit_code == 2
     assert VARIABLE in result.stderr
     assert "gone.json" in result.stderr
@@ -134,6 +180,8 @@ def test_interrupt_writes_nothing(run, folder, tmp_path, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", interrupted)
-    result = run(*CALIBRATE, "-m", folder, "-s", 4, "-c", 2, "--saving", 0.2, "-o", tmp_path / "preset")
+    result = run(
+        *CALIBRATE, "-m", folder, "-s", 4, "-c", 2, "--saving", 0.2, "-o", tmp_path / "preset"
+    )
     assert (result.exit_code, result.stderr) == (130, "diffalign: stopped: nothing was written\n")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
-"""``diffalign fit linear-ag``: the policy is the library's, it is written whole or not at all, and bad input ends before any step."""
+"""``diffalign fit linear-ag``: the policy is the library's, it is written whole or not at all, and
+bad input ends before any step."""
 
 import functools
 import json
@@ -8,11 +9,11 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 import diffalign as da
-from diffalign.adapters.registry import refusals
+from diffalign.calibration.linear import fit_linear_ag
 from diffalign.cli.sample import spread
-from diffalign.eval.geneval import prompts
-from diffalign.guidance.fit import fit_linear_ag
+from diffalign.families.table import refusals
 from diffalign.guidance.linear_policy import LinearPolicy
+from diffalign.tasks.geneval.verdict import prompts
 
 FIT = ("fit", "linear-ag")
 
@@ -29,12 +30,31 @@ def refused(result, *words):
 def unmoved(monkeypatch):
     """Fails when a pipeline is called."""
     call = StableDiffusionPipeline.__call__
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", functools.wraps(call)(lambda *a, **k: pytest.fail("computed")))
+    monkeypatch.setattr(
+        StableDiffusionPipeline,
+        "__call__",
+        functools.wraps(call)(lambda *a, **k: pytest.fail("computed")),
+    )
 
 
 def test_policy_is_the_librarys_and_acts(run, folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red apple\ntwo cats\n")
-    arguments = ("-m", folder, "-s", 4, "--scale", 3, "-c", 3, "-b", 2, "--seed", 7, "--prompts-file", tmp_path / "prompts.txt")
+    arguments = (
+        "-m",
+        folder,
+        "-s",
+        4,
+        "--scale",
+        3,
+        "-c",
+        3,
+        "-b",
+        2,
+        "--seed",
+        7,
+        "--prompts-file",
+        tmp_path / "prompts.txt",
+    )
     result = run(*FIT, *arguments, "-o", tmp_path / "new" / "w3.0")
     assert result.exit_code == 0, result.stderr
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["w3.0.json", "w3.0.safetensors"]
@@ -43,7 +63,9 @@ def test_policy_is_the_librarys_and_acts(run, folder, tmp_path):
         f"diffalign generate --model {folder} --steps 4 --scale 3 --technique linear-ag:policy="
     )
     pipe = DiffusionPipeline.from_pretrained(folder)
-    expected = fit_linear_ag(pipe, ["a red apple", "two cats", "a red apple"], scale=3.0, steps=4, batch=2, seed=7)
+    expected = fit_linear_ag(
+        pipe, ["a red apple", "two cats", "a red apple"], scale=3.0, steps=4, batch=2, seed=7
+    )
     made = LinearPolicy.load(tmp_path / "new" / "w3.0")
     assert made.identity == expected.identity
     assert torch.equal(made.coefficients[1], expected.coefficients[1])
@@ -54,13 +76,38 @@ def test_policy_is_the_librarys_and_acts(run, folder, tmp_path):
 
 
 def test_json_says_the_same_and_nothing_else(run, folder, tmp_path):
-    result = run(*FIT, "-m", folder, "-s", 6, "-c", 2, "-o", tmp_path / "a.json", "--plan", "ggeecc", "--json")
+    result = run(
+        *FIT,
+        "-m",
+        folder,
+        "-s",
+        6,
+        "-c",
+        2,
+        "-o",
+        tmp_path / "a.json",
+        "--plan",
+        "ggeecc",
+        "--json",
+    )
     data = json.loads(result.stdout)
     assert result.stderr == ""
     assert data["policy"] == str(tmp_path / "a")
     assert data["files"] == [str(tmp_path / "a.json"), str(tmp_path / "a.safetensors")]
-    assert (data["nfe"], data["nfe_cfg"], data["trajectories"], data["identity"]["scale"]) == (8, 12, 2, 7.5)
-    assert data["plan"] == ["guided", "guided", "estimated", "estimated", "conditional", "conditional"]
+    assert (data["nfe"], data["nfe_cfg"], data["trajectories"], data["identity"]["scale"]) == (
+        8,
+        12,
+        2,
+        7.5,
+    )
+    assert data["plan"] == [
+        "guided",
+        "guided",
+        "estimated",
+        "estimated",
+        "conditional",
+        "conditional",
+    ]
     assert set(data["r2"]) == set(data["gain"]) == {"2", "3"}
     assert LinearPolicy.load(tmp_path / "a").identity.model == data["identity"]["model"]
     quiet = run(*FIT, "-m", folder, "-s", 4, "-c", 1, "-o", tmp_path / "b", "-q")
@@ -74,13 +121,26 @@ def test_scheduler_with_one_step_more_than_asked_for(run, folder, tmp_path):
     other = tmp_path / "pndm"
     shutil.copytree(folder, other)
     (other / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "beta_schedule": "scaled_linear", "steps_offset": 1})
+        json.dumps(
+            {
+                "_class_name": "PNDMScheduler",
+                "skip_prk_steps": True,
+                "beta_schedule": "scaled_linear",
+                "steps_offset": 1,
+            }
+        )
     )
     index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "PNDMScheduler"]}))
+    (other / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", "PNDMScheduler"]})
+    )
     assert run(*FIT, "-m", other, "-s", 4, "-c", 2, "-o", tmp_path / "p", "-q").exit_code == 0
     policy = LinearPolicy.load(tmp_path / "p")
-    assert (len(policy.plan), policy.identity.steps, policy.identity.scheduler) == (5, 4, "PNDMScheduler")
+    assert (len(policy.plan), policy.identity.steps, policy.identity.scheduler) == (
+        5,
+        4,
+        "PNDMScheduler",
+    )
     pipe = DiffusionPipeline.from_pretrained(other)
     with da.apply(pipe, da.LinearAG(policy=str(tmp_path / "p"))) as session:
         pipe("x", num_inference_steps=4, guidance_scale=7.5, output_type="latent")
@@ -125,10 +185,16 @@ def test_bad_model_and_output(run, unmoved, folder, index, tmp_path):
     name = next(name for name in refusals() if isinstance(getattr(diffusers, name, None), type))
     refused(run(*FIT, "-m", index(name), "-o", tmp_path / "p"), " ".join(refusals()[name].split()))
     (tmp_path / "file").write_text("in the way")
-    refused(run(*FIT, "-m", folder, "-o", tmp_path / "file" / "p"), "--output", "is a file; give a folder")
+    refused(
+        run(*FIT, "-m", folder, "-o", tmp_path / "file" / "p"),
+        "--output",
+        "is a file; give a folder",
+    )
     refused(run(*FIT, "-m", folder, "-o", tmp_path), "--output", "is a folder")
     (tmp_path / "taken.json").mkdir()
-    refused(run(*FIT, "-m", folder, "-o", tmp_path / "taken"), "--output", "taken.json", "is a folder")
+    refused(
+        run(*FIT, "-m", folder, "-o", tmp_path / "taken"), "--output", "taken.json", "is a folder"
+    )
 
 
 def test_output_is_required(program):

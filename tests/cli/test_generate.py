@@ -1,4 +1,5 @@
-"""``diffalign generate``: what is written, what is printed, and that the images are the pipeline's own."""
+"""``diffalign generate``: what is written, what is printed, and that the images are the pipeline's
+own."""
 
 import json
 from itertools import groupby
@@ -11,13 +12,13 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 import diffalign as da
-from diffalign.adapters.report import Report
 from diffalign.cli import run as runner
 from diffalign.cli.options import Options
 from diffalign.cli.request import Column, prepare
-from diffalign.cli.scheduler import NAMES
 from diffalign.core.registry import parse
-from diffalign.eval.png import read_settings
+from diffalign.drawing.png import read_settings
+from diffalign.generate.schedulers import NAMES
+from diffalign.seams.report import Report
 
 PROMPTS = ("--prompt", "a red apple", "--prompt", "a Bench, seen from above!")
 
@@ -35,11 +36,41 @@ def direct(folder, prompts, seeds, **options):
 
 
 def test_plain_images_are_the_pipelines_own(run, folder, tmp_path):
-    result = run("generate", "-m", folder, "-o", tmp_path, *PROMPTS, "-c", 2, "--seed", 7, "-s", 3, "--scale", 5, "-n", "blurry", "-b", 4)
+    result = run(
+        "generate",
+        "-m",
+        folder,
+        "-o",
+        tmp_path,
+        *PROMPTS,
+        "-c",
+        2,
+        "--seed",
+        7,
+        "-s",
+        3,
+        "--scale",
+        5,
+        "-n",
+        "blurry",
+        "-b",
+        4,
+    )
     assert result.exit_code == 0, result.stderr
     prompts = ["a red apple"] * 2 + ["a Bench, seen from above!"] * 2
-    expected = direct(folder, prompts, [7, 8, 7, 8], num_inference_steps=3, guidance_scale=5.0, negative_prompt=["blurry"] * 4)
-    names = [f"00{p}-{slug}-s{seed}.png" for p, slug in enumerate(("a-red-apple", "a-bench-seen-from-above")) for seed in (7, 8)]
+    expected = direct(
+        folder,
+        prompts,
+        [7, 8, 7, 8],
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        negative_prompt=["blurry"] * 4,
+    )
+    names = [
+        f"00{p}-{slug}-s{seed}.png"
+        for p, slug in enumerate(("a-red-apple", "a-bench-seen-from-above"))
+        for seed in (7, 8)
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name, image in zip(names, expected):
         assert np.array_equal(pixels(tmp_path / name), image)
@@ -49,7 +80,8 @@ def test_technique_acts_and_settings_repeat_the_image(run, folder, tmp_path):
     text = "adaptive-guidance:threshold=-1,scale=4"
     result = run("generate", "-m", folder, "-o", tmp_path, "-p", "a red apple", "-t", text, "-s", 6)
     assert result.exit_code == 0, result.stderr
-    # the cosine is above -1, so the first permitted step (the second) latches: 2 guided steps of 6 cost 6 + 2
+    # the cosine is above -1, so the first permitted step (the second) latches: 2 guided steps of 6
+    # cost 6 + 2
     assert "guided 2 of 6 steps, 8 NFE per image (CFG: 12)" in result.stdout
     path = tmp_path / "000-a-red-apple-s0.png"
     assert result.stdout.splitlines()[-1] == str(path)
@@ -61,17 +93,43 @@ def test_technique_acts_and_settings_repeat_the_image(run, folder, tmp_path):
         "float32",
         "cpu",
     }
-    assert (settings["prompt"], settings["seed"], settings["steps"], settings["scale"]) == ("a red apple", 0, 6, 7.5)
+    assert (settings["prompt"], settings["seed"], settings["steps"], settings["scale"]) == (
+        "a red apple",
+        0,
+        6,
+        7.5,
+    )
     pipe = DiffusionPipeline.from_pretrained(folder)
     with da.apply(pipe, *da.techniques_of(settings)):
-        again = pipe(["a red apple"], generator=[torch.Generator("cpu").manual_seed(0)], num_inference_steps=6).images[0]
+        again = pipe(
+            ["a red apple"],
+            generator=[torch.Generator("cpu").manual_seed(0)],
+            num_inference_steps=6,
+        ).images[0]
     assert np.array_equal(pixels(path), np.asarray(again))
 
 
 def test_several_techniques_act_together(run, folder, tmp_path):
-    result = run("generate", "-m", folder, "-o", tmp_path, "-p", "x", "-t", "cfg:scale=3", "-t", "pladis", "-s", 2)
+    result = run(
+        "generate",
+        "-m",
+        folder,
+        "-o",
+        tmp_path,
+        "-p",
+        "x",
+        "-t",
+        "cfg:scale=3",
+        "-t",
+        "pladis",
+        "-s",
+        2,
+    )
     assert result.exit_code == 0, result.stderr
-    assert [t["name"] for t in read_settings(next(tmp_path.glob("*.png")))["techniques"]] == ["cfg", "pladis"]
+    assert [t["name"] for t in read_settings(next(tmp_path.glob("*.png")))["techniques"]] == [
+        "cfg",
+        "pladis",
+    ]
 
 
 def test_noise_of_an_image_does_not_depend_on_its_batch(run, folder, tmp_path):
@@ -81,18 +139,30 @@ def test_noise_of_an_image_does_not_depend_on_its_batch(run, folder, tmp_path):
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert len(names) == 6
     for name in names:
-        one, three, eight = (pixels(tmp_path / batch / name).astype(int) for batch in ("1", "3", "8"))
-        # the composition of a batch may change the last bits, which rounding to 8 bits can turn into one grey level
+        one, three, eight = (
+            pixels(tmp_path / batch / name).astype(int) for batch in ("1", "3", "8")
+        )
+        # the composition of a batch may change the last bits, which rounding to 8 bits can turn
+        # into one grey level
         assert max(abs(one - three).max(), abs(one - eight).max()) <= 1
     first = pixels(tmp_path / "1" / names[0]).astype(int)
     assert abs(first - pixels(tmp_path / "1" / names[1])).max() > 1
 
 
 def test_generators_are_seeded_per_image(folder, tmp_path):
-    options = Options(model=str(folder), prompts=("a", "b"), seed=5, count=3, batch=4, steps=2, output=tmp_path)
+    options = Options(
+        model=str(folder), prompts=("a", "b"), seed=5, count=3, batch=4, steps=2, output=tmp_path
+    )
     request = prepare(options, (Column(""),))
     todo = runner.jobs(request)
-    assert [(job.prompt, job.seed) for job in todo] == [(0, 5), (0, 6), (0, 7), (1, 5), (1, 6), (1, 7)]
+    assert [(job.prompt, job.seed) for job in todo] == [
+        (0, 5),
+        (0, 6),
+        (0, 7),
+        (1, 5),
+        (1, 6),
+        (1, 7),
+    ]
     call = runner.arguments(request, todo[2:5])
     assert call["prompt"] == ["a", "b", "b"]
     for rng, seed in zip(call["generator"], (7, 5, 6)):
@@ -103,12 +173,31 @@ def test_generators_are_seeded_per_image(folder, tmp_path):
 
 def test_global_random_state_is_untouched(run, folder, tmp_path):
     before = torch.get_rng_state()
-    assert run("generate", "-m", folder, "-o", tmp_path, "-p", "x", "-t", "cfg", "-s", 2).exit_code == 0
+    assert (
+        run("generate", "-m", folder, "-o", tmp_path, "-p", "x", "-t", "cfg", "-s", 2).exit_code
+        == 0
+    )
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_json_is_all_there_is_on_standard_output(run, folder, tmp_path):
-    result = run("generate", "-m", folder, "-o", tmp_path, "-p", "x", "-t", "cfg", "-s", 2, "-c", 2, "--json", "--plot")
+    result = run(
+        "generate",
+        "-m",
+        folder,
+        "-o",
+        tmp_path,
+        "-p",
+        "x",
+        "-t",
+        "cfg",
+        "-s",
+        2,
+        "-c",
+        2,
+        "--json",
+        "--plot",
+    )
     data = json.loads(result.stdout)
     assert [image["seed"] for image in data["images"]] == [0, 1]
     assert all(Image.open(image["file"]).size == (16, 16) for image in data["images"])
@@ -125,28 +214,64 @@ def test_quiet_prints_nothing(run, folder, tmp_path):
 
 
 def test_plot_of_a_run_without_guidance_says_so(run, folder, tmp_path):
-    result = run("generate", "-m", folder, "-o", tmp_path, "-p", "x", "-s", 2, "-t", "cfg:scale=1", "--plot")
+    result = run(
+        "generate", "-m", folder, "-o", tmp_path, "-p", "x", "-s", 2, "-t", "cfg:scale=1", "--plot"
+    )
     assert result.exit_code == 0
-    assert [line for line in result.stderr.splitlines() if "Nothing to plot" in line] == result.stderr.splitlines()[-1:]
+    assert [
+        line for line in result.stderr.splitlines() if "Nothing to plot" in line
+    ] == result.stderr.splitlines()[-1:]
     assert not (tmp_path / "scale.png").exists()
 
 
 def test_prompts_file_and_size(run, folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red apple\n\n  ein grüner Apfel  \n", encoding="utf-8")
-    arguments = ("-o", tmp_path / "out", "--prompts-file", tmp_path / "prompts.txt", "-p", "first", "--size", "24x16", "-s", 1, "--json")
+    arguments = (
+        "-o",
+        tmp_path / "out",
+        "--prompts-file",
+        tmp_path / "prompts.txt",
+        "-p",
+        "first",
+        "--size",
+        "24x16",
+        "-s",
+        1,
+        "--json",
+    )
     data = json.loads(run("generate", "-m", folder, *arguments).stdout)
-    assert [image["prompt"] for image in data["images"]] == ["first", "a red apple", "ein grüner Apfel"]
+    assert [image["prompt"] for image in data["images"]] == [
+        "first",
+        "a red apple",
+        "ein grüner Apfel",
+    ]
     assert {Image.open(image["file"]).size for image in data["images"]} == {(24, 16)}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_scheduler_samples(run, folder, tmp_path, name):
-    result = run("generate", "-m", folder, "-o", tmp_path, "-p", "x", "-s", 4, "-t", "cfg", "--scheduler", name)
+    result = run(
+        "generate",
+        "-m",
+        folder,
+        "-o",
+        tmp_path,
+        "-p",
+        "x",
+        "-s",
+        4,
+        "-t",
+        "cfg",
+        "--scheduler",
+        name,
+    )
     assert result.exit_code == 0, result.stderr
     assert read_settings(tmp_path / "000-x-s0.png")["scheduler"] == NAMES[name]
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = getattr(diffusers, NAMES[name]).from_config(pipe.scheduler.config)
-    expected = pipe(["x"], generator=[torch.Generator("cpu").manual_seed(0)], num_inference_steps=4).images[0]
+    expected = pipe(
+        ["x"], generator=[torch.Generator("cpu").manual_seed(0)], num_inference_steps=4
+    ).images[0]
     assert np.array_equal(pixels(tmp_path / "000-x-s0.png"), np.asarray(expected))
 
 
@@ -160,29 +285,74 @@ def test_interrupt_keeps_finished_images(run, folder, tmp_path, monkeypatch):
         return forward(self, sample, timestep, encoder_hidden_states, **rest)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", interrupted)
-    result = run("generate", "-m", folder, "-o", tmp_path, "-p", "x", "-s", 4, "-c", 5, "-b", 2, "-t", "cfg")
+    result = run(
+        "generate", "-m", folder, "-o", tmp_path, "-p", "x", "-s", 4, "-c", 5, "-b", 2, "-t", "cfg"
+    )
     assert result.exit_code == 130
     assert result.stderr == f"diffalign: stopped: 2 of 5 images are kept in {tmp_path}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000-x-s0.png", "000-x-s1.png"]
 
 
 def test_interrupt_of_the_program(program, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffalign.cli.request.load", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
-    assert program("generate", "-m", folder, "-o", tmp_path, "-p", "x") == (130, "", "diffalign: stopped: interrupted\n")
+    monkeypatch.setattr(
+        "diffalign.cli.request.load", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
+    assert program("generate", "-m", folder, "-o", tmp_path, "-p", "x") == (
+        130,
+        "",
+        "diffalign: stopped: interrupted\n",
+    )
 
 
 def test_steps_are_counted_for_the_bar(folder, tmp_path):
     options = Options(model=str(folder), prompts=("x",), count=3, batch=2, steps=4, output=tmp_path)
     seen = []
-    for made in runner.batches(prepare(options, (Column(""),)), Column("", parse("cfg")), lambda: seen.append("step")):
+    for made in runner.batches(
+        prepare(options, (Column(""),)), Column("", parse("cfg")), lambda: seen.append("step")
+    ):
         seen.append(len(made.images))
-    assert [(k, len(list(g))) for k, g in groupby(seen)] == [("step", 4), (2, 1), ("step", 4), (1, 1)]
+    assert [(k, len(list(g))) for k, g in groupby(seen)] == [
+        ("step", 4),
+        (2, 1),
+        ("step", 4),
+        (1, 1),
+    ]
 
 
 def test_merged_reports():
-    first = Report("P", images=3, steps=2, guided_steps=2, nfe=4, nfe_cfg=4, rows=12, calls=2, seconds=1.0, sigma=[2, 1], scale=[7.0, 5.0])
-    second = Report("P", images=1, steps=2, guided_steps=1, nfe=3, nfe_cfg=4, rows=3, calls=2, seconds=0.5, sigma=[2, 1], scale=[3.0, None])
+    first = Report(
+        "P",
+        images=3,
+        steps=2,
+        guided_steps=2,
+        nfe=4,
+        nfe_cfg=4,
+        rows=12,
+        calls=2,
+        seconds=1.0,
+        sigma=[2, 1],
+        scale=[7.0, 5.0],
+    )
+    second = Report(
+        "P",
+        images=1,
+        steps=2,
+        guided_steps=1,
+        nfe=3,
+        nfe_cfg=4,
+        rows=3,
+        calls=2,
+        seconds=0.5,
+        sigma=[2, 1],
+        scale=[3.0, None],
+    )
     both = runner.merged([first, second])
-    assert (both.images, both.guided_steps, both.rows, both.calls, both.seconds) == (4, 2, 15, 4, 1.5)
+    assert (both.images, both.guided_steps, both.rows, both.calls, both.seconds) == (
+        4,
+        2,
+        15,
+        4,
+        1.5,
+    )
     assert both.nfe == (4 * 3 + 3) / 4
     assert both.scale == [(7 * 3 + 3) / 4, 5.0]

@@ -1,4 +1,5 @@
-"""``methods``, ``models``, ``env``, ``--version`` and ``--help``: complete, and the same as tables and as JSON."""
+"""``methods``, ``models``, ``env``, ``--version`` and ``--help``: complete, and the same as tables
+and as JSON."""
 
 import dataclasses
 import json
@@ -8,10 +9,10 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.adapters.registry import ROWS, refusals
 from diffalign.cli.methods import default_text, type_text
 from diffalign.cli.show import to_json
 from diffalign.core.registry import BUILTIN, make
+from diffalign.families.table import ROWS, refusals
 
 
 def test_every_technique_is_listed_with_paper_cost_and_options(run):
@@ -20,7 +21,9 @@ def test_every_technique_is_listed_with_paper_cost_and_options(run):
     for entry in data:
         assert entry["name"] in table
         cls = da.methods()[entry["name"]]
-        assert [o["name"].replace("-", "_") for o in entry["options"]] == [f.name for f in dataclasses.fields(cls) if f.init]
+        assert [o["name"].replace("-", "_") for o in entry["options"]] == [
+            f.name for f in dataclasses.fields(cls) if f.init
+        ]
         if entry["name"] in BUILTIN:
             assert re.fullmatch(r".+ \d{4}, arXiv:\d{4}\.\d{5}", entry["paper"]), entry
             assert entry["cost"], entry
@@ -56,7 +59,16 @@ def test_types_as_text(hint, text):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(1.0, "1"), (True, "true"), (None, "none"), ((0.0, 1.0), "(0,1)"), ("eps", "eps"), (1, "1"), (float("inf"), "inf")]
+    ("value", "text"),
+    [
+        (1.0, "1"),
+        (True, "true"),
+        (None, "none"),
+        ((0.0, 1.0), "(0,1)"),
+        ("eps", "eps"),
+        (1, "1"),
+        (float("inf"), "inf"),
+    ],
 )
 def test_defaults_as_text(value, text):
     assert default_text(value) == text
@@ -106,13 +118,20 @@ def test_json_has_no_values_that_json_lacks():
         raise AssertionError(f"{name} is not JSON")
 
     value = {"a": float("nan"), "b": [float("inf"), (1.5, -float("inf"))], 3: {"c": None}}
-    assert json.loads(to_json(value), parse_constant=refuse) == {"a": None, "b": [None, [1.5, None]], "3": {"c": None}}
+    assert json.loads(to_json(value), parse_constant=refuse) == {
+        "a": None,
+        "b": [None, [1.5, None]],
+        "3": {"c": None},
+    }
 
 
 def test_version_and_help(run):
     assert run("--version").stdout.strip() == da.__version__
     text = run("--help").stdout
-    assert all(name in text for name in ("generate", "compare", "fit", "calibrate", "models", "methods", "env"))
+    assert all(
+        name in text
+        for name in ("generate", "compare", "fit", "calibrate", "models", "methods", "env")
+    )
     for command in ("generate", "compare"):
         assert "--technique" in run(command, "--help").stdout
 

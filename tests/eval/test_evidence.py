@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 
 import diffalign as da
-from diffalign.eval.bootstrap import interval
-from diffalign.eval.evidence import Config, compare, evidence_prompts, measure, read_lines, seed_of, stratified, tuning_prompts
-from diffalign.eval.geneval import Detection, Thresholds, prompts
+from diffalign.eval.evidence import (
+    Config,
+    compare,
+    evidence_prompts,
+    measure,
+    read_lines,
+    seed_of,
+    stratified,
+    tuning_prompts,
+)
+from diffalign.eval.statistics import interval
+from diffalign.tasks.geneval.verdict import Detection, Thresholds, prompts
 from diffalign.testing.tiny import tiny_pipeline
 
 
@@ -59,7 +68,10 @@ class Judge:
     thresholds = Thresholds()
 
     def detect(self, images):
-        return [[Detection("apple", 0.9, (0.0, 0.0, 9.0, 9.0), None)] if image.mean() > 0.5 else [] for image in images]
+        return [
+            [Detection("apple", 0.9, (0.0, 0.0, 9.0, 9.0), None)] if image.mean() > 0.5 else []
+            for image in images
+        ]
 
 
 @pytest.fixture
@@ -84,9 +96,13 @@ def test_a_run_resumes_without_doing_anything_twice(pipe, tmp_path):
     parts = run(pipe, tmp_path / "parts", config, progress=done.append)
     assert sum(done) == 4
     keys = ("prompt_id", "sample", "seed", "correct", "reason", "nfe", "scale", "spread")
-    assert [[r[k] for k in keys] for r in parts.records] == [[r[k] for k in keys] for r in whole.records]
+    assert [[r[k] for k in keys] for r in parts.records] == [
+        [r[k] for k in keys] for r in whole.records
+    ]
     assert len(read_lines(path)) == 8
-    assert all(r["nfe"] == 4.0 and r["scale"] == pytest.approx(3.0, rel=1e-4) for r in whole.records)
+    assert all(
+        r["nfe"] == 4.0 and r["scale"] == pytest.approx(3.0, rel=1e-4) for r in whole.records
+    )
 
 
 def test_other_settings_in_the_same_folder_are_refused(pipe, tmp_path):
@@ -96,9 +112,18 @@ def test_other_settings_in_the_same_folder_are_refused(pipe, tmp_path):
 
 
 def test_paired_comparison(pipe, tmp_path):
-    one = run(pipe, tmp_path / "a", Config("a", scale=3.0, steps=2), scorers={"bright": lambda images, texts: images.mean((1, 2, 3))})
+    one = run(
+        pipe,
+        tmp_path / "a",
+        Config("a", scale=3.0, steps=2),
+        scorers={"bright": lambda images, texts: images.mean((1, 2, 3))},
+    )
     two = run(pipe, tmp_path / "b", Config("b", (da.CFG(1.0),), steps=2))
-    assert (compare(one, one).mean, compare(one, one).low, compare(one, one).high) == (0.0, 0.0, 0.0)
+    assert (compare(one, one).mean, compare(one, one).low, compare(one, one).high) == (
+        0.0,
+        0.0,
+        0.0,
+    )
     assert compare(one, two).mean == pytest.approx(one.score().mean - two.score().mean)
     assert 0.0 < one.mean("bright") < 1.0
     assert one.mean("nfe") == 2 * two.mean("nfe") == 4.0

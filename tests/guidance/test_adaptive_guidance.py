@@ -19,14 +19,18 @@ class TestAdaptiveGuidance(GuidanceContract):
         return AdaptiveGuidance(3.0, threshold=1.5), CFG(3.0)
 
     def rows(self, steps, batch):
-        # images whose x0-cosine first reaches 0.9 at step k cost steps + k + 1; found below by a float64 run of plain CFG
+        # images whose x0-cosine first reaches 0.9 at step k cost steps + k + 1; found below by a
+        # float64 run of plain CFG
         crossings = crossing_steps(self, threshold=0.9, minimum=2)
-        assert len(set(crossings)) > 1, "the images of this contract must latch at different steps to test anything"
+        assert len(set(crossings)) > 1, (
+            "the images of this contract must latch at different steps to test anything"
+        )
         return sum(steps + min(k + 1, steps) for k in crossings)
 
 
 def crossing_steps(contract, threshold, minimum):
-    """For each image the step at which plain CFG's x0-cosine reaches the threshold, from the denoiser's formula in float64."""
+    """For each image the step at which plain CFG's x0-cosine reaches the threshold, from the
+    denoiser's formula in float64."""
     model, found = contract.model(), [10**9] * contract.batch
     scheduler = contract.scheduler()
     scheduler.set_timesteps(contract.steps)
@@ -47,7 +51,12 @@ def crossing_steps(contract, threshold, minimum):
 def predictions(cosines):
     """Pairs of [4] vectors with cosine k/2 in {1, 0.5, 0} to the bit."""
     cond = torch.tensor([[1.0, 1.0, 1.0, 1.0]] * len(cosines))
-    table = {1.0: [2.0, 2.0, 2.0, 2.0], 0.5: [1.0, 1.0, 1.0, -1.0], 0.0: [1.0, 1.0, -1.0, -1.0], -1.0: [-1.0] * 4}
+    table = {
+        1.0: [2.0, 2.0, 2.0, 2.0],
+        0.5: [1.0, 1.0, 1.0, -1.0],
+        0.0: [1.0, 1.0, -1.0, -1.0],
+        -1.0: [-1.0] * 4,
+    }
     return cond, torch.tensor([table[c] for c in cosines])
 
 
@@ -56,13 +65,17 @@ def at(index, count, **options):
 
 
 def play(technique, script, rows=None):
-    """Drive a technique through predictions with chosen cosines, ``script[step][row]``; returns evaluated rows and outputs per step."""
+    """Drive a technique through predictions with chosen cosines, ``script[step][row]``; returns
+    evaluated rows and outputs per step."""
     state, counts, outputs = technique.init(len(script[0])), [], []
     for i, cosines in enumerate(script):
         step = at(i, len(script))
         wanted = technique.passes(step, state)
         cond, uncond = predictions(cosines)
-        preds = {p: (cond if p == COND else uncond)[list(range(len(cond)) if p.rows is None else p.rows)] for p in wanted}
+        preds = {
+            p: (cond if p == COND else uncond)[list(range(len(cond)) if p.rows is None else p.rows)]
+            for p in wanted
+        }
         counts.append(sum(len(v) for v in preds.values()))
         out, state = technique.combine(preds, step, state)
         outputs.append(out)
@@ -75,7 +88,8 @@ def test_latch_index_by_hand_and_equality_latches():
     assert state.crossed == (2, 1)
     assert counts == [4, 4, 3, 2]
     cond, _ = predictions([0.0])
-    # the crossing step is guided: image 1 at step 1 has uncond (1, 1, 1, -1), hence -1 + 3 * 2 = 5 in the last place
+    # the crossing step is guided: image 1 at step 1 has uncond (1, 1, 1, -1), hence -1 + 3 * 2 = 5
+    # in the last place
     assert outputs[1][1].tolist() == [1.0, 1.0, 1.0, 5.0]
     assert outputs[2][1].tolist() == cond[0].tolist()
     assert outputs[3].tolist() == [cond[0].tolist()] * 2
@@ -83,18 +97,24 @@ def test_latch_index_by_hand_and_equality_latches():
 
 def test_just_below_the_threshold_does_not_latch():
     above = math.nextafter(0.5, 1.0)
-    assert play(AdaptiveGuidance(3.0, threshold=above, min_guided_steps=1), [[0.5]] * 3)[2].crossed == (None,)
+    assert play(AdaptiveGuidance(3.0, threshold=above, min_guided_steps=1), [[0.5]] * 3)[
+        2
+    ].crossed == (None,)
 
 
 def test_never_switched_back():
-    counts, _, state = play(AdaptiveGuidance(3.0, threshold=0.5, min_guided_steps=1), [[0.5], [-1.0], [-1.0], [-1.0]])
+    counts, _, state = play(
+        AdaptiveGuidance(3.0, threshold=0.5, min_guided_steps=1), [[0.5], [-1.0], [-1.0], [-1.0]]
+    )
     assert counts == [2, 1, 1, 1]
     assert state.crossed == (0,)
 
 
 @pytest.mark.parametrize(("minimum", "guided"), [(1, 1), (2, 2), (4, 4), (9, 6)])
 def test_threshold_of_minus_one_guides_the_least_number_of_steps(minimum, guided):
-    counts, _, _ = play(AdaptiveGuidance(3.0, threshold=-1.0, min_guided_steps=minimum), [[0.0]] * 6)
+    counts, _, _ = play(
+        AdaptiveGuidance(3.0, threshold=-1.0, min_guided_steps=minimum), [[0.0]] * 6
+    )
     assert counts == [2] * guided + [1] * (6 - guided)
 
 
@@ -120,14 +140,18 @@ def test_decides_once_per_step_of_a_two_evaluation_solver():
     made = AdaptiveGuidance(3.0, threshold=0.9, space="x0")
 
     def sample(technique):
-        scheduler = HeunDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+        scheduler = HeunDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+        )
         return run(technique, contract.model(), scheduler, contract.noise(), steps=8)
 
     trace = sample(made)
     for row, at in enumerate(trace.state.crossed):
         # both evaluations of the crossing step are guided
         guided = [
-            s.index for s, passes in zip(trace.steps, trace.passes) if any(p == UNCOND and row in (p.rows or range(3)) for p in passes)
+            s.index
+            for s, passes in zip(trace.steps, trace.passes)
+            if any(p == UNCOND and row in (p.rows or range(3)) for p in passes)
         ]
         last = 7 if at is None else at
         assert guided == [i for i in range(last + 1) for _ in range(1 if i == 7 else 2)]
@@ -143,7 +167,8 @@ def test_agreement_at_a_second_evaluation_does_not_latch():
 
 
 def test_mixing_wider_than_the_model_keeps_latched_rows():
-    """Pipelines that mix in float32 hand a wider result back; images already latched are widened with it."""
+    """Pipelines that mix in float32 hand a wider result back; images already latched are widened
+    with it."""
     made = AdaptiveGuidance(3.0, threshold=0.5)
     step = at(2, 4, mix=lambda c, n, s: n.float() + s * (c.float() - n.float()))
     cond, uncond = (v.bfloat16() for v in predictions([0.0, 0.0]))
@@ -154,7 +179,10 @@ def test_mixing_wider_than_the_model_keeps_latched_rows():
 
 
 def test_two_rows_with_different_latches_equal_two_single_runs():
-    made, script = AdaptiveGuidance(3.0, threshold=0.5, min_guided_steps=1), [[0.0, 0.0], [0.0, 0.5], [0.5, 0.0], [0.0, 0.0]]
+    made, script = (
+        AdaptiveGuidance(3.0, threshold=0.5, min_guided_steps=1),
+        [[0.0, 0.0], [0.0, 0.5], [0.5, 0.0], [0.0, 0.0]],
+    )
     _, both, _ = play(made, script)
     for row in range(2):
         _, single, _ = play(made, [[line[row]] for line in script])
@@ -164,10 +192,15 @@ def test_two_rows_with_different_latches_equal_two_single_runs():
 def test_space_decides():
     """Equal variances: the eps-cosine starts near 1 and falls, the x0-cosine rises."""
     contract = TestAdaptiveGuidance()
-    eps = contract.sample(AdaptiveGuidance(3.0, threshold=0.9, space="eps", min_guided_steps=1)).state.crossed
-    x0 = contract.sample(AdaptiveGuidance(3.0, threshold=0.9, space="x0", min_guided_steps=1)).state.crossed
+    eps = contract.sample(
+        AdaptiveGuidance(3.0, threshold=0.9, space="eps", min_guided_steps=1)
+    ).state.crossed
+    x0 = contract.sample(
+        AdaptiveGuidance(3.0, threshold=0.9, space="x0", min_guided_steps=1)
+    ).state.crossed
     assert eps == (0, 0, 0)
-    # the prompt moves image 0 so little that its denoised images always agree; the others come together late
+    # the prompt moves image 0 so little that its denoised images always agree; the others come
+    # together late
     assert x0 == (0, *crossing_steps(contract, 0.9, 1)[1:])
     assert min(x0[1:]) >= contract.steps // 2
 
@@ -207,8 +240,19 @@ def test_bad_options_are_named(options, word):
 
 
 def test_nothing_to_save_is_refused() -> None:
-    """Without guidance there is no branch to leave out: the technique says so instead of running without effect."""
-    facts = Context("FluxPipeline", "flux", "transformer", "FlowMatchEulerDiscreteScheduler", 1.0, "pipeline default", 20, 1, flow=True)
+    """Without guidance there is no branch to leave out: the technique says so instead of running
+    without effect."""
+    facts = Context(
+        "FluxPipeline",
+        "flux",
+        "transformer",
+        "FlowMatchEulerDiscreteScheduler",
+        1.0,
+        "pipeline default",
+        20,
+        1,
+        flow=True,
+    )
     with pytest.raises(UnsupportedModel, match="nothing to save"):
         AdaptiveGuidance().resolve(facts)
     assert AdaptiveGuidance(1.0).resolve(facts)[0].scale == 1.0

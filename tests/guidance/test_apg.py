@@ -31,12 +31,17 @@ def pair(seed=0, rows=3):
 
 def combine(technique, cond, uncond, step=None, state=None):
     step = StepInfo(0, 10, 1.0) if step is None else step
-    return technique.combine({COND: cond, UNCOND: uncond}, step, technique.init(len(cond)) if state is None else state)
+    return technique.combine(
+        {COND: cond, UNCOND: uncond}, step, technique.init(len(cond)) if state is None else state
+    )
 
 
 def test_hand_value():
-    # difference (-1, 2); along (1, 2) it is (0.6, 1.2), across it (-1.6, 0.8); 1 + 2 * -1.6 = -2.2 and 2 + 2 * 0.8 = 3.6
-    out, _ = combine(APG(3.0, cap=math.inf, momentum=0.0), torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 0.0]]))
+    # difference (-1, 2); along (1, 2) it is (0.6, 1.2), across it (-1.6, 0.8); 1 + 2 * -1.6 = -2.2
+    # and 2 + 2 * 0.8 = 3.6
+    out, _ = combine(
+        APG(3.0, cap=math.inf, momentum=0.0), torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 0.0]])
+    )
     torch.testing.assert_close(out, torch.tensor([[-2.2, 3.6]]), atol=1e-6, rtol=0)
 
 
@@ -44,7 +49,8 @@ def test_neutral_settings_are_cfg_to_rounding():
     contract = TestAPG()
     a = contract.sample(APG(3.0, eta=1.0, cap=math.inf, momentum=0.0)).sample
     b = contract.sample(CFG(3.0)).sample
-    # eps -> x0 -> eps divides by s: 8 roundings per step, each at most eps * |x| / s with s >= 0.04 at the last step
+    # eps -> x0 -> eps divides by s: 8 roundings per step, each at most eps * |x| / s with s >= 0.04
+    # at the last step
     bound = 8 * contract.steps * torch.finfo(torch.float32).eps * b.abs().max() / 0.04
     assert (a - b).abs().max() < bound
 
@@ -58,9 +64,16 @@ def test_agrees_with_an_independent_implementation_over_steps(eta, cap, momentum
     for i in range(4):
         cond, uncond = pair(i)
         out, state = combine(made, cond, uncond, StepInfo(i, 4, 1.0), state)
-        # the same algorithm in diffusers: there the weight counts from the conditional prediction, and 0 is no cap
+        # the same algorithm in diffusers: there the weight counts from the conditional prediction,
+        # and 0 is no cap
         expected = normalized_guidance(
-            cond, uncond, 3.0, buffer, eta=eta, norm_threshold=0.0 if cap == math.inf else cap, use_original_formulation=True
+            cond,
+            uncond,
+            3.0,
+            buffer,
+            eta=eta,
+            norm_threshold=0.0 if cap == math.inf else cap,
+            use_original_formulation=True,
         )
         torch.testing.assert_close(out, expected, atol=2e-5, rtol=0)
 
@@ -84,7 +97,9 @@ def test_a_second_evaluation_starts_from_the_same_momentum():
     assert torch.equal(after.latest, state.latest)
     # the next step builds on the first evaluation's momentum
     following, _ = combine(made, c0, u0, StepInfo(2, 4, 0.8), after)
-    torch.testing.assert_close(following, c0 + 3.0 * ((c0 - u0) + 0.5 * ((c1 - u1) + 0.5 * (c0 - u0))), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        following, c0 + 3.0 * ((c0 - u0) + 0.5 * ((c1 - u1) + 0.5 * (c0 - u0))), atol=1e-5, rtol=0
+    )
 
 
 def test_a_conditional_image_of_zeros_has_no_direction():
@@ -93,7 +108,8 @@ def test_a_conditional_image_of_zeros_has_no_direction():
 
 
 @pytest.mark.parametrize(
-    ("family", "cap", "momentum"), [("sdxl", 15.0, -0.5), ("sd", 7.5, -0.75), ("dit", 5.0, -0.5), ("wan", math.inf, -0.5)]
+    ("family", "cap", "momentum"),
+    [("sdxl", 15.0, -0.5), ("sd", 7.5, -0.75), ("dit", 5.0, -0.5), ("wan", math.inf, -0.5)],
 )
 def test_presets_say_where_they_come_from(family, cap, momentum):
     made, sources = APG().resolve(Context("P", family, "unet", "DDIMScheduler", 5.0, "call", 20, 1))
@@ -102,7 +118,10 @@ def test_presets_say_where_they_come_from(family, cap, momentum):
     assert "2410.02416" in sources["momentum"]
 
 
-@pytest.mark.parametrize(("options", "word"), [({"cap": 0.0}, "cap"), ({"momentum": -2.0}, "momentum"), ({"eta": math.nan}, "eta")])
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"cap": 0.0}, "cap"), ({"momentum": -2.0}, "momentum"), ({"eta": math.nan}, "eta")],
+)
 def test_bad_options_are_named(options, word):
     with pytest.raises(ValueError, match=f"APG.*{word}"):
         APG(**options)

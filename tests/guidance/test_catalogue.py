@@ -14,12 +14,20 @@ from diffalign.testing import tiny_pipeline
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "guidance"
 RECIPES = sorted(FOLDER.glob("*.py"))
-ROW = re.compile(r"^\| \[`([\w-]+)`\]\(([\w.]+)\) \| (.+) \| (.+) \| \[([\w.]+)\]\(([\w./]+)\) \|$", re.M)
+ROW = re.compile(
+    r"^\| \[`([\w-]+)`\]\(([\w.]+)\) \| (.+) \| (.+) \| \[([\w.]+)\]\(([\w./]+)\) \|$", re.M
+)
 
 
 def rows():
-    found = {match[1]: match for match in ROW.finditer((FOLDER / "README.md").read_text(encoding="utf-8"))}
-    assert len(found) == sum(line.startswith("| [`") for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines())
+    found = {
+        match[1]: match
+        for match in ROW.finditer((FOLDER / "README.md").read_text(encoding="utf-8"))
+    }
+    assert len(found) == sum(
+        line.startswith("| [`")
+        for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    )
     return found
 
 
@@ -38,9 +46,14 @@ def test_every_recipe_has_a_row_and_every_row_a_recipe():
 def test_rows_point_to_the_code():
     for name, match in rows().items():
         module = BUILTIN[name].partition(":")[0]
-        assert (FOLDER / match[6]).resolve() == ROOT / Path(*module.split(".")).with_suffix(".py"), name
+        assert (FOLDER / match[6]).resolve() == ROOT / Path(*module.split(".")).with_suffix(
+            ".py"
+        ), name
         identifiers = re.findall(r"\d{4}\.\d{5}", match[3])
-        assert all(identifier in methods()[name].__doc__ + (FOLDER / match[6]).read_text(encoding="utf-8") for identifier in identifiers)
+        assert all(
+            identifier in methods()[name].__doc__ + (FOLDER / match[6]).read_text(encoding="utf-8")
+            for identifier in identifiers
+        )
 
 
 def test_the_folder_is_not_a_package():
@@ -49,7 +62,8 @@ def test_the_folder_is_not_a_package():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs(path, monkeypatch, tmp_path, capsys):
-    """On random weights of the emoji model's kind, which need no files; the technique that the recipe is named after must report."""
+    """On random weights of the emoji model's kind, which need no files; the technique that the
+    recipe is named after must report."""
 
     class Brightness:
         differentiable = True

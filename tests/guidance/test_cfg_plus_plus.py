@@ -32,7 +32,8 @@ EULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.6, 1.0])
 @pytest.mark.parametrize("name", ["ddim", "ddim-v", "euler", "flow"])
 def test_equals_the_sampler_of_the_paper(name, lam):
-    """The paper's two lines, written out in float64: denoise with the guided noise, re-noise with the unconditional one."""
+    """The paper's two lines, written out in float64: denoise with the guided noise, re-noise with
+    the unconditional one."""
     contract = TestCFGPlusPlus()
     model, noise, steps = contract.model(), contract.noise(torch.float64), 12
     scheduler = {
@@ -63,9 +64,15 @@ def test_equals_the_sampler_of_the_paper(name, lam):
 
 
 def test_weight_by_hand():
-    assert CFGPlusPlus(0.6, flow=False).weight(StepInfo(0, 4, 4.0, 1.0)) == pytest.approx(0.6 * 4 / 3)
-    assert CFGPlusPlus(0.6, flow=True).weight(StepInfo(0, 4, 0.8, 0.5)) == pytest.approx(0.6 * 0.8 * 0.5 / 0.3)
-    assert CFGPlusPlus(0.6, flow=False).weight(StepInfo(3, 4, 1.0, 0.0)) == 0.6  # the last step is CFG at lam
+    assert CFGPlusPlus(0.6, flow=False).weight(StepInfo(0, 4, 4.0, 1.0)) == pytest.approx(
+        0.6 * 4 / 3
+    )
+    assert CFGPlusPlus(0.6, flow=True).weight(StepInfo(0, 4, 0.8, 0.5)) == pytest.approx(
+        0.6 * 0.8 * 0.5 / 0.3
+    )
+    assert (
+        CFGPlusPlus(0.6, flow=False).weight(StepInfo(3, 4, 1.0, 0.0)) == 0.6
+    )  # the last step is CFG at lam
 
 
 def test_lam_one_on_the_last_step_needs_no_unconditional_pass():
@@ -76,7 +83,10 @@ def test_lam_one_on_the_last_step_needs_no_unconditional_pass():
     assert flow.rows_per_call[-1] == 3
 
 
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name",
+    ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler"],
+)
 def test_other_schedulers_are_refused(name):
     with pytest.raises(UnsupportedModel, match=f"{name}.*DDIMScheduler"):
         CFGPlusPlus(0.6).resolve(Context("P", "sd", "unet", name, 5.0, "call", 20, 1))
@@ -84,7 +94,17 @@ def test_other_schedulers_are_refused(name):
 
 def test_flow_is_resolved_and_reported():
     made, sources = CFGPlusPlus().resolve(
-        Context("P", "sd3", "transformer", "FlowMatchEulerDiscreteScheduler", 5.0, "call", 20, 1, flow=True)
+        Context(
+            "P",
+            "sd3",
+            "transformer",
+            "FlowMatchEulerDiscreteScheduler",
+            5.0,
+            "call",
+            20,
+            1,
+            flow=True,
+        )
     )
     assert made.flow is True
     assert "FlowMatchEulerDiscreteScheduler" in sources["flow"]

@@ -38,7 +38,10 @@ def constant(latents, rows):
 
 
 def by_candidate(sign):
-    return lambda latents, rows: sign * torch.arange(len(latents) // len(set(rows)), dtype=torch.float32).repeat(len(set(rows)))
+    return lambda latents, rows: (
+        sign
+        * torch.arange(len(latents) // len(set(rows)), dtype=torch.float32).repeat(len(set(rows)))
+    )
 
 
 def towards(target):
@@ -52,13 +55,20 @@ def targets_of(model):
 
 def per_image(latents, rows):
     """Each image has its own target, so that images and steps choose differently."""
-    return -(latents.double() - targets_of(TestDynamicCFG().model())[list(rows)]).flatten(1).square().sum(1)
+    return (
+        -(latents.double() - targets_of(TestDynamicCFG().model())[list(rows)])
+        .flatten(1)
+        .square()
+        .sum(1)
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered():
     judges.EVALUATORS["test-small"] = lambda context: Judge(towards(0.3))
-    judges.EVALUATORS["test-bright"] = lambda context: Judge(lambda latents, rows: latents.flatten(1).mean(1), sees="next")
+    judges.EVALUATORS["test-bright"] = lambda context: Judge(
+        lambda latents, rows: latents.flatten(1).mean(1), sees="next"
+    )
     yield
     del judges.EVALUATORS["test-small"], judges.EVALUATORS["test-bright"]
 
@@ -101,7 +111,13 @@ class Replay(Guidance[None]):
 def sample(judge, contract=None, scheduler=None, **options):
     contract = TestDynamicCFG() if contract is None else contract
     made = DynamicCFG(3.0, **{"candidates": W, "evaluators": (judge,), **options})
-    return run(made, contract.model(), scheduler or contract.scheduler(), contract.noise(), steps=contract.steps)
+    return run(
+        made,
+        contract.model(),
+        scheduler or contract.scheduler(),
+        contract.noise(),
+        steps=contract.steps,
+    )
 
 
 def test_a_constant_judge_leaves_the_default_weight():
@@ -135,7 +151,8 @@ def test_one_candidate_is_never_scored():
 
 
 def test_choice_equals_brute_force_row_by_row():
-    """Denoised images in float64 from the exact denoiser, for every weight; each image takes the one nearest to its own target."""
+    """Denoised images in float64 from the exact denoiser, for every weight; each image takes the
+    one nearest to its own target."""
     contract = TestDynamicCFG()
     model = contract.model()
     targets = targets_of(model)
@@ -149,7 +166,9 @@ def test_choice_equals_brute_force_row_by_row():
         distance = torch.stack([(u + w * (c - u) - targets).flatten(1).square().sum(1) for w in W])
         assert trace.state.chosen[i].tolist() == [W[k] for k in distance.argmin(0).tolist()]
         x = scheduler.step(trace.guided[i], t, x).prev_sample
-    assert len({tuple(row) for row in torch.stack(trace.state.chosen).T.tolist()}) == 3  # images chose differently
+    assert (
+        len({tuple(row) for row in torch.stack(trace.state.chosen).T.tolist()}) == 3
+    )  # images chose differently
 
 
 @pytest.mark.parametrize("scheduler", [ddim, DPMSolverMultistepScheduler], ids=["ddim", "dpm"])
@@ -158,7 +177,9 @@ def test_replaying_the_chosen_weights_is_exact(scheduler):
     trace = sample(Judge(per_image), scheduler=scheduler())
     assert len(set(torch.stack(trace.state.chosen).flatten().tolist())) > 1
     contract = TestDynamicCFG()
-    again = run(Replay(trace.state.chosen), contract.model(), scheduler(), contract.noise(), steps=8)
+    again = run(
+        Replay(trace.state.chosen), contract.model(), scheduler(), contract.noise(), steps=8
+    )
     assert torch.equal(again.sample, trace.sample)
 
 
@@ -178,7 +199,11 @@ def test_a_second_evaluation_keeps_the_choice():
 def test_scaling_one_judge_changes_nothing():
     rules = towards(0.3), lambda latents, rows: latents.flatten(1).mean(1)
     one = [sample(Judge(rules[0]), evaluators=(Judge(rules[0]), Judge(rules[1])))]
-    one.append(sample(Judge(rules[0]), evaluators=(Judge(lambda x, r: 1024 * rules[0](x, r)), Judge(rules[1]))))
+    one.append(
+        sample(
+            Judge(rules[0]), evaluators=(Judge(lambda x, r: 1024 * rules[0](x, r)), Judge(rules[1]))
+        )
+    )
     assert torch.equal(torch.stack(one[0].state.chosen), torch.stack(one[1].state.chosen))
 
 
@@ -191,11 +216,16 @@ def test_next_latents_are_those_of_one_first_order_step(flow):
     latents, sigma, rows = judge.seen[0]
     assert rows == [0] * 5 + [1] * 5 + [2] * 5
     for k, weight in enumerate(W):
-        plain = run(CFG(weight), contract.model(), contract.scheduler(), contract.noise(), steps=8, stop=1)
+        plain = run(
+            CFG(weight), contract.model(), contract.scheduler(), contract.noise(), steps=8, stop=1
+        )
         assert sigma == plain.steps[0].sigma_next
-        # float32 conversions divide by alpha once: about 8 roundings of the largest intermediate, weight / alpha times the latents
+        # float32 conversions divide by alpha once: about 8 roundings of the largest intermediate,
+        # weight / alpha times the latents
         largest = (1 + weight) * 8 * plain.sample.abs().max()
-        assert (latents[k::5] - plain.sample).abs().max() < 8 * torch.finfo(torch.float32).eps * largest
+        assert (latents[k::5] - plain.sample).abs().max() < 8 * torch.finfo(
+            torch.float32
+        ).eps * largest
 
 
 def test_the_window_keeps_the_default_elsewhere():
@@ -211,9 +241,15 @@ def test_weights_between_judges_by_hand():
     assert preferred(now, None).tolist() == [-1]  # equal weights: every total is 0, a tie
     assert preferred(now, torch.tensor([[0.5], [9.0]])).tolist() == [0]  # improvements 1 and 1/9
     assert preferred(now, torch.tensor([[0.9], [5.0]])).tolist() == [2]  # 1/9 and 1
-    assert preferred(now, torch.tensor([[2.0], [9.0]])).tolist() == [2]  # judge 0 fell: floored at 0
-    assert preferred(now, torch.tensor([[2.0], [11.0]])).tolist() == [-1]  # both fell: equal weights, a tie
-    assert preferred(now, torch.tensor([[-1.0], [9.0]])).tolist() == [0]  # (1 - -1) / |-1| = 2 against 1/9
+    assert preferred(now, torch.tensor([[2.0], [9.0]])).tolist() == [
+        2
+    ]  # judge 0 fell: floored at 0
+    assert preferred(now, torch.tensor([[2.0], [11.0]])).tolist() == [
+        -1
+    ]  # both fell: equal weights, a tie
+    assert preferred(now, torch.tensor([[-1.0], [9.0]])).tolist() == [
+        0
+    ]  # (1 - -1) / |-1| = 2 against 1/9
 
 
 def test_judges_without_an_opinion_have_no_say():
@@ -225,14 +261,22 @@ def test_judges_without_an_opinion_have_no_say():
 
 
 def test_equal_weighting_ignores_the_levels():
-    trace = sample(Judge(constant), evaluators=(Judge(by_candidate(1.0)), Judge(constant)), adaptive=False)
+    trace = sample(
+        Judge(constant), evaluators=(Judge(by_candidate(1.0)), Judge(constant)), adaptive=False
+    )
     assert torch.stack(trace.state.chosen).eq(9.0).all()
 
 
 def test_choosing_needs_no_gradient_and_gives_none():
     contract = TestDynamicCFG()
     noise = contract.noise().requires_grad_()
-    trace = run(DynamicCFG(3.0, candidates=W, evaluators=(Judge(towards(0.3)),)), contract.model(), contract.scheduler(), noise, steps=4)
+    trace = run(
+        DynamicCFG(3.0, candidates=W, evaluators=(Judge(towards(0.3)),)),
+        contract.model(),
+        contract.scheduler(),
+        noise,
+        steps=4,
+    )
     assert trace.sample.requires_grad
     assert not any(w.requires_grad for w in trace.state.chosen)
 
@@ -281,7 +325,9 @@ def test_wrong_use_is_explained():
         DynamicCFG(3.0, candidates=(1.0, math.inf))
     with pytest.raises(ValueError, match="differ"):
         DynamicCFG(3.0, candidates=(1.0, 1.0))
-    made, _ = DynamicCFG(3.0, evaluators=(Judge(lambda latents, rows: torch.ones(2)),)).resolve(context)
+    made, _ = DynamicCFG(3.0, evaluators=(Judge(lambda latents, rows: torch.ones(2)),)).resolve(
+        context
+    )
     cond = torch.zeros(1, 4)
     step = StepInfo(0, 2, 1.0, convert=lambda value, *_: value)
     with pytest.raises(ValueError, match=r"must score 5 latents .* got \[2\]"):
@@ -290,9 +336,17 @@ def test_wrong_use_is_explained():
 
 def test_candidates_come_from_the_preset_of_the_model():
     pipe = da.load("emoji")
-    facts = {"pipeline": "StableDiffusionPipeline", "family": "sd", "denoiser": "unet", "scheduler": "DDIMScheduler", "scale": 1.5}
+    facts = {
+        "pipeline": "StableDiffusionPipeline",
+        "family": "sd",
+        "denoiser": "unet",
+        "scheduler": "DDIMScheduler",
+        "scale": 1.5,
+    }
     facts |= {"scale_source": "call", "steps": 20, "batch": 1}
-    known, sources = DynamicCFG(evaluators=("test-small",)).resolve(Context(**facts, module=pipe.unet))
+    known, sources = DynamicCFG(evaluators=("test-small",)).resolve(
+        Context(**facts, module=pipe.unet)
+    )
     assert known.candidates == (1.0, 1.25, 1.5, 2.0, 3.0)
     assert "emoji" in sources["candidates"]
     other, sources = DynamicCFG(evaluators=("test-small",)).resolve(Context(**facts))
@@ -304,7 +358,10 @@ def test_evaluators_are_given_by_name_on_the_command_line():
     one = parse("dynamic-cfg:scale=1.5,evaluators=emoji-alignment,candidates=2")[0]
     assert (one.evaluators, one.candidates) == (("emoji-alignment",), (2.0,))
     two = parse("dynamic-cfg:evaluators=(emoji-alignment,reward:emoji-clip),candidates=(1,2.5)")[0]
-    assert (two.evaluators, two.candidates) == (("emoji-alignment", "reward:emoji-clip"), (1.0, 2.5))
+    assert (two.evaluators, two.candidates) == (
+        ("emoji-alignment", "reward:emoji-clip"),
+        (1.0, 2.5),
+    )
     with pytest.raises(ValueError, match=r"candidates must be a number; got 'b'"):
         parse("dynamic-cfg:candidates=(1,b)")
 
@@ -315,11 +372,18 @@ def seen_in_a_call(pipe, *args, **options):
 
     def maker(context):
         contexts.append(context)
-        return DecodedReward(decoder_of(context), lambda images, texts: images.mean((1, 2, 3)), context.prompts, context.meter)
+        return DecodedReward(
+            decoder_of(context),
+            lambda images, texts: images.mean((1, 2, 3)),
+            context.prompts,
+            context.meter,
+        )
 
     judges.EVALUATORS["test-context"] = maker
     try:
-        with da.apply(pipe, DynamicCFG(3.0, candidates=(1.0, 3.0), evaluators=("test-context",))) as session:
+        with da.apply(
+            pipe, DynamicCFG(3.0, candidates=(1.0, 3.0), evaluators=("test-context",))
+        ) as session:
             pipe(*args, num_inference_steps=2, output_type="latent", **options)
     finally:
         del judges.EVALUATORS["test-context"]
@@ -337,7 +401,9 @@ def test_a_judge_is_made_with_the_prompt_of_every_image():
     assert seen_in_a_call(pipe, "a", generator=rng[0])[0].prompts == ("a",)
     states = pipe.encode_prompt("a", "cpu", 1, True)
     with pytest.raises(ValueError, match="one prompt per image"):
-        seen_in_a_call(pipe, prompt_embeds=states[0], negative_prompt_embeds=states[1], generator=rng[0])
+        seen_in_a_call(
+            pipe, prompt_embeds=states[0], negative_prompt_embeds=states[1], generator=rng[0]
+        )
 
 
 def test_the_decoder_is_the_pipelines_own():

@@ -1,4 +1,5 @@
-"""The identity table of guidance on a pipeline of every family: off is off to the bit, and cost is what was declared."""
+"""The identity table of guidance on a pipeline of every family: off is off to the bit, and cost is
+what was declared."""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.adapters.registry import ROWS
 from diffalign.core import COND, UNCOND, UnsupportedModel
 from diffalign.core.registry import methods
+from diffalign.families.table import ROWS
 from diffalign.guidance import Guidance
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
@@ -19,7 +20,9 @@ from diffalign.testing.final import final
 FAMILIES = {row.family: name for name, row in reversed(ROWS.items())}  # the first class of each
 WITHOUT_BLOCKS = {"hunyuan-dit", "auraflow", "cogview4"}
 STEPS, BATCH, EPS = 4, 2, torch.finfo(torch.float32).eps
-pytestmark = pytest.mark.filterwarnings("ignore:The call asks", "ignore:The negative prompt has no effect")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The call asks", "ignore:The negative prompt has no effect"
+)
 
 
 class Judge:
@@ -93,10 +96,13 @@ def call(pipe, *techniques, steps=STEPS, **more):
 
 
 def works(pipe, name):
-    """Whether the family's models are of the kind that the technique needs; the refusal itself is tested below."""
+    """Whether the family's models are of the kind that the technique needs; the refusal itself is
+    tested below."""
     if name in ("s2", "skip-layer"):
         return family(pipe) not in WITHOUT_BLOCKS
-    return name != "zero star" or next(s.works for s in da.supports(pipe) if s.name == "cfg-zero-star")
+    return name != "zero star" or next(
+        s.works for s in da.supports(pipe) if s.name == "cfg-zero-star"
+    )
 
 
 def test_off_switches_are_exact(pipe):
@@ -110,14 +116,18 @@ def test_off_switches_are_exact(pipe):
 
 
 def test_scale_zero_is_the_unconditional_model(pipe):
-    """The model with the negative text in place of the prompt. Pipelines with two calls need one row of the other to begin with."""
+    """The model with the negative text in place of the prompt.
+
+    Pipelines with two calls need one row of the other to begin with.
+    """
     given = tiny_inputs(type(pipe).__name__, batch=BATCH, steps=STEPS)
     swapped = {key: given[f"negative_{key}"] for key in given if f"negative_{key}" in given}
     if not swapped:
         assert family(pipe) == "dit"  # its unconditional branch is a class of its own
         return
     expected, plain = call(pipe, da.CFG(1.0), **swapped)
-    # Cosmos mixes x0, so what it is handed comes back up to rounding: the bound of tests/adapters/test_identity.py
+    # Cosmos mixes x0, so what it is handed comes back up to rounding: the bound of
+    # tests/seams/denoiser/test_identity.py
     bound = 2.9e-6 * expected.abs().max() if family(pipe) == "cosmos2" else 0.0
     for technique in (da.CFG(0.0), da.BetaCFG(0.0), da.ScheduledCFG(0.0, shape="constant")):
         out, report = call(pipe, technique)
@@ -127,12 +137,15 @@ def test_scale_zero_is_the_unconditional_model(pipe):
 
 @pytest.mark.parametrize("guided", [1, 3])
 def test_techniques_that_stop_guiding(pipe, guided, tmp_path):
-    """An image that latches at once, a window, and a policy without estimated steps are CFG at the first steps, to the bit."""
+    """An image that latches at once, a window, and a policy without estimated steps are CFG at the
+    first steps, to the bit."""
     expected, plain = call(pipe, FirstSteps(guided))
     assert plain.rows == BATCH * (STEPS + guided)
     where = identity_of(pipe, STEPS, 3.0, tuple(SHAPE), "")
     plan = ("guided",) * guided + ("conditional",) * (STEPS - guided)
-    LinearPolicy(where, plan, {0: torch.zeros(1, dtype=torch.float64)}, {}, {}, 0).save(tmp_path / "policy")
+    LinearPolicy(where, plan, {0: torch.zeros(1, dtype=torch.float64)}, {}, {}, 0).save(
+        tmp_path / "policy"
+    )
     for technique in (
         da.AdaptiveGuidance(3.0, threshold=-1.0, min_guided_steps=guided),
         da.IntervalCFG(3.0, stop=guided / STEPS),
@@ -144,13 +157,18 @@ def test_techniques_that_stop_guiding(pipe, guided, tmp_path):
 
 
 def test_off_up_to_rounding(pipe):
-    """APG that keeps everything is CFG; so is S2 with no block left out, although it pays for its pass."""
+    """APG that keeps everything is CFG; so is S2 with no block left out, although it pays for its
+    pass."""
     expected, plain = call(pipe, da.CFG(3.0))
-    bound = 64 * EPS * expected.abs().max()  # conversions to x0 and back; a pass of its own has another row count
+    bound = (
+        64 * EPS * expected.abs().max()
+    )  # conversions to x0 and back; a pass of its own has another row count
     neutral, report = call(pipe, da.APG(3.0, eta=1.0, cap=math.inf, momentum=0.0))
     assert (neutral - expected).abs().max() <= bound
     assert report.rows == plain.rows
-    assert report.scale == pytest.approx(plain.scale, rel=1e-3)  # measured on the latent, without a learned variance
+    assert report.scale == pytest.approx(
+        plain.scale, rel=1e-3
+    )  # measured on the latent, without a learned variance
     if works(pipe, "s2"):
         empty, report = call(pipe, da.S2Guidance(3.0, n_drop=0, blocks=("*",), start=0.0, stop=1.0))
         assert (empty - expected).abs().max() <= bound
@@ -165,7 +183,8 @@ def test_equal_predictions_leave_nothing_to_guide(pipe):
         assert family(pipe) == "dit"  # its unconditional branch is a class of its own
         return
     expected, _ = call(pipe, da.CFG(1.0), **same)
-    # two branches in one batch round otherwise, by eps; the rules multiply that by their scale, and CFG-Zero* by the scale again
+    # two branches in one batch round otherwise, by eps; the rules multiply that by their scale, and
+    # CFG-Zero* by the scale again
     bound = 3 * 3 * 64 * EPS * expected.abs().max()
     for name, technique in {
         "cfg": da.CFG(3.0),
@@ -183,7 +202,9 @@ MAKE = {
     "s2-guidance": lambda: da.S2Guidance(3.0, blocks=("*",)),
     "skip-layer-guidance": lambda: da.SkipLayerGuidance(3.0, layers=(0,), stop=0.5),
     "cfg-plus-plus": lambda: da.CFGPlusPlus(0.6),
-    "dynamic-cfg": lambda: da.DynamicCFG(3.0, candidates=(1.0, 4.0), evaluators=(Judge(rising=True),)),
+    "dynamic-cfg": lambda: da.DynamicCFG(
+        3.0, candidates=(1.0, 4.0), evaluators=(Judge(rising=True),)
+    ),
     "adaptive-guidance": lambda: da.AdaptiveGuidance(3.0, threshold=-1.0),
     "interval-cfg": lambda: da.IntervalCFG(3.0, stop=0.5),
 }
@@ -220,7 +241,10 @@ def made(name, pipe, folder):
         return MAKE.get(name, lambda: methods()[name](3.0))()
     call(pipe, FirstSteps(0))
     where = identity_of(pipe, STEPS, 3.0, tuple(SHAPE), "")
-    plan, weights = ("guided", "estimated", "guided", "conditional"), torch.tensor([0.1, 0.5, 0.4], dtype=torch.float64)
+    plan, weights = (
+        ("guided", "estimated", "guided", "conditional"),
+        torch.tensor([0.1, 0.5, 0.4], dtype=torch.float64),
+    )
     LinearPolicy(where, plan, {1: weights}, {}, {}, 0).save(folder / "policy")
     return da.LinearAG(3.0, policy=str(folder / "policy"))
 
@@ -229,23 +253,34 @@ def count_rows(pipe, counted):
     """Hooks on the denoisers that count the rows which really enter them, without the meter."""
 
     def count(module, args, kwargs):
-        first = args[0] if args else kwargs[next(k for k in ("hidden_states", "sample", "x") if k in kwargs)]
+        first = (
+            args[0]
+            if args
+            else kwargs[next(k for k in ("hidden_states", "sample", "x") if k in kwargs)]
+        )
         counted.append(len(first))
 
-    parts = [part for key in ROWS[type(pipe).__name__].denoisers if (part := getattr(pipe, key, None)) is not None]
+    parts = [
+        part
+        for key in ROWS[type(pipe).__name__].denoisers
+        if (part := getattr(pipe, key, None)) is not None
+    ]
     return [part.register_forward_pre_hook(count, with_kwargs=True) for part in parts]
 
 
 @pytest.mark.parametrize("name", COST)
 def test_declared_is_metered_is_run(pipe, name, monkeypatch, tmp_path):
-    """Passes that the technique declares, rows that the meter charges, and rows that enter the denoiser are one number, also by hand."""
+    """Passes that the technique declares, rows that the meter charges, and rows that enter the
+    denoiser are one number, also by hand."""
     technique = made(name, pipe, tmp_path)
     cls, declared, counted = type(technique), {}, []
     passes = cls.passes
 
     def noted(self, step, state):
         wanted = passes(self, step, state)
-        declared[step.index, step.evaluation] = sum(BATCH if p.rows is None else len(p.rows) for p in wanted)
+        declared[step.index, step.evaluation] = sum(
+            BATCH if p.rows is None else len(p.rows) for p in wanted
+        )
         return wanted
 
     monkeypatch.setattr(cls, "passes", noted)
@@ -257,12 +292,18 @@ def test_declared_is_metered_is_run(pipe, name, monkeypatch, tmp_path):
     for hook in hooks:
         hook.remove()
     if refusal is not None:
-        said = "repeats its last noise level" if (family(pipe), name) == ("cosmos2", "cfg-plus-plus") else REFUSED[name]
+        said = (
+            "repeats its last noise level"
+            if (family(pipe), name) == ("cosmos2", "cfg-plus-plus")
+            else REFUSED[name]
+        )
         assert said in refusal
         assert said in next(s.reason for s in da.supports(pipe) if s.name == name)
         return
     by_hand = 8 if (family(pipe), name) == ("qwen", "cfg-zero-star") else COST[name]
-    shape = name == "beta-cfg" and in_two_calls(pipe)  # one row tells it, where the first step asks for the second call alone
+    shape = name == "beta-cfg" and in_two_calls(
+        pipe
+    )  # one row tells it, where the first step asks for the second call alone
     assert sum(declared.values()) + shape == report.rows == sum(counted) == by_hand * BATCH + shape
     assert report.nfe == report.rows / BATCH
     assert out.isfinite().all()
@@ -280,7 +321,8 @@ def test_every_guidance_has_a_cost():
 
 
 def test_a_replayed_choice_is_the_same_image(pipe):
-    """DynamicCFG's chosen weights, given back as fixed weights per step, end in the same bits: the scheduler saw the winners only."""
+    """DynamicCFG's chosen weights, given back as fixed weights per step, end in the same bits: the
+    scheduler saw the winners only."""
 
     @dataclass(frozen=True, slots=True)
     class Replay(Guidance[None]):
@@ -289,7 +331,9 @@ def test_a_replayed_choice_is_the_same_image(pipe):
 
         def combine(self, preds, step, state):
             rows = [
-                step.mix(preds[COND], preds[UNCOND], weight)[[row]] if weight != 1.0 else preds[COND][[row]]
+                step.mix(preds[COND], preds[UNCOND], weight)[[row]]
+                if weight != 1.0
+                else preds[COND][[row]]
                 for row, weight in enumerate(weights[step.index])
             ]
             return torch.cat(rows), None
@@ -301,9 +345,13 @@ def test_a_replayed_choice_is_the_same_image(pipe):
 
         def score(self, latents, sigma, rows):
             self.calls += 1
-            return torch.tensor([float(k == (self.calls + row) % 3) for row in range(BATCH) for k in range(3)])
+            return torch.tensor(
+                [float(k == (self.calls + row) % 3) for row in range(BATCH) for k in range(3)]
+            )
 
-    out, report = call(pipe, da.DynamicCFG(3.0, candidates=(1.0, 2.5, 4.0), evaluators=(Changing(),)))
+    out, report = call(
+        pipe, da.DynamicCFG(3.0, candidates=(1.0, 2.5, 4.0), evaluators=(Changing(),))
+    )
     (chosen,) = report.extras.values()
     weights = chosen["chosen"]
     assert weights == [[2.5, 4.0], [4.0, 1.0], [1.0, 2.5], [2.5, 4.0]]
@@ -312,7 +360,9 @@ def test_a_replayed_choice_is_the_same_image(pipe):
 
 def test_chosen_weights_and_latches_are_reported():
     pipe = tiny_pipeline("StableDiffusionPipeline")
-    _, report = call(pipe, da.DynamicCFG(3.0, candidates=(1.0, 4.0), evaluators=(Judge(rising=True),)))
+    _, report = call(
+        pipe, da.DynamicCFG(3.0, candidates=(1.0, 4.0), evaluators=(Judge(rising=True),))
+    )
     assert report.extras == {"unet": {"chosen": [[4.0] * BATCH] * STEPS}}
     assert report.scale == pytest.approx([4.0] * STEPS, rel=1e-4)
     _, report = call(pipe, da.AdaptiveGuidance(3.0, threshold=-1.0))

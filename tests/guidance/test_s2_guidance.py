@@ -1,4 +1,5 @@
-"""S2-Guidance and SkipLayerGuidance against models that really lack the block, SD3's own skip-layer code, and their off switches."""
+"""S2-Guidance and SkipLayerGuidance against models that really lack the block, SD3's own skip-layer
+code, and their off switches."""
 
 import collections
 import dataclasses
@@ -8,13 +9,13 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.adapters.registry import ROWS
-from diffalign.attention.blocks import sites
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, UnsupportedModel
+from diffalign.families.table import ROWS
 from diffalign.guidance import CFG
 from diffalign.guidance.s2_guidance import S2Guidance
 from diffalign.guidance.skip_layer_guidance import SkipLayerGuidance
 from diffalign.guidance.skipping import SKIPPED
+from diffalign.seams.blocks.sites import sites
 from diffalign.testing.contracts import GuidanceContract
 from diffalign.testing.deep import FAMILIES, deep_pipeline, without_block
 from diffalign.testing.final import final
@@ -65,21 +66,27 @@ class TestSkipLayerGuidance(GuidanceContract):
 
 def call(pipe, technique, name, variant="", **options):
     scale = options.pop("scale", 4.0)
-    inputs = tiny_inputs(name, variant=variant, steps=options.pop("steps", 2), batch=options.pop("batch", 1))
+    inputs = tiny_inputs(
+        name, variant=variant, steps=options.pop("steps", 2), batch=options.pop("batch", 1)
+    )
     with da.apply(pipe, technique) as session:
         return final(pipe, {**inputs, ROWS[name].gates[0]: scale, **options}), session.report()
 
 
-# Formula ------------------------------------------------------------------------------------------------------------------------
+# Formula
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_combine_is_equation_4():
-    """Numbers by hand: 1 + 2 * (4 - 1) + 0.25 * (4 - 2) = 7.5; the appendix form would give 1 + 2 * 3 - 0.25 * 2 = 6.5."""
+    """Numbers by hand: 1 + 2 * (4 - 1) + 0.25 * (4 - 2) = 7.5; the appendix form would give 1 + 2 *
+    3 - 0.25 * 2 = 6.5."""
     cond, uncond, skipped = (torch.full((2, 3), value) for value in (4.0, 1.0, 2.0))
     preds = {COND: cond, UNCOND: uncond, Pass(SKIPPED, True): skipped}
     out, _ = S2Guidance(2.0).combine(preds, StepInfo(0, 1, 1.0), None)
     assert torch.equal(out, torch.full((2, 3), 7.5))
-    out, _ = S2Guidance(1.0).combine({COND: cond, Pass(SKIPPED, True): skipped}, StepInfo(0, 1, 1.0), None)
+    out, _ = S2Guidance(1.0).combine(
+        {COND: cond, Pass(SKIPPED, True): skipped}, StepInfo(0, 1, 1.0), None
+    )
     assert torch.equal(out, torch.full((2, 3), 4.5))
     out, _ = S2Guidance(0.0).combine(preds, StepInfo(0, 1, 1.0), None)
     assert torch.equal(out, torch.full((2, 3), 1.5))
@@ -91,41 +98,61 @@ def test_combine_is_equation_4():
 
 
 # DiT returns decoded images, and Cosmos' single step ends where it began
-AFFINE = {name: variant for name, variant in FAMILIES.items() if name not in ("DiTPipeline", "Cosmos2TextToImagePipeline")}
+AFFINE = {
+    name: variant
+    for name, variant in FAMILIES.items()
+    if name not in ("DiTPipeline", "Cosmos2TextToImagePipeline")
+}
 
 
 @pytest.mark.parametrize(("name", "variant"), AFFINE.items())
 def test_one_step_equals_the_formula_with_a_deleted_block(name, variant):
-    """A first step is affine in the prediction, so the formula holds between final latents; the third model really lacks the block."""
+    """A first step is affine in the prediction, so the formula holds between final latents; the
+    third model really lacks the block."""
     pipe = deep_pipeline(name, variant)
     if name == "LTXPipeline":
-        pipe.scheduler.register_to_config(shift_terminal=None)  # divides by zero when there is one step
+        pipe.scheduler.register_to_config(
+            shift_terminal=None
+        )  # divides by zero when there is one step
     row = ROWS[name]
     inner = [site.name for site in sites(getattr(pipe, row.denoisers[0])) if site.edge is None]
     block, omega = inner[-1], 0.25
-    scale = 1.0 if row.family in ("qwen", "lumina2") else 4.0  # these renormalise what they mix, which is not affine
-    on, report = call(pipe, S2Guidance(scale, omega=omega, blocks=(block,), **EVERYWHERE), name, variant, steps=1)
+    scale = (
+        1.0 if row.family in ("qwen", "lumina2") else 4.0
+    )  # these renormalise what they mix, which is not affine
+    on, report = call(
+        pipe, S2Guidance(scale, omega=omega, blocks=(block,), **EVERYWHERE), name, variant, steps=1
+    )
     assert report.rows == (2 if scale == 1.0 else 3)
     cfg, _ = call(pipe, CFG(scale), name, variant, steps=1)
     cond, _ = call(pipe, CFG(1.0), name, variant, steps=1)
     skipped, _ = call(without_block(pipe, block), CFG(1.0), name, variant, steps=1)
     expected = cfg.double() + omega * (cond.double() - skipped.double())
     largest = max(value.abs().max().item() for value in (cfg, cond, skipped))
-    # one step multiplies the prediction by a number of order one; batched and single rows round differently by some last places
+    # one step multiplies the prediction by a number of order one; batched and single rows round
+    # differently by some last places
     bound = 64 * torch.finfo(torch.float32).eps * largest
     assert (on.double() - expected).abs().max().item() <= bound
     assert (expected - cfg.double()).abs().max().item() > 20 * bound
 
 
 def test_mean_over_all_blocks():
-    """Averaged over every block, one step is CFG plus omega times (cond - mean of the models without a block)."""
+    """Averaged over every block, one step is CFG plus omega times (cond - mean of the models
+    without a block)."""
     name = "PixArtSigmaPipeline"
     pipe = deep_pipeline(name, extra=3)
     inner = [site.name for site in sites(pipe.transformer) if site.edge is None]
     assert len(inner) == 3
-    mean = torch.stack([call(pipe, S2Guidance(blocks=(b,), **EVERYWHERE), name, steps=1)[0].double() for b in inner]).mean(0)
+    mean = torch.stack(
+        [
+            call(pipe, S2Guidance(blocks=(b,), **EVERYWHERE), name, steps=1)[0].double()
+            for b in inner
+        ]
+    ).mean(0)
     cfg, cond = (call(pipe, CFG(scale), name, steps=1)[0].double() for scale in (4.0, 1.0))
-    lacking = torch.stack([call(without_block(pipe, b), CFG(1.0), name, steps=1)[0].double() for b in inner]).mean(0)
+    lacking = torch.stack(
+        [call(without_block(pipe, b), CFG(1.0), name, steps=1)[0].double() for b in inner]
+    ).mean(0)
     expected = cfg + 0.25 * (cond - lacking)
     assert (mean - expected).abs().max() <= 256 * torch.finfo(torch.float32).eps * cfg.abs().max()
 
@@ -137,7 +164,15 @@ def test_skip_layer_guidance_is_sd3s_own(dtype):
     pipe = deep_pipeline(name).to(dtype)
     inputs = lambda: {**tiny_inputs(name, dtype=dtype, steps=4, batch=2), "guidance_scale": 4.0}  # noqa: E731
     plain = final(pipe, inputs())
-    native = final(pipe, {**inputs(), "skip_guidance_layers": [1, 2], "skip_layer_guidance_scale": 1.7, "skip_layer_guidance_stop": 0.8})
+    native = final(
+        pipe,
+        {
+            **inputs(),
+            "skip_guidance_layers": [1, 2],
+            "skip_layer_guidance_scale": 1.7,
+            "skip_layer_guidance_stop": 0.8,
+        },
+    )
     technique = SkipLayerGuidance(layers=(1, 2), slg_scale=1.7, start=0.25, stop=1.0)
     with da.apply(pipe, technique) as session:
         assert torch.equal(final(pipe, inputs()), native)
@@ -146,15 +181,20 @@ def test_skip_layer_guidance_is_sd3s_own(dtype):
     assert torch.equal(final(pipe, inputs()), plain)
 
 
-# Off switches -------------------------------------------------------------------------------------------------------------------
+# Off switches
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "variant"), FAMILIES.items())
 def test_off_and_on_and_untouched_afterwards(name, variant):
     pipe = deep_pipeline(name, variant)
     row = ROWS[name]
-    call(pipe, CFG(1.0), name, variant)  # diffusers leaves its own cache hook behind on the first call
-    modules = [m for attribute in row.denoisers if (m := getattr(pipe, attribute, None)) is not None]
+    call(
+        pipe, CFG(1.0), name, variant
+    )  # diffusers leaves its own cache hook behind on the first call
+    modules = [
+        m for attribute in row.denoisers if (m := getattr(pipe, attribute, None)) is not None
+    ]
     before = [(type(m), dict(vars(m)).keys()) for module in modules for m in module.modules()]
     native, base = call(pipe, CFG(), name, variant, steps=3, batch=2)
     off, report = call(pipe, S2Guidance(omega=0.0), name, variant, steps=3, batch=2)
@@ -167,13 +207,16 @@ def test_off_and_on_and_untouched_afterwards(name, variant):
     assert not torch.equal(on, native)
     again, _ = call(pipe, S2Guidance(**EVERYWHERE), name, variant, steps=3, batch=2)
     assert torch.equal(on, again)
-    assert [(type(m), dict(vars(m)).keys()) for module in modules for m in module.modules()] == before
+    assert [
+        (type(m), dict(vars(m)).keys()) for module in modules for m in module.modules()
+    ] == before
     assert torch.equal(call(pipe, CFG(), name, variant, steps=3, batch=2)[0], native)
 
 
 @pytest.mark.parametrize(("name", "variant"), FAMILIES.items())
 def test_without_cfg_two_passes(name, variant):
-    """With CFG off the skipped pass is the second; it must be the one that skips (a guider that counts passes gets this wrong)."""
+    """With CFG off the skipped pass is the second; it must be the one that skips (a guider that
+    counts passes gets this wrong)."""
     pipe = deep_pipeline(name, variant)
     on, report = call(pipe, S2Guidance(1.0, **EVERYWHERE), name, variant, steps=2)
     plain, base = call(pipe, CFG(1.0), name, variant, steps=2)
@@ -192,13 +235,17 @@ def test_a_block_that_is_the_identity_and_no_block_at_all():
             part.weight.zero_()
             part.bias.zero_()
     plain, _ = call(pipe, CFG(1.0), SD)
-    for technique in (S2Guidance(1.0, blocks=(MIDDLE,), **EVERYWHERE), S2Guidance(1.0, n_drop=0, **EVERYWHERE)):
+    for technique in (
+        S2Guidance(1.0, blocks=(MIDDLE,), **EVERYWHERE),
+        S2Guidance(1.0, n_drop=0, **EVERYWHERE),
+    ):
         out, report = call(pipe, technique, SD)
         assert torch.equal(out, plain)
         assert report.rows == 4
 
 
-# Masks --------------------------------------------------------------------------------------------------------------------------
+# Masks
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def resolved(technique, steps=10):
@@ -209,16 +256,24 @@ def resolved(technique, steps=10):
 def test_masks_are_drawn_per_step_uniformly_and_repeatably():
     made = resolved(S2Guidance(blocks=tuple(range(12)), n_drop=2, seed=3))
     draws = [made.chosen(i) for i in range(1200)]
-    assert draws == [resolved(S2Guidance(blocks=tuple(range(12)), n_drop=2, seed=3)).chosen(i) for i in range(1200)]
+    assert draws == [
+        resolved(S2Guidance(blocks=tuple(range(12)), n_drop=2, seed=3)).chosen(i)
+        for i in range(1200)
+    ]
     assert all(len(set(draw)) == 2 for draw in draws)
-    assert [resolved(S2Guidance(blocks=tuple(range(12)), n_drop=2, seed=4)).chosen(i) for i in range(1200)] != draws
+    assert [
+        resolved(S2Guidance(blocks=tuple(range(12)), n_drop=2, seed=4)).chosen(i)
+        for i in range(1200)
+    ] != draws
     share = 2 / 12
     for count in collections.Counter(name for draw in draws for name in draw).values():
         assert abs(count - 1200 * share) < 5 * math.sqrt(1200 * share * (1 - share))
     pairs = collections.Counter(draws)
     assert len(pairs) == 66  # every pair occurs: a missing one has probability (65/66)^1200 = 1e-8
     # a solver's second evaluation of a step uses the same blocks
-    first, second = (made.passes(StepInfo(4, 10, 1.0, evaluation=e), None)[-1].blocks for e in (0, 1))
+    first, second = (
+        made.passes(StepInfo(4, 10, 1.0, evaluation=e), None)[-1].blocks for e in (0, 1)
+    )
     assert first == second == made.chosen(4)
 
 
@@ -238,11 +293,16 @@ def test_masks_change_the_image_but_never_its_generator():
     assert not torch.equal(images[1], images[2])
 
 
-# Windows and arguments ----------------------------------------------------------------------------------------------------------
+# Windows and arguments
+# ----------------------------------------------------------------------------------------------------------
 
 
 def guided_steps(technique, count):
-    return [i for i in range(count) if len(resolved(technique, count).passes(StepInfo(i, count, 1.0), None)) == 3]
+    return [
+        i
+        for i in range(count)
+        if len(resolved(technique, count).passes(StepInfo(i, count, 1.0), None)) == 3
+    ]
 
 
 def test_windows():
@@ -251,7 +311,9 @@ def test_windows():
     assert guided_steps(SkipLayerGuidance(2.0, layers=[1], start=0.0), 28)[0] == 0
     band = S2Guidance(2.0, blocks=(1,), sigma=(0.3, 0.8))
     assert (band.start, band.stop) == (0.0, 1.0)
-    sizes = [len(resolved(band).passes(StepInfo(0, 10, sigma), None)) for sigma in (0.29, 0.3, 0.79, 0.8)]
+    sizes = [
+        len(resolved(band).passes(StepInfo(0, 10, sigma), None)) for sigma in (0.29, 0.3, 0.79, 0.8)
+    ]
     assert sizes == [2, 3, 3, 2]
     assert dataclasses.replace(band, omega=0.5).sigma == (0.3, 0.8)
     with pytest.raises(UnsupportedModel, match="none of 4 steps lies in the window"):
@@ -297,7 +359,10 @@ def test_published_layers_of_sd35_medium():
     pipe = deep_pipeline("StableDiffusion3Pipeline", "3.5", extra=22)
     pipe.transformer.register_to_config(num_layers=24)
     made, report = call(pipe, SkipLayerGuidance(), "StableDiffusion3Pipeline", steps=10)
-    assert report.resolved["skip-layer-guidance"]["layers"] == ((7, 8, 9), "published for SD3.5 medium")
+    assert report.resolved["skip-layer-guidance"]["layers"] == (
+        (7, 8, 9),
+        "published for SD3.5 medium",
+    )
     assert report.rows == 2 * 10 + 2
     assert made.isfinite().all()
 
@@ -315,7 +380,9 @@ def test_both_stacks_of_flux_can_be_named():
 def test_a_list_of_layers_is_one_pass():
     """Two layers are two blocks missing from one pass, not two passes."""
     pipe = deep_pipeline("PixArtSigmaPipeline")
-    out, report = call(pipe, SkipLayerGuidance(1.0, layers=(1, 2), **EVERYWHERE), "PixArtSigmaPipeline", steps=1)
+    out, report = call(
+        pipe, SkipLayerGuidance(1.0, layers=(1, 2), **EVERYWHERE), "PixArtSigmaPipeline", steps=1
+    )
     assert report.rows == 2
     cond, _ = call(pipe, CFG(1.0), "PixArtSigmaPipeline", steps=1)
     lacking = without_block(without_block(pipe, "transformer_blocks.2"), "transformer_blocks.1")
@@ -324,7 +391,8 @@ def test_a_list_of_layers_is_one_pass():
     assert (out - expected).abs().max() <= 256 * torch.finfo(torch.float32).eps * out.abs().max()
 
 
-# With the rest of a pipeline ----------------------------------------------------------------------------------------------------
+# With the rest of a pipeline
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_an_exception_in_the_loop_restores_everything():
@@ -382,12 +450,16 @@ def test_compiled(how):
     count = counter.frame_count
     assert torch.equal(once, eager)
     assert report.rows == 12
-    assert torch.equal(call(pipe, dataclasses.replace(technique, seed=9), name, steps=4)[0].isfinite(), torch.ones_like(once).bool())
+    assert torch.equal(
+        call(pipe, dataclasses.replace(technique, seed=9), name, steps=4)[0].isfinite(),
+        torch.ones_like(once).bool(),
+    )
     assert counter.frame_count == count  # other masks, no other graph
 
 
 def test_first_block_cache_keeps_the_skipped_pass_apart():
-    """At threshold 0 the cache never reuses anything, so the result is that without a cache; branches share no state."""
+    """At threshold 0 the cache never reuses anything, so the result is that without a cache;
+    branches share no state."""
     from diffusers import FirstBlockCacheConfig
 
     name = "WanPipeline"
@@ -400,11 +472,17 @@ def test_first_block_cache_keeps_the_skipped_pass_apart():
     pipe.transformer.disable_cache()
 
 
-@pytest.mark.parametrize("name", [SD, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline"])
+@pytest.mark.parametrize(
+    "name", [SD, "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline"]
+)
 @pytest.mark.parametrize("kind", ["nag", "pladis", "both"])
 def test_with_attention_techniques(name, kind):
-    """All three passes run under them: the formula holds between runs that have them, the third lacking the block."""
-    made = {"nag": (da.NAG(3.0, tau=2.5, alpha=0.5, sigma=(0.0, math.inf)),), "pladis": (da.PLADIS(1.5),)}
+    """All three passes run under them: the formula holds between runs that have them, the third
+    lacking the block."""
+    made = {
+        "nag": (da.NAG(3.0, tau=2.5, alpha=0.5, sigma=(0.0, math.inf)),),
+        "pladis": (da.PLADIS(1.5),),
+    }
     others = made["nag"] + made["pladis"] if kind == "both" else made[kind]
     pipe = deep_pipeline(name)
     attribute = ROWS[name].denoisers[0]
@@ -420,7 +498,11 @@ def test_with_attention_techniques(name, kind):
     cond, _ = final_of(pipe, CFG(1.0), *others)
     skipped, _ = final_of(without_block(pipe, block), CFG(1.0), *others)
     expected = cfg + 2.0 * (cond - skipped)
-    bound = 64 * torch.finfo(torch.float32).eps * max(value.abs().max().item() for value in (cfg, cond, skipped))
+    bound = (
+        64
+        * torch.finfo(torch.float32).eps
+        * max(value.abs().max().item() for value in (cfg, cond, skipped))
+    )
     assert (on - expected).abs().max() <= bound
     assert (expected - cfg).abs().max() > 20 * bound
     assert (report.rows, report.layers) == (base.rows + 1, base.layers)
@@ -432,12 +514,21 @@ def test_with_a_controlnet():
 
     def final_of(which, technique):
         with da.apply(which, technique) as session:
-            return final(which, {**tiny_inputs(name, steps=1, batch=2), "guidance_scale": 4.0}).double(), session.report()
+            return final(
+                which, {**tiny_inputs(name, steps=1, batch=2), "guidance_scale": 4.0}
+            ).double(), session.report()
 
     on, report = final_of(pipe, S2Guidance(4.0, omega=2.0, blocks=(MIDDLE,), **EVERYWHERE))
     assert report.rows == 6
-    cfg, cond, skipped = (final_of(*pair)[0] for pair in ((pipe, CFG(4.0)), (pipe, CFG(1.0)), (without_block(pipe, MIDDLE), CFG(1.0))))
+    cfg, cond, skipped = (
+        final_of(*pair)[0]
+        for pair in ((pipe, CFG(4.0)), (pipe, CFG(1.0)), (without_block(pipe, MIDDLE), CFG(1.0)))
+    )
     expected = cfg + 2.0 * (cond - skipped)
-    bound = 64 * torch.finfo(torch.float32).eps * max(value.abs().max().item() for value in (cfg, cond, skipped))
+    bound = (
+        64
+        * torch.finfo(torch.float32).eps
+        * max(value.abs().max().item() for value in (cfg, cond, skipped))
+    )
     assert (on - expected).abs().max() <= bound
     assert (expected - cfg).abs().max() > 20 * bound

@@ -49,7 +49,8 @@ def test_every_shape_is_in_a_table():
 
 @pytest.mark.parametrize("shape", [s for s in FIVE if s != "pcs"])
 def test_area_is_one(shape):
-    n = 4000  # midpoint rule: error below max|f''| / (24 n^2) = pi^2 / (24 n^2), kinks fall on cell edges
+    # midpoint rule: error below max|f''| / (24 n^2) = pi^2 / (24 n^2), kinks fall on cell edges
+    n = 4000
     area = math.fsum(shape_at(shape, (i + 0.5) / n) for i in range(n)) / n
     assert abs(area - 1.0) < math.pi**2 / (24 * n * n) + 1e-12
 
@@ -96,7 +97,13 @@ def test_interval_is_half_open_and_keeps_the_area():
     weights = ScheduledCFG(3.0, shape="interval", band=(0.25, 0.75)).weights(5)
     assert weights == (1.0, 5.0, 5.0, 1.0, 1.0)
     assert ScheduledCFG(3.0, shape="interval", band=(0.0, 1.0)).weights(5) == (3.0,) * 5
-    assert ScheduledCFG(3.0, shape="interval", band=(0.5, 1.0)).weights(5) == (1.0, 1.0, 5.0, 5.0, 5.0)
+    assert ScheduledCFG(3.0, shape="interval", band=(0.5, 1.0)).weights(5) == (
+        1.0,
+        1.0,
+        5.0,
+        5.0,
+        5.0,
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.7, 1.0, 1.1, 7.1])
@@ -104,11 +111,15 @@ def test_constant_is_the_scale_to_the_bit(scale):
     assert ScheduledCFG(scale, shape="constant").weights(7) == (scale,) * 7
 
 
-@pytest.mark.parametrize(("shape", "skipped"), [("linear", [0]), ("sine", [7]), ("lambda", [0, 7]), ("constant", [])])
+@pytest.mark.parametrize(
+    ("shape", "skipped"), [("linear", [0]), ("sine", [7]), ("lambda", [0, 7]), ("constant", [])]
+)
 def test_steps_of_weight_one_run_one_pass(shape, skipped):
     contract = TestScheduledCFG()
     trace = contract.sample(ScheduledCFG(3.0, shape=shape))
-    assert trace.rows_per_call == [contract.batch * (1 if i in skipped else 2) for i in range(contract.steps)]
+    assert trace.rows_per_call == [
+        contract.batch * (1 if i in skipped else 2) for i in range(contract.steps)
+    ]
 
 
 def test_total_ramp_runs_the_unconditional_model_alone_at_weight_zero():
@@ -123,7 +134,10 @@ def test_single_step_has_no_ramp():
 
 def test_scale_comes_from_the_pipeline():
     contract = TestScheduledCFG()
-    assert torch.equal(contract.sample(ScheduledCFG(shape="linear")).sample, contract.sample(ScheduledCFG(3.0)).sample)
+    assert torch.equal(
+        contract.sample(ScheduledCFG(shape="linear")).sample,
+        contract.sample(ScheduledCFG(3.0)).sample,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""CFG-Zero*, rescale, TCFG, beta-CFG, magnitude-aware guidance: hand values, slow float64 forms, identities."""
+"""CFG-Zero*, rescale, TCFG, beta-CFG, magnitude-aware guidance: hand values, slow float64 forms,
+identities."""
 
 import math
 
@@ -76,7 +77,9 @@ def step(index=5, count=11, **options):
 
 
 def combine(technique, cond, uncond, at=None):
-    return technique.combine({COND: cond, UNCOND: uncond}, step() if at is None else at, technique.init(len(cond)))[0]
+    return technique.combine(
+        {COND: cond, UNCOND: uncond}, step() if at is None else at, technique.init(len(cond))
+    )[0]
 
 
 def pair(seed=0, rows=3, like=0.0):
@@ -99,12 +102,16 @@ def test_zero_star_in_float64():
     s = (c @ u.T).diagonal()[:, None] / (u * u).sum(1, keepdim=True)
     expected = (s * u + 3.0 * (c - s * u)).reshape(cond.shape)
     # 120 products summed in float32, then four roundings
-    assert (combine(CFGZeroStar(3.0), cond, uncond) - expected).abs().max() < 130 * EPS32 * expected.abs().max()
+    assert (
+        combine(CFGZeroStar(3.0), cond, uncond) - expected
+    ).abs().max() < 130 * EPS32 * expected.abs().max()
 
 
 def test_zero_star_with_equal_predictions_is_the_conditional_one():
     cond, _ = pair()
-    assert (combine(CFGZeroStar(7.0), cond, cond) - cond).abs().max() < 130 * EPS32 * 7 * cond.abs().max()
+    assert (
+        combine(CFGZeroStar(7.0), cond, cond) - cond
+    ).abs().max() < 130 * EPS32 * 7 * cond.abs().max()
 
 
 def test_still_steps_do_not_move_and_cost_one_row():
@@ -117,7 +124,9 @@ def test_still_steps_do_not_move_and_cost_one_row():
 
 def test_zero_star_refuses_models_without_a_flow():
     with pytest.raises(UnsupportedModel, match="flow velocities; SomePipeline with DDIMScheduler"):
-        CFGZeroStar(3.0).resolve(Context("SomePipeline", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+        CFGZeroStar(3.0).resolve(
+            Context("SomePipeline", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
+        )
 
 
 @pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
@@ -150,16 +159,22 @@ def test_tcfg_agrees_with_a_singular_value_decomposition(like):
 def test_tcfg_special_cases():
     cond, _ = pair()
     assert torch.allclose(combine(TCFG(3.0), cond, cond), cond, atol=1e-5)  # nothing to remove
-    assert torch.allclose(combine(TCFG(3.0), cond, 0.5 * cond), 0.5 * cond + 3.0 * 0.5 * cond, atol=1e-5)  # one direction: CFG
+    assert torch.allclose(
+        combine(TCFG(3.0), cond, 0.5 * cond), 0.5 * cond + 3.0 * 0.5 * cond, atol=1e-5
+    )  # one direction: CFG
     flat = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert combine(TCFG(3.0), *flat).tolist() == [[3.0, 0.0]]  # orthogonal and equal: the conditional direction
+    assert combine(TCFG(3.0), *flat).tolist() == [
+        [3.0, 0.0]
+    ]  # orthogonal and equal: the conditional direction
     assert combine(TCFG(3.0), torch.zeros(1, 2), torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (2.0, 2.0), (2.5, 4.0)])
 def test_beta_density(a, b):
     for p in np.linspace(0, 1, 11):
-        assert BetaCFG(1.0, a=a, b=b).density(float(p)) == pytest.approx(beta_distribution.pdf(p, a, b), rel=1e-12, abs=1e-300)
+        assert BetaCFG(1.0, a=a, b=b).density(float(p)) == pytest.approx(
+            beta_distribution.pdf(p, a, b), rel=1e-12, abs=1e-300
+        )
 
 
 @pytest.mark.parametrize("gamma", [0.3, 1.0])
@@ -167,18 +182,27 @@ def test_beta_cfg_in_float64(gamma):
     cond, uncond = pair()
     moved = (cond - uncond).double().flatten(1)
     weight = 5.0 * 6 * 0.3 * 0.7  # Beta(2, 2) at 3/10
-    expected = uncond + (weight * moved / moved.norm(dim=1, keepdim=True) ** gamma).reshape(cond.shape)
+    expected = uncond + (weight * moved / moved.norm(dim=1, keepdim=True) ** gamma).reshape(
+        cond.shape
+    )
     out = combine(BetaCFG(5.0, gamma=gamma), cond, uncond, step(3))
     assert (out - expected).abs().max() < 130 * EPS32 * expected.abs().max()
     if gamma == 1.0:
-        assert torch.allclose((out - uncond).flatten(1).norm(dim=1), torch.full((3,), weight), rtol=1e-4)
+        assert torch.allclose(
+            (out - uncond).flatten(1).norm(dim=1), torch.full((3,), weight), rtol=1e-4
+        )
 
 
 def test_beta_cfg_measures_noise_predictions():
     """The norm is that of eps, whatever the model predicts: here eps is twice the native output."""
     cond, uncond = pair()
     native = combine(BetaCFG(5.0), cond, uncond)
-    doubled = StepInfo(5, 11, 0.5, convert=lambda value, source, target, rows=None: (1.0 + (source != target)) * value)
+    doubled = StepInfo(
+        5,
+        11,
+        0.5,
+        convert=lambda value, source, target, rows=None: (1.0 + (source != target)) * value,
+    )
     out = combine(BetaCFG(5.0), cond, uncond, doubled)
     assert torch.allclose(out - uncond, (native - uncond) / 2, atol=1e-6)
 
@@ -190,18 +214,29 @@ def test_beta_cfg_of_a_single_step_is_plain():
 @pytest.mark.parametrize("alpha", [0.5, 8.0])
 def test_magnitude_aware_agrees_with_an_independent_implementation(alpha):
     cond, uncond = pair(like=0.9)
-    flat = (value.double().flatten(1) for value in (cond, uncond))  # the reference takes at most two axes besides the rows
+    flat = (
+        value.double().flatten(1) for value in (cond, uncond)
+    )  # the reference takes at most two axes besides the rows
     expected = mambo_guidance(*flat, 10.0, alpha=alpha).reshape(cond.shape)
-    assert (combine(MagnitudeAware(10.0, alpha=alpha), cond, uncond) - expected).abs().max() < 200 * EPS32 * expected.abs().max()
+    assert (
+        combine(MagnitudeAware(10.0, alpha=alpha), cond, uncond) - expected
+    ).abs().max() < 200 * EPS32 * expected.abs().max()
 
 
-@pytest.mark.parametrize("made", [CFGZeroStar(3.0), RescaledCFG(3.0), TCFG(3.0), MagnitudeAware(3.0)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "made",
+    [CFGZeroStar(3.0), RescaledCFG(3.0), TCFG(3.0), MagnitudeAware(3.0)],
+    ids=lambda m: type(m).__name__,
+)
 def test_a_learned_variance_is_not_measured(made):
-    """Models that predict a variance too have twice the channels; what it holds must not change the latent's guidance."""
+    """Models that predict a variance too have twice the channels; what it holds must not change the
+    latent's guidance."""
     cond, uncond = pair(like=0.8)
     plain = combine(made, cond, uncond)
     tail = torch.full_like(cond, 100.0)
-    latent_only = StepInfo(5, 11, 0.5, convert=lambda value, source, target, rows=None: value[:, :4])
+    latent_only = StepInfo(
+        5, 11, 0.5, convert=lambda value, source, target, rows=None: value[:, :4]
+    )
     both = combine(made, torch.cat([cond, tail], 1), torch.cat([uncond, 2 * tail], 1), latent_only)
     assert torch.equal(both[:, :4], plain)
 

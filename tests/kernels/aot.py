@@ -1,7 +1,9 @@
-"""Compile every kernel configuration that the heuristics can choose, without a GPU, and read its resources off the binary.
+"""Compile every kernel configuration that the heuristics can choose, without a GPU, and read its
+resources off the binary.
 
-``python tests/kernels/aot.py --write`` renews the checked-in tables; ``--only TEXT`` compiles the entries whose name contains it.
-Run without TRITON_INTERPRET. One line of JSON per configuration goes to standard output.
+``python tests/kernels/aot.py --write`` renews the checked-in tables; ``--only TEXT`` compiles the
+entries whose name contains it. Run without TRITON_INTERPRET. One line of JSON per configuration
+goes to standard output.
 """
 
 import argparse
@@ -28,7 +30,21 @@ TABLE = Path(__file__).with_name("resources.json")
 PAGE = Path(__file__).with_name("resources.md")
 SHARED_KB = {80: 163, 90: 227}  # per block, CUDA programming guide, table of compute capabilities
 FIELDS = ("registers", "spilled_bytes", "shared_bytes", "wide_loads")
-NAG_CHANNELS = (320, 640, 768, 1152, 1280, 1536, 2048, 2240, 2432, 3072, 3840, 4096, 5120)  # widths of the known models
+NAG_CHANNELS = (
+    320,
+    640,
+    768,
+    1152,
+    1280,
+    1536,
+    2048,
+    2240,
+    2432,
+    3072,
+    3840,
+    4096,
+    5120,
+)  # widths of the known models
 
 
 class Job(NamedTuple):
@@ -43,15 +59,25 @@ class Job(NamedTuple):
 
 
 def jobs() -> Iterator[Job]:
-    """Every (kernel, configuration, dtype, architecture) that ``choose`` can lead to, for the channel widths of the known models."""
+    """Every (kernel, configuration, dtype, architecture) that ``choose`` can lead to, for the
+    channel widths of the known models."""
     for arch in SHARED_KB:
         for dtype in ("fp16", "bf16", "fp32"):
             for channels in NAG_CHANNELS:
                 block, warps = nag.plan(channels)
                 for l1 in (True, False):
                     constants = {"E": channels, "BLOCK": block, "L1": l1}
-                    types = dict.fromkeys(("POS", "NEG", "OUT"), f"*{dtype}") | dict.fromkeys(("scale", "tau", "alpha"), "fp32")
-                    yield Job(f"nag E{channels} {'l1' if l1 else 'l2'} {dtype} sm_{arch}", nag.kernel(), types, constants, warps, arch)
+                    types = dict.fromkeys(("POS", "NEG", "OUT"), f"*{dtype}") | dict.fromkeys(
+                        ("scale", "tau", "alpha"), "fp32"
+                    )
+                    yield Job(
+                        f"nag E{channels} {'l1' if l1 else 'l2'} {dtype} sm_{arch}",
+                        nag.kernel(),
+                        types,
+                        constants,
+                        warps,
+                        arch,
+                    )
         for dtype in ("fp16", "bf16"):
             for size in tiles.HEAD_DIMS:
                 for tile in tiles.KEY_TILES:
@@ -74,8 +100,15 @@ def _pladis(size: int, tile: int, plan: tiles.Plan, dtype: str, arch: int) -> It
                     "HAS_BIAS": bias,
                     "ANCHORED": anchored,
                 }
-                types = dict.fromkeys(("Q", "K", "V", "OUT"), f"*{dtype}") | {"scale": "fp32", "strength": "fp32"}
-                for name, used, kind in (("BIAS", bias, "*fp32"), ("BASE", anchored, f"*{dtype}"), ("MASS", anchored, f"*{dtype}")):
+                types = dict.fromkeys(("Q", "K", "V", "OUT"), f"*{dtype}") | {
+                    "scale": "fp32",
+                    "strength": "fp32",
+                }
+                for name, used, kind in (
+                    ("BIAS", bias, "*fp32"),
+                    ("BASE", anchored, f"*{dtype}"),
+                    ("MASS", anchored, f"*{dtype}"),
+                ):
                     if used:
                         types[name] = kind
                     else:
@@ -89,9 +122,15 @@ def build(job: Job) -> Any:
     """The binary of one job."""
     names = job.kernel.arg_names
     signature = {n: "constexpr" if n in job.constants else job.types.get(n, "i32") for n in names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    attrs = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
+    }
     source = ASTSource(fn=job.kernel, signature=signature, constexprs=job.constants, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options={"num_warps": job.warps, "num_stages": 1})
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", job.arch, 32),
+        options={"num_warps": job.warps, "num_stages": 1},
+    )
 
 
 def compiled(job: Job) -> dict[str, int]:
@@ -101,18 +140,26 @@ def compiled(job: Job) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"{job.name}: cuobjdump printed no resource line: {usage}")
     registers, stack, _, local = map(int, found.groups())
     ptx = binary.asm["ptx"]
-    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.c[ag]\.shared\.global .*, 0x10,", ptx))
+    wide = len(
+        re.findall(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.c[ag]\.shared\.global .*, 0x10,", ptx)
+    )
     return dict(zip(FIELDS, (registers, stack + local, binary.metadata.shared, wide)))
 
 
 def page(table: dict[str, Any]) -> str:
-    """The table as Markdown: the worst binary of each (kernel, size, key tile, architecture) over dtypes and forms."""
+    """The table as Markdown: the worst binary of each (kernel, size, key tile, architecture) over
+    dtypes and forms."""
     worst: dict[tuple[str, ...], list[int]] = {}
     for name, values in table["configurations"].items():
         kernel, *rest, arch = name.split()
@@ -122,21 +169,33 @@ def page(table: dict[str, Any]) -> str:
     lines = [
         "# Resources of the Triton kernels",
         "",
-        f"Compiled ahead of time by `tests/kernels/aot.py --write` with Triton {table['triton']}; nothing here was run on a GPU. One line",
-        "holds the worst of its binaries (dtypes; with and without bias, cross and joint form, entmax and sparsemax; for NAG both norms).",
-        "E channels, D head size, K keys of the tile. Wide loads are 16-byte loads from global memory in the PTX.",
+        f"Compiled ahead of time by `tests/kernels/aot.py --write` with Triton {table['triton']}; "
+        "nothing here was run on a GPU. One line",
+        "holds the worst of its binaries (dtypes; with and without bias, cross and joint form, "
+        "entmax and sparsemax; for NAG both norms).",
+        "E channels, D head size, K keys of the tile. Wide loads are 16-byte loads from global "
+        "memory in the PTX.",
         "",
-        "| kernel | size | target | binaries | registers | spilled bytes | shared KB | wide loads |",
+        "| kernel | size | target | binaries | registers | spilled bytes | shared KB | wide loads "
+        "|",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (kernel, size, arch), (count, registers, spilled, shared, wide) in worst.items():
-        lines.append(f"| {kernel} | {size} | {arch} | {count} | {registers} | {spilled} | {shared / 1024:.1f} | {wide} |")
+        lines.append(
+            f"| {kernel} | {size} | {arch} | {count} | {registers} | {spilled} | "
+            f"{shared / 1024:.1f} | {wide} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", default=[], help="compile the entry of this name (may be repeated); default all")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        help="compile the entry of this name (may be repeated); default all",
+    )
     parser.add_argument("--write", action="store_true", help="write the tables beside this file")
     options = parser.parse_args()
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
@@ -147,7 +206,14 @@ def main() -> int:
             print(json.dumps({"name": job.name, "values": results[job.name]}), flush=True)
     if options.write:
         table = {"triton": triton.__version__, "fields": FIELDS, "configurations": results}
-        TABLE.write_text(re.sub(r"\[\s+([^\]]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", json.dumps(table, indent=1)) + "\n")
+        TABLE.write_text(
+            re.sub(
+                r"\[\s+([^\]]*?)\s+\]",
+                lambda m: "[" + " ".join(m[1].split()) + "]",
+                json.dumps(table, indent=1),
+            )
+            + "\n"
+        )
         PAGE.write_text(page(table))
     return 0
 

@@ -12,7 +12,9 @@ def quiet() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    assert torch.equal(torch.get_rng_state(), state), "a kernel or its test drew from the global generator"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "a kernel or its test drew from the global generator"
+    )
 
 
 @pytest.fixture

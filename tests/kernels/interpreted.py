@@ -1,7 +1,9 @@
-"""Run the Triton kernels under Triton's interpreter on the CPU and compare them with ``naive.py`` in float64.
+"""Run the Triton kernels under Triton's interpreter on the CPU and compare them with ``naive.py``
+in float64.
 
-One JSON object per case goes to standard output; ``test_interpreter.py`` starts this file in a process of its own, because the
-interpreter must be chosen before Triton is imported. float32 and float16 only: bfloat16 arithmetic is wrong in the interpreter.
+One JSON object per case goes to standard output; ``test_interpreter.py`` starts this file in a
+process of its own, because the interpreter must be chosen before Triton is imported. float32 and
+float16 only: bfloat16 arithmetic is wrong in the interpreter.
 """
 
 import json
@@ -30,53 +32,108 @@ def normal(rng: torch.Generator, *shape: int, dtype: torch.dtype, std: float = 1
 
 
 def nag_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
-    """Fused against float64; the bound is 8 roundings of float32 on every operand of the blend plus the final rounding."""
+    """Fused against float64; the bound is 8 roundings of float32 on every operand of the blend plus
+    the final rounding."""
     setting = {"scale": 5.0, "tau": 2.5, "alpha": 0.25}
     for dtype in DTYPES:
-        for batch, tokens, channels in ((2, 3, 40), (1, 5, 640), (2, 2, 1280), (1, 2, 3072), (1, 1, 5120)):
+        for batch, tokens, channels in (
+            (2, 3, 40),
+            (1, 5, 640),
+            (2, 2, 1280),
+            (1, 2, 3072),
+            (1, 1, 5120),
+        ):
             for norm in ("l1", "l2"):
                 pos = normal(rng, batch, tokens, channels, dtype=dtype)
                 neg = normal(rng, batch, tokens, channels, dtype=dtype)
                 neg[:, 1:2] = pos[:, 1:2] + 0.05 * neg[:, 1:2]  # one token that is not clipped
                 pos[:, 2:3] = 0  # and one whose positive row is zero
                 got = nag_triton.nag(pos, neg, norm=norm, **setting)
-                yield {"name": f"nag {batch}x{tokens}x{channels} {norm} {dtype}", **nag_errors(got, pos, neg, norm, setting)}
+                yield {
+                    "name": f"nag {batch}x{tokens}x{channels} {norm} {dtype}",
+                    **nag_errors(got, pos, neg, norm, setting),
+                }
         wide = normal(rng, 2, 7, 4 * 40 + 3, dtype=dtype)
         for what, pos, neg in (
-            ("rows 16-byte aligned", wide[:, ::2, :40].contiguous()[:, 1:], normal(rng, 2, 6, 40, dtype=dtype)[:, ::2]),
-            ("rows not aligned", wide[:, 1:4, 3:43], normal(rng, 2, 40, 3, dtype=dtype).transpose(1, 2)),
+            (
+                "rows 16-byte aligned",
+                wide[:, ::2, :40].contiguous()[:, 1:],
+                normal(rng, 2, 6, 40, dtype=dtype)[:, ::2],
+            ),
+            (
+                "rows not aligned",
+                wide[:, 1:4, 3:43],
+                normal(rng, 2, 40, 3, dtype=dtype).transpose(1, 2),
+            ),
         ):
             got = nag_triton.nag(pos, neg, norm="l1", **setting)
-            yield {"name": f"nag strided, {what} {dtype}", **nag_errors(got, pos, neg, "l1", setting)}
+            yield {
+                "name": f"nag strided, {what} {dtype}",
+                **nag_errors(got, pos, neg, "l1", setting),
+            }
 
 
-def nag_errors(got: Tensor, pos: Tensor, neg: Tensor, norm: str, setting: dict[str, float]) -> dict[str, float]:
+def nag_errors(
+    got: Tensor, pos: Tensor, neg: Tensor, norm: str, setting: dict[str, float]
+) -> dict[str, float]:
     true = nag_naive.nag(pos.double(), neg.double(), norm=norm, **setting)
     operands = pos.double().abs() + setting["scale"] * (pos.double() - neg.double()).abs()
-    bound = 8 * 2.0**-24 * operands + UNIT_ROUNDOFF[got.dtype] * true.abs() + torch.finfo(got.dtype).smallest_normal
-    return {"worst": ((got.double() - true).abs() / bound).max().item(), "error": (got.double() - true).abs().max().item()}
+    bound = (
+        8 * 2.0**-24 * operands
+        + UNIT_ROUNDOFF[got.dtype] * true.abs()
+        + torch.finfo(got.dtype).smallest_normal
+    )
+    return {
+        "worst": ((got.double() - true).abs() / bound).max().item(),
+        "error": (got.double() - true).abs().max().item(),
+    }
 
 
 def pladis_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
     for dtype in DTYPES:
-        for size, keys, queries in ((40, 77, 33), (64, 154, 17), (72, 300, 19), (128, 512, 18), (160, 77, 33), (64, 1, 3), (80, 64, 65)):
+        for size, keys, queries in (
+            (40, 77, 33),
+            (64, 154, 17),
+            (72, 300, 19),
+            (128, 512, 18),
+            (160, 77, 33),
+            (64, 1, 3),
+            (80, 64, 65),
+        ):
             for alpha, strength in ((1.5, 2.0), (2.0, 1.5), (1.5, 0.0), (1.5, 1.0)):
                 q = normal(rng, 2, 2, queries, size, dtype=dtype, std=2)
                 k, v = (normal(rng, 2, 2, keys, size, dtype=dtype) for _ in range(2))
-                yield pladis_case(f"D{size} K{keys} N{queries}", q, k, v, strength=strength, alpha=alpha)
-        for what, size in (("flat", 0.0), ("nearly flat", 0.02), ("two levels", None), ("geometric", 40.0)):  # hard for Newton's method
+                yield pladis_case(
+                    f"D{size} K{keys} N{queries}", q, k, v, strength=strength, alpha=alpha
+                )
+        for what, size in (
+            ("flat", 0.0),
+            ("nearly flat", 0.02),
+            ("two levels", None),
+            ("geometric", 40.0),
+        ):  # hard for Newton's method
             q = torch.ones(1, 1, 4, 64, dtype=dtype)
             k = torch.zeros(1, 1, 512, 64, dtype=dtype)
             order = torch.arange(512)
-            levels = (order < 100) * 1.0 if size is None else size * 0.97**order if size > 1 else size * torch.randn(512, generator=rng)
+            levels = (
+                (order < 100) * 1.0
+                if size is None
+                else size * 0.97**order
+                if size > 1
+                else size * torch.randn(512, generator=rng)
+            )
             k[0, 0, :, 0] = levels.to(dtype)
             v = normal(rng, 1, 1, 512, 64, dtype=dtype)
             for alpha in (1.5, 2.0):
                 yield pladis_case(f"{what} rows", q, k, v, strength=2.0, alpha=alpha, scale=1.0)
         size, keys, queries, heads = 40, 77, 19, 3
-        q = normal(rng, 2, queries, heads, size, dtype=dtype, std=2).transpose(1, 2)  # the layout of the processors
+        q = normal(rng, 2, queries, heads, size, dtype=dtype, std=2).transpose(
+            1, 2
+        )  # the layout of the processors
         k = normal(rng, 2, keys, heads, size, dtype=dtype).transpose(1, 2)
-        v = normal(rng, 2, heads, keys + 1, size + 3, dtype=dtype)[..., 1:, 3:]  # not aligned: copied
+        v = normal(rng, 2, heads, keys + 1, size + 3, dtype=dtype)[
+            ..., 1:, 3:
+        ]  # not aligned: copied
         keep = torch.rand(2, 1, 1, keys, generator=rng) < 0.6
         dead = keep.clone()
         dead[1] = False
@@ -92,44 +149,85 @@ def pladis_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
         base = normal(rng, 2, heads, queries, size, dtype=dtype)
         mass = torch.rand(2, heads, queries, generator=rng).to(dtype)
         shifted = normal(rng, 2, heads, queries, size + 3, dtype=dtype)[..., 3:]
-        yield pladis_case("joint, base not aligned", q, k, v, strength=2.0, alpha=1.5, base=shifted, mass=mass)
+        yield pladis_case(
+            "joint, base not aligned", q, k, v, strength=2.0, alpha=1.5, base=shifted, mass=mass
+        )
         float_mask = torch.where(keep, 0.25, -1e5)  # float32 beside 16-bit queries
         yield pladis_case("float32 bias", q, k, v, strength=2.0, alpha=1.5, mask=float_mask)
         yield pladis_case("joint", q, k, v, strength=2.0, alpha=1.5, base=base, mass=mass)
-        yield pladis_case("joint, masked, own scale", q, k, v, strength=1.5, alpha=2.0, base=base, mass=mass, mask=dead, scale=0.3)
+        yield pladis_case(
+            "joint, masked, own scale",
+            q,
+            k,
+            v,
+            strength=1.5,
+            alpha=2.0,
+            base=base,
+            mass=mass,
+            mask=dead,
+            scale=0.3,
+        )
         yield pladis_case("anchored without mass", q, k, v, strength=2.0, alpha=1.5, base=base)
 
 
-def pladis_case(name: str, q: Tensor, k: Tensor, v: Tensor, *, strength: float, alpha: float, **rest: Tensor | float) -> dict[str, object]:
-    """Fused against float64. Bound per element: twice the worst error of ``naive.py`` in float32 on the same operands (kernel rule) with a
-    floor of 4 roundings, plus the rounding of the weights and of the result to the dtype, ``u (sum |w| |v| + |out|)``.
+def pladis_case(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    strength: float,
+    alpha: float,
+    **rest: Tensor | float,
+) -> dict[str, object]:
+    """Fused against float64. Bound per element: twice the worst error of ``naive.py`` in float32 on
+    the same operands (kernel rule) with a floor of 4 roundings, plus the rounding of the weights
+    and of the result to the dtype, ``u (sum |w| |v| + |out|)``.
     """
     got = pladis_triton.pladis(q, k, v, strength=strength, alpha=alpha, **rest)
     assert got.transpose(1, 2).is_contiguous(), "the promised memory layout is [B, N, A, D]"
     true, plain = (
-        pladis_naive.pladis(*(t.to(d) for t in (q, k, v)), strength=strength, alpha=alpha, **cast(rest, d))
+        pladis_naive.pladis(
+            *(t.to(d) for t in (q, k, v)), strength=strength, alpha=alpha, **cast(rest, d)
+        )
         for d in (torch.float64, torch.float32)
     )
     wide = cast(rest, torch.float64)
     bias, keep = split_mask(wide.get("mask"), torch.float64)
     z = scores(q.double(), k.double(), rest.get("scale"), bias)
     dense, sparse = softmax(z, keep), pladis_naive.exact.entmax(z, alpha, mask=keep)
-    weights = (dense * abs(1 - strength) + sparse * abs(strength)) if "base" not in rest else (dense + sparse) * abs(strength)
+    weights = (
+        (dense * abs(1 - strength) + sparse * abs(strength))
+        if "base" not in rest
+        else (dense + sparse) * abs(strength)
+    )
     moved = weights @ v.double().abs()
     u = UNIT_ROUNDOFF[got.dtype]
     single = 2.0**-24
-    bound = 2 * (plain - true).abs().max() + 4 * single * (moved + true.abs()) + (u > single) * u * (moved + true.abs())
+    bound = (
+        2 * (plain - true).abs().max()
+        + 4 * single * (moved + true.abs())
+        + (u > single) * u * (moved + true.abs())
+    )
     error = (got.double() - true).abs()
     worst = (error / bound.clamp_min(torch.finfo(got.dtype).smallest_normal)).max().item()
-    return {"name": f"pladis {name} alpha {alpha} strength {strength} {got.dtype}", "worst": worst, "error": error.max().item()}
+    return {
+        "name": f"pladis {name} alpha {alpha} strength {strength} {got.dtype}",
+        "worst": worst,
+        "error": error.max().item(),
+    }
 
 
 def cast(options: dict[str, Tensor | float], dtype: torch.dtype) -> dict[str, Tensor | float]:
-    return {n: t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.bool else t for n, t in options.items()}
+    return {
+        n: t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.bool else t
+        for n, t in options.items()
+    }
 
 
 def traffic(run: Callable[[], Tensor]) -> dict[str, int]:
-    """Elements that ``run`` loads and stores through the interpreter, and how many different addresses they are."""
+    """Elements that ``run`` loads and stores through the interpreter, and how many different
+    addresses they are."""
     loads: list[np.ndarray] = []
     stores: list[np.ndarray] = []
     builder = interpreter.InterpreterBuilder
@@ -139,7 +237,9 @@ def traffic(run: Callable[[], Tensor]) -> dict[str, int]:
         loads.append(ptrs.data[mask.data])
         return load(self, ptrs, mask, *rest)
 
-    def counted_store(self: object, ptrs: object, value: object, mask: object, *rest: object) -> object:
+    def counted_store(
+        self: object, ptrs: object, value: object, mask: object, *rest: object
+    ) -> object:
         stores.append(ptrs.data[mask.data])
         return store(self, ptrs, value, mask, *rest)
 
@@ -149,7 +249,12 @@ def traffic(run: Callable[[], Tensor]) -> dict[str, int]:
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
     read, written = np.concatenate(loads), np.concatenate(stores)
-    return {"loads": read.size, "load_addresses": np.unique(read).size, "stores": written.size, "store_addresses": np.unique(written).size}
+    return {
+        "loads": read.size,
+        "load_addresses": np.unique(read).size,
+        "stores": written.size,
+        "store_addresses": np.unique(written).size,
+    }
 
 
 def traffic_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
@@ -159,7 +264,12 @@ def traffic_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
         yield {"name": f"traffic nag {norm}", "elements": pos.numel(), **counts}
     q, k, v = (normal(rng, 1, 2, n, 40, dtype=torch.float16) for n in (16, 77, 77))
     counts = traffic(lambda: pladis_triton.pladis(q, k, v, strength=2.0))
-    yield {"name": "traffic pladis one row tile", "elements": q.numel() + k.numel() + v.numel(), "results": q.numel(), **counts}
+    yield {
+        "name": "traffic pladis one row tile",
+        "elements": q.numel() + k.numel() + v.numel(),
+        "results": q.numel(),
+        **counts,
+    }
 
 
 if __name__ == "__main__":

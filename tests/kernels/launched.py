@@ -1,8 +1,10 @@
-"""Launch the fused kernels through Triton's own just-in-time path, with a stand-in for the driver, and keep what it compiled.
+"""Launch the fused kernels through Triton's own just-in-time path, with a stand-in for the driver,
+and keep what it compiled.
 
-``test_aot.py`` starts this file in a process of its own without the interpreter. A real call runs up to the launch itself: signature,
-specialisation and options are those that a GPU would see. One line of JSON per call: the entry of ``aot.py`` it should equal, and whether
-the machine code is the same byte for byte.
+``test_aot.py`` starts this file in a process of its own without the interpreter. A real call runs
+up to the launch itself: signature, specialisation and options are those that a GPU would see. One
+line of JSON per call: the entry of ``aot.py`` it should equal, and whether the machine code is the
+same byte for byte.
 """
 
 import json
@@ -44,7 +46,9 @@ class Driver:
 def launch(function: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """``function[grid]`` that compiles and does not launch."""
     assert all(0 < size < 65536 for size in grid[1:])
-    return lambda *args, **options: compiled.append(function.run(*args, grid=grid, warmup=True, **options))
+    return lambda *args, **options: compiled.append(
+        function.run(*args, grid=grid, warmup=True, **options)
+    )
 
 
 class Guard:
@@ -64,10 +68,17 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor]]]:
     setting = {"scale": 5, "tau": 2.5, "alpha": 1}
     z = torch.randn(2, 5, 640).to(BF16)
     for norm in ("l1", "l2"):
-        yield f"nag E640 {norm} bf16 sm_90", lambda norm=norm: nag.nag(z, z + 1, norm=norm, **setting)
+        yield (
+            f"nag E640 {norm} bf16 sm_90",
+            lambda norm=norm: nag.nag(z, z + 1, norm=norm, **setting),
+        )
     yield "nag E640 l1 bf16 sm_90", lambda: nag.nag(z[:1, :1], z[:1, :1] + 1, **setting)
     q, k = (torch.randn(2, n, 10, 64).to(BF16).transpose(1, 2) for n in (3, 77))
-    base, mass, mask = torch.zeros(2, 10, 3, 64, dtype=BF16), torch.ones(2, 10, 3, dtype=BF16), torch.zeros(1, 1, 1, 80)[..., 3:]
+    base, mass, mask = (
+        torch.zeros(2, 10, 3, 64, dtype=BF16),
+        torch.ones(2, 10, 3, dtype=BF16),
+        torch.zeros(1, 1, 1, 80)[..., 3:],
+    )
     for what, more in (
         ("entmax", {"strength": 2.0}),
         ("entmax", {"strength": 1, "scale": 1}),
@@ -77,13 +88,18 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor]]]:
         ("entmax joint", {"strength": 2.0, "base": base, "mass": mass}),
         ("entmax joint", {"strength": 2.0, "base": base}),
     ):
-        yield f"pladis D64 K128 {what} bf16 sm_90", lambda more=more: pladis.pladis(q, k, k + 1, **more)
+        yield (
+            f"pladis D64 K128 {what} bf16 sm_90",
+            lambda more=more: pladis.pladis(q, k, k + 1, **more),
+        )
     for size in (40, 128):
         s = torch.randn(2, 4, 117, size).to(BF16)
         for text, image in ((slice(0, 77), slice(77, 117)), (slice(40, 117), slice(0, 40))):
             yield (
                 f"pladis D{size} K128 entmax joint bf16 sm_90",
-                lambda s=s, t=text, i=image: joint.pladis_joint(s, s + 1, s + 2, text=t, image=i, strength=2.0, call=pladis.pladis),
+                lambda s=s, t=text, i=image: joint.pladis_joint(
+                    s, s + 1, s + 2, text=t, image=i, strength=2.0, call=pladis.pladis
+                ),
             )
 
 

@@ -1,4 +1,5 @@
-"""Every configuration compiles ahead of time for sm_80 and sm_90 without spills; the checked-in table says with which resources."""
+"""Every configuration compiles ahead of time for sm_80 and sm_90 without spills; the checked-in
+table says with which resources."""
 
 import importlib.util
 import json
@@ -38,10 +39,16 @@ def table() -> dict:
 
 
 def compile_again(table: dict, names: tuple[str, ...]) -> None:
-    """Compile in a process without the interpreter and compare with the table: exactly for its Triton, else limits only."""
+    """Compile in a process without the interpreter and compare with the table: exactly for its
+    Triton, else limits only."""
     arguments = [a for name in names for a in ("--only", name)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = {case["name"]: case["values"] for case in map(json.loads, done.stdout.splitlines())}
     assert set(found) == set(names)
@@ -52,7 +59,8 @@ def compile_again(table: dict, names: tuple[str, ...]) -> None:
 
 
 def hold(name: str, values: list[int]) -> None:
-    """No spill, wide loads, and shared memory within what the heuristic promises for the tile and the architecture has."""
+    """No spill, wide loads, and shared memory within what the heuristic promises for the tile and
+    the architecture has."""
     registers, spilled, shared, wide = values
     assert spilled == 0, name
     assert 0 < registers <= 255, name
@@ -71,8 +79,15 @@ def test_table_covers_what_the_heuristics_choose_and_holds(table):
     assert [job.name for job in aot.jobs()] == list(table["configurations"])
     for name, values in table["configurations"].items():
         hold(name, values)
-    reachable = {(size, plan.key_tile) for size in tiles.HEAD_DIMS for keys in range(1, 600) if (plan := tiles.plan(size, keys))}
-    listed = {tuple(name.split()[1:3]) for name in table["configurations"] if name.startswith("pladis")}
+    reachable = {
+        (size, plan.key_tile)
+        for size in tiles.HEAD_DIMS
+        for keys in range(1, 600)
+        if (plan := tiles.plan(size, keys))
+    }
+    listed = {
+        tuple(name.split()[1:3]) for name in table["configurations"] if name.startswith("pladis")
+    }
     assert listed == {(f"D{size}", f"K{tile}") for size, tile in reachable}
     assert aot.page(table) == SCRIPT.with_name("resources.md").read_text()
 
@@ -82,9 +97,13 @@ def test_sample_compiles_as_the_table_says(table):
 
 
 def test_a_real_call_launches_what_was_compiled_ahead_of_time():
-    """Same machine code byte for byte, on the device of the operands, with addresses in 64 bits and no TF32 product."""
+    """Same machine code byte for byte, on the device of the operands, with addresses in 64 bits and
+    no TF32 product."""
     script = SCRIPT.with_name("launched.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
@@ -100,5 +119,8 @@ def test_a_real_call_launches_what_was_compiled_ahead_of_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_the_whole_table_is_what_the_compiler_gives(table, part):
-    """Every binary again, in eight parts for the workers. `aot.py --write` renews the table after a change of kernel or Triton."""
+    """Every binary again, in eight parts for the workers.
+
+    `aot.py --write` renews the table after a change of kernel or Triton.
+    """
     compile_again(table, tuple(table["configurations"])[part::8])

@@ -9,7 +9,8 @@ from diffalign.kernels.pladis import eager
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_torch_forms_are_one_graph(grad, rng):
-    """``fullgraph`` raises at the first break; the graph is run by torch itself, so results are equal bit for bit."""
+    """``fullgraph`` raises at the first break; the graph is run by torch itself, so results are
+    equal bit for bit."""
     torch.compiler.reset()
     pos, neg = (torch.randn(1, 8, 64, generator=rng) for _ in range(2))
     q, k, v = (torch.randn(1, 2, n, 8, generator=rng) for n in (9, 77, 77))
@@ -22,10 +23,15 @@ def test_torch_forms_are_one_graph(grad, rng):
         return pladis.pladis(q, k, v, strength=2.0)
 
     for function, tensors in ((guided, (pos, neg)), (blended, (q, k, v))):
-        plain, whole = function(*tensors), torch.compile(function, fullgraph=True, backend="eager")(*tensors)
+        plain, whole = (
+            function(*tensors),
+            torch.compile(function, fullgraph=True, backend="eager")(*tensors),
+        )
         assert torch.equal(whole, plain)
         if grad:
-            ours, theirs = (torch.autograd.grad(out.square().sum(), tensors[0])[0] for out in (whole, plain))
+            ours, theirs = (
+                torch.autograd.grad(out.square().sum(), tensors[0])[0] for out in (whole, plain)
+            )
             assert torch.equal(ours, theirs)
 
 
@@ -39,6 +45,10 @@ def test_a_map_of_many_tiles_is_one_tile_to_a_compiler(rng):
         maps.append(sum("softmax" in str(node.target) for node in graph.graph.nodes))
         return graph.forward
 
-    whole = torch.compile(lambda *x: pladis.pladis(*x, strength=2.0), fullgraph=True, backend=backend)(q, k, v)
+    whole = torch.compile(
+        lambda *x: pladis.pladis(*x, strength=2.0), fullgraph=True, backend=backend
+    )(q, k, v)
     assert maps == [1]
-    torch.testing.assert_close(whole, pladis.pladis(q, k, v, strength=2.0), rtol=0, atol=1e-5)  # float32 products in another order
+    torch.testing.assert_close(
+        whole, pladis.pladis(q, k, v, strength=2.0), rtol=0, atol=1e-5
+    )  # float32 products in another order

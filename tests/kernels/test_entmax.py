@@ -42,7 +42,9 @@ def families(keys: int, rng: torch.Generator) -> dict[str, Tensor]:
 @ALPHAS
 def test_hand_values(form, alpha):
     got = form(torch.tensor([-2.0, 0.0, 0.5], dtype=torch.float64), alpha)
-    torch.testing.assert_close(got, torch.tensor(HAND[alpha], dtype=torch.float64), rtol=0, atol=5e-5)  # printed to four digits
+    torch.testing.assert_close(
+        got, torch.tensor(HAND[alpha], dtype=torch.float64), rtol=0, atol=5e-5
+    )  # printed to four digits
 
 
 def test_hand_threshold():
@@ -65,7 +67,13 @@ def test_equals_the_entmax_package(form, alpha, rng):
 def test_newton_steps_suffice(alpha, keys, rng):
     for name, z in families(keys, rng).items():
         single = z.float()
-        error = (newton.entmax(single, alpha).double() - naive.entmax(single.double(), alpha)).abs().sum(-1).max().item()
+        error = (
+            (newton.entmax(single, alpha).double() - naive.entmax(single.double(), alpha))
+            .abs()
+            .sum(-1)
+            .max()
+            .item()
+        )
         assert error < 1e-5, (name, error)
         exact = (newton.entmax(z, alpha) - naive.entmax(z, alpha)).abs().sum(-1).max().item()
         assert exact < 1e-11, (name, exact)
@@ -80,7 +88,9 @@ def test_rows_are_distributions_and_shift_free(form, alpha, rng):
     torch.testing.assert_close(p.sum(-1), torch.ones(4, 5), rtol=0, atol=1e-6)
     order = torch.randperm(77, generator=rng)
     torch.testing.assert_close(form(z[..., order], alpha), p[..., order], rtol=0, atol=1e-6)
-    torch.testing.assert_close(form(z.double() + 8.0, alpha), form(z.double(), alpha), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        form(z.double() + 8.0, alpha), form(z.double(), alpha), rtol=0, atol=1e-13
+    )
 
 
 @FORMS
@@ -109,7 +119,9 @@ def test_masked_keys_do_not_exist(form, alpha, rng):
     got = form(z, alpha, mask=keep)
     torch.testing.assert_close(got[:, keep], oracle(z[:, keep], alpha), rtol=0, atol=1e-12)
     assert (got[:, ~keep] == 0).all()
-    torch.testing.assert_close(form(z.masked_fill(~keep, -torch.inf), alpha), got, rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        form(z.masked_fill(~keep, -torch.inf), alpha), got, rtol=0, atol=1e-15
+    )
     assert (form(z, alpha, mask=torch.zeros(30, dtype=torch.bool)) == 0).all()
 
 
@@ -132,7 +144,10 @@ def test_half_precision_rounds_once(form, alpha, dtype, rng):
     assert p.dtype == dtype
     true = naive.entmax(z.double(), alpha)
     half_ulp = torch.finfo(dtype).eps / 2
-    assert ((p.double() - true).abs() <= half_ulp * true + torch.finfo(dtype).smallest_normal * half_ulp + 1e-6).all()
+    assert (
+        (p.double() - true).abs()
+        <= half_ulp * true + torch.finfo(dtype).smallest_normal * half_ulp + 1e-6
+    ).all()
 
 
 @FORMS
@@ -171,13 +186,21 @@ def test_errors():
 
 
 def test_steps_by_number_of_keys():
-    assert [newton.iterations(keys) for keys in (1, 512, 513, 4608, 4609, 65536)] == [8, 8, 10, 10, 13, 13]
+    assert [newton.iterations(keys) for keys in (1, 512, 513, 4608, 4609, 65536)] == [
+        8,
+        8,
+        10,
+        10,
+        13,
+        13,
+    ]
 
 
 @ALPHAS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradient_of_half_precision_scores_rounds_once(alpha, dtype, rng):
-    """The sum in the closed form runs in float32: 2000 terms in half precision would be off by percents."""
+    """The sum in the closed form runs in float32: 2000 terms in half precision would be off by
+    percents."""
     z = (torch.randn(3, 2000, generator=rng) * 0.05).to(dtype)
     grad = torch.randn(3, 2000, generator=rng).to(dtype) + 1
     found = []
@@ -186,4 +209,6 @@ def test_gradient_of_half_precision_scores_rounds_once(alpha, dtype, rng):
         newton.entmax(leaf, alpha).backward(grad.to(kind))
         found.append(leaf.grad.double())
     error, size = (found[0] - found[1]).abs(), found[1].abs().max()
-    assert error.max() <= 2 * torch.finfo(dtype).eps * size  # the weights are saved in the dtype, the result is rounded to it
+    assert (
+        error.max() <= 2 * torch.finfo(dtype).eps * size
+    )  # the weights are saved in the dtype, the result is rounded to it

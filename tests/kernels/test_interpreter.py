@@ -1,4 +1,5 @@
-"""Triton kernels under the interpreter (``interpreted.py``, in a process of its own) against float64, and their memory traffic."""
+"""Triton kernels under the interpreter (``interpreted.py``, in a process of its own) against
+float64, and their memory traffic."""
 
 import json
 import os
@@ -22,10 +23,13 @@ def cases() -> dict[str, dict]:
 
 @pytest.mark.parametrize(("kernel", "count"), [("nag", 24), ("pladis", 102)])
 def test_error_stays_within_the_derived_bound(cases, kernel, count):
-    """``worst`` is the largest ratio of error to bound over a case's elements; the bounds are derived in ``interpreted.py``."""
+    """``worst`` is the largest ratio of error to bound over a case's elements; the bounds are
+    derived in ``interpreted.py``."""
     mine = {name: case["worst"] for name, case in cases.items() if name.startswith(f"{kernel} ")}
     assert len(mine) == count
-    assert {name: worst for name, worst in mine.items() if not worst <= 1.0} == {}  # NaN is not <= 1
+    assert {
+        name: worst for name, worst in mine.items() if not worst <= 1.0
+    } == {}  # NaN is not <= 1
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])

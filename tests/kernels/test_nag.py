@@ -1,4 +1,5 @@
-"""The NAG epilogue against hand values, the paper's own order of operations in float64, identities and finite differences."""
+"""The NAG epilogue against hand values, the paper's own order of operations in float64, identities
+and finite differences."""
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ SETTING = {"scale": 5.0, "tau": 2.5, "alpha": 0.25}
 NORMS = pytest.mark.parametrize("norm", ["l1", "l2"])
 
 
-def paper(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float, norm: str) -> Tensor:
+def paper(
+    z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float, norm: str
+) -> Tensor:
     """Row by row in float64, as the paper writes it: extrapolate, ratio of norms, clip, blend."""
     order = {"l1": 1, "l2": 2}[norm]
     out = torch.empty_like(z_pos, dtype=torch.float64)
@@ -19,12 +22,16 @@ def paper(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: floa
         for n in range(z_pos.shape[1]):
             p, q = z_pos[b, n].double(), z_neg[b, n].double()
             guided = scale * p - (scale - 1) * q
-            ratio = (guided.abs() ** order).sum() ** (1 / order) / (p.abs() ** order).sum() ** (1 / order)
+            ratio = (guided.abs() ** order).sum() ** (1 / order) / (p.abs() ** order).sum() ** (
+                1 / order
+            )
             out[b, n] = alpha * guided * min(ratio.item(), tau) / ratio + (1 - alpha) * p
     return out
 
 
-def pair(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def pair(
+    rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """Half of the tokens far apart (clipped), half close (not clipped)."""
     pos, neg = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2))
     neg[:, ::2] = pos[:, ::2] + 0.1 * neg[:, ::2]
@@ -42,13 +49,20 @@ def pair(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) 
 def test_hand_values(neg, norm, expected):
     pos = torch.tensor([[[1.0, 2.0, -1.0]]], dtype=torch.float64)
     got = nag(pos, torch.tensor([[neg]], dtype=torch.float64), norm=norm, **SETTING)
-    torch.testing.assert_close(got, torch.tensor([[expected]], dtype=torch.float64), rtol=0, atol=5e-5)  # printed to four digits
+    torch.testing.assert_close(
+        got, torch.tensor([[expected]], dtype=torch.float64), rtol=0, atol=5e-5
+    )  # printed to four digits
 
 
 @NORMS
 def test_equals_the_paper(norm, rng):
     pos, neg = pair(rng, 2, 6, 40)
-    torch.testing.assert_close(nag(pos, neg, norm=norm, **SETTING), paper(pos, neg, norm=norm, **SETTING), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        nag(pos, neg, norm=norm, **SETTING),
+        paper(pos, neg, norm=norm, **SETTING),
+        rtol=0,
+        atol=1e-13,
+    )
 
 
 @NORMS
@@ -114,7 +128,9 @@ def test_fused_form_gives_gradients_by_the_torch_path(rng):
     assert torch.equal(got, nag(pos, neg, **SETTING))
     assert torch.autograd.grad(got.sum(), pos)[0].abs().sum() > 0
     away = neg.clone().requires_grad_()
-    assert torch.autograd.grad(fused.nag(pos.detach(), away, **SETTING).sum(), away)[0].abs().sum() > 0
+    assert (
+        torch.autograd.grad(fused.nag(pos.detach(), away, **SETTING).sum(), away)[0].abs().sum() > 0
+    )
     assert fused.nag(pos.detach()[:, :0], neg[:, :0], **SETTING).shape == (1, 0, 8)
     with pytest.raises(Exception, match="driver"), torch.no_grad():
         fused.nag(pos, neg, **SETTING)

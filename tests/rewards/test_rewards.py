@@ -1,4 +1,5 @@
-"""Rewards by name, the smooth verdict against GenEval's rules and hand numbers, and gradients against finite differences in float64."""
+"""Rewards by name, the smooth verdict against GenEval's rules and hand numbers, and gradients
+against finite differences in float64."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from scipy.stats import binom
 
 from diffalign import rewards
 from diffalign.core.types import Reward as RewardProtocol
-from diffalign.embedded.clip import Clip, build_clip
-from diffalign.embedded.judge import Judge, JudgeNet, Maps
-from diffalign.embedded.vocabulary import COLOURS, OBJECTS
-from diffalign.embedded.world import World
-from diffalign.eval.geneval import Thresholds, parse_prompt, relations
+from diffalign.embedded.nets.clip import Clip, build_clip
+from diffalign.embedded.nets.judge import Judge, JudgeNet, Maps
+from diffalign.embedded.world.scenes import World
+from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.rewards.emoji_clip import EmojiClip
 from diffalign.rewards.emoji_judge import SHARP, EmojiJudge, peaks, soft_relation, soft_verdict
+from diffalign.tasks.geneval.verdict import Thresholds, parse_prompt, relations
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    assert torch.equal(state, torch.get_rng_state()), "library code must not touch the global generator"
+    assert torch.equal(state, torch.get_rng_state()), (
+        "library code must not touch the global generator"
+    )
 
 
 class Words:
@@ -48,7 +51,11 @@ def judge() -> EmojiJudge:
 
 def test_names() -> None:
     assert {info.name for info in rewards.available()} >= {"emoji-clip", "emoji-judge"}
-    assert all(info.differentiable and info.description for info in rewards.available() if info.name.startswith("emoji"))
+    assert all(
+        info.differentiable and info.description
+        for info in rewards.available()
+        if info.name.startswith("emoji")
+    )
     with pytest.raises(ValueError, match=r"'emoji-clap'\. Nearest: emoji-clip"):
         rewards.load("emoji-clap")
     assert isinstance(clip(), RewardProtocol)
@@ -78,7 +85,9 @@ def test_rows_are_independent_and_sizes_free(make) -> None:
     assert together.shape == (3,)
     for i in range(3):
         # Batch composition changes the last bits of float32 sums only.
-        assert float(reward(images[i : i + 1], prompts[i : i + 1])) == pytest.approx(float(together[i]), rel=1e-4, abs=1e-5)
+        assert float(reward(images[i : i + 1], prompts[i : i + 1])) == pytest.approx(
+            float(together[i]), rel=1e-4, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("make", [clip, judge])
@@ -97,12 +106,14 @@ def test_gradients_equal_finite_differences(make) -> None:
     assert float(gradient.abs().sum()) > 0
     step = 1e-7
     for y, x in ((20, 20), (33, 40), (10, 52)):
-        # A 2 x 2 patch along a fixed direction; central differences err by 2**-52 * |score| / step (2e-8), and in
-        # proportion to the step where a rectifier switches in between.
+        # A 2 x 2 patch along a fixed direction; central differences err by 2**-52 * |score| / step
+        # (2e-8), and in proportion to the step where a rectifier switches in between.
         way = torch.zeros_like(images)
         way[0, :, y : y + 2, x : x + 2] = torch.randn(3, 2, 2, generator=rng, dtype=torch.float64)
         with torch.no_grad():
-            slope = float(reward(images + step * way, prompt) - reward(images - step * way, prompt)) / (2 * step)
+            slope = float(
+                reward(images + step * way, prompt) - reward(images - step * way, prompt)
+            ) / (2 * step)
         assert slope == pytest.approx(float((gradient * way).sum()), rel=1e-4, abs=1e-7)
 
 
@@ -115,7 +126,11 @@ def test_peaks_by_hand() -> None:
     heat = torch.zeros(16, 16)
     heat[3, 4], heat[3, 5], heat[3, 7], heat[10, 0] = 9.0, 8.0, 5.0, 6.0
     y, x = peaks(heat, 3)
-    assert list(zip(y.tolist(), x.tolist(), strict=True)) == [(3, 4), (10, 0), (3, 7)]  # (3, 5) belongs to the first
+    assert list(zip(y.tolist(), x.tolist(), strict=True)) == [
+        (3, 4),
+        (10, 0),
+        (3, 7),
+    ]  # (3, 5) belongs to the first
     assert len(peaks(torch.rand(16, 16, generator=torch.Generator().manual_seed(1)), 11)[0]) == 11
 
 
@@ -124,8 +139,19 @@ def test_the_smooth_relation_flips_where_the_rule_does(relation: str) -> None:
     rng, half = torch.Generator().manual_seed(6), math.log(0.5)
     seen = set()
     for _ in range(400):
-        a, b = (torch.cat([torch.rand(2, generator=rng), 0.1 + torch.rand(2, generator=rng)]).double() for _ in range(2))
-        edges = [(float(v[0] - v[2] / 2), float(v[1] - v[3] / 2), float(v[0] + v[2] / 2), float(v[1] + v[3] / 2)) for v in (a, b)]
+        a, b = (
+            torch.cat([torch.rand(2, generator=rng), 0.1 + torch.rand(2, generator=rng)]).double()
+            for _ in range(2)
+        )
+        edges = [
+            (
+                float(v[0] - v[2] / 2),
+                float(v[1] - v[3] / 2),
+                float(v[0] + v[2] / 2),
+                float(v[1] + v[3] / 2),
+            )
+            for v in (a, b)
+        ]
         holds = relation in relations(edges[0], edges[1])
         assert (float(soft_relation(a, b, relation)) > half) == holds
         seen.add(holds)
@@ -133,8 +159,13 @@ def test_the_smooth_relation_flips_where_the_rule_does(relation: str) -> None:
 
 
 def maps_with(*objects: tuple[str, int, int, float, str]) -> Maps:
-    """Maps that hold the given objects (class, row, column, logit, colour) of half the image's side."""
-    heat, box, colour = torch.full((1, 80, 16, 16), -7.0), torch.zeros(1, 4, 16, 16), torch.zeros(1, 11, 16, 16)
+    """Maps that hold the given objects (class, row, column, logit, colour) of half the image's
+    side."""
+    heat, box, colour = (
+        torch.full((1, 80, 16, 16), -7.0),
+        torch.zeros(1, 4, 16, 16),
+        torch.zeros(1, 11, 16, 16),
+    )
     box[:, 2:] = 1.0
     for name, y, x, logit, tint in objects:
         heat[0, OBJECTS.index(name), y, x] = logit
@@ -147,7 +178,9 @@ def log_sigmoid(x: float) -> float:
 
 
 def test_the_smooth_verdict_by_hand() -> None:
-    maps = maps_with(("dog", 4, 4, 3.0, "red"), ("cat", 4, 12, 2.0, "blue"), ("dog", 12, 4, 1.0, "red"))
+    maps = maps_with(
+        ("dog", 4, 4, 3.0, "red"), ("cat", 4, 12, 2.0, "blue"), ("dog", 12, 4, 1.0, "red")
+    )
     tint = 2 - math.log(math.exp(2) + 9)  # log softmax over ten colours
 
     def score(prompt: str) -> float:
@@ -157,22 +190,36 @@ def test_the_smooth_verdict_by_hand() -> None:
 
     assert score("a photo of a dog") == pytest.approx(log_sigmoid(3))
     assert score("a photo of a red dog") == pytest.approx(log_sigmoid(3) + tint)
-    assert score("a photo of a red dog and a blue cat") == pytest.approx(log_sigmoid(3) + log_sigmoid(2) + 2 * tint)
-    assert score("a photo of two dogs") == pytest.approx(log_sigmoid(3) + log_sigmoid(1) + log_sigmoid(7))
-    assert score("a photo of three dogs") == pytest.approx(log_sigmoid(3) + log_sigmoid(1) + log_sigmoid(-7) + log_sigmoid(7))
+    assert score("a photo of a red dog and a blue cat") == pytest.approx(
+        log_sigmoid(3) + log_sigmoid(2) + 2 * tint
+    )
+    assert score("a photo of two dogs") == pytest.approx(
+        log_sigmoid(3) + log_sigmoid(1) + log_sigmoid(7)
+    )
+    assert score("a photo of three dogs") == pytest.approx(
+        log_sigmoid(3) + log_sigmoid(1) + log_sigmoid(-7) + log_sigmoid(7)
+    )
     # Centres one unit apart, both of size 1: shrunk by .1 * 2 to .8, so .3 beyond the border of .5.
     beyond = score("a photo of a dog left of a cat") - log_sigmoid(3) - log_sigmoid(2)
     assert beyond == pytest.approx(log_sigmoid(SHARP * 0.3), abs=1e-5)
-    assert score("a photo of a dog right of a cat") == pytest.approx(log_sigmoid(3) + log_sigmoid(2) + log_sigmoid(SHARP * -1.3), abs=1e-4)
+    assert score("a photo of a dog right of a cat") == pytest.approx(
+        log_sigmoid(3) + log_sigmoid(2) + log_sigmoid(SHARP * -1.3), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["emoji-clip", "emoji-judge"])
-def test_shipped_rewards_prefer_the_true_prompt_and_their_gradient_improves_a_picture(name: str) -> None:
-    """On 64 held-out scenes with a wrong prompt each the true prompt wins; both rewards have a rate above .9 there, so that fewer than 48
-    wins have a chance below one in ten thousand (binomial). A small step along the gradient then raises the score of most pictures."""
+def test_shipped_rewards_prefer_the_true_prompt_and_their_gradient_improves_a_picture(
+    name: str,
+) -> None:
+    """On 64 held-out scenes with a wrong prompt each the true prompt wins; both rewards have a rate
+    above .9 there, so that fewer than 48 wins have a chance below one in ten thousand (binomial). A
+    small step along the gradient then raises the score of most pictures."""
     reward = rewards.load(name)
     found = list(World().wrong(1_000_700, 64))
-    images = torch.from_numpy(np.stack([scene.image for scene, _ in found])).permute(0, 3, 1, 2).float() / 255
+    images = (
+        torch.from_numpy(np.stack([scene.image for scene, _ in found])).permute(0, 3, 1, 2).float()
+        / 255
+    )
     true = [scene.metadata()["prompt"] for scene, _ in found]
     wrong = [record["prompt"] for _, record in found]
     with torch.no_grad():

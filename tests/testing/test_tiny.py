@@ -1,4 +1,5 @@
-"""Tiny pipelines: they run, they depend on their inputs, they repeat bit for bit, and they leave the global random state alone."""
+"""Tiny pipelines: they run, they depend on their inputs, they repeat bit for bit, and they leave
+the global random state alone."""
 
 import random
 from pathlib import Path
@@ -15,7 +16,8 @@ CASES = [(name, variant) for name in tiny_names(slow=False) for variant in tiny_
 
 
 def run(pipe: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """One native call under a fixed global seed: SD3 ControlNets sample their control latents from the global state."""
+    """One native call under a fixed global seed: SD3 ControlNets sample their control latents from
+    the global state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return torch.as_tensor(pipe(**inputs, return_dict=False)[0])
@@ -38,7 +40,9 @@ def change_text(inputs: dict[str, Any]) -> dict[str, Any]:
     if "prompt" in inputs:
         return inputs | {"prompt": ["green clock" for _ in inputs["prompt"]]}
     embeds = inputs["prompt_embeds"]
-    return inputs | {"prompt_embeds": [e + 0.5 for e in embeds] if isinstance(embeds, list) else embeds + 0.5}
+    return inputs | {
+        "prompt_embeds": [e + 0.5 for e in embeds] if isinstance(embeds, list) else embeds + 0.5
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +55,10 @@ def test_runs_repeats_and_reads_its_text(name: str, variant: str) -> None:
     pipe = tiny_pipeline(name, variant=variant)
     assert type(pipe).__name__ == name
     seen: list[torch.Tensor] = []
-    hooks = [m.register_forward_hook(lambda _m, _i, output: seen.append(first(output))) for m in denoisers(pipe)]
+    hooks = [
+        m.register_forward_hook(lambda _m, _i, output: seen.append(first(output)))
+        for m in denoisers(pipe)
+    ]
     made = run(pipe, tiny_inputs(name, variant=variant, steps=2))
     for hook in hooks:
         hook.remove()
@@ -61,12 +68,16 @@ def test_runs_repeats_and_reads_its_text(name: str, variant: str) -> None:
     assert torch.equal(made, again)
     other_text = run(pipe, change_text(tiny_inputs(name, variant=variant, steps=2)))
     assert (other_text - made).abs().max() > 1e-3 * made.std()
-    other_weights = run(tiny_pipeline(name, variant=variant, seed=1), tiny_inputs(name, variant=variant, steps=2))
+    other_weights = run(
+        tiny_pipeline(name, variant=variant, seed=1), tiny_inputs(name, variant=variant, steps=2)
+    )
     assert not torch.equal(made, other_weights)
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
-def test_guidance_changes_the_output_exactly_where_there_is_an_unconditional_branch(name: str, variant: str) -> None:
+def test_guidance_changes_the_output_exactly_where_there_is_an_unconditional_branch(
+    name: str, variant: str
+) -> None:
     pipe = tiny_pipeline(name, variant=variant)
     guided = run(pipe, tiny_inputs(name, variant=variant, steps=2))
     plain = run(pipe, tiny_inputs(name, variant=variant, steps=2, guided=False))
@@ -92,10 +103,19 @@ def test_prompts_as_strings(name: str) -> None:
 
 def test_tokens_of_different_words_differ_and_long_prompts_are_cut() -> None:
     tokenizer = tiny_pipeline("StableDiffusionPipeline", text=True).tokenizer
-    ids = tokenizer(["red apple", "green clock", "é中 " * 90], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        ["red apple", "green clock", "é中 " * 90],
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
     assert ids.shape == (3, 77)
     assert not torch.equal(ids[0], ids[1])
-    assert ids[0].tolist()[:3] == [0, tokenizer.convert_tokens_to_ids("r"), tokenizer.convert_tokens_to_ids("e")]
+    assert ids[0].tolist()[:3] == [
+        0,
+        tokenizer.convert_tokens_to_ids("r"),
+        tokenizer.convert_tokens_to_ids("e"),
+    ]
     assert int(ids[2].max()) < 514
     assert int(ids[2, -1]) == 1
 
@@ -103,7 +123,12 @@ def test_tokens_of_different_words_differ_and_long_prompts_are_cut() -> None:
 def test_global_random_state_is_untouched() -> None:
     torch.manual_seed(7), random.seed(7), np.random.seed(7)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    for name in ("StableDiffusionPipeline", "StableDiffusionXLControlNetPipeline", "FluxPipeline", "WanPipeline"):
+    for name in (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "FluxPipeline",
+        "WanPipeline",
+    ):
         tiny_pipeline(name)
         tiny_inputs(name)
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -129,7 +154,16 @@ def test_no_parameter_is_constant() -> None:
             assert parameter.numel() == 1 or parameter.std() > 0, name
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline", "ZImagePipeline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "WanPipeline",
+        "ZImagePipeline",
+    ],
+)
 def test_bfloat16_as_from_pretrained_casts(name: str, tmp_path: Path) -> None:
     pipe = tiny_pipeline(name, dtype=torch.bfloat16)
     model = getattr(pipe, "unet", None) or pipe.transformer
@@ -150,7 +184,9 @@ def test_benchmark_unet_has_the_size_asked_for() -> None:
 
 
 def test_errors_name_argument_and_remedy() -> None:
-    with pytest.raises(ValueError, match=r"got 'StableDifusionPipeline'. Nearest: StableDiffusionPipeline"):
+    with pytest.raises(
+        ValueError, match=r"got 'StableDifusionPipeline'. Nearest: StableDiffusionPipeline"
+    ):
         tiny_pipeline("StableDifusionPipeline")
     with pytest.raises(ValueError, match=r"variant of WanPipeline must be one of .*; got '3'"):
         tiny_pipeline("WanPipeline", variant="3")

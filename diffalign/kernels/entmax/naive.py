@@ -1,6 +1,8 @@
-"""Exact sparse maps by sorting: entmax-1.5 (Peters et al. 2019, arXiv:1905.05702), sparsemax (Martins & Astudillo 2016, arXiv:1602.02068).
+"""Exact sparse maps by sorting: entmax-1.5 (Peters et al. 2019, arXiv:1905.05702), sparsemax
+(Martins & Astudillo 2016, arXiv:1602.02068).
 
-The slow truth of this folder: the threshold comes from the sorted scores in closed form, without iteration.
+The slow truth of this folder: the threshold comes from the sorted scores in closed form, without
+iteration.
 """
 
 import torch
@@ -10,7 +12,8 @@ from diffalign.kernels.entmax.scores import Solver, entmax_with, shifted
 
 
 def solve(x: Tensor, alpha: float) -> Tensor:
-    """Threshold ``tau`` [..., 1] with ``sum_j (x_j - tau)_+ ** (1 / (alpha - 1)) = 1`` for shifted scores ``x`` [..., L] (maximum 0)."""
+    """Threshold ``tau`` [..., 1] with ``sum_j (x_j - tau)_+ ** (1 / (alpha - 1)) = 1`` for shifted
+    scores ``x`` [..., L] (maximum 0)."""
     top = x.sort(dim=-1, descending=True).values
     k = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     mean = top.cumsum(-1) / k
@@ -25,7 +28,8 @@ def solve(x: Tensor, alpha: float) -> Tensor:
 
 
 def entmax(z: Tensor, alpha: float = 1.5, *, mask: Tensor | None = None) -> Tensor:
-    """alpha-entmax of scores ``z`` [..., L] over the last axis; arguments and errors as ``diffalign.kernels.entmax.entmax``.
+    """alpha-entmax of scores ``z`` [..., L] over the last axis; arguments and errors as
+    ``diffalign.kernels.entmax.entmax``.
 
     Cost: one sort of ``z`` in float32 (float64 for float64 input) with int64 indices.
     """

@@ -1,7 +1,9 @@
-"""The same maps without a sort: Newton's method for the threshold, the form that kernels and ``torch.compile`` like.
+"""The same maps without a sort: Newton's method for the threshold, the form that kernels and
+``torch.compile`` like.
 
-``sum (x - tau)_+^2 - 1`` is convex and decreasing in ``tau``, so Newton started left of the root, at -1, climbs to it without overshooting
-and never empties the support. The piecewise linear function of sparsemax is finished exactly after finitely many steps (Michelot 1986).
+``sum (x - tau)_+^2 - 1`` is convex and decreasing in ``tau``, so Newton started left of the root,
+at -1, climbs to it without overshooting and never empties the support. The piecewise linear
+function of sparsemax is finished exactly after finitely many steps (Michelot 1986).
 """
 
 import torch
@@ -11,7 +13,8 @@ from diffalign.kernels.entmax.scores import entmax_with
 
 
 def iterations(keys: int) -> int:
-    """Newton steps that reach float32 precision on the families of rows in tests/kernels/test_entmax.py, up to 16384 keys.
+    """Newton steps that reach float32 precision on the families of rows in
+    tests/kernels/test_entmax.py, up to 16384 keys.
 
     Not a bound: rows of thousands of keys can be made for which sparsemax needs more.
     """
@@ -19,9 +22,11 @@ def iterations(keys: int) -> int:
 
 
 def solve(x: Tensor, alpha: float) -> Tensor:
-    """Threshold ``tau`` [..., 1] for shifted scores ``x`` [..., L] (maximum 0); contract of ``naive.solve``.
+    """Threshold ``tau`` [..., 1] for shifted scores ``x`` [..., L] (maximum 0); contract of
+    ``naive.solve``.
 
-    Cost: 8 sweeps over ``x`` up to 512 keys, 10 up to 4608, 13 above (6 more in float64), two reductions each, one buffer of its size.
+    Cost: 8 sweeps over ``x`` up to 512 keys, 10 up to 4608, 13 above (6 more in float64), two
+    reductions each, one buffer of its size.
     """
     tau = torch.full_like(x[..., :1], -1.0)
     for _ in range(iterations(x.shape[-1]) + 6 * (x.dtype == torch.float64)):
@@ -35,5 +40,6 @@ def solve(x: Tensor, alpha: float) -> Tensor:
 
 
 def entmax(z: Tensor, alpha: float = 1.5, *, mask: Tensor | None = None) -> Tensor:
-    """alpha-entmax of scores ``z`` [..., L] over the last axis by Newton's method; arguments as ``diffalign.kernels.entmax.entmax``."""
+    """alpha-entmax of scores ``z`` [..., L] over the last axis by Newton's method; arguments as
+    ``diffalign.kernels.entmax.entmax``."""
     return entmax_with(solve, z, alpha, mask)

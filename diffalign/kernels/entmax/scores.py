@@ -1,4 +1,5 @@
-"""What the solvers share: shifted scores, the map from a threshold to weights, and its closed-form gradient."""
+"""What the solvers share: shifted scores, the map from a threshold to weights, and its closed-form
+gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,11 @@ Solver = Callable[[Tensor, float], Tensor]
 
 
 def shifted(z: Tensor, alpha: float, mask: Tensor | None) -> Tensor:
-    """Scores [..., L] in the accumulator dtype with maximum 0, halved for alpha 1.5, masked keys and everything hopeless at -2.
+    """Scores [..., L] in the accumulator dtype with maximum 0, halved for alpha 1.5, masked keys
+    and everything hopeless at -2.
 
-    The threshold is never below -1, so a score at or under -1 has weight 0 wherever it lies; the floor keeps its square from
-    swamping sums and -inf from making NaN.
+    The threshold is never below -1, so a score at or under -1 has weight 0 wherever it lies; the
+    floor keeps its square from swamping sums and -inf from making NaN.
     """
     x = z.to(accumulator(z.dtype))
     if mask is not None:
@@ -53,20 +55,31 @@ class _Entmax(torch.autograd.Function):
         dtype = accumulator(p.dtype)
         s = (p > 0).to(dtype) if ctx.alpha == 2 else p.to(dtype).sqrt()
         g = grad.to(dtype)
-        mean = (s * g).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        mean = (s * g).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(
+            torch.finfo(dtype).tiny
+        )
         return (s * (g - mean)).to(p.dtype), None, None, None
 
 
 def entmax_with(solve: Solver, z: Tensor, alpha: float, mask: Tensor | None) -> Tensor:
-    """Check the arguments, then map ``z`` with the given threshold solver, recording the closed-form gradient if one is needed."""
+    """Check the arguments, then map ``z`` with the given threshold solver, recording the
+    closed-form gradient if one is needed."""
     if alpha not in (1.5, 2.0):
-        raise ValueError(f"entmax: alpha must be 1.5 or 2; got {alpha!r}. Other values have no closed-form threshold here.")
+        raise ValueError(
+            f"entmax: alpha must be 1.5 or 2; got {alpha!r}. Other values have no closed-form "
+            "threshold here."
+        )
     if not z.is_floating_point():
         raise TypeError(f"entmax: z must be a floating-point tensor; got {z.dtype}.")
     if z.ndim == 0 or z.shape[-1] == 0:
-        raise ValueError(f"entmax: z needs at least one score on its last axis; got shape {list(z.shape)}.")
+        raise ValueError(
+            f"entmax: z needs at least one score on its last axis; got shape {list(z.shape)}."
+        )
     if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"entmax: mask must be boolean, True where a key may be used; got {mask.dtype}. Add a bias to z instead.")
+        raise TypeError(
+            f"entmax: mask must be boolean, True where a key may be used; got {mask.dtype}. Add a "
+            "bias to z instead."
+        )
     if not needs_grad(z):
         return _weights(solve, z, alpha, mask)
     weights: Tensor = _Entmax.apply(z, alpha, mask, solve)  # type: ignore[no-untyped-call, unused-ignore]

@@ -1,4 +1,7 @@
-"""The epilogue of NAG, normalised attention guidance (Chen et al. 2025, arXiv:2505.21179): ``choose`` picks torch or the fused kernel."""
+"""The epilogue of NAG, normalised attention guidance (Chen et al.
+
+2025, arXiv:2505.21179): ``choose`` picks torch or the fused kernel.
+"""
 
 from typing import Protocol
 
@@ -11,11 +14,21 @@ from diffalign.kernels.nag.naive import Norm, nag
 class NagCall(Protocol):
     """``naive.nag`` and everything that may stand in for it."""
 
-    def __call__(self, z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float, norm: Norm = "l1") -> Tensor: ...
+    def __call__(
+        self,
+        z_pos: Tensor,
+        z_neg: Tensor,
+        *,
+        scale: float,
+        tau: float,
+        alpha: float,
+        norm: Norm = "l1",
+    ) -> Tensor: ...
 
 
 def choose(z: Tensor, *, backend: Backend = "auto") -> Choice[NagCall]:
-    """The callable for a call site whose attention outputs [B, N, E] look like ``z``, and the reason. Reads shape, dtype and device only.
+    """The callable for a call site whose attention outputs [B, N, E] look like ``z``, and the
+    reason. Reads shape, dtype and device only.
 
     Raises:
         ValueError: unknown ``backend``, or "triton" where the kernel cannot run.

@@ -1,7 +1,9 @@
-"""The NAG epilogue as one Triton kernel: each input is read once, the output written once, 6 bytes per element in 16 bits.
+"""The NAG epilogue as one Triton kernel: each input is read once, the output written once, 6 bytes
+per element in 16 bits.
 
-One program holds one token's row of ``z_pos`` and ``z_neg`` in registers as float32, so both norms and the blend need no second read.
-Eager torch moves about 50 bytes per element for the published chain of operations.
+One program holds one token's row of ``z_pos`` and ``z_neg`` in registers as float32, so both norms
+and the blend need no second read. Eager torch moves about 50 bytes per element for the published
+chain of operations.
 """
 
 from functools import cache
@@ -21,7 +23,8 @@ MAX_CHANNELS = 8192  # two float32 rows of this width still fit the registers of
 
 
 def plan(channels: int) -> tuple[int, int]:
-    """(padded row width, warps) for rows of ``channels`` elements: 8 elements, one 16-byte load, per thread where that is possible."""
+    """(padded row width, warps) for rows of ``channels`` elements: 8 elements, one 16-byte load,
+    per thread where that is possible."""
     block = max(256, 1 << (channels - 1).bit_length())
     return block, min(16, block // 256)
 
@@ -44,7 +47,8 @@ def kernel() -> Any:
 
     strides = ["pos_b", "pos_n", "neg_b", "neg_n", "out_b", "out_n"]
 
-    # not specialised on integers: one binary per configuration, the one that is compiled ahead of time in the tests
+    # not specialised on integers: one binary per configuration, the one that is compiled ahead of
+    # time in the tests
     @triton.jit(do_not_specialize=strides)  # type: ignore[untyped-decorator, unused-ignore]
     def nag_rows(  # type: ignore[no-untyped-def]
         POS,
@@ -84,13 +88,17 @@ def kernel() -> Any:
     return nag_rows
 
 
-def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float, norm: naive.Norm = "l1") -> Tensor:
+def nag(
+    z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float, norm: naive.Norm = "l1"
+) -> Tensor:
     """``naive.nag`` in one launch; where autograd needs a gradient, ``naive.nag`` itself.
 
-    Cost: 3 tensor sweeps, no temporary; an input whose rows are not dense or not 16-byte aligned is copied first.
+    Cost: 3 tensor sweeps, no temporary; an input whose rows are not dense or not 16-byte aligned is
+    copied first.
 
     Raises:
-        ValueError, TypeError: as ``naive.nag``; also ValueError for a dtype or width outside ``refusal``.
+        ValueError, TypeError: as ``naive.nag``; also ValueError for a dtype or width outside
+        ``refusal``.
     """
     naive.check(z_pos, z_neg, scale, tau, alpha, norm)
     if scale == 1 or alpha == 0:
@@ -99,7 +107,9 @@ def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float,
         return naive.nag(z_pos, z_neg, scale=scale, tau=tau, alpha=alpha, norm=norm)
     batch, tokens, channels = z_pos.shape
     if reason := refusal(z_pos.dtype, channels):
-        raise ValueError(f"nag: {reason}. Use diffalign.kernels.nag.choose, which falls back to torch.")
+        raise ValueError(
+            f"nag: {reason}. Use diffalign.kernels.nag.choose, which falls back to torch."
+        )
     pos, neg = aligned(z_pos), aligned(z_neg)
     out = torch.empty((batch, tokens, channels), dtype=pos.dtype, device=pos.device)
     if out.numel() == 0:
@@ -108,6 +118,16 @@ def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float,
     units = [t.stride(i) // UNIT for t in (pos, neg, out) for i in (0, 1)]
     with torch.cuda.device_of(pos):  # type: ignore[no-untyped-call, unused-ignore]
         kernel()[(tokens, batch)](
-            pos, neg, out, *units, float(scale), float(tau), float(alpha), E=channels, BLOCK=block, L1=norm == "l1", num_warps=warps
+            pos,
+            neg,
+            out,
+            *units,
+            float(scale),
+            float(tau),
+            float(alpha),
+            E=channels,
+            BLOCK=block,
+            L1=norm == "l1",
+            num_warps=warps,
         )
     return out

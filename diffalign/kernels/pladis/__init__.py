@@ -1,4 +1,5 @@
-"""PLADIS, dense-sparse cross-attention (Kim & Sim 2025, arXiv:2503.07677): ``choose`` picks torch or the fused kernel for a call site."""
+"""PLADIS, dense-sparse cross-attention (Kim & Sim 2025, arXiv:2503.07677): ``choose`` picks torch
+or the fused kernel for a call site."""
 
 from typing import Protocol
 
@@ -11,20 +12,24 @@ from diffalign.kernels.pladis.joint import pladis_joint
 
 
 class PladisCall(Protocol):
-    """Attention with the map ``w = (1 - strength) softmax(z) + strength entmax(z)``, ``z = scale q k^T + mask``: the contract of all forms.
+    """Attention with the map ``w = (1 - strength) softmax(z) + strength entmax(z)``, ``z = scale q
+    k^T + mask``: the contract of all forms.
 
-    ``q`` [B, A, N, D]; ``k``, ``v`` [B, A, L, D] with the same heads; result [B, A, N, D] in the dtype of ``q``. ``strength`` 0 is dense
-    attention, 1 purely sparse, the published default 2 extrapolates: rows of ``w`` sum to 1 and keys outside the support get
-    ``(1 - strength) softmax(z)``. ``alpha`` is 1.5 (entmax) or 2 (sparsemax). ``scale`` None is ``1 / sqrt(D)``. ``mask`` broadcasts to
-    [B, A, N, L]: boolean (True = use) or an additive bias of any floating dtype; a key masked by False or -inf gets weight 0, a row
-    without keys gives 0.
-    With ``base`` [B, A, N, D], the dense attention output of the same rows, the result is the anchored form
-    ``base + strength * mass * (entmax(z) - softmax(z)) v``; ``mass`` [B, A, N] (default 1) is the weight the rows put on these keys when
-    they are only a part of the attended sequence. Differentiable once in q, k, v, base and mass (then the torch form runs).
+    ``q`` [B, A, N, D]; ``k``, ``v`` [B, A, L, D] with the same heads; result [B, A, N, D] in the
+    dtype of ``q``. ``strength`` 0 is dense attention, 1 purely sparse, the published default 2
+    extrapolates: rows of ``w`` sum to 1 and keys outside the support get ``(1 - strength)
+    softmax(z)``. ``alpha`` is 1.5 (entmax) or 2 (sparsemax). ``scale`` None is ``1 / sqrt(D)``.
+    ``mask`` broadcasts to [B, A, N, L]: boolean (True = use) or an additive bias of any floating
+    dtype; a key masked by False or -inf gets weight 0, a row without keys gives 0. With ``base``
+    [B, A, N, D], the dense attention output of the same rows, the result is the anchored form
+    ``base + strength * mass * (entmax(z) - softmax(z)) v``; ``mass`` [B, A, N] (default 1) is the
+    weight the rows put on these keys when they are only a part of the attended sequence.
+    Differentiable once in q, k, v, base and mass (then the torch form runs).
 
     Raises:
-        ValueError: shapes that do not fit, no keys, a non-finite ``strength``, another ``alpha``, ``mass`` without ``base``.
-        TypeError: dtypes or devices that differ, a mask that is neither boolean nor floating point.
+        ValueError: shapes that do not fit, no keys, a non-finite ``strength``, another ``alpha``,
+        ``mass`` without ``base``. TypeError: dtypes or devices that differ, a mask that is neither
+        boolean nor floating point.
     """
 
     def __call__(
@@ -45,8 +50,11 @@ class PladisCall(Protocol):
 pladis: PladisCall = eager.pladis
 
 
-def choose(q: Tensor, k: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto") -> Choice[PladisCall]:
-    """The callable for a call site that sees tensors like these, and the reason. Reads shapes, dtype and device only.
+def choose(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto"
+) -> Choice[PladisCall]:
+    """The callable for a call site that sees tensors like these, and the reason. Reads shapes,
+    dtype and device only.
 
     Raises:
         ValueError: unknown ``backend``, or "triton" where the kernel cannot run.

@@ -1,7 +1,9 @@
-"""PLADIS inside joint attention: image queries re-weigh their text keys, each row keeping the mass it had on text.
+"""PLADIS inside joint attention: image queries re-weigh their text keys, each row keeping the mass
+it had on text.
 
-The pattern follows third-party ports of the authors' Flux code (the paper describes cross-attention). The mass comes out of the user's
-own attention call: an indicator column appended to the values is averaged with the attention weights, so no log-sum-exp is needed.
+The pattern follows third-party ports of the authors' Flux code (the paper describes
+cross-attention). The mass comes out of the user's own attention call: an indicator column appended
+to the values is averaged with the attention weights, so no log-sum-exp is needed.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,8 @@ from torch.nn import functional as F
 
 from diffalign.kernels.pladis.eager import pladis
 
-PAD = 8  # appended value columns: one indicator, the rest zero, so that 16-bit rows stay 16-byte aligned
+# appended value columns: one indicator, the rest zero, so that 16-bit rows stay 16-byte aligned
+PAD = 8
 
 
 def pladis_joint(
@@ -28,25 +31,40 @@ def pladis_joint(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     call: Callable[..., Tensor] = pladis,
 ) -> Tensor:
-    """Joint attention [B, A, S, D] over a sequence whose ``text`` and ``image`` parts are the given slices of its S tokens.
+    """Joint attention [B, A, S, D] over a sequence whose ``text`` and ``image`` parts are the given
+    slices of its S tokens.
 
-    ``attend(q, k, v)`` is dense attention with the mask and scale already bound; it must take values of D + 8 columns. Default: torch SDPA
-    with ``mask`` and ``scale``. ``mask`` is a key mask, [B, 1, 1, S] or broadcastable to it (boolean, or an additive bias). ``call`` is a
-    chosen ``PladisCall``. Text rows, and all columns but the text of image rows, keep their dense weights; strength 0 is dense attention.
-    Cost: dense attention plus one ``call`` over [image, text] scores and one copy of the values. On CUDA, values wider than the queries
-    rule out torch's flash backend, so that its memory-efficient one runs.
+    ``attend(q, k, v)`` is dense attention with the mask and scale already bound; it must take
+    values of D + 8 columns. Default: torch SDPA with ``mask`` and ``scale``. ``mask`` is a key
+    mask, [B, 1, 1, S] or broadcastable to it (boolean, or an additive bias). ``call`` is a chosen
+    ``PladisCall``. Text rows, and all columns but the text of image rows, keep their dense weights;
+    strength 0 is dense attention.
+    Cost: dense attention plus one ``call`` over [image, text] scores and one copy of the values. On
+    CUDA, values wider than the queries rule out torch's flash backend, so that its memory-efficient
+    one runs.
 
     Raises:
         ValueError: a mask with different values per query, or whatever ``call`` raises.
     """
     if mask is not None and mask.shape[-2:-1] not in ((), (1,)):
-        raise ValueError(f"pladis_joint: mask must be a key mask that broadcasts to [B, 1, 1, S]; got {list(mask.shape)}.")
+        raise ValueError(
+            "pladis_joint: mask must be a key mask that broadcasts to [B, 1, 1, S]; got "
+            f"{list(mask.shape)}."
+        )
     if strength == 0:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale) if attend is None else attend(q, k, v)
+        return (
+            F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            if attend is None
+            else attend(q, k, v)
+        )
     width = v.shape[-1]
     padded = F.pad(v, (0, PAD))
     padded[..., text, width] = 1
-    joint = F.scaled_dot_product_attention(q, k, padded, mask, scale=scale) if attend is None else attend(q, k, padded)
+    joint = (
+        F.scaled_dot_product_attention(q, k, padded, mask, scale=scale)
+        if attend is None
+        else attend(q, k, padded)
+    )
     out = joint[..., :width].clone()
     out[..., image, :] = call(
         q[..., image, :],

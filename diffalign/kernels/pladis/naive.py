@@ -1,4 +1,5 @@
-"""PLADIS in plain torch, written as the method is defined: dense attention plus a correction (Kim & Sim 2025, arXiv:2503.07677)."""
+"""PLADIS in plain torch, written as the method is defined: dense attention plus a correction (Kim &
+Sim 2025, arXiv:2503.07677)."""
 
 import torch
 from torch import Tensor
@@ -8,8 +9,17 @@ from diffalign.kernels.entmax import naive as exact
 from diffalign.kernels.pladis.scores import check, scores, softmax, split_mask
 
 
-def correction(q: Tensor, k: Tensor, v: Tensor, *, alpha: float, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """``(entmax(z) - softmax(z)) v`` [B, A, N, D] for scores ``z = scale q k^T + mask``, in float32 (float64 for float64)."""
+def correction(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    alpha: float,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``(entmax(z) - softmax(z)) v`` [B, A, N, D] for scores ``z = scale q k^T + mask``, in float32
+    (float64 for float64)."""
     with full_precision(q.device):
         bias, keep = split_mask(mask, accumulator(q.dtype))
         z = scores(q, k, scale, bias)
@@ -28,9 +38,11 @@ def pladis(
     base: Tensor | None = None,
     mass: Tensor | None = None,
 ) -> Tensor:
-    """The anchored form ``base + strength * mass * (entmax - softmax) v``; contract of ``diffalign.kernels.pladis.PladisCall``.
+    """The anchored form ``base + strength * mass * (entmax - softmax) v``; contract of
+    ``diffalign.kernels.pladis.PladisCall``.
 
-    Without ``base`` the dense attention is computed here. Cost: about ten float32 tensors [B, A, N, L] and a sort.
+    Without ``base`` the dense attention is computed here. Cost: about ten float32 tensors [B, A, N,
+    L] and a sort.
     """
     check(q, k, v, strength=strength, alpha=alpha, mask=mask, base=base, mass=mass)
     if base is None:
@@ -49,10 +61,12 @@ def pladis(
 
 
 def joint_weights(z: Tensor, text: slice, image: slice, *, strength: float, alpha: float) -> Tensor:
-    """The whole map [B, A, S, S] of joint attention from its scores ``z``: image rows re-weigh their text columns, all else is softmax.
+    """The whole map [B, A, S, S] of joint attention from its scores ``z``: image rows re-weigh
+    their text columns, all else is softmax.
 
-    Row by row, ``w[text] = m ((1 - strength) softmax(z[text]) + strength entmax(z[text]))`` with the mass ``m`` that the dense row
-    puts on text, so rows still sum to 1. The pattern is taken from third-party ports of the authors' Flux code, not from the paper.
+    Row by row, ``w[text] = m ((1 - strength) softmax(z[text]) + strength entmax(z[text]))`` with
+    the mass ``m`` that the dense row puts on text, so rows still sum to 1. The pattern is taken
+    from third-party ports of the authors' Flux code, not from the paper.
     """
     weights = torch.softmax(z, -1)
     rows = z[..., image, text]

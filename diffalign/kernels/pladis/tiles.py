@@ -6,11 +6,16 @@ import torch
 
 HEAD_DIMS = (40, 64, 72, 80, 96, 112, 128, 160)
 KEY_TILES = (64, 128, 256, 512)
-SPILLS = {(40, 512)}  # (head size, key tile) that spill registers in one of their binaries (16 bytes on sm_90); torch runs there
+SPILLS = {
+    (40, 512)
+    # (head size, key tile) that spill registers in one of their binaries (16 bytes on sm_90); torch
+    # runs there
+}
 
 
 class Plan(NamedTuple):
-    """Tile sizes of one launch: padded head size and keys, query rows per program, warps, and the shared memory it needs in KB."""
+    """Tile sizes of one launch: padded head size and keys, query rows per program, warps, and the
+    shared memory it needs in KB."""
 
     head_tile: int
     key_tile: int
@@ -19,7 +24,8 @@ class Plan(NamedTuple):
     shared_kb: int
 
 
-# (head tile, key tile): (query rows, warps, shared KB). Every entry is compiled ahead of time in the tests: no spills, this much memory.
+# (head tile, key tile): (query rows, warps, shared KB). Every entry is compiled ahead of time in
+# the tests: no spills, this much memory.
 TILES = {
     (64, 64): (64, 4, 16),
     (64, 128): (32, 4, 26),
@@ -45,7 +51,8 @@ def plan(head_dim: int, keys: int) -> Plan | None:
 
 
 def refusal(dtype: torch.dtype, head_dim: int, keys: int, shared_kb: int) -> str | None:
-    """None if the kernel takes this site on a device with ``shared_kb`` KB of shared memory per block, else the reason."""
+    """None if the kernel takes this site on a device with ``shared_kb`` KB of shared memory per
+    block, else the reason."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype} is not a 16-bit dtype"
     tiles = plan(head_dim, keys)

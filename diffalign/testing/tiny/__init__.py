@@ -1,7 +1,8 @@
-"""Tiny pipelines: real diffusers classes with random weights of a few kilobytes, built without downloads in well under a second.
+"""Tiny pipelines: real diffusers classes with random weights of a few kilobytes, built without
+downloads in well under a second.
 
-``tiny_pipeline(name)`` builds one, ``tiny_inputs(name)`` gives matching call arguments. Predictions depend on text, time and noise
-and are of order one. Neither function touches a global random state.
+``tiny_pipeline(name)`` builds one, ``tiny_inputs(name)`` gives matching call arguments. Predictions
+depend on text, time and noise and are of order one. Neither function touches a global random state.
 """
 
 from __future__ import annotations
@@ -11,7 +12,19 @@ from typing import Any
 
 import torch
 
-from diffalign.testing.tiny import cosmos, flux, lumina, others, pixart, qwen, sana, sd, sd3, video, wan  # noqa: F401  (importing enters the families)
+from diffalign.testing.tiny import (
+    cosmos,
+    flux,
+    lumina,
+    others,
+    pixart,
+    qwen,
+    sana,
+    sd,
+    sd3,
+    video,
+    wan,  # noqa: F401  (importing enters the families)
+)
 from diffalign.testing.tiny.base import FAMILIES, Draw, Inputs, Request, assemble
 
 __all__ = ["tiny_inputs", "tiny_names", "tiny_pipeline", "tiny_unet_pipeline", "tiny_variants"]
@@ -20,21 +33,33 @@ __all__ = ["tiny_inputs", "tiny_names", "tiny_pipeline", "tiny_unet_pipeline", "
 def _request(name: str, variant: str, text: bool, **rest: Any) -> Request:
     if name not in FAMILIES:
         near = ", ".join(get_close_matches(name, FAMILIES, 3)) or "see tiny_names()"
-        raise ValueError(f"class_name must be a pipeline class with a tiny form; got {name!r}. Nearest: {near}.")
+        raise ValueError(
+            f"class_name must be a pipeline class with a tiny form; got {name!r}. Nearest: {near}."
+        )
     family = FAMILIES[name]
     if variant not in family.variants:
-        raise ValueError(f"variant of {name} must be one of {list(family.variants)}; got {variant!r}.")
+        raise ValueError(
+            f"variant of {name} must be one of {list(family.variants)}; got {variant!r}."
+        )
     if text and not family.text:
-        raise ValueError(f"text=True needs a family with tiny text encoders; {name} takes embeddings only. Use text=False.")
+        raise ValueError(
+            f"text=True needs a family with tiny text encoders; {name} takes embeddings only. Use "
+            "text=False."
+        )
     return Request(name=name, variant=variant, text=text, **rest)
 
 
 def tiny_names(*, text: bool | None = None, slow: bool | None = None) -> tuple[str, ...]:
     """Class names with a tiny form, sorted.
 
-    ``text`` selects by whether the class also exists with text encoders, ``slow`` by whether one call takes more than half a second.
+    ``text`` selects by whether the class also exists with text encoders, ``slow`` by whether one
+    call takes more than half a second.
     """
-    chosen = (n for n, family in FAMILIES.items() if text in (None, family.text) and slow in (None, family.slow))
+    chosen = (
+        n
+        for n, family in FAMILIES.items()
+        if text in (None, family.text) and slow in (None, family.slow)
+    )
     return tuple(sorted(chosen))
 
 
@@ -44,11 +69,19 @@ def tiny_variants(class_name: str) -> tuple[str, ...]:
     return FAMILIES[class_name].variants
 
 
-def tiny_pipeline(class_name: str, *, variant: str = "", text: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def tiny_pipeline(
+    class_name: str,
+    *,
+    variant: str = "",
+    text: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Any:
     """A pipeline of exactly that diffusers class with random weights.
 
-    ``variant`` picks another published configuration of the class (``"2.2"`` for the two-expert Wan); ``text=True`` adds tiny text
-    encoders and a byte-level tokenizer, so that prompts can be strings. Equal arguments give equal weights, bit for bit.
+    ``variant`` picks another published configuration of the class (``"2.2"`` for the two-expert
+    Wan); ``text=True`` adds tiny text encoders and a byte-level tokenizer, so that prompts can be
+    strings. Equal arguments give equal weights, bit for bit.
 
     Raises: ValueError for an unknown class, variant or a family without text encoders.
     """
@@ -66,11 +99,13 @@ def tiny_inputs(
     steps: int = 4,
     guided: bool = True,
 ) -> Inputs:
-    """Call arguments for ``tiny_pipeline(class_name)``: embeddings (or strings), images, size, one generator per row, latent output.
+    """Call arguments for ``tiny_pipeline(class_name)``: embeddings (or strings), images, size, one
+    generator per row, latent output.
 
-    Positive and negative embeddings differ, in length too where the pipeline allows it. ``guided`` keeps classifier-free guidance
-    on with a scale of 3; without it the scale is 1 (the family's way of switching the unconditional branch off).
-    Generators are stateful: make fresh inputs for each call that must repeat.
+    Positive and negative embeddings differ, in length too where the pipeline allows it. ``guided``
+    keeps classifier-free guidance on with a scale of 3; without it the scale is 1 (the family's way
+    of switching the unconditional branch off). Generators are stateful: make fresh inputs for each
+    call that must repeat.
     """
     request = _request(class_name, variant, text, dtype=dtype, seed=seed, batch=batch, steps=steps)
     draw = Draw(seed, dtype)
@@ -86,8 +121,11 @@ def tiny_inputs(
     return inputs
 
 
-def tiny_unet_pipeline(params: int = 5_000_000, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A StableDiffusionPipeline whose UNet has at least ``params`` parameters, for overhead benchmarks.
+def tiny_unet_pipeline(
+    params: int = 5_000_000, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    """A StableDiffusionPipeline whose UNet has at least ``params`` parameters, for overhead
+    benchmarks.
 
     Call it with the inputs of ``tiny_inputs("StableDiffusionPipeline")``.
 

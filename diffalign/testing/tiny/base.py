@@ -17,8 +17,9 @@ Inputs = dict[str, Any]
 class Request:
     """What the caller of ``tiny_pipeline`` or ``tiny_inputs`` asked for.
 
-    ``batch`` and ``steps`` matter to inputs only, ``text`` (real tiny text encoders, prompts as strings) to both, and ``params``
-    (least size of a benchmark UNet; 0 means tiny) to the UNet builder.
+    ``batch`` and ``steps`` matter to inputs only, ``text`` (real tiny text encoders, prompts as
+    strings) to both, and ``params`` (least size of a benchmark UNet; 0 means tiny) to the UNet
+    builder.
     """
 
     name: str
@@ -57,7 +58,8 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(names: Iterable[str], build: Build, inputs: MakeInputs, **options: Any) -> None:
-    """Enter a family for each class name, with the options of ``Family``; a name entered twice is a programming error."""
+    """Enter a family for each class name, with the options of ``Family``; a name entered twice is a
+    programming error."""
     family = Family(build, inputs, **options)
     for name in names:
         assert name not in FAMILIES, name
@@ -65,7 +67,8 @@ def register(names: Iterable[str], build: Build, inputs: MakeInputs, **options: 
 
 
 class Draw:
-    """Seeded random inputs: every draw has its own label, so adding one input never changes another."""
+    """Seeded random inputs: every draw has its own label, so adding one input never changes
+    another."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.seed = seed
@@ -89,7 +92,9 @@ class Draw:
         mask[..., shape[-1] // 2 :] = 1.0
         return mask
 
-    def ones(self, batch: int, length: int, *, pad: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+    def ones(
+        self, batch: int, length: int, *, pad: int = 0, dtype: torch.dtype = torch.int64
+    ) -> Tensor:
         """Attention mask ``[batch, length]`` whose last ``pad`` tokens are padding."""
         mask = torch.ones(batch, length, dtype=dtype)
         if pad:
@@ -98,11 +103,13 @@ class Draw:
 
 
 def randomise(module: nn.Module, generator: torch.Generator) -> None:
-    """Give every parameter a random value, so that nothing is silent by construction (in place, reproducible).
+    """Give every parameter a random value, so that nothing is silent by construction (in place,
+    reproducible).
 
-    Layers that start at zero (output projections, adaptive gates, ControlNet joints) would make a fresh model ignore text, time
-    or noise. Here weights are normal with variance 1 / fan-in (embeddings: 1), biases and free tables normal with standard
-    deviation 0.2, and gains (all ones at the start) normal around 1 with 0.1. Predictions are then of order one.
+    Layers that start at zero (output projections, adaptive gates, ControlNet joints) would make a
+    fresh model ignore text, time or noise. Here weights are normal with variance 1 / fan-in
+    (embeddings: 1), biases and free tables normal with standard deviation 0.2, and gains (all ones
+    at the start) normal around 1 with 0.1. Predictions are then of order one.
     """
     with torch.no_grad():
         for owner in module.modules():
@@ -122,7 +129,8 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast as ``from_pretrained(torch_dtype=dtype)`` does: modules a class wants in float32 and unsaved buffers stay as they are."""
+    """Cast as ``from_pretrained(torch_dtype=dtype)`` does: modules a class wants in float32 and
+    unsaved buffers stay as they are."""
     keep = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     saved = module.state_dict().keys()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -131,7 +139,8 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def assemble(request: Request) -> Any:
-    """Build the pipeline of ``request`` with seeded weights; the global random state is left as it was."""
+    """Build the pipeline of ``request`` with seeded weights; the global random state is left as it
+    was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         pipe = FAMILIES[request.name].build(request)

@@ -14,7 +14,8 @@ SIZE, TEXT = 32, 24
 
 
 class AllowAll:
-    """Stands in for the content filter, which the pipeline demands as an object and which is a separate package."""
+    """Stands in for the content filter, which the pipeline demands as an object and which is a
+    separate package."""
 
     def to(self, device: Any) -> AllowAll:
         """Nothing to move."""

@@ -5,15 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-from diffusers import ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+)
 
 from diffalign.testing.tiny.base import Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
 SIZE, TEXT, POOLED = 16, 32, 16
-CFG = [f"Flux{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "ControlNet", "Kontext", "KontextInpaint")]
+CFG = [
+    f"Flux{kind}Pipeline"
+    for kind in ("", "Img2Img", "Inpaint", "ControlNet", "Kontext", "KontextInpaint")
+]
 EMBEDDED = [
-    f"Flux{kind}Pipeline" for kind in ("ControlNetImg2Img", "ControlNetInpaint", "Fill", "Control", "ControlImg2Img", "ControlInpaint")
+    f"Flux{kind}Pipeline"
+    for kind in (
+        "ControlNetImg2Img",
+        "ControlNetInpaint",
+        "Fill",
+        "Control",
+        "ControlImg2Img",
+        "ControlInpaint",
+    )
 ]
 CHROMA = [f"Chroma{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")]
 
@@ -39,13 +55,17 @@ def _build(request: Request) -> Any:
         parts["transformer"] = ChromaTransformer2DModel(
             **shape, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1
         )
-        parts["transformer"].register_to_config(guidance_embeds=False)  # ChromaInpaintPipeline reads it
+        parts["transformer"].register_to_config(
+            guidance_embeds=False
+        )  # ChromaInpaintPipeline reads it
     else:
         shape |= {"pooled_projection_dim": POOLED, "guidance_embeds": request.variant != "schnell"}
         # Fill also reads the masked image and a pixel mask, Control the control image
         wide = {"FluxFillPipeline": 16 + 16 + 4 * 4} | dict.fromkeys(EMBEDDED[3:], 32)
         parts |= {"text_encoder_2": None, "tokenizer_2": None}
-        parts["transformer"] = FluxTransformer2DModel(**shape | {"in_channels": wide.get(request.name, 16), "out_channels": 16})
+        parts["transformer"] = FluxTransformer2DModel(
+            **shape | {"in_channels": wide.get(request.name, 16), "out_channels": 16}
+        )
         if request.has("ControlNet"):
             parts["controlnet"] = FluxControlNetModel(**shape)
     return getattr(diffusers, request.name)(**parts)
@@ -84,7 +104,10 @@ def _flux(request: Request, draw: Draw) -> Inputs:
 
 
 def _chroma(request: Request, draw: Draw) -> Inputs:
-    b, short = request.batch, 7 if request.has("Inpaint") else 5  # the inpainting class wants equal lengths
+    b, short = (
+        request.batch,
+        7 if request.has("Inpaint") else 5,
+    )  # the inpainting class wants equal lengths
     inputs: Inputs = {
         "guidance_scale": 3.0,
         "prompt_embeds": draw.normal("text", b, 7, TEXT),

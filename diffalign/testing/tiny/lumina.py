@@ -1,4 +1,5 @@
-"""Lumina-Image 2 (separate calls, renormalised, truncated guidance) and Z-Image (lists of rows, norm cap)."""
+"""Lumina-Image 2 (separate calls, renormalised, truncated guidance) and Z-Image (lists of rows,
+norm cap)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from diffalign.testing.tiny.base import Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
 SIZE, TEXT, LATENT = 32, 24, 4
-Z_IMAGE = [f"ZImage{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")]
+Z_IMAGE = [
+    f"ZImage{kind}Pipeline"
+    for kind in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")
+]
 
 
 def _lumina2(request: Request) -> Any:
@@ -38,7 +42,11 @@ def _lumina2(request: Request) -> Any:
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     return Lumina2Pipeline(
-        transformer=model, scheduler=scheduler, vae=image_vae(LATENT, shift_factor=0.1), text_encoder=None, tokenizer=None
+        transformer=model,
+        scheduler=scheduler,
+        vae=image_vae(LATENT, shift_factor=0.1),
+        text_encoder=None,
+        tokenizer=None,
     )
 
 
@@ -58,11 +66,27 @@ def _lumina2_inputs(request: Request, draw: Draw) -> Inputs:
 
 
 def _z_image(request: Request) -> Any:
-    shape: dict[str, Any] = {"dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "norm_eps": 1e-5, "qk_norm": True}
+    shape: dict[str, Any] = {
+        "dim": 32,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+    }
     model = ZImageTransformer2DModel(
-        in_channels=LATENT, n_layers=2, cap_feat_dim=TEXT, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32], rope_theta=256.0, **shape
+        in_channels=LATENT,
+        n_layers=2,
+        cap_feat_dim=TEXT,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+        rope_theta=256.0,
+        **shape,
     )
-    parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": image_vae(LATENT, shift_factor=0.1)}
+    parts: dict[str, Any] = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": image_vae(LATENT, shift_factor=0.1),
+    }
     if request.has("ControlNet"):
         parts["controlnet"] = ZImageControlNetModel(
             control_layers_places=[0],
@@ -70,7 +94,9 @@ def _z_image(request: Request) -> Any:
             control_in_dim=2 * LATENT + 1 if request.has("Inpaint") else LATENT,
             **shape,
         )
-    return getattr(diffusers, request.name)(text_encoder=None, tokenizer=None, transformer=model, **parts)
+    return getattr(diffusers, request.name)(
+        text_encoder=None, tokenizer=None, transformer=model, **parts
+    )
 
 
 def _z_image_inputs(request: Request, draw: Draw) -> Inputs:

@@ -29,15 +29,28 @@ SIZE, TEXT = 16, 24
 
 def _dit(request: Request) -> Any:
     model = DiTTransformer2DModel(
-        sample_size=4, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=8
+        sample_size=4,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
     )
-    return DiTPipeline(transformer=model, vae=image_vae(), scheduler=DDIMScheduler(clip_sample=False))
+    return DiTPipeline(
+        transformer=model, vae=image_vae(), scheduler=DDIMScheduler(clip_sample=False)
+    )
 
 
 def _dit_inputs(request: Request, draw: Draw) -> Inputs:
     # this pipeline has no latent output and takes one generator
     labels = [207 + row for row in range(request.batch)]
-    return {"class_labels": labels, "guidance_scale": 3.0, "output_type": "np", "generator": draw.generator("noise 0")}
+    return {
+        "class_labels": labels,
+        "guidance_scale": 3.0,
+        "output_type": "np",
+        "generator": draw.generator("noise 0"),
+    }
 
 
 def _aura(request: Request) -> Any:
@@ -55,10 +68,14 @@ def _aura(request: Request) -> Any:
         pos_embed_max_size=64,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
-    return AuraFlowPipeline(tokenizer=None, text_encoder=None, vae=image_vae(), transformer=model, scheduler=scheduler)
+    return AuraFlowPipeline(
+        tokenizer=None, text_encoder=None, vae=image_vae(), transformer=model, scheduler=scheduler
+    )
 
 
-def _text(request: Request, draw: Draw, suffix: str = "", length: int = 7, *, masks: bool = True) -> Inputs:
+def _text(
+    request: Request, draw: Draw, suffix: str = "", length: int = 7, *, masks: bool = True
+) -> Inputs:
     b = request.batch
     inputs: Inputs = {}
     for name, pad in (("prompt", 1), ("negative_prompt", 3)):
@@ -93,7 +110,9 @@ def _hunyuan(request: Request) -> Any:
         text_encoder=None,
         tokenizer=None,
         transformer=model,
-        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.018, prediction_type="v_prediction", clip_sample=False),
+        scheduler=DDPMScheduler(
+            beta_start=0.00085, beta_end=0.018, prediction_type="v_prediction", clip_sample=False
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -101,7 +120,12 @@ def _hunyuan(request: Request) -> Any:
 
 
 def _hunyuan_inputs(request: Request, draw: Draw) -> Inputs:
-    inputs: Inputs = {"guidance_scale": 3.0, "height": SIZE, "width": SIZE, "use_resolution_binning": False}
+    inputs: Inputs = {
+        "guidance_scale": 3.0,
+        "height": SIZE,
+        "width": SIZE,
+        "use_resolution_binning": False,
+    }
     if request.variant == "rescaled":
         inputs["guidance_rescale"] = 0.7
     return inputs | _text(request, draw) | _text(request, draw, "_2", 9)
@@ -109,7 +133,13 @@ def _hunyuan_inputs(request: Request, draw: Draw) -> Inputs:
 
 def _kolors(request: Request) -> Any:
     model = sd.unet(request, sd.WIDTH)
-    return KolorsPipeline(vae=image_vae(), text_encoder=None, tokenizer=None, unet=model, scheduler=EulerDiscreteScheduler(**sd.NOISE))
+    return KolorsPipeline(
+        vae=image_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=model,
+        scheduler=EulerDiscreteScheduler(**sd.NOISE),
+    )
 
 
 def _kolors_inputs(request: Request, draw: Draw) -> Inputs:
@@ -133,12 +163,18 @@ def _cogview4(request: Request) -> Any:
         time_embed_dim=8,
         condition_dim=4,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear")
-    return CogView4Pipeline(tokenizer=None, text_encoder=None, vae=image_vae(), transformer=model, scheduler=scheduler)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
+    )
+    return CogView4Pipeline(
+        tokenizer=None, text_encoder=None, vae=image_vae(), transformer=model, scheduler=scheduler
+    )
 
 
 def _cogview4_inputs(request: Request, draw: Draw) -> Inputs:
-    return {"guidance_scale": 3.0, "height": SIZE, "width": SIZE} | _text(request, draw, masks=False)
+    return {"guidance_scale": 3.0, "height": SIZE, "width": SIZE} | _text(
+        request, draw, masks=False
+    )
 
 
 register(["DiTPipeline"], _dit, _dit_inputs)

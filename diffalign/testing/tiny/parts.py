@@ -33,11 +33,21 @@ def image_vae(channels: int = 4, **config: Any) -> AutoencoderKL:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose tokens are single bytes, with and without the end-of-word mark: any string works, in 77 tokens."""
+    """A CLIP tokenizer whose tokens are single bytes, with and without the end-of-word mark: any
+    string works, in 77 tokens."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]  # the byte alphabet of GPT-2
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    letters = [chr(b) for b in printable] + [
+        chr(256 + n) for n in range(256 - len(printable))
+    ]  # the byte alphabet of GPT-2
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(letter + "</w>" for letter in letters),
+    ]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77
+    )
 
 
 def _clip_config(width: int, projection: int) -> CLIPTextConfig:
@@ -69,11 +79,18 @@ def clip_vision(width: int = 16) -> CLIPVisionModel:
     """Two layers over a 16 x 16 image in 4 patches; hidden states ``[B, 5, width]``."""
     return CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
         )
     )
 
 
 def clip_images() -> CLIPImageProcessor:
     """Preprocessing for ``clip_vision``; takes tensors in [0, 1]."""
-    return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_rescale=False)
+    return CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_rescale=False
+    )

@@ -1,4 +1,5 @@
-"""PixArt alpha and sigma: cross-attention to masked T5 text, learned sigma (twice the channels), batched branches."""
+"""PixArt alpha and sigma: cross-attention to masked T5 text, learned sigma (twice the channels),
+batched branches."""
 
 from __future__ import annotations
 
@@ -27,12 +28,17 @@ def _build(request: Request) -> Any:
         use_additional_conditions=False,
     )
     return getattr(diffusers, request.name)(
-        tokenizer=None, text_encoder=None, vae=image_vae(), transformer=model, scheduler=DPMSolverMultistepScheduler()
+        tokenizer=None,
+        text_encoder=None,
+        vae=image_vae(),
+        transformer=model,
+        scheduler=DPMSolverMultistepScheduler(),
     )
 
 
 def masked_text(request: Request, draw: Draw, width: int) -> Inputs:
-    """Embeddings ``[B, 7, width]`` with masks: the positive prompt fills all 7 tokens but one, the negative 4."""
+    """Embeddings ``[B, 7, width]`` with masks: the positive prompt fills all 7 tokens but one, the
+    negative 4."""
     b = request.batch
     return {
         "prompt_embeds": draw.normal("text", b, 7, width),
@@ -43,7 +49,13 @@ def masked_text(request: Request, draw: Draw, width: int) -> Inputs:
 
 
 def _inputs(request: Request, draw: Draw) -> Inputs:
-    inputs: Inputs = {"negative_prompt": None, "guidance_scale": 3.0, "height": SIZE, "width": SIZE, "use_resolution_binning": False}
+    inputs: Inputs = {
+        "negative_prompt": None,
+        "guidance_scale": 3.0,
+        "height": SIZE,
+        "width": SIZE,
+        "use_resolution_binning": False,
+    }
     return inputs | masked_text(request, draw, TEXT)
 
 

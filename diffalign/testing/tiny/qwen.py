@@ -1,4 +1,5 @@
-"""Qwen-Image: separate calls, masked text of any length, renormalised guidance; img2img, inpaint, ControlNet and edit siblings."""
+"""Qwen-Image: separate calls, masked text of any length, renormalised guidance; img2img, inpaint,
+ControlNet and edit siblings."""
 
 from __future__ import annotations
 
@@ -6,13 +7,21 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageControlNetModel, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageControlNetModel,
+    QwenImageTransformer2DModel,
+)
 from PIL import Image
 
 from diffalign.testing.tiny.base import Draw, Inputs, Request, register
 
 SIZE, TEXT, LATENT = 32, 24, 4
-PLAIN = [f"QwenImage{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")]
+PLAIN = [
+    f"QwenImage{kind}Pipeline"
+    for kind in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")
+]
 EDIT = ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"]
 
 
@@ -40,7 +49,9 @@ def _build(request: Request) -> Any:
         "joint_attention_dim": TEXT,
         "axes_dims_rope": (4, 6, 6),
     }
-    parts: dict[str, Any] = {  # edit pipelines enlarge every image to a million pixels, hence their deeper autoencoder
+    parts: dict[
+        str, Any
+    ] = {  # edit pipelines enlarge every image to a million pixels, hence their deeper autoencoder
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         "vae": qwen_vae(7 if request.has("Edit") else 4),
         "text_encoder": None,
@@ -51,7 +62,9 @@ def _build(request: Request) -> Any:
         parts["processor"] = None
     if request.has("ControlNet"):
         extra = 4 if request.has("Inpaint") else 0  # the packed mask
-        parts["controlnet"] = QwenImageControlNetModel(**shape | {"num_layers": 1}, extra_condition_channels=extra)
+        parts["controlnet"] = QwenImageControlNetModel(
+            **shape | {"num_layers": 1}, extra_condition_channels=extra
+        )
     return getattr(diffusers, request.name)(**parts)
 
 
@@ -68,7 +81,9 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     }
     if request.has("Edit"):
         if request.has("Plus") and b > 1:
-            raise ValueError(f"QwenImageEditPlusPipeline makes one image per call; got batch={b}. Use batch=1.")
+            raise ValueError(
+                f"QwenImageEditPlusPipeline makes one image per call; got batch={b}. Use batch=1."
+            )
         pixels = (255 * draw.image("image", 40, 48, 3)).to(torch.uint8).numpy()
         inputs |= {"image": [Image.fromarray(pixels)], "height": 8 * SIZE, "width": 8 * SIZE}
     elif request.has("Img2Img") or request.name == "QwenImageInpaintPipeline":
@@ -76,7 +91,9 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     if request.has("Img2Img", "Inpaint") and not request.has("ControlNet"):
         inputs["strength"] = 0.75
     if request.has("Inpaint"):
-        inputs["control_mask" if request.has("ControlNet") else "mask_image"] = draw.mask(b, 1, SIZE, SIZE)
+        inputs["control_mask" if request.has("ControlNet") else "mask_image"] = draw.mask(
+            b, 1, SIZE, SIZE
+        )
     if request.has("ControlNet"):
         inputs["control_image"] = draw.image("control", b, 3, SIZE, SIZE)
     return inputs

@@ -1,11 +1,17 @@
-"""Sana: linear self-attention, cross-attention to masked text, a deep-compression autoencoder, flow matching."""
+"""Sana: linear self-attention, cross-attention to masked text, a deep-compression autoencoder, flow
+matching."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import diffusers
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaControlNetModel, SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    FlowMatchEulerDiscreteScheduler,
+    SanaControlNetModel,
+    SanaTransformer2DModel,
+)
 
 from diffalign.testing.tiny.base import Draw, Inputs, Request, register
 from diffalign.testing.tiny.pixart import masked_text
@@ -56,7 +62,13 @@ def _build(request: Request) -> Any:
 
 
 def _inputs(request: Request, draw: Draw) -> Inputs:
-    inputs: Inputs = {"negative_prompt": None, "guidance_scale": 3.0, "height": SIZE, "width": SIZE, "use_resolution_binning": False}
+    inputs: Inputs = {
+        "negative_prompt": None,
+        "guidance_scale": 3.0,
+        "height": SIZE,
+        "width": SIZE,
+        "use_resolution_binning": False,
+    }
     if request.has("ControlNet"):
         inputs["control_image"] = draw.image("control", request.batch, 3, SIZE, SIZE)
     return inputs | masked_text(request, draw, TEXT)

@@ -1,4 +1,5 @@
-"""Stable Diffusion 1.5 and XL: UNets with cross-attention, and their img2img, inpaint and ControlNet siblings."""
+"""Stable Diffusion 1.5 and XL: UNets with cross-attention, and their img2img, inpaint and
+ControlNet siblings."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ XL = "StableDiffusionXL{}Pipeline"
 KINDS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
 UNION = ("ControlNetUnion", "ControlNetUnionImg2Img", "ControlNetUnionInpaint")
 WIDTH, TEXT, POOLED, SIZE = 16, 32, 16, 16
-NOISE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+NOISE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
 
 
 def unet(request: Request, width: int) -> UNet2DConditionModel:
@@ -54,7 +60,9 @@ def unet(request: Request, width: int) -> UNet2DConditionModel:
 
 
 def _control(request: Request) -> Any:
-    model = unet(replace(request, variant=""), WIDTH)  # ControlNets of inpainting UNets also read 4 channels
+    model = unet(
+        replace(request, variant=""), WIDTH
+    )  # ControlNets of inpainting UNets also read 4 channels
     if request.has("Union"):
         return ControlNetUnionModel(
             down_block_types=model.config.down_block_types,
@@ -80,21 +88,45 @@ def _control(request: Request) -> Any:
 
 def _build(request: Request) -> Any:
     model = unet(request, _width(request) if request.params else WIDTH)
-    parts: dict[str, Any] = {"unet": model, "vae": image_vae(), "text_encoder": None, "tokenizer": None}
+    parts: dict[str, Any] = {
+        "unet": model,
+        "vae": image_vae(),
+        "text_encoder": None,
+        "tokenizer": None,
+    }
     if request.text:
-        parts |= {"text_encoder": clip_text(16 if request.has("XL") else TEXT), "tokenizer": clip_tokenizer()}
+        parts |= {
+            "text_encoder": clip_text(16 if request.has("XL") else TEXT),
+            "tokenizer": clip_tokenizer(),
+        }
     if request.has("XL"):
-        parts |= {"text_encoder_2": None, "tokenizer_2": None, "scheduler": EulerDiscreteScheduler(**NOISE)}
+        parts |= {
+            "text_encoder_2": None,
+            "tokenizer_2": None,
+            "scheduler": EulerDiscreteScheduler(**NOISE),
+        }
         if request.text:
-            parts |= {"text_encoder_2": clip_text_projected(16, POOLED), "tokenizer_2": clip_tokenizer()}
+            parts |= {
+                "text_encoder_2": clip_text_projected(16, POOLED),
+                "tokenizer_2": clip_tokenizer(),
+            }
     else:
         scheduler = DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False)
-        parts |= {"scheduler": scheduler, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts |= {
+            "scheduler": scheduler,
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
     if request.has("ControlNet"):
         parts["controlnet"] = _control(request)
     if request.has("Adapter"):
         parts["adapter"] = T2IAdapter(
-            in_channels=3, channels=[WIDTH, 2 * WIDTH], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter"
+            in_channels=3,
+            channels=[WIDTH, 2 * WIDTH],
+            num_res_blocks=1,
+            downscale_factor=2,
+            adapter_type="full_adapter",
         )
     return getattr(diffusers, request.name)(**parts)
 
@@ -102,7 +134,10 @@ def _build(request: Request) -> Any:
 def prompts(request: Request) -> Inputs:
     """Strings, one pair per row."""
     rows = range(request.batch)
-    return {"prompt": [f"a red apple {row}" for row in rows], "negative_prompt": [f"blurry {row}" for row in rows]}
+    return {
+        "prompt": [f"a red apple {row}" for row in rows],
+        "negative_prompt": [f"blurry {row}" for row in rows],
+    }
 
 
 def images(request: Request, draw: Draw, size: int = SIZE) -> Inputs:
@@ -148,8 +183,20 @@ def _width(request: Request) -> int:
 
 
 register([SD.format(kind) for kind in KINDS if "Inpaint" not in kind], _build, _inputs, text=True)
-register([SD.format(kind) for kind in KINDS if "Inpaint" in kind], _build, _inputs, variants=("", "9ch"), text=True)
+register(
+    [SD.format(kind) for kind in KINDS if "Inpaint" in kind],
+    _build,
+    _inputs,
+    variants=("", "9ch"),
+    text=True,
+)
 register([XL.format(kind) for kind in KINDS if "Inpaint" not in kind], _build, _inputs, text=True)
-register([XL.format(kind) for kind in KINDS if "Inpaint" in kind], _build, _inputs, variants=("", "9ch"), text=True)
+register(
+    [XL.format(kind) for kind in KINDS if "Inpaint" in kind],
+    _build,
+    _inputs,
+    variants=("", "9ch"),
+    text=True,
+)
 register([XL.format(kind) for kind in UNION], _build, _inputs, text=True)
 register([SD.format("Adapter"), XL.format("Adapter")], _build, _inputs, text=True)

@@ -30,14 +30,20 @@ def _build(request: Request) -> Any:
         "qk_norm": "rms_norm",
     }
     parts: dict[str, Any] = {
-        "transformer": SD3Transformer2DModel(**shape, dual_attention_layers=(0,) if request.variant == "3.5" else ()),
+        "transformer": SD3Transformer2DModel(
+            **shape, dual_attention_layers=(0,) if request.variant == "3.5" else ()
+        ),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "vae": image_vae(16, shift_factor=0.1),
     }
-    parts |= dict.fromkeys([f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")])
+    parts |= dict.fromkeys(
+        [f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    )
     if request.has("ControlNet"):
         extra = 1 if request.has("Inpainting") else 0
-        parts["controlnet"] = SD3ControlNetModel(**shape | {"num_layers": 1}, extra_conditioning_channels=extra)
+        parts["controlnet"] = SD3ControlNetModel(
+            **shape | {"num_layers": 1}, extra_conditioning_channels=extra
+        )
     return getattr(diffusers, request.name)(**parts)
 
 
@@ -63,4 +69,6 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     return inputs
 
 
-register([f"StableDiffusion3{kind}Pipeline" for kind in NAMES], _build, _inputs, variants=("", "3.5"))
+register(
+    [f"StableDiffusion3{kind}Pipeline" for kind in NAMES], _build, _inputs, variants=("", "3.5")
+)

@@ -52,12 +52,22 @@ def _ltx(request: Request) -> Any:
         num_layers=2,
         caption_channels=TEXT,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=request.name != "LTXConditionPipeline", shift_terminal=0.1)
-    return getattr(diffusers, request.name)(transformer=model, scheduler=scheduler, vae=_ltx_vae(), text_encoder=None, tokenizer=None)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=request.name != "LTXConditionPipeline", shift_terminal=0.1
+    )
+    return getattr(diffusers, request.name)(
+        transformer=model, scheduler=scheduler, vae=_ltx_vae(), text_encoder=None, tokenizer=None
+    )
 
 
 def _ltx_inputs(request: Request, draw: Draw) -> Inputs:
-    inputs: Inputs = {"guidance_scale": 3.0, "height": SIZE, "width": SIZE, "num_frames": 9, "frame_rate": 25}
+    inputs: Inputs = {
+        "guidance_scale": 3.0,
+        "height": SIZE,
+        "width": SIZE,
+        "num_frames": 9,
+        "frame_rate": 25,
+    }
     if request.variant == "rescaled":
         inputs["guidance_rescale"] = 0.7
     if request.has("ImageToVideo", "Condition"):
@@ -95,7 +105,11 @@ def _cog(request: Request) -> Any:
         use_rotary_positional_embeddings=request.variant == "rotary",
     )
     return getattr(diffusers, request.name)(
-        tokenizer=None, text_encoder=None, vae=_cog_vae(), transformer=model, scheduler=CogVideoXDDIMScheduler(rescale_betas_zero_snr=True)
+        tokenizer=None,
+        text_encoder=None,
+        vae=_cog_vae(),
+        transformer=model,
+        scheduler=CogVideoXDDIMScheduler(rescale_betas_zero_snr=True),
     )
 
 

@@ -1,11 +1,17 @@
-"""Wan 2.1 and 2.2 video: separate calls, cross-attention; two experts, image, video and control inputs."""
+"""Wan 2.1 and 2.2 video: separate calls, cross-attention; two experts, image, video and control
+inputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import diffusers
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
+)
 
 from diffalign.testing.tiny.base import Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import clip_images, clip_vision
@@ -53,14 +59,19 @@ def _build(request: Request) -> Any:
         "tokenizer": None,
         "text_encoder": None,
         "vae": wan_vae(),
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
         "transformer": _transformer(request),
     }
     if request.variant == "2.2":
         parts |= {"transformer_2": _transformer(request), "boundary_ratio": 0.875}
     if request.variant == "2.2-5b":
         parts["expand_timesteps"] = True
-    if "image_dim" in parts["transformer"].config and parts["transformer"].config.image_dim is not None:
+    if (
+        "image_dim" in parts["transformer"].config
+        and parts["transformer"].config.image_dim is not None
+    ):
         parts |= {"image_encoder": clip_vision(CLIP), "image_processor": clip_images()}
     return getattr(diffusers, request.name)(**parts)
 

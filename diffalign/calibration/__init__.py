@@ -1,0 +1,1 @@
+"""Offline tools that fit a technique to a model: curves, thresholds, linear policies."""

@@ -1,0 +1,174 @@
+"""Calibrate AdaptiveGuidance's threshold on a model: choose it from the curves of plain CFG, then
+look at what it changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffalign.calibration.curves import Curves, eight_bits, record
+from diffalign.calibration.linear import outputs
+from diffalign.core import Tensor
+from diffalign.drawing.chart import Curve, chart
+from diffalign.guidance.adaptive_guidance import AdaptiveGuidance
+from diffalign.guidance.linear_ag import identity_of
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A chosen ``threshold`` with what it rests on.
+
+    ``difference`` [N]: mean absolute difference to plain CFG's image over all pixels, in [0, 1];
+    ``nfe``: measured in that second generation, mean over images; ``when``: the conditions under
+    which the threshold holds, as presets name them.
+    """
+
+    threshold: float
+    curves: Curves
+    difference: Tensor
+    nfe: float
+    when: dict[str, Any]
+
+    def preset(self, source: str) -> dict[str, list[dict[str, Any]]]:
+        """The content of a preset file; ``source`` says where the value comes from."""
+        where = {key: value for key, value in self.when.items() if key != "space"}
+        entries = [
+            {"option": "space", "value": self.when["space"], "when": where, "source": source},
+            {"option": "threshold", "value": self.threshold, "when": self.when, "source": source},
+        ]
+        return {"adaptive-guidance": entries}
+
+    def table(self) -> list[tuple[float, float, float, int]]:
+        """Threshold, NFE per image, share saved, images that latch: for the chosen threshold and
+        for savings of 10, 20, 30, 40%."""
+        most, curves = self.curves.saving(-1.0), self.curves
+        tried = {curves.threshold_for(s) for s in (0.1, 0.2, 0.3, 0.4) if s <= most} | {
+            self.threshold
+        }
+        steps = curves.cosine.shape[1]
+        return [
+            (
+                t,
+                float(curves.nfe(t).double().mean()),
+                curves.saving(t),
+                int((curves.latches(t) < steps).sum()),
+            )
+            for t in sorted(tried, reverse=True)
+        ]
+
+    def plot(self) -> Image.Image:
+        """Above, the cosine per step (median and 10 to 90% of the images) with the threshold;
+        below, the cost against the threshold."""
+        low, median, high = self.curves.cosine.quantile(
+            torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=0
+        ).tolist()
+        last = len(median) - 1
+        upper = chart(
+            [
+                Curve(
+                    "median cosine, 10 to 90% of the images",
+                    list(enumerate(median)),
+                    low=low,
+                    high=high,
+                ),
+                Curve(
+                    f"threshold {self.threshold:g}", [(0, self.threshold), (last, self.threshold)]
+                ),
+            ],
+            title=(
+                f"Agreement of the branches under plain guidance, {len(self.curves.cosine)} "
+                f"images, space {self.when['space']}"
+            ),
+            x_label="step",
+        )
+        most = self.curves.saving(-1.0)
+        tried = sorted({self.curves.threshold_for(most * i / 24) for i in range(25)})
+        lower = chart(
+            [
+                Curve(
+                    "NFE per image", [(t, float(self.curves.nfe(t).double().mean())) for t in tried]
+                ),
+                Curve(
+                    "chosen",
+                    [(self.threshold, float(self.curves.nfe(self.threshold).double().mean()))],
+                ),
+            ],
+            title="Cost of each threshold",
+            x_label="threshold",
+        )
+        both = Image.new("RGB", (upper.width, upper.height + lower.height))
+        both.paste(upper, (0, 0))
+        both.paste(lower, (0, upper.height))
+        return both
+
+
+def check_saving(saving: float, steps: int, order: int = 1, minimum: int = 2) -> None:
+    """Raise ValueError unless AdaptiveGuidance can save this share of the evaluations.
+
+    ``order``: evaluations of all steps but the last.
+    """
+    total = order * steps - (order - 1)
+    most = (total - order * minimum) / (2 * total)
+    if most <= 0:
+        raise ValueError(
+            f"AdaptiveGuidance always guides {minimum} steps, so {steps} steps leave nothing to "
+            "save; give more steps."
+        )
+    if not 0.0 < saving <= most:
+        raise ValueError(
+            f"saving must be above 0 and at most {most:.3f} for {steps} steps, {minimum} of them "
+            f"always guided; got {saving:g}."
+        )
+
+
+def calibrate_adaptive_guidance(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    scale: float,
+    steps: int,
+    saving: float = 0.25,
+    space: Literal["eps", "x0"] = "eps",
+    negative_prompt: str = "",
+    **call: Any,
+) -> Calibration:
+    """The highest threshold that saves ``saving`` of plain CFG's evaluations on average over
+    ``prompts``, and what it changes.
+
+    ``saving`` in (0, 0.5); ``call``: ``batch``, ``seed``, ``progress`` of ``outputs``, and further
+    arguments of the pipeline.
+    Cost: one generation with plain CFG and one with the chosen threshold for every prompt. Raises
+    ValueError when the saving cannot be reached, and whatever ``apply`` raises for the pipeline.
+    """
+    from diffalign.seams import apply
+
+    rule = AdaptiveGuidance(scale, space=space)
+    check_saving(saving, steps, int(getattr(pipe.scheduler, "order", 1)), rule.min_guided_steps)
+    given = {"num_inference_steps": steps, "negative_prompt": negative_prompt, **call}
+    curves, plain = record(
+        pipe, prompts, scale=scale, space=space, minimum=rule.min_guided_steps, **given
+    )
+    threshold = curves.threshold_for(saving)
+    differences: list[Tensor] = []
+    nfe = 0.0
+    with apply(pipe, dataclasses.replace(rule, threshold=threshold)) as session:
+        for made in outputs(pipe, prompts, output_type="np", **given):
+            start = sum(map(len, differences))
+            apart = np.abs(eight_bits(made).astype(np.int16) - plain[start : start + len(made)])
+            differences.append(torch.from_numpy(apart).flatten(1).double().mean(1) / 255.0)
+            nfe += session.report().nfe * len(made)
+    identity = identity_of(pipe, steps, scale, (), negative_prompt)
+    when = {
+        "model": identity.model,
+        "scheduler": identity.scheduler,
+        "steps": steps,
+        "scale": float(scale),
+        "space": space,
+    }
+    return Calibration(threshold, curves, torch.cat(differences), nfe / len(prompts), when)

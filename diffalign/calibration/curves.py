@@ -1,0 +1,156 @@
+"""How the branches agree along plain CFG, and what every threshold of AdaptiveGuidance would cost
+on the same trajectories.
+
+Up to the step that latches, AdaptiveGuidance is plain CFG (Castillo et al. 2023, arXiv:2312.12487).
+So its curves tell for every threshold at which step each image would latch; no second generation is
+needed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffalign.calibration.linear import outputs
+from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel
+from diffalign.guidance.adaptive_guidance import agreement
+from diffalign.guidance.base import Guidance
+
+
+@dataclass(frozen=True, slots=True)
+class Recording(Guidance[None]):
+    """Plain CFG that hands each step's ``agreement`` to ``sink(index, cosine [B])``, and None at a
+    solver's second evaluation."""
+
+    scale: float | None
+    space: Literal["eps", "x0"]
+    sink: Callable[[int, Tensor | None], None]
+
+    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
+        made, sources = Guidance.resolve(self, context)
+        if made.scale == 1.0:
+            raise UnsupportedModel(
+                f"There is nothing to save: {context.pipeline} runs without guidance here. Give a "
+                "scale above 1."
+            )
+        return made, sources
+
+    def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
+        return (COND, UNCOND)
+
+    def combine(
+        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
+    ) -> tuple[Tensor, None]:
+        assert self.scale is not None
+        self.sink(
+            step.index,
+            agreement(preds[COND], preds[UNCOND], step, self.space)
+            if step.evaluation == 0
+            else None,
+        )
+        return step.mix(preds[COND], preds[UNCOND], self.scale), None
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """``cosine`` [N, S] float64: of each image at each step of plain CFG; ``evaluations``: of the
+    model, by each step; sums to E.
+
+    ``minimum``: ``min_guided_steps`` of the AdaptiveGuidance to come.
+    """
+
+    cosine: Tensor
+    evaluations: tuple[int, ...]
+    minimum: int = 2
+
+    @property
+    def _highest(self) -> Tensor:
+        """[N, S - minimum + 1]: the highest cosine so far among the steps that may latch; a
+        threshold latches where it is first reached."""
+        return self.cosine[:, self.minimum - 1 :].cummax(1).values
+
+    def latches(self, threshold: float) -> Tensor:
+        """[N] integers: the last guided step of each image, S where it never latches."""
+        return (self._highest < threshold).sum(1) + self.minimum - 1
+
+    def nfe(self, threshold: float) -> Tensor:
+        """[N] evaluations of each image: every step conditionally, the guided ones a second time.
+        Plain CFG costs 2 E."""
+        guided = torch.tensor([0, *self.evaluations, 0]).cumsum(0)[1:]
+        return guided[self.latches(threshold)] + sum(self.evaluations)
+
+    def saving(self, threshold: float) -> float:
+        """The share of plain CFG's evaluations that is saved, mean over images, in [0, 0.5)."""
+        return 1.0 - float(self.nfe(threshold).double().mean()) / (2 * sum(self.evaluations))
+
+    def threshold_for(self, saving: float) -> float:
+        """The highest threshold that saves at least ``saving`` on average, as the shortest number
+        that does so with the same latches.
+
+        Raises ValueError when even the lowest threshold saves less.
+        """
+        values: list[float] = sorted(
+            set(self._highest.flatten().tolist())
+        )  # the saving changes at these only, and never rises
+        k = bisect_left(values, True, key=lambda value: self.saving(value) < saving - 1e-12) - 1
+        if k < 0:
+            raise ValueError(
+                f"saving must be at most {self.saving(-1.0):.3f} for {len(self.evaluations)} "
+                f"steps, {self.minimum} of which are always "
+                f"guided; got {saving:g}."
+            )
+        below = values[k - 1] if k else values[0] - 0.01
+        middle = (
+            below + values[k]
+        ) / 2  # far from the next image's cosine, whose last bits may differ from run to run
+        return next(
+            (t for digits in range(2, 16) if below < (t := round(middle, digits)) <= values[k]),
+            values[k],
+        )
+
+
+def record(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    scale: float,
+    space: Literal["eps", "x0"] = "eps",
+    minimum: int = 2,
+    **call: Any,
+) -> tuple[Curves, NDArray[np.uint8]]:
+    """Plain CFG on every prompt: the curves, and the images [N, ..., H, W, 3].
+
+    ``call``: arguments of ``outputs`` and of the pipeline. Cost: as plain CFG; one device
+    synchronisation per batch.
+    """
+    from diffalign.seams import apply
+
+    steps: dict[int, list[Tensor]] = {}
+    evaluations: dict[int, int] = {}
+    parts: list[Tensor] = []
+    images: list[NDArray[np.uint8]] = []
+
+    def sink(index: int, cosine: Tensor | None) -> None:
+        evaluations[index] = evaluations.get(index, 0) + 1
+        if cosine is not None:
+            steps.setdefault(index, []).append(cosine)
+
+    with apply(pipe, Recording(scale, space, sink)):
+        for made in outputs(pipe, prompts, output_type="np", **call):
+            images.append(eight_bits(made))
+            parts.append(torch.stack([steps[i][0] for i in sorted(steps)], dim=1).cpu().double())
+            counts = tuple(evaluations[i] for i in sorted(evaluations))
+            steps.clear()
+            evaluations.clear()
+    return Curves(torch.cat(parts), counts, minimum), np.concatenate(images)
+
+
+def eight_bits(images: NDArray[Any]) -> NDArray[np.uint8]:
+    """Values in [0, 1] as 8 bits, as they are saved."""
+    return (np.asarray(images) * 255.0).round().astype(np.uint8)

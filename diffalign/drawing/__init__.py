@@ -1,0 +1,1 @@
+"""Contact sheets, charts and settings inside PNG files."""

@@ -1,0 +1,1 @@
+"""The embedded networks: judges, dual encoder, evaluator."""

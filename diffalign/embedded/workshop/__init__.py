@@ -1,0 +1,1 @@
+"""Scripts that trained the embedded models, and their reports. Nothing imports this room."""

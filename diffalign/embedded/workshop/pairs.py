@@ -1,0 +1,197 @@
+"""Pairs of scenes that differ in one fact, for the contrastive training and the test of
+`emoji-clip`.
+
+Both scenes of a pair have the same background and, where the fact allows, the same layout; each
+one's caption is a hard negative for the other, and each picture a hard negative for the other's
+caption (the construction of Thrush et al., "Winoground", 2022, arXiv:2204.03162).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from diffalign.embedded.world.captions import Group, geneval, paraphrase
+from diffalign.embedded.world import scenes as w
+from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, RELATIONS
+
+__all__ = ["CHANGES", "FOCUS", "MIX", "Pair", "Picture", "batch", "pairs"]
+
+CHANGES = ("class", "colour", "count", "relation", "binding")
+"""What can differ. `class`, `colour` and `count` change one group; `relation` replaces the
+relation; `binding` exchanges two groups' colours or numbers and keeps every word of the caption."""
+
+MIX: dict[str, float] = {
+    "single": 0.08, "colour": 0.12, "two": 0.13, "count": 0.15, "position": 0.17, "two_coloured": 0.22,
+    "count_coloured": 0.03, "position_coloured": 0.04, "numbers": 0.04, "three": 0.02,
+}  # fmt: skip
+"""Kinds of scene in training; more of those in which a word has to find its object than in
+`world.DEFAULT_MIX`."""
+
+
+FOCUS: dict[str, float] = {
+    "single": 0.03, "colour": 0.06, "two": 0.06, "count": 0.08, "position": 0.32, "two_coloured": 0.27,
+    "count_coloured": 0.02, "position_coloured": 0.08, "numbers": 0.06, "three": 0.02,
+}  # fmt: skip
+"""The mixture once objects, colours and numbers are known: relation and binding."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One scene of a pair: picture, caption and facts, and truth rows int64 [4, 6] as in
+    `World.arrays`."""
+
+    image: npt.NDArray[np.uint8]
+    caption: str
+    truth: npt.NDArray[np.int64]
+    groups: tuple[Group, ...]
+    relation: str | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures and the fact in which they differ, one of `CHANGES`."""
+
+    first: Picture
+    second: Picture
+    change: str
+
+
+def pairs(
+    seed: int, count: int, mix: dict[str, float] | None = None, plain: float = 0.6, weight: int = 3
+) -> Iterator[Pair]:
+    """`count` pairs from a seed; `plain` is the share whose captions are in GenEval's exact
+    grammar, `weight` how often a relation or a binding is the change where it can be, against 1 for
+    the class and 2 for colour and number."""
+    rng = random.Random(seed)
+    kinds, weights = zip(*(mix or MIX).items(), strict=True)
+    for _ in range(count):
+        groups, relation = w._facts(rng, rng.choices(kinds, weights)[0])
+        change = rng.choice(_possible(groups, relation, weight))
+        others, other_relation = _changed(rng, groups, relation, change)
+        background = w._background(rng)
+        layout = rng.choice(w._related(relation) if relation else w._layouts(_total(groups)))
+        if change == "relation" and other_relation is not None:
+            # The picture of the same two cells exchanged is the hardest; any other placement of the
+            # relation keeps the pair honest.
+            swapped = layout[::-1] if layout[::-1] in w._related(other_relation) else None
+            other_layout = swapped or rng.choice(w._related(other_relation))
+        else:
+            other_layout = (
+                layout if len(layout) == _total(others) else rng.choice(w._layouts(_total(others)))
+            )
+        style = rng.random()
+        captions = []
+        for facts in ((groups, relation), (others, other_relation)):
+            captions.append(geneval(*facts) if style < plain else paraphrase(rng, *facts))
+        first = _picture(groups, relation, layout, background, captions[0])
+        yield Pair(
+            first, _picture(others, other_relation, other_layout, background, captions[1]), change
+        )
+
+
+def batch(
+    seed: int, count: int, mix: dict[str, float] | None = None, weight: int = 3
+) -> tuple[npt.NDArray[np.uint8], list[str], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """`count` pairs, first and second pictures alternating: images [2 count, 64, 64, 3], captions,
+    truth [2 count, 4, 6], and a table [2 count, 2 count] that is True where two *different*
+    pictures have equal facts (so neither is a negative of the other)."""
+    found = [
+        picture
+        for pair in pairs(seed, count, mix, weight=weight)
+        for picture in (pair.first, pair.second)
+    ]
+    keys = [_key(picture) for picture in found]
+    same = np.array([[i != j and a == b for j, b in enumerate(keys)] for i, a in enumerate(keys)])
+    return (
+        np.stack([p.image for p in found]),
+        [p.caption for p in found],
+        np.stack([p.truth for p in found]),
+        same,
+    )
+
+
+def _key(picture: Picture) -> tuple[frozenset[tuple[Group, int]], str | None]:
+    """Facts up to the order of unrelated groups."""
+    places = range(len(picture.groups)) if picture.relation else [0] * len(picture.groups)
+    return frozenset(zip(picture.groups, places, strict=True)), picture.relation
+
+
+def _total(groups: tuple[Group, ...]) -> int:
+    return sum(group.count for group in groups)
+
+
+def _possible(groups: tuple[Group, ...], relation: str | None, weight: int) -> list[str]:
+    """Changes that these facts allow; the more specific ones several times, because every scene
+    allows another class."""
+    found = ["class"]
+    coloured = groups[0].colour != NATIVE
+    if coloured:
+        found += ["colour"] * 2
+    if max(group.count for group in groups) > 1 or len(groups) == 1:
+        found += ["count"] * 2
+    if relation:
+        found += ["relation"] * weight
+    if len(groups) == 2 and (
+        groups[0].colour != groups[1].colour or groups[0].count != groups[1].count
+    ):
+        found += ["binding"] * weight
+    return found
+
+
+def _changed(
+    rng: random.Random, groups: tuple[Group, ...], relation: str | None, change: str
+) -> tuple[tuple[Group, ...], str | None]:
+    """Facts that differ from the given ones in `change` alone."""
+    result = list(groups)
+    place = rng.randrange(len(groups))
+    old = groups[place]
+    if change == "relation":
+        return groups, rng.choice([other for other in RELATIONS if other != relation])
+    if change == "binding":
+        a, b = groups
+        if a.colour != b.colour:
+            return (replace(a, colour=b.colour), replace(b, colour=a.colour)), relation
+        return (replace(a, count=b.count), replace(b, count=a.count)), relation
+    if change == "class":
+        present = {group.name for group in groups}
+        result[place] = replace(
+            old, name=rng.choice([name for name in OBJECTS[1:] if name not in present])
+        )
+    elif change == "colour":
+        present = {group.colour for group in groups}
+        result[place] = replace(
+            old, colour=rng.choice([colour for colour in COLOURS if colour not in present])
+        )
+    else:
+        room = 4 - _total(groups) + old.count
+        choices = [number for number in range(1, room + 1) if number != old.count]
+        if not choices:
+            return _changed(rng, groups, relation, change)
+        result[place] = replace(old, count=rng.choice(choices))
+    return tuple(result), relation
+
+
+def _picture(
+    groups: tuple[Group, ...],
+    relation: str | None,
+    layout: tuple[tuple[int, int], ...],
+    background: npt.NDArray[np.float32],
+    caption: str,
+) -> Picture:
+    canvas, truth = background.copy(), np.full((4, 6), -1, dtype=np.int64)
+    colour_table, clear_table = w._blend()
+    members = [group for group in groups for _ in range(group.count)]
+    for row, ((x, y), group) in enumerate(zip(layout, members, strict=True)):
+        index = OBJECTS.index(group.name)
+        tint = COLOURS.index(group.colour) if group.colour != NATIVE else len(COLOURS)
+        cell = canvas[y : y + w.CELL, x : x + w.CELL]
+        cell *= clear_table[index, tint]
+        cell += colour_table[index, tint]
+        x1, y1, x2, y2 = w._boxes()[index]
+        truth[row] = (index, tint, x + x1, y + y1, x + x2, y + y2)
+    return Picture((canvas + np.float32(0.5)).astype(np.uint8), caption, truth, groups, relation)

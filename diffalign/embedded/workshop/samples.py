@@ -1,0 +1,173 @@
+"""Generated pictures with verdicts, for the third phase of `emoji-clip`: `python -m
+diffalign.embedded.workshop.samples --pipeline FOLDER --out FILE [--prompts 400] [--images 8]
+[--official]`.
+
+For training, prompts are drawn from the world's own stream, not from GenEval's official list, and
+verdicts come from the second judge. With `--official` the prompts are official ones and the
+verdicts the first judge's: that is the test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.embedded.world.captions import words
+from diffalign.embedded.world.scenes import World
+from diffalign.embedded.world.tokens import encode
+from diffalign.tasks.geneval.verdict import prompts as official
+from diffalign.tasks.geneval.verdict import verdict
+
+__all__ = ["Samples", "generate", "official_prompts", "training_prompts"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`images` uint8 [P, n, 3, 64, 64] of `captions` [P], and whether each is `right`, bool [P, n]."""
+
+    images: Tensor
+    captions: tuple[str, ...]
+    right: Tensor
+
+    def groups(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
+        """`count` prompts that have both right and wrong pictures: float images [count, n, 3, 64,
+        64] in [0, 1], captions and verdicts.
+
+        ValueError if no prompt has both.
+        """
+        mixed = (self.right.any(1) & ~self.right.all(1)).nonzero().flatten()
+        if not len(mixed):
+            raise ValueError(
+                "samples: expected a prompt with right and wrong pictures, found none; generate "
+                "more pictures per prompt"
+            )
+        chosen = mixed[torch.randint(len(mixed), (count,), generator=rng)]
+        return (
+            self.images[chosen].float() / 255,
+            [self.captions[i] for i in chosen.tolist()],
+            self.right[chosen],
+        )
+
+    @staticmethod
+    def ids(captions: Sequence[str], vocab: dict[str, int]) -> Tensor:
+        """Token ids [n, 24] of captions in the world's grammar."""
+        return torch.tensor([encode(vocab, " ".join(words(caption))) for caption in captions])
+
+    def save(self, path: Path) -> None:
+        """Write to one file."""
+        torch.save(
+            {"images": self.images, "captions": json.dumps(self.captions), "right": self.right},
+            path,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Samples:
+        """Inverse of `save`."""
+        table = torch.load(path, weights_only=True)
+        return cls(table["images"], tuple(json.loads(table["captions"])), table["right"])
+
+
+def training_prompts(seed: int, count: int) -> dict[str, dict[str, Any]]:
+    """`count` different captions of the world that are not official prompts -> metadata."""
+    known = {record["prompt"] for record in official()}
+    records: dict[str, dict[str, Any]] = {}
+    for scene in World().scenes(seed, 20 * count):
+        if (
+            scene.tag
+            and len(records) < count
+            and (record := scene.metadata())["prompt"] not in known
+        ):
+            records.setdefault(record["prompt"], record)
+    return records
+
+
+def official_prompts(count: int) -> dict[str, dict[str, Any]]:
+    """`count` official prompts, spread evenly over the list -> metadata."""
+    table = official()
+    return {
+        str(table[i]["prompt"]): dict(table[i])
+        for i in (len(table) * k // count for k in range(count))
+    }
+
+
+def generate(
+    pipe: Callable[..., Any],
+    judge: Any,
+    records: dict[str, dict[str, Any]],
+    images: int,
+    seed: int,
+    *,
+    scale: float = 3.0,
+    steps: int = 20,
+    batch: int = 16,
+) -> Samples:
+    """`images` pictures for each caption of `records`, with the judge's verdicts.
+
+    Cost: `2 * steps` denoiser rows a picture.
+    """
+    captions = [caption for caption in records for _ in range(images)]
+    pictures, right = [], []
+    for start in range(0, len(captions), batch):
+        part = captions[start : start + batch]
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        found = pipe(
+            part, num_inference_steps=steps, guidance_scale=scale, generator=rng, output_type="pt"
+        ).images.clamp(0, 1)
+        answers = judge.detect(found)
+        right += [
+            verdict(records[caption], answer, judge.thresholds).correct
+            for caption, answer in zip(part, answers, strict=True)
+        ]
+        pictures.append((found * 255).round().byte())
+    shape = (len(records), images)
+    return Samples(
+        torch.cat(pictures).reshape(*shape, *pictures[0].shape[1:]),
+        tuple(records),
+        torch.tensor(right).view(shape),
+    )
+
+
+def main() -> None:
+    """Command line."""
+    from diffusers import StableDiffusionPipeline
+
+    from diffalign.embedded.load import load
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pipeline", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--official", action="store_true", help="official prompts and the first judge, for the test"
+    )
+    parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--scale", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=41)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    judge = load("emoji-judge" if options.official else "emoji-judge-audit")
+    records = (
+        official_prompts(options.prompts)
+        if options.official
+        else training_prompts(options.seed, options.prompts)
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(
+        options.pipeline, dtype=torch.float32, safety_checker=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    generate(pipe, judge, records, options.images, options.seed, scale=options.scale).save(
+        options.out
+    )
+
+
+if __name__ == "__main__":
+    main()

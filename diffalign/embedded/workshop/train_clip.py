@@ -1,0 +1,342 @@
+"""Train `emoji-clip`: `python -m diffalign.embedded.workshop.train_clip --out FOLDER --tokenizer
+FOLDER [--vae FOLDER] [--samples FILE] [--resume]`.
+
+Symmetric InfoNCE (Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision", 2021, arXiv:2103.00020) over pairs of scenes that differ in one fact, plus a two-way
+choice within each pair, plus pictures with one spoilt object as further negatives of their
+captions, plus readers of class and colour on every patch and of objects and numbers on the
+embedding. From update `--focus` on most pairs differ in a relation or a binding, and the embedding
+must also tell where each class is: a caption can then hold a relation as a difference of places,
+and a binding as a sum of class-and-colour pairs. Three phases: renderings; round trips through the
+autoencoder of `emoji` and objects spoilt in its latent space; generated pictures with verdicts of
+the *second* judge, ranked within their prompt. The first judge is never used, so that it can
+measure what this reward is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffalign.embedded.nets.clip import MEAN, STD, build_clip, model_config
+from diffalign.embedded.workshop import training
+from diffalign.embedded.workshop.clip_loss import contrast, patch_truth, place_truth, scene_truth
+from diffalign.embedded.workshop.degrade import blurred, corrupt, morph, moved, noisy, round_trip
+from diffalign.embedded.workshop.pairs import FOCUS, batch
+from diffalign.embedded.workshop.samples import Samples
+from diffalign.embedded.workshop.train_judge import load_vae
+from diffalign.embedded.workshop.training import (
+    STATE,
+    cosine,
+    load_state,
+    step_generator,
+    step_seed,
+    train,
+)
+from diffalign.embedded.world.tokens import encode
+from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
+
+__all__ = ["ClipTrainer", "export", "parser"]
+
+PEAK = 1e-3
+SPREAD = 0.5
+GROUPS = 4
+"""Prompts of generated pictures in a step of the third phase."""
+
+
+class ClipTrainer:
+    """The state of a run. `options` needs seed, pairs, spoilt and the updates of the three phases;
+    `vae` serves phases two and three, `samples` (see `embedded.samples`) phase three."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        vocab: dict[str, int],
+        vae: Any | None = None,
+        samples: Any | None = None,
+    ) -> None:
+        self.options, self.vocab, self.vae, self.samples = options, vocab, vae, samples
+        self.model, self.heads = build_clip(len(vocab), options.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed + 1)
+            self.patches = nn.Linear(
+                model_config(0)["vision_cfg"]["width"], len(OBJECTS) + 1 + len(COLOURS) + 2
+            )
+            self.places = nn.Linear(model_config(0)["embed_dim"], 2 * len(OBJECTS))
+        self.modules = nn.ModuleList([self.model, self.heads, self.patches, self.places]).train()
+        early = [p for module in self.modules[:3] for p in module.parameters()]
+        groups = [
+            {"params": [p for p in early if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in early if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": list(self.places.parameters()), "weight_decay": 0.05},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), fused=True)
+        self.tokens: list[Tensor] = []
+        self.model.visual.transformer.register_forward_hook(
+            lambda _, __, output: self.tokens.append(output)
+        )
+        self.ends = np.cumsum(
+            [options.updates, options.vae_updates, options.sample_updates]
+        ).tolist()
+        self.done = 0
+
+    @property
+    def phase(self) -> int:
+        """0, 1 or 2."""
+        return sum(self.done >= end for end in self.ends[:2])
+
+    @property
+    def focused(self) -> bool:
+        """Whether relations and bindings are in focus."""
+        return bool(self.done >= self.options.focus)
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Pictures [2P + C, 3, 64, 64], token ids [2P, 24], truth of the first 2P float [2P, 4, 6],
+        the table of equal facts [2P, 2P], and the caption of each spoilt picture (index [C])."""
+        seed, rng = self.options.seed, step_generator(self.options.seed, 0, self.done)
+        mixture = (FOCUS, 10) if self.focused else (None, 3)
+        arrays, captions, rows, same = batch(
+            step_seed(seed, 0, self.done), self.options.pairs, *mixture
+        )
+        clean, truth = (
+            torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255,
+            torch.from_numpy(rows),
+        )
+        chosen = torch.randperm(len(clean), generator=rng)[: self.options.spoilt]
+        spoilt, _ = corrupt(clean[chosen], truth[chosen], rng, share=1.0)
+        if self.phase > 0:
+            if self.vae is None:
+                raise ValueError(
+                    "vae: phases two and three need the autoencoder of `emoji`; pass --vae FOLDER"
+                )
+            half = len(chosen) // 2
+            spoilt[:half] = morph(self.vae, clean[chosen[:half]], truth[chosen[:half]], rng)
+            through = torch.randperm(len(clean), generator=rng)[: len(clean) // 2]
+            clean[through] = round_trip(self.vae, clean[through], rng, SPREAD)
+        pictures = torch.cat([clean, spoilt])
+        boxes = torch.cat([truth[..., 2:], truth[chosen][..., 2:]]).float()
+        pictures, boxes = moved(pictures, boxes, rng, share=0.3)
+        pictures = noisy(blurred(pictures, rng), rng, share=0.4, fine=0.08, coarse=0.06).clamp(0, 1)
+        ids = torch.tensor([encode(self.vocab, caption) for caption in captions])
+        located = torch.cat([truth[..., :2].float(), boxes[: len(clean)]], dim=2)
+        return pictures, ids, located, torch.from_numpy(same), chosen
+
+    def images(self, pictures: Tensor) -> Tensor:
+        """Embeddings [B, 192] before normalisation."""
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model.encode_image((pictures - mean) / std).float()  # type: ignore[no-any-return]
+
+    def losses(self) -> dict[str, Tensor]:
+        """The weighted parts of the loss of the next step."""
+        pictures, ids, truth, same, _ = self.batch()
+        size = len(ids)
+        self.tokens.clear()
+        embedding = self.images(pictures)
+        with torch.autocast("cpu", torch.bfloat16):
+            words = F.normalize(self.model.encode_text(ids).float(), dim=-1)
+        scale = self.model.logit_scale.exp()
+        unit = F.normalize(embedding, dim=-1)
+        both, choice = contrast(unit[:size], words, unit[size:], scale, same)
+        per_patch = self.patches(self.tokens.pop()[:size, 1:].float())
+        kind, colour = patch_truth(truth)
+        split = len(OBJECTS) + 1
+        dense = F.cross_entropy(per_patch[..., :split].transpose(1, 2), kind) + F.cross_entropy(
+            per_patch[..., split:].transpose(1, 2), colour
+        )
+        presence, numbers = scene_truth(truth)
+        found, counted = self.heads(embedding[:size])
+        listed = F.binary_cross_entropy_with_logits(found, presence, reduction="sum") / size
+        # Numbers are asked of the classes in the scene and of one absent class each; all 80 would
+        # drown the few that matter.
+        present = numbers > 0
+        absent = F.one_hot((numbers.argmax(1) + 37) % len(OBJECTS), len(OBJECTS)).bool() & ~present
+        asked = present | absent
+        counts = F.cross_entropy(counted[asked], numbers[asked])
+        parts = {
+            "contrast": both,
+            "choice": choice,
+            "patches": 0.5 * dense,
+            "objects": 0.1 * listed,
+            "numbers": 0.3 * counts,
+        }
+        if self.focused:
+            parts["objects"] = 0.5 * listed
+            where, there = place_truth(truth)
+            parts["places"] = (
+                4 * (self.places(embedding[:size]).view(size, -1, 2) - where)[there].square().mean()
+            )
+        if self.phase == 2:
+            parts["ranking"] = self.ranking(scale)
+        return parts
+
+    def ranking(self, scale: Tensor) -> Tensor:
+        """Right above wrong pictures of the same prompt: mean softplus over all such pairs of
+        `GROUPS` prompts."""
+        if self.samples is None:
+            raise ValueError("samples: phase three needs generated pictures; pass --samples FILE")
+        rng = step_generator(self.options.seed, 1, self.done)
+        pictures, captions, right = self.samples.groups(GROUPS, rng)
+        scores = F.normalize(self.images(pictures.flatten(0, 1)), dim=-1).view(
+            *pictures.shape[:2], -1
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            words = F.normalize(
+                self.model.encode_text(self.samples.ids(captions, self.vocab)).float(), dim=-1
+            )
+        similarity = scale * torch.einsum("gnd,gd->gn", scores, words)
+        margin = similarity[:, None, :] - similarity[:, :, None]  # [g, right, wrong]
+        counted = right[:, :, None] & ~right[:, None, :]
+        return F.softplus(margin[counted]).mean()
+
+    def step(self) -> dict[str, float]:
+        """One update; returns the parts of the loss."""
+        with sdpa_kernel(SDPBackend.MATH):
+            parts = self.losses()
+            total = torch.stack(list(parts.values())).sum()
+            self.optimizer.zero_grad()
+            total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0, error_if_nonfinite=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=4.0)
+        self.done += 1
+        return {
+            "loss": float(total.detach()),
+            **{name: float(value.detach()) for name, value in parts.items()},
+        }
+
+    def rate(self) -> float:
+        """Learning rate of the next update: constant in phase one after the warm-up, one cosine
+        over the other two, or over all if phase one is all there is."""
+        first, last = self.ends[0], self.ends[-1]
+        if self.done < first:
+            return cosine(
+                self.done,
+                first,
+                PEAK,
+                warm=200,
+                hold=0.4 if first == last else 0.9,
+                floor=0.02 if first == last else 0.6,
+            )
+        return cosine(self.done - first, last - first, 0.7 * PEAK, warm=50, hold=0.3)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {
+            "modules": self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "done": self.done,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done = int(state["done"])
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write the saved state to `options.export` as fp16 safetensors in open_clip's form, with
+    tokenizer, training record and log."""
+    state, folder = load_state(options.out / STATE), options.export
+    if state is None:
+        raise ValueError(
+            f"out: expected a training state in {options.out}, found none; train first"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(options.tokenizer)
+    tokenizer.save_pretrained(folder)
+    tables: dict[str, dict[str, Tensor]] = {"model": {}, "heads": {}}
+    for name, value in state["trainer"]["modules"].items():
+        module, _, key = name.partition(".")
+        part = {"0": "model", "1": "heads"}.get(module)
+        if part is not None:
+            tables[part][key] = value.half().contiguous()
+    save_file(tables["model"], folder / "open_clip_model.safetensors")
+    save_file(tables["heads"], folder / "heads.safetensors")
+    config = {
+        "model_cfg": model_config(len(tokenizer.get_vocab())),
+        "preprocess_cfg": {"mean": MEAN, "std": STD},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    shutil.copy(options.out / "log.jsonl", folder / "log.jsonl")
+    record = {"seed": options.seed, "pairs": options.pairs, "spoilt": options.spoilt}
+    record |= {"updates": state["trainer"]["done"], "seconds": round(state["seconds"])}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def run(options: argparse.Namespace, vae: Any | None, samples: Any | None) -> None:
+    """Train to the end of the third phase; a state every `options.save` updates."""
+    trainer = ClipTrainer(options, _tokenizer(options.tokenizer).get_vocab(), vae, samples)
+    names = ("seed", "pairs", "spoilt", "focus", "updates", "vae_updates", "sample_updates")
+    header = {"model": "emoji-clip"} | {key: getattr(options, key) for key in names}
+    train(
+        trainer,
+        options,
+        header,
+        end=trainer.ends[-1],
+        samples=2 * options.pairs + options.spoilt,
+        save=options.save,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = training.parser(__doc__, seed=31, save=50)
+    result.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder of the tokenizer of `emoji`"
+    )
+    result.add_argument(
+        "--vae", type=Path, help="folder of the autoencoder; needed from phase two on"
+    )
+    result.add_argument(
+        "--samples",
+        type=Path,
+        help="generated pictures (see `embedded.samples`); needed in phase three",
+    )
+    result.add_argument("--pairs", type=int, default=32)
+    result.add_argument("--spoilt", type=int, default=16)
+    result.add_argument("--updates", type=int, default=3_000, help="updates of phase one")
+    result.add_argument("--vae-updates", type=int, default=0)
+    result.add_argument("--sample-updates", type=int, default=0)
+    result.add_argument(
+        "--focus",
+        type=int,
+        default=1_850,
+        help="update from which relations and bindings are in focus",
+    )
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    options = parser().parse_args()
+    torch.set_num_threads(1)
+    if options.export is not None:
+        export(options)
+        return
+    vae = load_vae(options.vae) if options.vae is not None else None
+    run(options, vae, Samples.load(options.samples) if options.samples is not None else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Train the text-to-image model `emoji`: `python -m diffalign.embedded.workshop.train_denoiser
+--vae FOLDER --out FOLDER [--resume]`.
+
+A `UNet2DConditionModel` over 8 x 8 x 16 latents and a `CLIPTextModel`, both from scratch,
+v-prediction (Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", 2022,
+arXiv:2202.00512, appendix D). Scenes are rendered and encoded on the fly; early batches hold mostly
+single objects, so that shapes are learnt before compositions. `--export` writes the averaged
+weights of a saved state as a `StableDiffusionPipeline` folder in fp16.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffalign.embedded.workshop.train_vae import CHANNELS, pixels
+from diffalign.embedded.workshop.training import (
+    FlatAdam,
+    Log,
+    Team,
+    cosine,
+    launch,
+    load_state,
+    save_state,
+    step_generator,
+    step_seed,
+)
+from diffalign.embedded.world.scenes import DEFAULT_MIX, World
+from diffalign.embedded.world.tokens import LENGTH, encode, tokenizer_in
+
+__all__ = ["DenoiserTrainer", "build", "curriculum", "export", "pipeline", "scheduler"]
+
+SYNCHRONISE = 8
+STATE = "state-{rank}.pt"
+EASY = {
+    "single": 0.4,
+    "colour": 0.4,
+    "two": 0.05,
+    "count": 0.05,
+    "position": 0.05,
+    "two_coloured": 0.05,
+}
+
+
+def build(
+    seed: int, vocabulary: int, channels: int = CHANNELS
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """The untrained networks in fp32; initial weights from `seed` without touching the global
+    generator. 11.2 M and 1.3 M parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(128, 192),
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
+            layers_per_block=1,
+            attention_head_dim=4,
+            cross_attention_dim=192,
+            norm_num_groups=16,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocabulary,
+                hidden_size=192,
+                intermediate_size=512,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=LENGTH,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=1,
+            )
+        )
+    return unet, text
+
+
+def scheduler() -> DDIMScheduler:
+    """The noise schedule of training, as the sampler that ships."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+def curriculum(place: float) -> dict[str, float]:
+    """Mixture of kinds at `place` in [0, 1] of the curriculum: `EASY` for the first half, then
+    linearly to `DEFAULT_MIX`."""
+    share = min(1.0, max(0.0, 2 * place - 1))
+    return {
+        kind: (1 - share) * EASY.get(kind, 0.0) + share * weight
+        for kind, weight in DEFAULT_MIX.items()
+    }
+
+
+class DenoiserTrainer:
+    """The state of one process.
+
+    `options` needs seed, batch, rate, updates, decay_from, curriculum (update at which it ends) and
+    decay.
+    """
+
+    def __init__(
+        self, team: Team, options: argparse.Namespace, vae: AutoencoderTiny, vocab: dict[str, int]
+    ) -> None:
+        self.team, self.options, self.vocab = team, options, vocab
+        self.encoder = vae.encoder.to(
+            torch.bfloat16, memory_format=torch.channels_last
+        ).requires_grad_(False)
+        self.unet, self.text = build(options.seed, len(vocab), vae.config.latent_channels)
+        # The backward pass of scaled_dot_product_attention is slow on a CPU for narrow heads; the
+        # plain form computes the same.
+        self.unet.set_attn_processor(AttnProcessor())
+        self.text.set_attn_implementation("eager")
+        self.flat = FlatAdam([self.unet, self.text])
+        self.ema = self.flat.master.data.clone()
+        cumulative = scheduler().alphas_cumprod
+        self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
+        self.done = 0
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Latents bf16 [B, C, 8, 8] and token ids [B, LENGTH] of the next step's scenes."""
+        world = World(curriculum(self.done / max(1, self.options.curriculum)))
+        images, captions, _ = world.arrays(
+            step_seed(self.options.seed, self.team.rank, self.done), self.options.batch
+        )
+        with torch.no_grad():
+            latents = self.encoder(pixels(images, torch.bfloat16)).contiguous()
+        return latents, torch.tensor([encode(self.vocab, caption) for caption in captions])
+
+    def step(self) -> dict[str, float]:
+        """One update; returns the mean v-loss of this process's batch, and of its noisiest and
+        cleanest half."""
+        latents, ids = self.batch()
+        size = len(ids)
+        generator = step_generator(self.options.seed, self.team.rank, self.done)
+        empty = torch.tensor(encode(self.vocab, ""))
+        ids[torch.rand(size, generator=generator) < 0.1] = empty
+        # Stratified over the batch, density growing with noise: the decoder forgives small errors,
+        # so late steps need less capacity.
+        place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+        steps = (place**0.75 * len(self.signal)).long().clamp(max=len(self.signal) - 1)
+        noise = torch.randn(latents.shape, generator=generator)
+        signal, spread = (table[steps].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
+        clean = latents.float()
+        noisy = (signal * clean + spread * noise).to(torch.bfloat16)
+        target = signal * noise - spread * clean
+        context = self.text(ids).last_hidden_state
+        losses = (self.unet(noisy, steps, context).sample.float() - target).square().mean((1, 2, 3))
+        losses.mean().backward()
+        norm = self.flat.step(self.rate())
+        self.done += 1
+        if self.done % SYNCHRONISE == 0:
+            self.team.average(self.flat.master.data)
+            self.flat.publish()
+            decay = min(self.options.decay, (1 + self.done) / (10 + self.done)) ** SYNCHRONISE
+            self.ema.lerp_(self.flat.master.data, 1 - decay)
+        values = losses.detach()
+        half = size // 2
+        return {
+            "loss": float(values.mean()),
+            "clean": float(values[:half].mean()),
+            "noisy": float(values[half:].mean()),
+            "norm": norm,
+        }
+
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+        hold = self.options.decay_from / self.options.updates
+        return cosine(self.done, self.options.updates, self.options.rate, warm=200, hold=hold)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {"flat": self.flat.state(), "ema": self.ema, "done": self.done}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self.flat.load(state["flat"])
+        self.ema.copy_(state["ema"])
+        self.done = int(state["done"])
+
+
+def run(team: Team, options: argparse.Namespace) -> None:
+    """Train until `options.updates`; a state every `options.save` updates."""
+    torch.set_num_threads(1)
+    vae = AutoencoderTiny.from_pretrained(options.vae)
+    tokenizer = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
+    trainer = DenoiserTrainer(team, options, vae, tokenizer.get_vocab())
+    seconds = 0.0
+    if options.resume:
+        own, first = (load_state(options.out / STATE.format(rank=rank)) for rank in (team.rank, 0))
+        # A member that is new, or was stopped between two saves, starts from the first member's
+        # state.
+        state = (
+            own
+            if own is not None
+            and first is not None
+            and own["trainer"]["done"] == first["trainer"]["done"]
+            else first
+        )
+        if state is not None:
+            trainer.load(state["trainer"])
+            seconds = state["seconds"]
+    header = {
+        "model": "emoji",
+        "start": trainer.done,
+        **{key: str(value) for key, value in vars(options).items()},
+    }
+    log = Log(options.out / f"log-{team.rank}.jsonl", header, seconds)
+    window: list[dict[str, float]] = []
+    while trainer.done < options.updates:
+        window.append(trainer.step())
+        if trainer.done % options.window == 0:
+            means = {
+                key: round(float(np.mean([entry[key] for entry in window])), 5) for key in window[0]
+            }
+            samples = trainer.done * options.batch * team.size
+            log.write(
+                {"updates": trainer.done, "samples": samples, "rate": round(trainer.rate(), 7)}
+                | means
+            )
+            window = []
+        if trainer.done % options.save == 0 or trainer.done == options.updates:
+            save_state(
+                options.out / STATE.format(rank=team.rank),
+                {"trainer": trainer.state(), "seconds": log.seconds},
+            )
+
+
+def pipeline(
+    vae: AutoencoderTiny, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, text: CLIPTextModel
+) -> StableDiffusionPipeline:
+    """The parts as a plain Stable Diffusion pipeline without safety checker."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export(
+    state: Path, vae: Path, tokenizer: Path, out: Path | None, *, averaged: bool = True
+) -> StableDiffusionPipeline:
+    """The pipeline of a saved state in fp32; with `out` also written there as fp16 safetensors.
+    `averaged` chooses the EMA weights."""
+    saved = load_state(state)
+    if saved is None:
+        raise ValueError(f"state: expected a training state, found nothing at {state}; train first")
+    words = CLIPTokenizer.from_pretrained(tokenizer)
+    autoencoder = AutoencoderTiny.from_pretrained(vae)
+    unet, text = build(0, len(words.get_vocab()), autoencoder.config.latent_channels)
+    flat = FlatAdam([unet, text])
+    flat.write(saved["trainer"]["ema"] if averaged else saved["trainer"]["flat"]["master"])
+    pipe = pipeline(autoencoder, words, unet.eval(), text.eval())
+    if out is not None:
+        pipe.to(torch.float16).save_pretrained(out)
+        pipe.to(torch.float32)
+    return pipe
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
+    result.add_argument("--out", type=Path, default=Path("runs/emoji"))
+    result.add_argument("--seed", type=int, default=12)
+    result.add_argument("--batch", type=int, default=16)
+    result.add_argument("--rate", type=float, default=1e-3)
+    result.add_argument("--updates", type=int, default=24_000)
+    result.add_argument(
+        "--decay-from",
+        type=int,
+        default=16_000,
+        help="update at which the learning rate begins to fall",
+    )
+    result.add_argument(
+        "--curriculum",
+        type=int,
+        default=7_000,
+        help="update at which the shipped mixture of scenes is reached",
+    )
+    result.add_argument(
+        "--decay", type=float, default=0.9995, help="of the averaged weights, per update"
+    )
+    result.add_argument("--window", type=int, default=100, help="updates per log record")
+    result.add_argument(
+        "--save", type=int, default=600, help="updates between states; a multiple of 8"
+    )
+    result.add_argument("--processes", type=int, default=1)
+    result.add_argument("--resume", action="store_true")
+    result.add_argument(
+        "--export",
+        type=Path,
+        help="write the averaged weights of the saved state to this folder and stop",
+    )
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    options = parser().parse_args()
+    if options.export is not None:
+        export(
+            options.out / STATE.format(rank=0),
+            options.vae,
+            options.out / "tokenizer",
+            options.export,
+        )
+        return
+    words = tokenizer_in(options.out / "tokenizer")
+    parameters = sum(
+        p.numel() for part in build(0, len(words.get_vocab())) for p in part.parameters()
+    )
+    launch(run, options.processes, parameters, (options,))
+
+
+if __name__ == "__main__":
+    main()

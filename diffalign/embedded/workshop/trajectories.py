@@ -1,0 +1,179 @@
+"""Trajectories of `emoji` with verdicts, for the training of `emoji-evaluator`: `python -m
+diffalign.embedded.workshop.trajectories --out FILE [--pipeline FOLDER] [--prompts 240] [--seed 51]
+[--exclude FILE]`.
+
+Each prompt is sampled from two noises at guidance scales from 1 to 8, so that its pictures differ
+in what the evaluator will have to choose: the weight. Prompts come from the world's own stream,
+never from GenEval's official list; verdicts are those of the second judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.embedded.workshop.samples import training_prompts
+from diffalign.tasks.geneval.verdict import verdict
+
+__all__ = ["SCALES", "Trajectories", "generate"]
+
+SCALES = (1.0, 1.0, 1.5, 2.0, 4.0, 8.0)
+"""Guidance scale of each picture of a prompt; even places share one noise, odd places another."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Latents after each of S sampler steps, fp16 [P, n, S, C, 8, 8], of `captions` [P]; their
+    noise levels `sigmas` [S], as `StepInfo` counts them; `scales` [n]; whether each picture is
+    `right`, bool [P, n]."""
+
+    latents: Tensor
+    captions: tuple[str, ...]
+    right: Tensor
+    sigmas: Tensor
+    scales: tuple[float, ...]
+
+    def mixed(self) -> Tensor:
+        """Places of the prompts that have both right and wrong pictures.
+
+        ValueError if there are none.
+        """
+        found = (self.right.any(1) & ~self.right.all(1)).nonzero().flatten()
+        if not len(found):
+            raise ValueError(
+                "trajectories: expected a prompt with right and wrong pictures, found none; "
+                "generate more prompts"
+            )
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write to one file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {
+            "latents": self.latents,
+            "captions": json.dumps(self.captions),
+            "right": self.right,
+            "sigmas": self.sigmas,
+        }
+        torch.save(table | {"scales": json.dumps(self.scales)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Trajectories:
+        """Inverse of `save`."""
+        table = torch.load(path, weights_only=True)
+        scales = tuple(json.loads(table["scales"]))
+        return cls(
+            table["latents"],
+            tuple(json.loads(table["captions"])),
+            table["right"],
+            table["sigmas"],
+            scales,
+        )
+
+
+def generate(
+    pipe: Any,
+    judge: Any,
+    records: dict[str, dict[str, Any]],
+    seed: int,
+    *,
+    steps: int = 20,
+    batch: int = 32,
+) -> Trajectories:
+    """One picture of each caption of `records` at each of `SCALES`.
+
+    Cost: about 1.8 * `steps` denoiser rows a picture, and its decoding.
+    """
+    captions = list(records)
+    columns, verdicts = [], []
+    for column, scale in enumerate(SCALES):
+        latents, right = [], []
+        for start in range(0, len(captions), batch):
+            part = captions[start : start + batch]
+            rng = torch.Generator().manual_seed((seed * 1_000_003 + start) * 2 + column % 2)
+            states: list[Tensor] = []
+
+            def keep(
+                _: Any,
+                index: int,
+                timestep: int,
+                given: dict[str, Tensor],
+                states: list[Tensor] = states,
+            ) -> dict[str, Tensor]:
+                states.append(given["latents"].half())
+                return {}
+
+            images = pipe(
+                part,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                generator=rng,
+                output_type="pt",
+                callback_on_step_end=keep,
+            ).images.clamp(0, 1)
+            answers = judge.detect(images)
+            right += [
+                verdict(records[caption], answer, judge.thresholds).correct
+                for caption, answer in zip(part, answers, strict=True)
+            ]
+            latents.append(torch.stack(states, dim=1))
+        columns.append(torch.cat(latents))
+        verdicts.append(torch.tensor(right))
+    cumulative = pipe.scheduler.alphas_cumprod
+    times = [
+        *pipe.scheduler.timesteps[1:].tolist(),
+        0,
+    ]  # after the last step the sampler is at the level of the first timestep
+    sigmas = ((1 - cumulative[times]) / cumulative[times]).sqrt()
+    return Trajectories(
+        torch.stack(columns, dim=1), tuple(captions), torch.stack(verdicts, dim=1), sigmas, SCALES
+    )
+
+
+def prompts(seed: int, count: int, exclude: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """`count` captions of the world's stream without the official ones and without `exclude` ->
+    metadata."""
+    found = training_prompts(seed, count + len(exclude))
+    return dict([item for item in found.items() if item[0] not in exclude][:count])
+
+
+def main() -> None:
+    """Command line."""
+    from diffusers import StableDiffusionPipeline
+
+    from diffalign.embedded.load import FOLDER, load
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pipeline", type=Path, default=FOLDER / "emoji")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=51)
+    parser.add_argument(
+        "--exclude",
+        type=Path,
+        help="a file of trajectories whose prompts are left out, for the test",
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    exclude = (
+        set(Trajectories.load(options.exclude).captions) if options.exclude is not None else set()
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(
+        options.pipeline, dtype=torch.float32, safety_checker=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    records = prompts(options.seed, options.prompts, exclude)
+    generate(pipe, load("emoji-judge-audit"), records, options.seed).save(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The embedded world: vocabulary, glyphs, scenes, captions, tokens."""

@@ -1,0 +1,80 @@
+"""``--scheduler``: short names for diffusers schedulers, checked against the one the pipeline comes
+with."""
+
+import copy
+from typing import Any
+
+from diffalign.cli.problem import BadInput
+from diffalign.core.errors import nearest
+
+NAMES = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++-single": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+FLOW = {"euler": "FlowMatchEulerDiscreteScheduler"}
+
+
+def class_name(name: str, current: str) -> str:
+    """The scheduler class for ``name`` on a pipeline that comes with the class ``current``.
+
+    Raises ``BadInput`` for an unknown name, and where the scheduler cannot replace the current one.
+    """
+    import diffusers
+
+    if name not in NAMES:
+        raise BadInput(f"--scheduler: unknown scheduler {name!r}. Nearest: {nearest(name, NAMES)}.")
+    wanted = NAMES[name]
+    if FLOW.get(name) == current or wanted == current:
+        return current
+    compatible = getattr(getattr(diffusers, current, None), "_compatibles", [])
+    if wanted in compatible:
+        return wanted
+    fitting = sorted(
+        n for n, c in NAMES.items() if c in (current, *compatible) or FLOW.get(n) == current
+    )
+    raise BadInput(
+        f"--scheduler: {name} ({wanted}) cannot replace this model's {current}; "
+        f"{', '.join(fitting) or 'leave the option out'} can be used."
+    )
+
+
+def replace(pipe: Any, wanted: str) -> None:
+    """Give the pipeline a scheduler of the class ``wanted`` with the configuration of the one it
+    has."""
+    import diffusers
+
+    if type(pipe.scheduler).__name__ == wanted:
+        return
+    config = pipe.scheduler.config
+    if config.get("prediction_type") == "flow_prediction" and wanted not in (
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ):
+        raise BadInput(
+            f"--scheduler: {wanted} cannot sample this flow model; use dpm++ or unipc, or leave "
+            "the option out."
+        )
+    pipe.scheduler = getattr(diffusers, wanted).from_config(config)
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Raise ``BadInput`` when the scheduler has no ``steps`` steps to give."""
+    try:
+        copy.deepcopy(scheduler).set_timesteps(steps)
+    # others, like the shift that flow models compute from the image size, are the pipeline's to
+    # give
+    except ValueError as error:
+        if "num_inference_steps" in str(error):
+            most = scheduler.config.num_train_timesteps
+            raise BadInput(
+                f"--steps: {type(scheduler).__name__} has at most {most} steps; got {steps}."
+            ) from error

@@ -1,0 +1,109 @@
+"""The contract of an attention technique: middleware around one layer's scaled-dot-product
+attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+from diffalign.core import Context, Site, StepInfo, Tensor
+
+if TYPE_CHECKING:
+    from diffalign.seams.attention.intercept import Attend
+    from diffalign.seams.attention.sites import Frame
+    from diffalign.seams.denoiser.tap import Evaluation, Run
+
+
+class Stream(Protocol):
+    """What a technique adds to the denoiser call around its layers."""
+
+    def open(
+        self, evaluation: Evaluation, kwargs: dict[str, Any], frame: Frame
+    ) -> tuple[Evaluation, dict[str, Any], Frame]: ...
+    def close(self, output: Any, frame: Frame) -> Any: ...
+    def handlers(self, attachment: Any) -> dict[Any, tuple[str, Any]]: ...
+
+
+class AttentionTechnique:
+    """Base of every attention technique; subclasses are frozen dataclasses.
+
+    ``order``: lower is further out, whatever order the user gives (NAG 0, PLADIS 1).
+    ``everywhere``: called at every text layer, also where ``selects`` is False, because the
+    technique changes what those layers see.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "attention"
+    order: ClassVar[int] = 2
+    everywhere: ClassVar[bool] = False
+
+    @property
+    def off(self) -> bool:
+        """True when the options make the technique the identity; nothing is then installed."""
+        return False
+
+    def active(self, step: StepInfo) -> bool:
+        """Whether it acts at this step; elsewhere the model runs as if the technique were not
+        there."""
+        return True
+
+    def selects(self, site: Site) -> bool:
+        """Whether it acts at this layer; only ``layer`` and ``kind`` of the site are known here."""
+        return site.kind != "self"
+
+    def __call__(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """The layer's attention output [B, A, N, D] for q [B, A, N, D], k and v [B, A, L, D], after
+        norms and rotary embedding.
+
+        ``attend(q, k, v)`` is the next technique, or the user's own attention, with mask and scale
+        bound; call it never, once or twice. Use ``attend.narrow`` before calling it with some of
+        the rows, queries or keys.
+        """
+        raise NotImplementedError
+
+    def stream(self, run: Run) -> Stream | None:
+        """What to add around each denoiser call of this run, None for nothing.
+
+        Called once, before the pipeline starts.
+        """
+        return None
+
+    def refuses(self, pipe: Any, row: Any) -> str | None:
+        """Why the technique cannot act on this pipeline object, None when it can."""
+        from diffalign.seams.attention.sites import TABLE
+
+        if not row.text:
+            return f"{row.family} has no text in its attention layers"
+        return (
+            None if row.family in TABLE else f"the attention layers of {row.family} are not known"
+        )
+
+    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
+        """A copy with every ``None`` option filled in, and where each value came from (field ->
+        source)."""
+        return self, {}
+
+    @classmethod
+    def attach(cls, group: Sequence[AttentionTechnique], run: Run) -> AbstractContextManager[None]:
+        """Install ``group`` for one generation; leaving the context puts everything back."""
+        from diffalign.seams.attention.attach import attach
+
+        return attach(group, run)
+
+
+def matches(layers: tuple[str, ...] | None, name: str) -> bool:
+    """Whether a dotted layer name fits one of the shell patterns ``layers``; None fits all."""
+    return layers is None or any(fnmatchcase(name, pattern) for pattern in layers)
+
+
+def check_layers(owner: str, layers: Any) -> None:
+    """``layers`` must be None or a non-empty tuple of patterns."""
+    if layers is not None and (
+        not isinstance(layers, tuple) or not layers or not all(isinstance(p, str) for p in layers)
+    ):
+        raise ValueError(
+            f"{owner}(layers=...) must be a tuple of patterns of layer names like "
+            f"('up_blocks.*',), or None; got {layers!r}."
+        )

@@ -1,0 +1,1 @@
+"""Seam 2: the transformer blocks."""

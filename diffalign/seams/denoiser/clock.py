@@ -1,0 +1,99 @@
+"""Which step is this: read once from the scheduler, then counted on the host so that no step waits
+for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.core import StepInfo
+from diffalign.core.types import Mix
+
+
+class Clock:
+    """Counts ``scheduler.step`` calls.
+
+    ``start`` copies the scheduler's tables to the host, the only synchronisation.
+    """
+
+    def __init__(self, scheduler: Any, mix: Mix, sigma: Callable[[float], float]) -> None:
+        self.scheduler, self.mix, self.sigma_of = scheduler, mix, sigma
+        self.calls = 0
+        self.order = int(getattr(scheduler, "order", 1))
+        self.timesteps: list[float] = []
+
+    def start(self, first: float, planned: int | None) -> None:
+        """``first``: the scheduler timestep of the first denoiser call; ``planned``: evaluations
+        the pipeline announced, if it did."""
+        self.timesteps = [float(t) for t in self.scheduler.timesteps.tolist()]
+        self.sigmas = self._sigmas()
+        self.next_sigmas = [self._next(i) for i in range(len(self.timesteps))]
+        self.offset = min(
+            range(len(self.timesteps)), key=lambda i: (abs(self.timesteps[i] - first), i)
+        )
+        left = len(self.timesteps) - self.offset
+        self.evaluations = min(planned, left) if planned else left
+        self.count = -(-self.evaluations // self.order)
+
+    def _sigmas(self) -> list[float]:
+        """Noise level at each timestep, and one more for the end."""
+        table = getattr(self.scheduler, "sigmas", None)
+        if table is not None and len(table) >= len(self.timesteps):
+            values = table.tolist() if isinstance(table, Tensor) else list(table)
+            return [
+                self.sigma_of(float(v))
+                for v in [*values[: len(self.timesteps) + 1], 0.0][: len(self.timesteps) + 1]
+            ]
+        self._bars = alphas = self.scheduler.alphas_cumprod.tolist()
+        final = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
+        bars = [alphas[min(max(int(t), 0), len(alphas) - 1)] for t in self.timesteps]
+        return [_level(a) for a in (*bars, final)]
+
+    def _next(self, i: int) -> float:
+        """The level that step ``i`` goes to.
+
+        DDIM and PNDM go down by ``T // S`` timesteps, which need not be the next one listed.
+        """
+        config = self.scheduler.config
+        if getattr(self.scheduler, "sigmas", None) is not None or not hasattr(
+            self.scheduler, "num_inference_steps"
+        ):
+            return self.sigmas[i + 1]
+        if not type(self.scheduler).__name__.startswith(("DDIM", "PNDM")):
+            return self.sigmas[i + 1]
+        target = (
+            int(self.timesteps[i])
+            - config.num_train_timesteps // self.scheduler.num_inference_steps
+        )
+        return _level(self._bars[target]) if target >= 0 else self.sigmas[-1]
+
+    @property
+    def place(self) -> int:
+        """Where the next call stands in the scheduler's tables."""
+        return min(self.offset + self.calls, len(self.timesteps) - 1)
+
+    @property
+    def sigma(self) -> float:
+        """The noise level there."""
+        return self.sigmas[self.place]
+
+    def now(self, convert: Callable[..., Tensor]) -> StepInfo:
+        i = self.place
+        return StepInfo(
+            index=self.calls // self.order,
+            count=self.count,
+            sigma=self.sigmas[i],
+            sigma_next=self.next_sigmas[i],
+            timestep=self.timesteps[i],
+            evaluation=self.calls % self.order,
+            mix=self.mix,
+            convert=convert,
+        )
+
+
+def _level(bar: float) -> float:
+    """sqrt((1 - abar) / abar)."""
+    return math.sqrt((1.0 - bar) / max(bar, 1e-20))

@@ -1,0 +1,99 @@
+"""Take rows out of a denoiser's arguments, and put a prediction back into the container it came in."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take(value: Any, rows: Sequence[int], total: int, lists: bool = False) -> Any:
+    """Rows of every tensor whose first axis is ``total``, through dictionaries, lists and tuples;
+    everything else as it is.
+
+    ``lists``: a Python list of ``total`` tensors is itself the batch.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or value.shape[0] != total:
+            return value
+        first, count = rows[0] if rows else 0, len(rows)
+        if list(rows) == list(range(first, first + count)):
+            return value[first : first + count]
+        return value[torch.tensor(rows, device=value.device)]
+    if isinstance(value, dict):
+        return {key: take(item, rows, total, lists) for key, item in value.items()}
+    if lists and isinstance(value, list) and len(value) == total:
+        return [value[i] for i in rows]
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(take(item, rows, total, lists) for item in value)
+    return value
+
+
+def take_arguments(
+    kwargs: dict[str, Any], rows: Sequence[int], total: int, shared: Collection[str], lists: bool
+) -> dict[str, Any]:
+    """``take`` on every argument that is split by rows."""
+    return {
+        name: value if name in shared else take(value, rows, total, lists)
+        for name, value in kwargs.items()
+    }
+
+
+def doubled(value: Any, rows: int) -> Any:
+    """The inverse of taking one half: every tensor whose first axis is ``rows`` stacked on itself,
+    through the containers."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value]) if value.ndim and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        return type(value)({key: doubled(item, rows) for key, item in value.items()})
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(doubled(item, rows) for item in value)
+    return value
+
+
+@functools.cache
+def parameter_names(cls: type, method: str = "forward") -> tuple[str, ...]:
+    """Names of the positional parameters of a denoiser's forward, or of another method."""
+    return tuple(inspect.signature(getattr(cls, method)).parameters)[1:]
+
+
+def count_rows(hidden: Any) -> int:
+    """Rows of the denoiser's first argument, a tensor or a list of rows."""
+    return len(hidden) if isinstance(hidden, list) else int(hidden.shape[0])
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The prediction ``[rows, ...]`` inside whatever the denoiser returned."""
+    inner = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    if isinstance(inner, list | tuple):
+        return torch.stack(list(inner))
+    if not isinstance(inner, Tensor):
+        raise TypeError(f"Expected a tensor from the denoiser; got {type(inner).__name__}.")
+    return inner
+
+
+def with_prediction(output: Any, prediction: Tensor) -> Any:
+    """``output`` with its prediction replaced, in the same container."""
+    inner = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    value = list(prediction.unbind(0)) if isinstance(inner, list | tuple) else prediction
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    if isinstance(output, Tensor | list):
+        return value
+    changed = copy.copy(output)
+    changed.sample = value
+    return changed
+
+
+def halves_equal(hidden: Any) -> bool:
+    """Whether both halves of a batch, a tensor or a list of rows, hold the same values."""
+    if isinstance(hidden, list):
+        half = len(hidden) // 2
+        return all(torch.equal(a, b) for a, b in zip(hidden[:half], hidden[half:]))
+    half = hidden.shape[0] // 2
+    return torch.equal(hidden[:half], hidden[half:])

@@ -1,0 +1,143 @@
+"""Class swaps: override one method of one live object, and put its class back exactly.
+
+A swapped object gets a same-named subclass of its class, created once per (class, method) and
+cached, so that a compiled model sees at most two classes in its life. The override asks a
+``ContextVar`` for its handler and passes straight through without one: another thread, or another
+pipeline that shares the module, never notices. Copies and pickles are of the original class.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_CLASSES: dict[tuple[type, str, bool], Any] = {}
+_COUNTS: dict[int, int] = {}
+_LOCK = threading.RLock()
+_HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default={})  # noqa: B039 (never mutated)
+
+
+def _rebuild(cls: type) -> Any:
+    return object.__new__(cls)
+
+
+def subclass(
+    base: type, method: str, find: Callable[[Any], Handler | None], opaque: bool = False
+) -> type:
+    """The cached subclass of ``base`` whose ``method`` first asks ``find(self)`` for a handler
+    ``(original, args, kwargs) -> result``.
+
+    ``opaque``: a compiler does not look into the method, so that handlers may differ from call to
+    call without a new graph.
+    """
+    with _LOCK:
+        if (base, method, opaque) not in _CLASSES:
+            inner = getattr(base, method)
+
+            @functools.wraps(inner)
+            def override(self: Any, *args: Any, **kwargs: Any) -> Any:
+                handler = find(self)
+                if handler is None:
+                    return inner(self, *args, **kwargs)
+                return handler(functools.partial(inner, self), args, kwargs)
+
+            def reduce(self: Any, protocol: Any) -> Any:
+                made: Any = getattr(base, "__reduce_ex__")(self, protocol)  # noqa: B009 (typed as the metaclass's)
+                return (_rebuild, (base,), *made[2:])
+
+            if opaque:
+                reason = (
+                    "a technique of diffalign acts here; compile the model without fullgraph=True"
+                )
+                override = torch.compiler.disable(override, reason=reason)  # type: ignore[no-untyped-call, unused-ignore]
+            names = {
+                "__module__": base.__module__,
+                "__qualname__": base.__qualname__,
+                "__doc__": base.__doc__,
+            }
+            swapped: Any = type(base)(
+                base.__name__,
+                (base,),
+                {**names, method: override, "__reduce_ex__": reduce, "_diffalign_base": base},
+            )
+            _CLASSES[base, method, opaque] = swapped
+        found: type = _CLASSES[base, method, opaque]
+        return found
+
+
+def original_class(obj: Any) -> type:
+    """The class of ``obj`` without any swap of ours."""
+    cls = type(obj)
+    found: type = cls.__dict__.get("_diffalign_base", cls)
+    return found
+
+
+def acquire(
+    obj: Any, method: str, find: Callable[[Any], Handler | None], opaque: bool = False
+) -> None:
+    """Swap the class of ``obj``; counted, so that holders may overlap."""
+    with _LOCK:
+        count = _COUNTS.get(id(obj), 0)
+        if count == 0:
+            object.__setattr__(obj, "__class__", subclass(type(obj), method, find, opaque))
+        _COUNTS[id(obj)] = count + 1
+
+
+def release(obj: Any) -> None:
+    """Undo one ``acquire``; the last one restores the class, unless somebody else has changed it
+    since."""
+    with _LOCK:
+        _COUNTS[id(obj)] -= 1
+        if _COUNTS[id(obj)] == 0:
+            del _COUNTS[id(obj)]
+            base = type(obj).__dict__.get("_diffalign_base")
+            if base is not None:
+                object.__setattr__(obj, "__class__", base)
+
+
+def _handler_of(obj: Any) -> Handler | None:
+    return _HANDLERS.get().get(id(obj))
+
+
+def in_place(handlers: Mapping[Any, tuple[str, Handler]]) -> bool:
+    """Whether these very handlers are active in this context."""
+    active = _HANDLERS.get()
+    return all(active.get(id(obj)) is handler for obj, (_, handler) in handlers.items())
+
+
+def outside(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A handler: the call runs as if nothing were intercepted, so that what a user's callback runs
+    is its own."""
+    token = _HANDLERS.set({})
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _HANDLERS.reset(token)
+
+
+@contextmanager
+def intercepted(
+    handlers: Mapping[Any, tuple[str, Handler]], opaque: bool = False
+) -> Iterator[None]:
+    """Within the block and this context only, calls of ``method`` on each object go to its handler."""
+    taken: list[Any] = []
+    token = _HANDLERS.set(
+        {**_HANDLERS.get(), **{id(obj): handler for obj, (_, handler) in handlers.items()}}
+    )
+    try:
+        for obj, (method, _) in handlers.items():
+            acquire(obj, method, _handler_of, opaque)
+            taken.append(obj)
+        yield
+    finally:
+        _HANDLERS.reset(token)
+        for obj in reversed(taken):
+            release(obj)

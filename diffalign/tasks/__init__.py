@@ -1,0 +1,1 @@
+"""Benchmarks as pure functions on plain values: prompts, rules, summaries."""

@@ -1,0 +1,652 @@
+"""NAG's options, its negative text, when it acts and what it costs; the formula is tested in
+test_lockstep.py and kernels/test_nag.py."""
+
+import functools
+import json
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import diffalign as da
+from diffalign.attention import AttentionTechnique
+from diffalign.core import COND, UNCOND, errors
+from diffalign.core.registry import from_config, parse, to_config
+from diffalign.families.encode import ENCODERS
+from diffalign.families.table import ROWS, row_of
+from diffalign.guidance import Guidance, IntervalCFG
+from diffalign.seams.attention.sites import TABLE
+from diffalign.testing.final import final
+from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
+
+ALWAYS = (0.0, math.inf)
+SD, FLUX = "StableDiffusionPipeline", "FluxPipeline"
+
+
+def nag(scale=4.0, **options):
+    return da.NAG(scale, **{"tau": 1.6, "alpha": 0.7, "sigma": ALWAYS, **options})
+
+
+def count_encodings(pipe, monkeypatch):
+    calls = []
+    encode = type(pipe).encode_prompt
+
+    def counted(self, *args, **kwargs):
+        calls.append(kwargs)
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "name", [SD, FLUX, "Lumina2Pipeline", "PixArtAlphaPipeline", "ZImagePipeline"]
+)
+@pytest.mark.parametrize("options", [{"scale": 1.0}, {"alpha": 0.0}])
+def test_off_is_the_plain_pipeline(name, options):
+    pipe = tiny_pipeline(name)
+    native = final(pipe, tiny_inputs(name, steps=2))
+    with da.apply(pipe, nag(**options)) as session:
+        assert torch.equal(final(pipe, tiny_inputs(name, steps=2)), native)
+    report = session.report()
+    assert report.layers["NAG"][0] == 0 < report.layers["NAG"][1]
+    assert report.nfe == report.nfe_cfg
+    assert report.notes == []
+
+
+def test_off_encodes_no_negative(monkeypatch):
+    pipe = tiny_pipeline(SD, text=True)
+    calls = count_encodings(pipe, monkeypatch)
+    with da.apply(pipe, nag(1.0, negative_prompt="blurry")):
+        final(pipe, tiny_inputs(SD, text=True, guided=False))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [next(name for name, row in ROWS.items() if row.family == family) for family in TABLE]
+)
+def test_negative_equal_to_the_prompt_changes_nothing_but_rounding(name):
+    pipe = tiny_pipeline(name, dtype=torch.float64)
+
+    def inputs():
+        return tiny_inputs(name, steps=2, guided=False, dtype=torch.float64)
+
+    same = {
+        f"negative_{key}": value
+        for key, value in inputs().items()
+        if key in ENCODERS[ROWS[name].family].arguments
+    }
+    native = final(pipe, inputs())
+    with da.apply(pipe, nag(negative_embeds=same)):
+        got = final(pipe, inputs())
+    # the scheduler rounds to float32; each of two steps may flip one last bit
+    assert (got - native).abs().max() <= 4 * torch.finfo(torch.float32).eps * native.abs().max()
+
+
+def test_window_stops_the_negative_text():
+    """Outside the window the calls are the plain pipeline's, bit for bit, on the same latents."""
+    pipe = tiny_pipeline(FLUX)
+    seen = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[1]),
+        with_kwargs=True,
+    )
+    with da.apply(pipe, nag(sigma=None, start=0.25, stop=0.75)) as session:
+        final(pipe, tiny_inputs(FLUX, steps=4, guided=False))
+    handle.remove()
+    assert seen == [7, 14, 14, 7]
+    assert session.report().layers["NAG"] == (2, 2)
+    native = final(pipe, tiny_inputs(FLUX, steps=4, guided=False))
+    with da.apply(
+        pipe, nag(sigma=(0.999, 1.0))
+    ) as session:  # sigma of the first step is 1, which the half-open window excludes
+        assert torch.equal(final(pipe, tiny_inputs(FLUX, steps=4, guided=False)), native)
+    assert session.report().layers["NAG"] == (0, 2)
+
+
+def test_unconditional_rows_and_calls_are_untouched():
+    """CFG's negative branch, in the batch or in a call of its own, is the plain model's."""
+    for name, size in ((SD, 2), (FLUX, 2), ("ZImagePipeline", 2)):
+        pipe = tiny_pipeline(name)
+        seen = []
+
+        def keep(module, given, output, seen=seen):
+            value = output[0] if isinstance(output, tuple) else output.sample
+            seen.append(torch.stack(value) if isinstance(value, list) else value.clone())
+
+        handle = (getattr(pipe, "unet", None) or pipe.transformer).register_forward_hook(keep)
+        final(pipe, tiny_inputs(name, batch=size, steps=1))
+        with da.apply(pipe, nag()):
+            final(pipe, tiny_inputs(name, batch=size, steps=1))
+        handle.remove()
+        if name == FLUX:  # cond, uncond; cond, uncond
+            assert torch.equal(seen[1], seen[3])
+            assert not torch.equal(seen[0], seen[2])
+        else:
+            cond, uncond = (
+                (slice(0, size), slice(size, 2 * size))
+                if name == "ZImagePipeline"
+                else (slice(size, None), slice(0, size))
+            )
+            bound = 64 * torch.finfo(torch.float32).eps * seen[0].abs().max()
+            assert (seen[0][uncond] - seen[1][uncond]).abs().max() <= bound
+            assert (seen[0][cond] - seen[1][: 2 * size][cond]).abs().max() > 1e3 * bound
+
+
+@pytest.mark.parametrize(
+    "name",
+    [SD, "PixArtAlphaPipeline", "StableDiffusion3Pipeline", "Lumina2Pipeline", "ZImagePipeline"],
+)
+def test_rows_do_not_mix(name):
+    """Two images in one batch are each alone."""
+    pipe = tiny_pipeline(name, dtype=torch.float64)
+
+    def one(row):
+        given = tiny_inputs(
+            name, batch=2, steps=1 if name != "PixArtAlphaPipeline" else 2, dtype=torch.float64
+        )
+        for key, value in given.items():
+            if isinstance(value, torch.Tensor) or (isinstance(value, list) and len(value) == 2):
+                given[key] = value[row : row + 1]
+        return given
+
+    with da.apply(pipe, nag()):
+        both = final(
+            pipe,
+            tiny_inputs(
+                name, batch=2, steps=1 if name != "PixArtAlphaPipeline" else 2, dtype=torch.float64
+            ),
+        )
+        alone = torch.cat([final(pipe, one(row)) for row in (0, 1)])
+    # the scheduler rounds to float32
+    assert (both - alone).abs().max() <= 4 * torch.finfo(torch.float32).eps * both.abs().max()
+
+
+def test_where_the_negative_text_comes_from(monkeypatch):
+    pipe = tiny_pipeline(SD, text=True)
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].clone()),
+        with_kwargs=True,
+    )
+
+    def encoded(*texts):
+        return ENCODERS["sd"](pipe, texts)["encoder_hidden_states"]
+
+    def run(technique, **more):
+        seen.clear()
+        given = {**tiny_inputs(SD, text=True, batch=2, steps=1, guided=False), **more}
+        with da.apply(pipe, technique) as session:
+            final(pipe, {key: value for key, value in given.items() if value is not None})
+        negative = seen[0][:, 77:]
+        return negative, next(note for note in session.report().notes if "negative text" in note)
+
+    negative, note = run(nag(negative_prompt="low quality"))
+    assert torch.equal(negative, encoded("low quality", "low quality"))
+    assert "NAG(negative_prompt=...)" in note
+    negative, note = run(nag(negative_prompt=("blue", "red")))
+    assert torch.equal(negative, encoded("blue", "red"))
+    negative, note = run(nag())
+    assert torch.equal(negative, encoded("blurry 0", "blurry 1"))
+    assert "negative_prompt of the call" in note
+    negative, note = run(nag(), negative_prompt=None)
+    assert torch.equal(negative, encoded("", ""))
+    assert "the empty prompt" in note
+    given = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(0))
+    negative, note = run(nag(), negative_prompt=None, negative_prompt_embeds=given)
+    assert torch.equal(negative, given)
+    assert "negative_prompt_embeds of the call" in note
+    negative, note = run(nag(negative_embeds={"negative_prompt_embeds": given[:1]}))
+    assert torch.equal(negative, given[:1].expand(2, -1, -1))
+    with pytest.raises(ValueError, match="3 negative texts for 2 prompts; give one"):
+        run(nag(negative_prompt=("a", "b", "c")))
+    handle.remove()
+
+
+def test_several_images_per_prompt_take_their_prompts_negative():
+    pipe = tiny_pipeline(SD, text=True)
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].clone()),
+        with_kwargs=True,
+    )
+    given = {**tiny_inputs(SD, text=True, batch=2, steps=1), "num_images_per_prompt": 2}
+    given["generator"] = [torch.Generator().manual_seed(i) for i in range(4)]
+    with da.apply(pipe, da.CFG(3.0), nag(negative_prompt=("blue", "red"))):
+        final(pipe, given)
+    handle.remove()
+    blue, red = ENCODERS["sd"](pipe, ["blue", "red"])["encoder_hidden_states"]
+    assert seen[0].shape[:2] == (8, 154)
+    for row, text in zip(seen[0][4:, 77:], (blue, blue, red, red)):
+        assert torch.equal(row, text)
+
+
+@dataclass(frozen=True, slots=True)
+class SecondImageOnly(Guidance[None]):
+    """Guides one of two images."""
+
+    def passes(self, step, state):
+        return (COND, replace(UNCOND, rows=(1,)))
+
+    def combine(self, preds, step, state):
+        guided = preds[COND].clone()
+        guided[1] = step.mix(preds[COND][1:], preds[UNCOND], 3.0)[0]
+        return guided, state
+
+
+@pytest.mark.parametrize(
+    "whole", [False, True], ids=["rows that are asked for", "whole branches of a compiled model"]
+)
+def test_each_row_gets_its_images_negative(monkeypatch, whole):
+    pipe = tiny_pipeline(SD, text=True)
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].clone()),
+        with_kwargs=True,
+    )
+    if whole:
+        monkeypatch.setattr("diffalign.seams.denoiser.tap.fixed_rows", lambda module: True)
+    with da.apply(pipe, SecondImageOnly(), nag(negative_prompt=("blue", "red"))):
+        final(pipe, tiny_inputs(SD, text=True, batch=2, steps=1))
+    handle.remove()
+    blue, red = ENCODERS["sd"](pipe, ["blue", "red"])["encoder_hidden_states"]
+    expected = torch.stack(
+        [blue, red, blue, red] if whole else [red, blue, red]
+    )  # unconditional rows first
+    assert torch.equal(seen[0][:, 77:], expected)
+
+
+def test_no_text_encoder_and_no_embeddings_is_an_error():
+    pipe = tiny_pipeline("FluxFillPipeline")
+    with pytest.raises(da.UnsupportedModel, match="negative_prompt_embeds"), da.apply(pipe, nag()):
+        final(pipe, tiny_inputs("FluxFillPipeline"))
+    text = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    with da.apply(pipe, nag(negative_embeds={"negative_prompt_embeds": text})) as session:
+        final(pipe, tiny_inputs("FluxFillPipeline"))
+    assert session.report().layers["NAG"] == (2, 2)
+    with (
+        pytest.raises(ValueError, match="negative_text"),
+        da.apply(
+            pipe, nag(negative_embeds={"negative_prompt_embeds": text, "negative_text": text})
+        ),
+    ):
+        final(pipe, tiny_inputs("FluxFillPipeline"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (SD, {"scale": 3.0, "tau": 2.5, "alpha": 0.375, "sigma": (4.0, math.inf)}),
+        (
+            "StableDiffusionXLPipeline",
+            {"scale": 3.0, "tau": 2.5, "alpha": 0.5, "sigma": (4.0, math.inf)},
+        ),
+        (
+            "StableDiffusion3Pipeline",
+            {"scale": 5.0, "tau": 2.5, "alpha": 0.125, "sigma": (0.75, math.inf)},
+        ),
+        (FLUX, {"scale": 5.0, "tau": 2.5, "alpha": 0.25, "sigma": (0.75, math.inf)}),
+        (
+            "FluxKontextPipeline",
+            {"scale": 3.0, "tau": 2.5, "alpha": 0.25, "sigma": (0.75, math.inf)},
+        ),
+        ("SanaPipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.375}),
+        ("PixArtSigmaPipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.375}),
+        ("WanPipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.25}),
+        ("QwenImagePipeline", {"scale": 5.0, "tau": 2.5, "alpha": 0.25}),
+    ],
+)
+def test_published_values_are_the_defaults(name, expected):
+    """Table 5 of the paper gives phi; our scale is phi + 1."""
+    pipe = tiny_pipeline(name)
+    with da.apply(pipe, da.NAG()) as session:
+        final(
+            pipe, tiny_inputs(name, steps=10)
+        )  # so many that the first noise level is above the window's
+    resolved = session.report().resolved["nag"]
+    assert {key: resolved[key][0] for key in expected} == expected
+    assert all(resolved[key][1] for key in expected)
+    assert ("sigma" in resolved) == ("sigma" in expected)
+
+
+def test_what_the_user_gives_is_not_resolved():
+    pipe = tiny_pipeline(FLUX)
+    with da.apply(pipe, da.NAG(2.0, tau=1.5, start=0.5)) as session:
+        final(pipe, tiny_inputs(FLUX, steps=2))
+    resolved = session.report().resolved["nag"]
+    assert resolved["scale"] == (2.0, "")
+    assert resolved["tau"] == (1.5, "")
+    assert resolved["start"] == (0.5, "")
+    assert resolved["alpha"][1] != ""
+    assert "sigma" not in resolved
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"tau": 0.9}, ValueError, "tau"),
+        ({"alpha": 1.5}, ValueError, "alpha"),
+        ({"scale": math.inf}, ValueError, "scale"),
+        ({"norm": "l3"}, ValueError, "norm"),
+        ({"layers": "attn*"}, ValueError, "layers"),
+        ({"negative_prompt": 3}, TypeError, "negative_prompt"),
+        ({"negative_prompt": ("a", 3)}, TypeError, "negative_prompt"),
+        ({"negative_embeds": {"prompt_embeds": None}}, TypeError, "negative_embeds"),
+        (
+            {"negative_embeds": {"negative_prompt_embeds": None}, "negative_prompt": "a"},
+            ValueError,
+            "not both",
+        ),
+        ({"sigma": (2.0, 1.0)}, ValueError, "sigma"),
+    ],
+)
+def test_bad_options(options, error, match):
+    with pytest.raises(error, match=match):
+        da.NAG(**options)
+
+
+def test_settings_round_trip():
+    (made,) = parse(
+        'nag:scale=3,negative-prompt="blurry, low quality",norm=l2,layers=("up_blocks.*")'
+    )
+    assert made == da.NAG(
+        3.0, negative_prompt="blurry, low quality", norm="l2", layers=("up_blocks.*",)
+    )
+    many = da.NAG(negative_prompt=["a", "b"], sigma=(0.5, 1.0))
+    for technique in (made, many):
+        assert from_config(json.loads(json.dumps(to_config(technique)))) == technique
+    saved = to_config(da.NAG(negative_embeds={"negative_prompt_embeds": torch.zeros(1)}))
+    json.dumps(saved)
+    with pytest.raises(TypeError, match="negative_embeds"):
+        from_config(saved)
+
+
+def test_published_layout_is_flux_only():
+    pipe = tiny_pipeline(SD)
+    with (
+        pytest.raises(da.UnsupportedModel, match="published layout of Flux"),
+        da.apply(pipe, nag(share_image=False)),
+    ):
+        final(pipe, tiny_inputs(SD))
+    pipe = tiny_pipeline("AuraFlowPipeline")
+    with pytest.raises(da.UnsupportedModel, match="not known"), da.apply(pipe, nag()):
+        final(pipe, tiny_inputs("AuraFlowPipeline"))
+    row, _ = row_of(type(pipe))
+    assert "not known" in nag().refuses(pipe, row)
+
+
+def test_two_rows_need_equal_lengths_where_there_is_no_mask():
+    pipe = tiny_pipeline(FLUX)
+    short = {
+        "negative_prompt_embeds": torch.zeros(1, 5, 32),
+        "negative_pooled_prompt_embeds": torch.zeros(1, 16),
+    }
+    with (
+        pytest.raises(da.UnsupportedModel, match="7 tokens; got 5"),
+        da.apply(pipe, nag(share_image=False, negative_embeds=short)),
+    ):
+        final(pipe, tiny_inputs(FLUX))
+    with (
+        pytest.raises(ValueError, match="pooled"),
+        da.apply(
+            pipe,
+            nag(
+                share_image=False, negative_embeds={"negative_prompt_embeds": torch.zeros(1, 7, 32)}
+            ),
+        ),
+    ):
+        final(pipe, tiny_inputs(FLUX))
+
+
+def test_no_warning_about_a_negative_prompt_that_nag_reads(recwarn):
+    pipe = tiny_pipeline(SD, text=True)
+    with da.apply(pipe, da.CFG(1.0), nag()):
+        final(pipe, {**tiny_inputs(SD, text=True), "guidance_scale": 1.0})
+    assert not [w for w in recwarn if "no effect" in str(w.message)]
+
+
+def test_the_warning_comes_where_nag_does_not_read_it():
+    pipe = tiny_pipeline(SD, text=True)
+    for technique in (nag(1.0), nag(negative_prompt="blue")):
+        errors._WARNED.clear()
+        with da.apply(pipe, da.CFG(1.0), technique), pytest.warns(UserWarning, match="no effect"):
+            final(pipe, {**tiny_inputs(SD, text=True), "guidance_scale": 1.0})
+
+
+IMG2IMG = "StableDiffusionXLImg2ImgPipeline"
+
+
+def late(pipe, *techniques):
+    """An image-to-image call that begins at a third of the noise, and its report."""
+    with da.apply(pipe, *techniques) as session:
+        got = final(pipe, {**tiny_inputs(IMG2IMG, steps=10), "strength": 0.3})
+    return got, session.report()
+
+
+def test_a_default_window_before_the_run_begins_is_dropped():
+    """Image-to-image starts below the noise level at which the family's default window ends."""
+    pipe = tiny_pipeline(IMG2IMG)
+    got, report = late(pipe, da.NAG())
+    assert not torch.equal(got, late(pipe)[0])
+    acting, selected = report.layers["NAG"]
+    assert acting == selected > 0
+    window, source = report.resolved["nag"]["sigma"]
+    assert window == ALWAYS
+    assert "begins at" in source
+    assert not {"start", "stop"} & set(report.resolved["nag"])
+
+
+def test_a_window_of_the_users_that_never_acts_is_said():
+    pipe = tiny_pipeline(IMG2IMG)
+    errors._WARNED.clear()
+    with pytest.warns(UserWarning, match=r"NAG never acted.*sigma=\(0, inf\)"):
+        got, report = late(pipe, da.NAG(sigma=(50.0, 60.0)))
+    assert torch.equal(got, late(pipe)[0])
+    assert any("never acted" in note for note in report.notes)
+    assert not any("never acted" in note for note in late(pipe, da.NAG(1.0))[1].notes)
+
+
+@pytest.mark.parametrize("technique", [nag(), da.PLADIS()])
+def test_a_distilled_unet_has_one_branch_at_any_scale(technique):
+    """Latent consistency models take the scale as an input; the pipeline then runs the prompt
+    alone."""
+    pipe = tiny_pipeline(SD)
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=16).eval()
+
+    def run(*techniques):
+        with da.apply(pipe, *techniques) as session:
+            got = final(pipe, {**tiny_inputs(SD, batch=2, steps=3), "guidance_scale": 3.0})
+        return got, session.report()
+
+    got, report = run(technique)
+    assert not torch.equal(got, run()[0])
+    assert report.nfe == 3
+    assert all(acting == selected > 0 for acting, selected in report.layers.values())
+    with pytest.raises(da.UnsupportedModel, match="distilled"):
+        run(da.CFG(3.0), technique)
+
+
+def cut(pipe, index, timestep, values):
+    """The CFG cut-off of diffusers' documentation."""
+    if index == 1:
+        pipe._guidance_scale = 0.0
+        values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[-1]
+    return values
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("technique", [nag(), da.PLADIS(branches="cond")])
+def test_guidance_that_a_callback_ends(technique, batch):
+    """From then on every row carries the prompt: the same as our own interval, which runs the
+    conditional rows alone."""
+    pipe = tiny_pipeline(SD)
+
+    def run(*techniques, **more):
+        with da.apply(pipe, *techniques) as session:
+            got = final(
+                pipe, {**tiny_inputs(SD, batch=batch, steps=4), "guidance_scale": 3.0, **more}
+            )
+        return got, session.report()
+
+    got, report = run(
+        technique, callback_on_step_end=cut, callback_on_step_end_tensor_inputs=["prompt_embeds"]
+    )
+    assert (report.nfe, report.guided_steps) == (2 * 2 + 2, 2)
+    expected, _ = run(IntervalCFG(3.0, stop=0.5), technique)
+    assert (got - expected).abs().max() <= 64 * torch.finfo(
+        torch.float32
+    ).eps * expected.abs().max()
+
+
+def test_steps_guided_by_the_pipeline_itself_are_counted():
+    for name, gate in ((SD, "guidance_scale"), (FLUX, "true_cfg_scale")):
+        pipe = tiny_pipeline(name)
+        with da.apply(pipe, nag()) as session:
+            final(pipe, {**tiny_inputs(name, steps=3), gate: 3.0})
+            assert (session.report().guided_steps, session.report().nfe) == (3, 6)
+            final(pipe, {**tiny_inputs(name, steps=3), gate: 1.0})
+            assert (session.report().guided_steps, session.report().nfe) == (0, 3)
+
+
+SEEN = []
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(AttentionTechnique):
+    """Keeps which rows carry the prompt."""
+
+    def __call__(self, attend, q, k, v, site):
+        SEEN.append(site.conditioned)
+        return attend(q, k, v)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_skip_layer_call_of_sd3_carries_the_prompt(batch):
+    name = "StableDiffusion3Pipeline"
+    pipe = tiny_pipeline(name)
+
+    def run(*techniques):
+        with da.apply(pipe, *techniques) as session:
+            final(
+                pipe,
+                {
+                    **tiny_inputs(name, batch=batch, steps=2),
+                    "skip_guidance_layers": [0],
+                    "skip_layer_guidance_stop": 1.0,
+                },
+            )
+        return session.report()
+
+    SEEN.clear()
+    run(Rows())
+    assert set(SEEN) == {(False,) * batch + (True,) * batch, (True,) * batch}
+    assert run(nag(), da.PLADIS()).layers["NAG"] == (2, 2)
+
+
+class TextEncoder(torch.nn.Identity):
+    device = torch.device("cpu")
+
+
+class Encoded(Exception):
+    """What ``encode_prompt`` was called with."""
+
+
+def encoded_by(name, monkeypatch, technique, **call):
+    """The arguments with which the negative text is encoded, on pipelines whose text encoders have
+    no tiny form too."""
+    pipe = tiny_pipeline(name)
+    monkeypatch.setattr(pipe, "text_encoder", TextEncoder(), raising=False)
+    encode = type(pipe).encode_prompt
+
+    @functools.wraps(encode)
+    def fake(self, **kwargs):
+        raise Encoded(kwargs)
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", fake)
+    with pytest.raises(Encoded) as caught, da.apply(pipe, technique):
+        pipe(prompt=["one", "two"], num_inference_steps=1, **call)
+    return caught.value.args[0]
+
+
+def test_the_second_encoder_gets_its_own_negative(monkeypatch):
+    call = encoded_by(FLUX, monkeypatch, nag(), negative_prompt="alpha", negative_prompt_2="beta")
+    assert (call["prompt"], call["prompt_2"]) == (["alpha"], ["beta"])
+    assert encoded_by(FLUX, monkeypatch, nag(), negative_prompt="alpha")["prompt_2"] is None
+    xl = "StableDiffusionXLPipeline"
+    call = encoded_by(
+        xl, monkeypatch, nag(), negative_prompt="alpha", negative_prompt_2=["beta", "gamma"]
+    )
+    assert (call["negative_prompt"], call["negative_prompt_2"]) == (
+        ["alpha", "alpha"],
+        ["beta", "gamma"],
+    )
+    call = encoded_by(xl, monkeypatch, nag(), negative_prompt_2="blue")
+    assert (call["negative_prompt"], call["negative_prompt_2"]) == ([""], ["blue"])
+
+
+def test_the_scale_of_a_lora_reaches_the_text_encoder(monkeypatch):
+    assert (
+        encoded_by(SD, monkeypatch, nag(), cross_attention_kwargs={"scale": 0.3})["lora_scale"]
+        == 0.3
+    )
+    assert (
+        encoded_by(FLUX, monkeypatch, nag(), joint_attention_kwargs={"scale": 0.4})["lora_scale"]
+        == 0.4
+    )
+    assert "lora_scale" not in encoded_by(SD, monkeypatch, nag())
+
+
+@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+def test_texts_that_are_encoded_with_an_image_must_be_given_encoded(name, monkeypatch):
+    pipe = tiny_pipeline(name)
+    monkeypatch.setattr(pipe, "text_encoder", TextEncoder(), raising=False)
+    with (
+        pytest.raises(da.UnsupportedModel, match=r"together with its image.*negative_embeds"),
+        da.apply(pipe, nag(negative_prompt="blue")),
+    ):
+        final(pipe, tiny_inputs(name, steps=1))
+    given = tiny_inputs(name, steps=1)
+    own = {key: given[key] for key in ("negative_prompt_embeds", "negative_prompt_embeds_mask")}
+    with da.apply(pipe, nag(negative_embeds=own)) as session:
+        final(pipe, given)
+    assert session.report().layers["NAG"][0] > 0
+
+
+@pytest.mark.parametrize("name", [SD, "ZImagePipeline"])
+def test_one_negative_or_one_per_prompt(name):
+    """Not as many as happen to divide the images."""
+    pipe = tiny_pipeline(name)
+    for count in (2, 3):
+        texts = tiny_inputs(name, batch=count)["negative_prompt_embeds"]
+        technique = nag(negative_embeds={"negative_prompt_embeds": texts})
+        with (
+            pytest.raises(ValueError, match=f"{count} negative texts for 4 prompts"),
+            da.apply(pipe, technique),
+        ):
+            final(pipe, tiny_inputs(name, batch=4, steps=1))
+
+
+def test_pooled_embeddings_may_come_along():
+    name = "StableDiffusionXLPipeline"
+    pipe = tiny_pipeline(name)
+    given = tiny_inputs(name, steps=1)
+    embeds = {
+        key: given[key] for key in ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    }
+    with da.apply(pipe, nag(negative_embeds=embeds)) as session:
+        final(pipe, given)
+    assert session.report().layers["NAG"][0] > 0
+
+
+def test_a_window_as_a_list():
+    pipe = tiny_pipeline(SD)
+    with da.apply(pipe, nag(sigma=[0.0, 100.0])) as session:
+        final(pipe, tiny_inputs(SD))
+    with da.apply(pipe, da.NAG(stop=0.5)) as half:
+        final(pipe, tiny_inputs(SD, steps=4))
+    assert "NAG: at 4 of 4 layers in 2 of 4 steps" in str(half.report())
+    assert session.techniques[0] == nag(sigma=(0.0, 100.0))
+    with pytest.raises(TypeError, match="two noise levels"):
+        nag(sigma=3.0)

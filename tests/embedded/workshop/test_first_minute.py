@@ -1,0 +1,110 @@
+"""The logs that ship are those of the scripts that ship: the first minute of every training, run
+again with one thread a process.
+
+On a machine of the kind that trained them the losses are the same digits. Another kind rounds
+bfloat16 products (8 bits) in another order, and Adam's first steps, of equal size whatever the
+gradient, carry such differences on: hence the tolerances.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from transformers import CLIPTokenizer
+
+from diffalign.embedded.load import FOLDER
+from diffalign.embedded.workshop import train_clip, train_denoiser, train_judge, train_vae
+from diffalign.embedded.workshop.training import Team
+
+pytestmark = pytest.mark.slow
+
+BF16 = 2**-7
+
+
+def logged(*path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first header of a log and the records up to the next one."""
+    records: list[dict[str, Any]] = []
+    header, *lines = [json.loads(line) for line in FOLDER.joinpath(*path).read_text().splitlines()]
+    for line in lines:
+        if "header" in line:
+            break
+        records.append(line)
+    return header["header"], records
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_autoencoder() -> None:
+    """Two processes that average every eight updates, here one after the other."""
+    header, records = logged("emoji", "training", "vae.jsonl")
+    numbers = [int(header[key]) for key in ("seed", "updates", "decoder_updates")]
+    team = [
+        train_vae.VaeTrainer(
+            Team(rank, int(header["processes"])),
+            *numbers,
+            float(header["heads"]),
+            int(header["channels"]),
+        )
+        for rank in range(int(header["processes"]))
+    ]
+    steps = []
+    for _ in range(records[0]["updates"]):
+        first, _ = (trainer.step() for trainer in team)
+        steps.append(first)
+        if len(steps) % train_vae.SYNCHRONISE == 0:
+            mean = torch.stack([trainer.flat.master.data for trainer in team]).mean(0)
+            for trainer in team:
+                trainer.flat.master.data.copy_(mean)
+                trainer.flat.publish()
+    for key in ("reconstruction", "mse", "heads"):
+        assert np.mean([step[key] for step in steps]) == pytest.approx(
+            records[0][key], rel=4 * BF16
+        )
+
+
+def test_denoiser() -> None:
+    header, records = logged("emoji", "training", "denoiser.jsonl")
+    options = argparse.Namespace(rate=float(header["rate"]), decay=float(header["decay"]))
+    for key in ("seed", "batch", "updates", "decay_from", "curriculum"):
+        setattr(options, key, int(header[key]))
+    vocab = CLIPTokenizer.from_pretrained(FOLDER / "emoji" / "tokenizer").get_vocab()
+    trainer = train_denoiser.DenoiserTrainer(
+        Team(), options, AutoencoderTiny.from_pretrained(FOLDER / "emoji" / "vae"), vocab
+    )
+    steps = [trainer.step() for _ in range(records[0]["updates"])]
+    for key in ("loss", "clean", "noisy"):
+        assert np.mean([step[key] for step in steps]) == pytest.approx(records[0][key], rel=BF16)
+
+
+@pytest.mark.parametrize("model", ["emoji-judge", "emoji-judge-audit"])
+def test_judges(model: str) -> None:
+    header, records = logged(model, "log.jsonl")
+    options = train_judge.parser().parse_args(
+        ["--model", model, "--out", "unused", "--seed", str(header["seed"])]
+    )
+    options.batch, options.updates = header["batch"], header["updates"]
+    trainer = train_judge.JudgeTrainer(options)
+    for record in [r for r in records if r["updates"] <= 20]:
+        while trainer.done < record["updates"]:
+            step = trainer.step()
+        assert step["loss"] == pytest.approx(record["loss"], rel=4 * BF16)
+
+
+def test_reward() -> None:
+    header, records = logged("emoji-clip", "log.jsonl")
+    options = train_clip.parser().parse_args(["--out", "unused", "--tokenizer", "unused"])
+    for key in ("seed", "pairs", "spoilt", "updates", "vae_updates", "sample_updates"):
+        setattr(options, key, header[key])
+    vocab = CLIPTokenizer.from_pretrained(FOLDER / "emoji" / "tokenizer").get_vocab()
+    trainer = train_clip.ClipTrainer(options, vocab)
+    for record in [r for r in records if r["updates"] <= 10]:
+        while trainer.done < record["updates"]:
+            step = trainer.step()
+        assert step["loss"] == pytest.approx(record["loss"], rel=4 * BF16)
