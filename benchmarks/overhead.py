@@ -20,10 +20,10 @@ import torch
 from results import write
 
 import diffalign as da
-from diffalign.families.table import ROWS
+from diffalign.families.table import FAMILIES
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_unet_pipeline
 
-FAMILIES = [
+PIPELINES = [
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusion3Pipeline",
@@ -54,7 +54,7 @@ def paired(pipe: Any, name: str, batch: int, steps: int, runs: int) -> dict[str,
     """Median seconds of native and tapped runs, and medians of the paired ratios; the order
     alternates."""
     pipe.set_progress_bar_config(disable=True)
-    gate = ROWS[name].gates[0]
+    gate = FAMILIES[name].gates[0]
 
     def call() -> None:
         pipe(**{**tiny_inputs(name, batch=batch, steps=steps), gate: 4.0})
@@ -108,7 +108,7 @@ def main() -> None:
                 {"network": network, "batch": batch}
                 | paired(pipe, "StableDiffusionPipeline", batch, options.steps, options.runs)
             )
-    for name in FAMILIES:
+    for name in PIPELINES:
         for batch in (1, 2, 8):
             few = paired(tiny_pipeline(name), name, batch, 4, max(options.runs // 2, 3))
             rows.append({"network": f"tiny {name}", "batch": batch} | few)

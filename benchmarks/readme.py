@@ -75,7 +75,7 @@ def row_of(name: str) -> str:
     source = module.replace(".", "/") + ".py"
     test = f"tests/{Path(source).parent.relative_to('diffalign')}/test_{Path(source).stem}.py"
     test = test if (ROOT / test).is_file() else str(Path(test).parent)
-    facts = describe(name, da.methods()[name])
+    facts = describe(name, da.techniques()[name])
     cost = facts["cost"].partition(". ")[0].rstrip(".")
     return f"| `{name}` | {facts['paper']} | {cost} | {measured(name)} | [code]({source}) [test]({test}) |"
 

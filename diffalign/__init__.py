@@ -10,7 +10,7 @@ from diffalign.core import (
     SessionError,
     UnsupportedModel,
 )
-from diffalign.core.registry import methods
+from diffalign.core.registry import techniques
 from diffalign.embedded import load
 from diffalign.guidance import *  # noqa: F403
 from diffalign.guidance import __all__ as _guidance
@@ -46,7 +46,7 @@ __all__ = [
     "enable",
     "guider",
     "load",
-    "methods",
+    "techniques",
     "preset",
     "rewards",
     "supports",

@@ -266,7 +266,7 @@ def test_techniques_are_frozen_dataclasses_with_one_positional_option():
     import dataclasses
     import inspect
 
-    for name, cls in diffalign.methods().items():
+    for name, cls in diffalign.techniques().items():
         assert dataclasses.is_dataclass(cls), name
         assert cls.__dataclass_params__.frozen, name
         positional = [

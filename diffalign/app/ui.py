@@ -15,7 +15,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from diffalign import Cancelled, Session, apply, load, methods, supports
+from diffalign import Cancelled, Session, apply, load, techniques, supports
 from diffalign.core.registry import make, parse
 from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.tasks.geneval.verdict import Detection, parse_prompt, verdict
@@ -44,7 +44,7 @@ class Demo:
         self.name = name
         ready = {
             n
-            for n, c in methods().items()
+            for n, c in techniques().items()
             if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(c))
         }
         self.choices = [

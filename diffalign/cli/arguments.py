@@ -51,7 +51,7 @@ Technique = Annotated[
     typer.Option(
         "--technique",
         "-t",
-        help="name:key=value,key=value+name2; `diffalign methods` lists them. Repeatable.",
+        help="name:key=value,key=value+name2; `diffalign techniques` lists them. Repeatable.",
         rich_help_panel=HOW,
     ),
 ]

@@ -1,4 +1,4 @@
-"""``diffalign methods``: what can be given to ``--technique``."""
+"""``diffalign techniques``: what can be given to ``--technique``."""
 
 import dataclasses
 import inspect
@@ -99,7 +99,7 @@ def methods(
 ) -> None:
     """The techniques: paper, options with types and defaults, cost."""
     from diffalign.core.errors import nearest
-    from diffalign.core.registry import methods as registered
+    from diffalign.core.registry import techniques as registered
 
     known = registered()
     if name is not None and name not in known:

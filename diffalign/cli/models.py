@@ -18,36 +18,36 @@ def models(
 ) -> None:
     """Embedded models, and the diffusers pipelines that techniques work on."""
     from diffalign.embedded import available
-    from diffalign.families.table import ROWS, refusals, row_of
+    from diffalign.families.table import FAMILIES, refusals, family_of
 
     if pipeline is not None:
         with checking():
-            row, _ = row_of(type(pipeline, (), {}))
+            family, _ = family_of(type(pipeline, (), {}))
         answer = {
             "pipeline": pipeline,
-            "family": row.family,
-            "denoisers": row.denoisers,
-            "scale": row.gates,
-            "notes": row.notes,
+            "family": family.name,
+            "denoisers": family.denoisers,
+            "scale": family.gates,
+            "notes": family.notes,
         }
         if json:
             show.text(show.to_json(answer))
         else:
             scale = (
-                f"guidance scale {', '.join(row.gates)}"
-                if row.gates
+                f"guidance scale {', '.join(family.gates)}"
+                if family.gates
                 else "no guidance scale to set (distilled into the model)"
             )
             show.text(
-                f"{pipeline} is supported: family {row.family}, {scale}. {row.notes}".rstrip()
+                f"{pipeline} is supported: family {family.name}, {scale}. {family.notes}".rstrip()
             )
         return
     installed = [
         {"name": m.name, "description": m.description, "bytes": m.bytes} for m in available()
     ]
     families: dict[str, list[str]] = {}
-    for name, row in ROWS.items():
-        families.setdefault(row.family, []).append(name)
+    for name, family in FAMILIES.items():
+        families.setdefault(family.name, []).append(name)
     if json:
         show.text(
             show.to_json({"embedded": installed, "families": families, "refused": len(refusals())})

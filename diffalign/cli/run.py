@@ -48,16 +48,16 @@ def arguments(request: Request, batch: Sequence[Job]) -> dict[str, Any]:
     """The pipeline call for these images; the generators are fresh."""
     import torch
 
-    model, row = request.model, request.model.row
+    model, family = request.model, request.model.family
     call: dict[str, Any] = {
         "prompt": [request.prompts[job.prompt] for job in batch],
         "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in batch],
         "num_inference_steps": request.steps,
     }
     if request.scale is not None:
-        call[row.gates[0]] = model.native(request.scale)
+        call[family.gates[0]] = model.native(request.scale)
     negative = request.negative_prompt
-    if negative is None and row.needs_negative and model.native(request.scale) > row.opens:
+    if negative is None and family.needs_negative and model.native(request.scale) > family.on_above:
         negative = ""
     if negative is not None:
         call["negative_prompt"] = [negative] * len(batch)

@@ -57,7 +57,7 @@ def plugins() -> dict[str, type]:
 
 
 @cache
-def methods() -> dict[str, type]:
+def techniques() -> dict[str, type]:
     """Every registered technique, plugins included: name -> class."""
     found: dict[str, type] = {}
     for name, target in BUILTIN.items():
@@ -79,13 +79,13 @@ def name_of(technique: object) -> str:
 def make(name: str, options: Mapping[str, Any]) -> Any:
     """Build the technique ``name`` from ``options``, values as Python objects or as text; unknown
     names offer the nearest."""
-    known = methods()
+    known = techniques()
     if name in DOORS:
         module, _, attribute = DOORS[name].partition(":")
         known = {**known, name: getattr(import_module(module), attribute)}
     if name not in known:
         raise ValueError(
-            f"Unknown technique {name!r}. Nearest: {nearest(name, known)}. `diffalign methods` "
+            f"Unknown technique {name!r}. Nearest: {nearest(name, known)}. `diffalign techniques` "
             "lists all."
         )
     cls = known[name]

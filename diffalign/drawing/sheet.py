@@ -68,9 +68,7 @@ def _font(size: int, bold: bool, path: str | None) -> Font:
     if path is not None:
         return ImageFont.truetype(path, size)
     data = (
-        files("diffalign.drawing")
-        / "fonts"
-        / f"DejaVuSans{'-Bold' if bold else ''}-subset.ttf"
+        files("diffalign.drawing") / "fonts" / f"DejaVuSans{'-Bold' if bold else ''}-subset.ttf"
     ).read_bytes()
     return ImageFont.truetype(BytesIO(data), size)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffalign.core import UnsupportedModel
-from diffalign.families.family import Argument, Row
+from diffalign.families.family import Argument, Family
 
 # arguments of the pipeline call that change how a text is encoded
 SAME = (
@@ -191,6 +191,8 @@ ARGUMENTS: dict[str, tuple[Argument, ...]] = {
 }
 
 
-def with_text(row: Row) -> Row:
-    """``row`` with its text arguments and its encoder."""
-    return replace(row, text=ARGUMENTS.get(row.family, row.text), encode=ENCODERS.get(row.family))
+def with_text(family: Family) -> Family:
+    """``family`` with its text arguments and its encoder."""
+    return replace(
+        family, text=ARGUMENTS.get(family.name, family.text), encode=ENCODERS.get(family.name)
+    )

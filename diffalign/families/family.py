@@ -1,4 +1,4 @@
-"""What a registry row says about a pipeline class: everything the tap must know, and nothing else."""
+"""What a family says about a pipeline class: everything the tap must know, and nothing else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Argument:
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class PipelineOption:
     """A call argument through which the pipeline changes its own guidance: read, set to
     ``neutral``, applied by us instead.
 
@@ -67,43 +67,43 @@ class Own:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Family:
     """One pipeline family.
 
     ``mode``: "batched" (one call with both branches), "sequential" (two calls, conditional first)
     or "single". ``order``: branch order of the batch, "uc" or "cu". ``gates``: call argument with
-    the scale of each denoiser; guidance runs natively while it is above ``opens``. ``off``: native
-    value that turns guidance off. ``scale_shift``: our scale minus the native one.
-    ``needs_negative``: the branch exists only with a negative prompt. ``dummy``: native scale while
+    the scale of each denoiser; guidance runs natively while it is above ``on_above``. ``off``: native
+    value that turns guidance off. ``offset``: our scale minus the native one.
+    ``needs_negative``: the branch exists only with a negative prompt. ``placeholder``: native scale while
     our guidance runs. ``mix``: the pipeline's own arithmetic. ``affine``: the pipeline maps each
     prediction before combining them. ``to_step``: guided prediction -> what ``scheduler.step``
     receives. ``time``: denoiser timestep -> scheduler timestep. ``companions``: networks that run
-    before the denoiser on the same rows; they skip what it skips. ``sign``: -1 where the network
-    predicts the negated target. ``kind``: parametrisation, "scheduler" reads its config. ``check``:
+    before the denoiser on the same rows; they skip what it skips. ``target_sign``: -1 where the network
+    predicts the negated target. ``parametrisation``: parametrisation, "scheduler" reads its config. ``check``:
     a reason why this pipeline object has nothing to guide. ``lists``: tensors come as Python lists
     of rows. ``shared``: arguments never split by rows. ``refuses``: call argument -> reason.
     ``text``, ``encode``: for attention techniques.
     """
 
-    family: str
+    name: str
     denoisers: tuple[str, ...] = ("transformer",)
     mode: Literal["batched", "sequential", "single"] = "batched"
     order: Literal["uc", "cu"] = "uc"
     gates: tuple[str, ...] = ("guidance_scale",)
-    opens: float = 1.0
+    on_above: float = 1.0
     off: float = 1.0
-    dummy: float = 2.0
-    scale_shift: float = 0.0
+    placeholder: float = 2.0
+    offset: float = 0.0
     needs_negative: bool = False
     mix: Mix = linear_mix
-    own: tuple[Own, ...] = ()
+    options: tuple[PipelineOption, ...] = ()
     affine: bool = False
     to_step: Callable[[Tensor, Tensor], Tensor] = field(default=lambda guided, like: guided)
     time: Callable[[float, Any], float] = field(default=lambda value, pipe: value)
     sigma: Callable[[float], float] = field(default=lambda value: value)
-    sign: int = 1
+    target_sign: int = 1
     companions: tuple[str, ...] = ("controlnet",)
-    kind: Literal["scheduler", "flow"] = "scheduler"
+    parametrisation: Literal["scheduler", "flow"] = "scheduler"
     lists: bool = False
     shared: tuple[str, ...] = (
         "img_ids",

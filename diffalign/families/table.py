@@ -19,7 +19,14 @@ from torch import Tensor
 from diffalign.core import UnsupportedModel, linear_mix
 from diffalign.core.errors import nearest
 from diffalign.families.encode import with_text
-from diffalign.families.family import Own, Row, first_channels, negated, renorm, rescale
+from diffalign.families.family import (
+    PipelineOption,
+    Family,
+    first_channels,
+    negated,
+    renorm,
+    rescale,
+)
 
 
 def upcast_mix(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
@@ -105,59 +112,59 @@ SKIP_LAYER = {
     )
 }
 DYNAMIC = {"use_dynamic_cfg": "the pipeline would change the scale by itself; use da.ScheduledCFG."}
-RESCALE = (Own("guidance_rescale", 0.0, post=rescale),)
+RESCALE = (PipelineOption("guidance_rescale", 0.0, post=rescale),)
 
-SD = Row("sd", denoisers=("unet",), own=RESCALE, check=_distilled_unet)
-SDXL = Row("sdxl", denoisers=("unet",), own=RESCALE, check=_distilled_unet)
-SD3 = Row("sd3", refuses=SKIP_LAYER)
-PIXART = Row("pixart", to_step=first_channels)
-SANA = Row(
+SD = Family("sd", denoisers=("unet",), options=RESCALE, check=_distilled_unet)
+SDXL = Family("sdxl", denoisers=("unet",), options=RESCALE, check=_distilled_unet)
+SD3 = Family("sd3", refuses=SKIP_LAYER)
+PIXART = Family("pixart", to_step=first_channels)
+SANA = Family(
     "sana",
     mix=upcast_mix,
     to_step=first_channels,
     time=lambda value, pipe: value / float(pipe.transformer.config.timestep_scale),
 )
-FLUX = Row(
+FLUX = Family(
     "flux", mode="sequential", gates=("true_cfg_scale",), needs_negative=True, time=_per_thousand
 )
-QWEN = Row(
+QWEN = Family(
     "qwen",
     mode="sequential",
     gates=("true_cfg_scale",),
     needs_negative=True,
     time=_per_thousand,
-    own=(Own("cfg_renorm", True, post=renorm),),
+    options=(PipelineOption("cfg_renorm", True, post=renorm),),
 )
-CHROMA = Row("chroma", mode="sequential", time=_per_thousand)
-LUMINA2 = Row(
+CHROMA = Family("chroma", mode="sequential", time=_per_thousand)
+LUMINA2 = Family(
     "lumina2",
     mode="sequential",
     to_step=negated,
-    sign=-1,
+    target_sign=-1,
     time=_reversed,
-    own=(
-        Own("cfg_normalization", False, post=renorm),
-        Own(
+    options=(
+        PipelineOption("cfg_normalization", False, post=renorm),
+        PipelineOption(
             "cfg_trunc_ratio",
             1.0,
             stops=lambda ratio, index, count, time: (index + 1) / count > ratio,
         ),
     ),
 )
-ZIMAGE = Row(
+ZIMAGE = Family(
     "z-image",
     order="cu",
-    opens=0.0,
+    on_above=0.0,
     off=0.0,
-    scale_shift=1.0,
+    offset=1.0,
     lists=True,
     mix=shifted_mix,
     to_step=lambda guided, like: -guided.squeeze(2),
-    sign=-1,
+    target_sign=-1,
     time=_reversed,
-    own=(
-        Own("cfg_normalization", False, post=cap),
-        Own(
+    options=(
+        PipelineOption("cfg_normalization", False, post=cap),
+        PipelineOption(
             "cfg_truncation",
             1.0,
             stops=lambda limit, index, count, time: (
@@ -166,34 +173,38 @@ ZIMAGE = Row(
         ),
     ),
 )
-WAN = Row(
+WAN = Family(
     "wan",
     denoisers=("transformer", "transformer_2"),
     gates=("guidance_scale", "guidance_scale_2"),
     mode="sequential",
 )
-LTX = Row("ltx", mix=upcast_mix, own=RESCALE)
-COGVIDEOX = Row("cogvideox", mix=upcast_mix, refuses=DYNAMIC)
-DIT = Row("dit", order="cu", to_step=twice_first_channels)
+LTX = Family("ltx", mix=upcast_mix, options=RESCALE)
+COGVIDEOX = Family("cogvideox", mix=upcast_mix, refuses=DYNAMIC)
+DIT = Family("dit", order="cu", to_step=twice_first_channels)
 KOLORS = replace(SDXL, family="kolors")
-HUNYUAN_DIT = Row(
-    "hunyuan-dit", to_step=first_channels, own=(Own("guidance_rescale", 0.0, post=half_rescale),)
+HUNYUAN_DIT = Family(
+    "hunyuan-dit",
+    to_step=first_channels,
+    options=(PipelineOption("guidance_rescale", 0.0, post=half_rescale),),
 )
-AURAFLOW = Row("auraflow", time=_per_thousand)
-COGVIEW4 = Row("cogview4", mode="sequential")
-FLUX_DISTILLED = Row("flux", mode="single", gates=(), time=_per_thousand, check=_embedded_guidance)
-COSMOS2 = Row(
+AURAFLOW = Family("auraflow", time=_per_thousand)
+COGVIEW4 = Family("cogview4", mode="sequential")
+FLUX_DISTILLED = Family(
+    "flux", mode="single", gates=(), time=_per_thousand, check=_embedded_guidance
+)
+COSMOS2 = Family(
     "cosmos2",
     mode="sequential",
     affine=True,
-    scale_shift=1.0,
+    offset=1.0,
     mix=plain_shifted_mix,
-    kind="flow",
+    parametrisation="flow",
     sigma=lambda s: s / (1.0 + s),
     time=lambda value, pipe: 1000.0 * value / max(1.0 - value, 1e-6),
 )
 
-_FAMILIES: tuple[tuple[Row, tuple[str, ...]], ...] = (
+_FAMILIES: tuple[tuple[Family, tuple[str, ...]], ...] = (
     (
         SD,
         (
@@ -296,7 +307,7 @@ _FAMILIES: tuple[tuple[Row, tuple[str, ...]], ...] = (
     (DIT, ("DiTPipeline",)),
     (COSMOS2, ("Cosmos2TextToImagePipeline",)),
 )
-ROWS: dict[str, Row] = {name: with_text(row) for row, names in _FAMILIES for name in names}
+FAMILIES: dict[str, Family] = {name: with_text(row) for row, names in _FAMILIES for name in names}
 
 
 @cache
@@ -306,18 +317,18 @@ def refusals() -> dict[str, str]:
     return table
 
 
-def row_of(cls: type) -> tuple[Row, bool]:
+def family_of(cls: type) -> tuple[Family, bool]:
     """The row of a pipeline class, and whether a subclass inherited it.
 
     Raises ``UnsupportedModel`` with the specific reason.
     """
     for base in cls.__mro__:
-        if base.__name__ in ROWS:
-            return ROWS[base.__name__], base is not cls
+        if base.__name__ in FAMILIES:
+            return FAMILIES[base.__name__], base is not cls
         if base.__name__ in refusals():
             raise UnsupportedModel(f"{base.__name__} is not supported: {refusals()[base.__name__]}")
     raise UnsupportedModel(
         f"{cls.__name__} is not a pipeline class that diffalign knows. Nearest: "
-        f"{nearest(cls.__name__, ROWS)}. "
+        f"{nearest(cls.__name__, FAMILIES)}. "
         "A subclass of one of those inherits its row."
     )

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from diffalign.cli.problem import BadInput, checking, one_line
 from diffalign.core.errors import nearest
-from diffalign.families.family import Row
-from diffalign.families.table import row_of
+from diffalign.families.family import Family
+from diffalign.families.table import family_of
 from diffalign.seams.supports import context_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,7 +32,7 @@ class Model:
     kind: Literal["embedded", "folder", "hub"]
     source: str
     cls: Any
-    row: Row
+    family: Family
     scheduler: str
 
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -41,16 +41,16 @@ class Model:
 
     def native(self, scale: float | None) -> float:
         """The value of the pipeline's own scale argument for ``scale``, None is its default;
-        ``row.off`` for 1."""
+        ``family.off`` for 1."""
         if scale is not None:
-            return self.row.off if scale == 1.0 else scale - self.row.scale_shift
-        default = self.parameters()[self.row.gates[0]].default
-        return float(default) if isinstance(default, int | float) else self.row.off
+            return self.family.off if scale == 1.0 else scale - self.family.offset
+        default = self.parameters()[self.family.gates[0]].default
+        return float(default) if isinstance(default, int | float) else self.family.off
 
     def scale(self, scale: float | None) -> float:
         """The guidance scale in effect when the user asks for ``scale``; 1 is off."""
         native = self.native(scale)
-        return native + self.row.scale_shift if native > self.row.opens else 1.0
+        return native + self.family.offset if native > self.family.on_above else 1.0
 
 
 def _embedded() -> dict[str, Path]:
@@ -145,8 +145,8 @@ def find(name: str) -> Model:
             f"{diffusers.__version__}; use it from Python."
         )
     with checking():
-        row, _ = row_of(cls)
-    model = Model(name, kind, source, cls, row, str((index.get("scheduler") or ("", ""))[1]))
+        family, _ = family_of(cls)
+    model = Model(name, kind, source, cls, family, str((index.get("scheduler") or ("", ""))[1]))
     parameters = model.parameters()
     inputs = [n for n in parameters if n in ("image", "control_image", "video")]
     inputs += [
@@ -203,7 +203,7 @@ def check_technique(
 ) -> None:
     """Refuse what would fail in the first generation: an unguidable model, a scheduler or option a
     technique cannot work with."""
-    context = context_of(pipe, model.row)
+    context = context_of(pipe, model.family)
     context = replace(
         context,
         steps=steps,
@@ -211,10 +211,10 @@ def check_technique(
         scale_source="pipeline default" if scale is None else "call",
     )
     for technique in techniques:
-        reason = model.row.check(pipe) if technique.kind == "guidance" else None
+        reason = model.family.check(pipe) if technique.kind == "guidance" else None
         with checking():
             technique.resolve(context)
             if not reason and hasattr(technique, "refuses"):
-                reason = technique.refuses(pipe, model.row)
+                reason = technique.refuses(pipe, model.family)
         if reason:
             raise BadInput(f"{type(technique).__name__} on {model.name}: {reason}")

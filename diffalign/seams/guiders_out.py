@@ -19,7 +19,7 @@ from torch import Tensor
 from diffalign.core import COND, UNCOND, Context, Meter, Pass, StepInfo, UnsupportedModel
 from diffalign.core.registry import from_config, name_of, to_config
 from diffalign.families import table as registry
-from diffalign.families.family import Row
+from diffalign.families.family import Family
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.cache import fixed_rows
 from diffalign.seams.denoiser.clock import Clock
@@ -27,7 +27,7 @@ from diffalign.seams.denoiser.rows import count_rows, parameter_names, take_argu
 from diffalign.seams.report import Report
 from diffalign.seams.swap import intercepted, original_class
 
-ROWS: dict[str, Row] = {
+FAMILIES: dict[str, Family] = {
     "StableDiffusionXLModularPipeline": registry.SDXL,
     "StableDiffusion3ModularPipeline": registry.SD3,
     "WanModularPipeline": registry.WAN,
@@ -70,13 +70,13 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         """Learn scheduler, scale and blocks from ``pipe``; ``denoiser``: the component this guider
         serves, None is the family's first."""
         name = type(pipe).__name__
-        if name not in ROWS:
+        if name not in FAMILIES:
             raise UnsupportedModel(
                 f"{name} is not a modular pipeline that diffalign knows; it knows "
-                f"{', '.join(ROWS)}."
+                f"{', '.join(FAMILIES)}."
             )
-        self._row = ROWS[name]
-        self._denoiser = denoiser or self._row.denoisers[0]
+        self._family = FAMILIES[name]
+        self._denoiser = denoiser or self._family.denoisers[0]
         if getattr(pipe, self._denoiser, None) is None:
             raise UnsupportedModel(
                 f"{name} has no component {self._denoiser!r}; load the components before making "
@@ -136,19 +136,21 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         def convert(value: Tensor, source: Any, target: Any, rows: Any = None) -> Tensor:
             assert self._x is not None
             inputs = self._x if rows is None else self._x[list(rows)]
-            return space.convert(value, inputs, sigma, self._kind, self._row.sign, source, target)
+            return space.convert(
+                value, inputs, sigma, self._kind, self._family.sign, source, target
+            )
 
         self._info: StepInfo = self._clock.now(convert)
 
     def _begin(self, pipe: Any, step: int, steps: int, timestep: Any) -> None:
         """A new run: whatever the last one left is forgotten."""
         self._made, sources = self.technique.resolve(self._context(steps))
-        self._clock = Clock(pipe.scheduler, self._row.mix, self._row.sigma)
+        self._clock = Clock(pipe.scheduler, self._family.mix, self._family.sigma)
         self._clock.start(float(timestep), None)
         self._clock.offset -= step
         self._clock.evaluations = len(self._clock.timesteps) - self._clock.offset
         self._clock.count = -(-self._clock.evaluations // self._clock.order)
-        self._kind = "flow" if self._row.kind == "flow" else space.kind_of(pipe.scheduler)
+        self._kind = "flow" if self._family.kind == "flow" else space.kind_of(pipe.scheduler)
         self._technique_state: Any = None
         self._meter = Meter()
         options = {
@@ -172,7 +174,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         scheduler = pipe.scheduler
         return Context(
             pipeline=type(pipe).__name__,
-            family=self._row.family,
+            family=self._family.family,
             denoiser=self._denoiser,
             scheduler=type(scheduler).__name__,
             scale=self._own_scale,
@@ -255,7 +257,9 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
             total = count_rows(hidden)
             if wanted.rows is not None and not fixed_rows(module):
                 given, total = (
-                    take_arguments(given, wanted.rows, total, self._row.shared, self._row.lists),
+                    take_arguments(
+                        given, wanted.rows, total, self._family.shared, self._family.lists
+                    ),
                     len(wanted.rows),
                 )
             self._meter.charge(rows=total)

@@ -16,8 +16,8 @@ from typing import Any, Self
 from diffalign.core import Context, Meter, SessionError, UnsupportedModel
 from diffalign.core.errors import warn_once
 from diffalign.core.registry import name_of, to_config
-from diffalign.families.family import Row
-from diffalign.families.table import row_of
+from diffalign.families.family import Family
+from diffalign.families.table import family_of
 from diffalign.seams import swap
 from diffalign.seams.denoiser.branch_log import BranchLog
 from diffalign.seams.denoiser.tap import Run
@@ -37,7 +37,7 @@ class Session:
     """
 
     def __init__(self, pipe: Any, techniques: Sequence[Any]) -> None:
-        self.row, self.inherited = row_of(swap.original_class(pipe))
+        self.family, self.inherited = family_of(swap.original_class(pipe))
         techniques = [as_technique(given) for given in techniques]
         for technique in techniques:
             if not hasattr(technique, "kind") or isinstance(technique, type):
@@ -131,7 +131,7 @@ def enable(pipe: Any, *techniques: Any) -> Session:
 
     Raises like ``apply``, and ``SessionError`` when techniques are already active.
     """
-    row_of(swap.original_class(pipe))
+    family_of(swap.original_class(pipe))
     if _STACKS.get(pipe):
         raise SessionError(
             "Techniques are already active on this pipeline; call disable(pipe) first, or add "
@@ -196,15 +196,15 @@ def _generate(
             "pipeline object."
         )
     try:
-        row = stack[0].row
+        family = stack[0].family
         techniques = [t for session in stack for t in session.techniques]
-        plan = _Plan(pipe, row, techniques, original, args, kwargs)
-        run = Run(pipe, row, plan.guidances, plan.own, plan.opened, row.dummy)
+        plan = _Plan(pipe, family, techniques, original, args, kwargs)
+        run = Run(pipe, family, plan.guidances, plan.own, plan.opened, family.placeholder)
         run.call, run.meter, run.resolved = plan.value, plan.meter, plan.resolved
         for session in stack:
             session._run = run
         with (
-            _tapped(pipe, row, run, plan.techniques, not plan.guess_mode),
+            _tapped(pipe, family, run, plan.techniques, not plan.guess_mode),
             _callbacks(plan.arguments),
         ):
             result = original(**plan.arguments)
@@ -220,18 +220,20 @@ def _generate(
 
 @contextmanager
 def _tapped(
-    pipe: Any, row: Row, run: Run, techniques: Sequence[Any], accompanied: bool
+    pipe: Any, family: Family, run: Run, techniques: Sequence[Any], accompanied: bool
 ) -> Iterator[None]:
     """Taps on the denoisers and the scheduler, and attached techniques, for one generation."""
     modules = {
-        name: module for name in row.denoisers if (module := getattr(pipe, name, None)) is not None
+        name: module
+        for name in family.denoisers
+        if (module := getattr(pipe, name, None)) is not None
     }
     handlers: dict[Any, tuple[str, swap.Handler]] = {
         module: ("__call__", functools.partial(run.denoise, name, module))
         for name, module in modules.items()
     }
     if accompanied:
-        for name in row.companions:
+        for name in family.companions:
             module = getattr(pipe, name, None)
             if module is not None:
                 handlers[module] = ("__call__", functools.partial(run.accompany, module))
@@ -305,7 +307,7 @@ class _Plan:
     def __init__(
         self,
         pipe: Any,
-        row: Row,
+        family: Family,
         techniques: Sequence[Any],
         original: Any,
         args: tuple[Any, ...],
@@ -326,7 +328,7 @@ class _Plan:
         self.reads_negative = any(getattr(t, "reads_negative", False) for t in techniques)
         refusals = [
             (name, why)
-            for name, why in row.refuses.items()
+            for name, why in family.refuses.items()
             if value.get(name) not in (None, 0, 0.0, False)
         ]
         if guidance is not None and refusals:
@@ -334,37 +336,40 @@ class _Plan:
                 f"{refusals[0][0]}={value[refusals[0][0]]!r} cannot be combined with a guidance: "
                 f"{refusals[0][1]}"
             )
-        reason = row.check(pipe)
+        reason = family.check(pipe)
         if reason is not None and guidance is not None:
             raise UnsupportedModel(f"{swap.original_class(pipe).__name__}: {reason}")
-        gate = row.gates[0] if row.gates else None
-        native = [value.get(name) for name in row.gates]
+        gate = family.gates[0] if family.gates else None
+        native = [value.get(name) for name in family.gates]
         native = [native[0] if v is None else v for v in native]
         self.guess_mode = bool(
             value.get("guess_mode")
         )  # there the ControlNet runs the conditional rows alone by itself
-        self.own = {own.name: value.get(own.name, own.neutral) for own in row.own}
+        self.own = {own.name: value.get(own.name, own.neutral) for own in family.options}
         steps = value.get("timesteps") or value.get("sigmas")
         count = len(steps) if steps is not None else int(value.get("num_inference_steps") or 0)
         scheduler = pipe.scheduler
         self.guidances: dict[str, Any] = {}
         self.opened = (
-            bool(native) and native[0] is not None and native[0] > row.opens and reason is None
+            bool(native)
+            and native[0] is not None
+            and native[0] > family.on_above
+            and reason is None
         )
-        self.opened = self.opened and row.negative_given(pipe, value)
+        self.opened = self.opened and family.negative_given(pipe, value)
         self.techniques: list[Any] = []
-        for i, name in enumerate(row.denoisers):
+        for i, name in enumerate(family.denoisers):
             scale = native[min(i, len(native) - 1)] if native else 1.0
             context = Context(
                 pipeline=swap.original_class(pipe).__name__,
-                family=row.family,
+                family=family.name,
                 denoiser=name,
                 scheduler=swap.original_class(scheduler).__name__,
-                scale=float(scale) + row.scale_shift
-                if scale is not None and scale > row.opens
+                scale=float(scale) + family.offset
+                if scale is not None and scale > family.on_above
                 else 1.0,
                 scale_source="call"
-                if row.gates and row.gates[min(i, len(row.gates) - 1)] in given
+                if family.gates and family.gates[min(i, len(family.gates) - 1)] in given
                 else "pipeline default",
                 steps=count,
                 batch=0,
@@ -388,8 +393,8 @@ class _Plan:
                 suffix = (
                     f" [{name}]"
                     if technique.kind == "guidance"
-                    and len(row.denoisers) > 1
-                    and row.family == "wan"
+                    and len(family.denoisers) > 1
+                    and family.name == "wan"
                     and i
                     else ""
                 )
@@ -409,7 +414,7 @@ class _Plan:
         if self.guidances and gate is not None:
             self._open(
                 pipe,
-                row,
+                family,
                 value,
                 any(getattr(g, "needs_uncond", True) for g in self.guidances.values()),
             )
@@ -434,27 +439,29 @@ class _Plan:
                 "da.NAG or a scale above 1."
             )
 
-    def _open(self, pipe: Any, row: Row, value: dict[str, Any], wanted: bool) -> None:
+    def _open(self, pipe: Any, family: Family, value: dict[str, Any], wanted: bool) -> None:
         """Switch the pipeline's guidance on with a dummy scale, or off, and take over what it does
         to the guided result."""
         gates = [
             gate
-            for name, gate in zip(row.denoisers, row.gates)
+            for name, gate in zip(family.denoisers, family.gates)
             if getattr(pipe, name, None) is not None
         ]
         if wanted:
-            missing = row.missing_negative(pipe, value)
+            missing = family.missing_negative(pipe, value)
             if missing is not None:
                 raise UnsupportedModel(f"{swap.original_class(pipe).__name__}: {missing}")
-            self.arguments.update(dict.fromkeys(gates, row.dummy))
-            if row.needs_negative and not row.negative_given(pipe, value):
+            self.arguments.update(dict.fromkeys(gates, family.placeholder))
+            if family.needs_negative and not family.negative_given(pipe, value):
                 self.arguments["negative_prompt"] = (
                     "" if not isinstance(value.get("prompt"), list) else [""] * len(value["prompt"])
                 )
         else:
-            self.arguments.update(dict.fromkeys(gates, row.off))
+            self.arguments.update(dict.fromkeys(gates, family.off))
         self.opened = wanted
-        self.arguments.update({own.name: own.neutral for own in row.own if own.name in value})
+        self.arguments.update(
+            {own.name: own.neutral for own in family.options if own.name in value}
+        )
 
 
 def _texts(value: dict[str, Any]) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffalign.core import Context
-from diffalign.core.registry import methods
-from diffalign.families.family import Row
-from diffalign.families.table import row_of
+from diffalign.core.registry import techniques
+from diffalign.families.family import Family
+from diffalign.families.table import family_of
 from diffalign.seams.swap import original_class
 
 
@@ -49,30 +49,34 @@ def cost_of(cls: type) -> str:
     return " ".join(found.group(1).split()) if found else ""
 
 
-def context_of(pipe: Any, row: Row) -> Context:
+def context_of(pipe: Any, family: Family) -> Context:
     """What a technique would see if the pipeline were called with its defaults, guidance on."""
     cls = original_class(pipe)
     parameters = inspect.signature(cls.__call__).parameters
-    default = parameters[row.gates[0]].default if row.gates and row.gates[0] in parameters else None
+    default = (
+        parameters[family.gates[0]].default
+        if family.gates and family.gates[0] in parameters
+        else None
+    )
     open_scale = (
         float(default)
-        if isinstance(default, int | float) and default > row.opens
-        else row.opens + 3.0
+        if isinstance(default, int | float) and default > family.on_above
+        else family.on_above + 3.0
     )
     scheduler = pipe.scheduler
     return Context(
         pipeline=cls.__name__,
-        family=row.family,
-        denoiser=row.denoisers[0],
+        family=family.name,
+        denoiser=family.denoisers[0],
         scheduler=original_class(scheduler).__name__,
-        scale=open_scale + row.scale_shift,
+        scale=open_scale + family.offset,
         scale_source="pipeline default",
         steps=int(getattr(parameters.get("num_inference_steps"), "default", 0) or 0),
         batch=1,
         flow="FlowMatch" in type(scheduler).__name__
         or getattr(scheduler.config, "prediction_type", "") == "flow_prediction",
         order=int(getattr(scheduler, "order", 1)),
-        module=getattr(pipe, row.denoisers[0], None),
+        module=getattr(pipe, family.denoisers[0], None),
         pipe=pipe,
     )
 
@@ -82,10 +86,10 @@ def supports(pipe: Any) -> SupportTable:
 
     Raises ``UnsupportedModel`` with the reason when no technique can act on the pipeline's class.
     """
-    row, _ = row_of(original_class(pipe))
-    context = context_of(pipe, row)
+    family, _ = family_of(original_class(pipe))
+    context = context_of(pipe, family)
     found = []
-    for name, cls in methods().items():
+    for name, cls in techniques().items():
         required = [
             f.name
             for f in dataclasses.fields(cls)
@@ -93,13 +97,13 @@ def supports(pipe: Any) -> SupportTable:
         ]
         reason = ""
         if cls.kind == "guidance":  # type: ignore[attr-defined]
-            reason = row.check(pipe) or ""
+            reason = family.check(pipe) or ""
         if not reason and not required:
             try:
                 technique = cls()
                 technique.resolve(context)
                 if hasattr(technique, "refuses"):
-                    reason = technique.refuses(pipe, row) or ""
+                    reason = technique.refuses(pipe, family) or ""
             except (
                 ValueError
             ) as error:  # UnsupportedModel, or options that have no default for this model

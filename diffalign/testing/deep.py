@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.families.table import ROWS
+from diffalign.families.table import FAMILIES
 from diffalign.seams.blocks.sites import sites
 from diffalign.testing.tiny import tiny_pipeline
 from diffalign.testing.tiny.base import randomise
 
 # one class per family; every one has its own blocks, stream order or row
-FAMILIES = {
+PIPELINES = {
     "StableDiffusionPipeline": "",
     "StableDiffusionXLPipeline": "",
     "StableDiffusion3Pipeline": "3.5",
@@ -38,7 +38,7 @@ def deep_pipeline(name: str, variant: str = "", *, extra: int = 2) -> Any:
     """``tiny_pipeline(name)`` with ``extra`` more blocks in each stack, every one with weights of
     its own; U-Nets have enough already."""
     pipe, rng = tiny_pipeline(name, variant=variant), torch.Generator().manual_seed(7)
-    for attribute in ROWS[name].denoisers:
+    for attribute in FAMILIES[name].denoisers:
         module = getattr(pipe, attribute, None)
         if module is None or attribute == "unet":
             continue
@@ -63,7 +63,7 @@ def deep_pipeline(name: str, variant: str = "", *, extra: int = 2) -> Any:
 def without_block(pipe: Any, block: str) -> Any:
     """A copy of the pipeline whose first denoiser really lacks the block of that name."""
     shorter = copy.deepcopy(pipe)
-    module = getattr(shorter, ROWS[type(pipe).__name__].denoisers[0])
+    module = getattr(shorter, FAMILIES[type(pipe).__name__].denoisers[0])
     stack, _, index = block.rpartition(".")
     blocks: Any = module.get_submodule(stack)
     if type(pipe).__name__ == "ChromaPipeline":

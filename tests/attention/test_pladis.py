@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import diffalign as da
 from diffalign.core import Site
-from diffalign.families.table import row_of
+from diffalign.families.table import family_of
 from diffalign.seams.attention.base import AttentionTechnique
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -243,9 +243,9 @@ def test_every_family_without_text_is_refused():
         da.apply(pipe := tiny_pipeline("DiTPipeline"), da.PLADIS()),
     ):
         pipe(**tiny_inputs("DiTPipeline"))
-    row, _ = row_of(type(pipe))
+    family, _ = family_of(type(pipe))
     for technique in (da.NAG(), da.PLADIS()):
-        assert "no text" in technique.refuses(pipe, row)
+        assert "no text" in technique.refuses(pipe, family)
 
 
 @dataclass(frozen=True, slots=True)

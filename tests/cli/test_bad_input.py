@@ -233,7 +233,7 @@ def test_what_only_the_loaded_model_can_tell_stops_before_the_first_step(
 def test_a_techniques_own_refusal_stops_before_the_first_step(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "diffalign.attention.nag.nag.NAG.refuses",
-        lambda self, pipe, row: f"{row.family} is not for me",
+        lambda self, pipe, family: f"{family.name} is not for me",
     )
     computed(monkeypatch)
     refused(

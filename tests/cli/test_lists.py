@@ -12,15 +12,15 @@ import diffalign as da
 from diffalign.cli.methods import default_text, type_text
 from diffalign.cli.show import to_json
 from diffalign.core.registry import BUILTIN, make
-from diffalign.families.table import ROWS, refusals
+from diffalign.families.table import FAMILIES, refusals
 
 
 def test_every_technique_is_listed_with_paper_cost_and_options(run):
     table, data = run("methods").stdout, json.loads(run("methods", "--json").stdout)
-    assert [entry["name"] for entry in data] == list(da.methods())
+    assert [entry["name"] for entry in data] == list(da.techniques())
     for entry in data:
         assert entry["name"] in table
-        cls = da.methods()[entry["name"]]
+        cls = da.techniques()[entry["name"]]
         assert [o["name"].replace("-", "_") for o in entry["options"]] == [
             f.name for f in dataclasses.fields(cls) if f.init
         ]
@@ -34,7 +34,7 @@ def test_printed_defaults_are_what_the_command_line_reads(run):
     for entry in json.loads(run("methods", "--json").stdout):
         options = {o["name"].replace("-", "_"): o["default"] for o in entry["options"]}
         if "required" not in options.values():
-            assert make(entry["name"], options) == da.methods()[entry["name"]]()
+            assert make(entry["name"], options) == da.techniques()[entry["name"]]()
 
 
 def test_one_technique_with_its_documentation(run):
@@ -85,7 +85,7 @@ def test_techniques_on_a_model(run, folder):
 def test_models_lists_embedded_models_and_families(run, emoji):
     data = json.loads(run("models", "--json").stdout)
     assert [m["name"] for m in data["embedded"]] == ["emoji", "emoji-judge"]
-    assert sorted(name for names in data["families"].values() for name in names) == sorted(ROWS)
+    assert sorted(name for names in data["families"].values() for name in names) == sorted(FAMILIES)
     assert data["refused"] == len(refusals())
     table = run("models").stdout
     assert "emoji" in table

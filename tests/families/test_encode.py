@@ -11,7 +11,7 @@ from torch import nn
 
 from diffalign.core import UnsupportedModel
 from diffalign.families.encode import ENCODERS, has_text_encoder
-from diffalign.families.table import ROWS
+from diffalign.families.table import FAMILIES
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
 
@@ -144,7 +144,7 @@ def test_negative_texts_are_the_pipelines_own(name):
     """The unconditional rows (or call) of the pipeline with CFG, against our encoding of the same
     text."""
     pipe = with_encoders(name)
-    row, denoiser = ROWS[name], getattr(pipe, "unet", None) or pipe.transformer
+    family, denoiser = FAMILIES[name], getattr(pipe, "unet", None) or pipe.transformer
     seen = []
     handle = denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(dict(kwargs)), with_kwargs=True
@@ -156,11 +156,11 @@ def test_negative_texts_are_the_pipelines_own(name):
     call = inputs(name, pipe, prompt="two red apples on a bench", negative_prompt="blurry")
     pipe(**call)
     handle.remove()
-    sequential = row.mode == "sequential"
+    sequential = family.mode == "sequential"
     native = seen[1] if sequential else seen[0]
-    encoder = ENCODERS[row.family]
+    encoder = ENCODERS[family.name]
     got = encoder.denoiser(encoder.embeddings(pipe, ["blurry"], negative=True, call=call))
-    assert row.text[0].name in got
+    assert family.text[0].name in got
     for key, value in got.items():
         there = native[key]
         if isinstance(value, list):
@@ -170,15 +170,15 @@ def test_negative_texts_are_the_pipelines_own(name):
         mine = mine[:, : value.shape[1]]  # Chroma's mask goes on over the image tokens
         assert value.shape == mine.shape
         assert torch.equal(value.to(mine.dtype), mine)
-    if row.mode != "sequential" and row.family != "z-image":
-        assert not torch.equal(native[row.text[0].name][:1], native[row.text[0].name][1:])
+    if family.mode != "sequential" and family.name != "z-image":
+        assert not torch.equal(native[family.text[0].name][:1], native[family.text[0].name][1:])
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", *PARTS])
 def test_prompts_are_the_pipelines_own(name):
-    """``row.encode`` against the conditional rows (or call)."""
+    """``family.encode`` against the conditional rows (or call)."""
     pipe = with_encoders(name)
-    row, denoiser = ROWS[name], getattr(pipe, "unet", None) or pipe.transformer
+    family, denoiser = FAMILIES[name], getattr(pipe, "unet", None) or pipe.transformer
     seen = []
     names = list(inspect.signature(denoiser.forward).parameters)
     handle = denoiser.register_forward_pre_hook(
@@ -188,15 +188,15 @@ def test_prompts_are_the_pipelines_own(name):
     call = inputs(name, pipe, prompt="two red apples", negative_prompt="blurry")
     pipe(**call)
     handle.remove()
-    encoder = ENCODERS[row.family]
+    encoder = ENCODERS[family.name]
     got = encoder.denoiser(encoder.embeddings(pipe, ["two red apples"], call=call))
-    assert set(row.encode(pipe, ["two red apples"])) == set(got)  # with the call's defaults
+    assert set(family.encode(pipe, ["two red apples"])) == set(got)  # with the call's defaults
     for key, value in got.items():
         there = seen[0][key]
         if isinstance(value, list):
             assert torch.equal(value[0], there[0])
             continue
-        mine = there if row.mode == "sequential" else there[1:]
+        mine = there if family.mode == "sequential" else there[1:]
         assert torch.equal(value.to(mine.dtype), mine[:, : value.shape[1]])
 
 
@@ -204,4 +204,4 @@ def test_without_text_encoder_there_is_a_clear_error():
     pipe = tiny_pipeline("FluxPipeline")
     assert not has_text_encoder(pipe)
     with pytest.raises(UnsupportedModel, match="no text encoder"):
-        ROWS["FluxPipeline"].encode(pipe, ["a cat"])
+        FAMILIES["FluxPipeline"].encode(pipe, ["a cat"])

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from diffalign.families.table import ROWS, refusals
+from diffalign.families.table import FAMILIES, refusals
 
 
 def exported() -> Iterator[tuple[str, type]]:
@@ -33,7 +33,7 @@ def source(name: str) -> str:
 
 def test_every_exported_class_has_a_row_or_a_reason_and_not_both() -> None:
     assert len(EXPORTED) > 300
-    known = set(ROWS)
+    known = set(FAMILIES)
     assert set(EXPORTED) - known - set(refusals()) == set()
     assert set(refusals()) & known == set()
     assert set(refusals()) - set(EXPORTED) == set()
@@ -53,7 +53,7 @@ def test_classes_named_as_alternatives_can_be_used() -> None:
         for other in re.findall(
             r"(?:use|use the plain|as|as in|of) (\w+Pipeline)\b", reason
         ) + re.findall(r"(\w+Pipeline) is supported", reason):
-            assert other in set(ROWS), (name, other)
+            assert other in set(FAMILIES), (name, other)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.core.registry import BUILTIN, methods
+from diffalign.core.registry import BUILTIN, techniques
 from diffalign.testing import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def rows():
 
 
 def guidances():
-    return {name for name in BUILTIN if methods()[name].kind in ("guidance", "attention")}
+    return {name for name in BUILTIN if techniques()[name].kind in ("guidance", "attention")}
 
 
 def test_every_guidance_has_a_row_and_every_row_a_guidance():
@@ -51,7 +51,8 @@ def test_rows_point_to_the_code():
         ), name
         identifiers = re.findall(r"\d{4}\.\d{5}", match[3])
         assert all(
-            identifier in methods()[name].__doc__ + (FOLDER / match[6]).read_text(encoding="utf-8")
+            identifier
+            in techniques()[name].__doc__ + (FOLDER / match[6]).read_text(encoding="utf-8")
             for identifier in identifiers
         )
 

@@ -15,9 +15,9 @@ import torch
 
 import diffalign as da
 from diffalign.core import COND, UNCOND
-from diffalign.families.table import ROWS
+from diffalign.families.table import FAMILIES
 from diffalign.seams.blocks.sites import sites
-from diffalign.testing.deep import FAMILIES, deep_pipeline
+from diffalign.testing.deep import PIPELINES, deep_pipeline
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def inputs(name, **options):
-    return {**tiny_inputs(name, steps=4, **options), ROWS[name].gates[0]: 4.0}
+    return {**tiny_inputs(name, steps=4, **options), FAMILIES[name].gates[0]: 4.0}
 
 
 @pytest.mark.parametrize("scale", [4.0, 1.0], ids=["with CFG", "without"])
@@ -113,18 +113,22 @@ def test_8_what_is_off_leaves_no_trace_of_another_step():
     assert [torch.equal(a, b) for a, b in zip(late, off)] == [True, True, False, False]
 
 
-@pytest.mark.parametrize(("name", "variant"), FAMILIES.items())
+@pytest.mark.parametrize(("name", "variant"), PIPELINES.items())
 def test_9_blocks_are_listed_in_the_order_in_which_they_run(name, variant):
     """All stacks, in an order that the model decides and no hash does: block 3 means the fourth
     block that runs."""
     pipe = deep_pipeline(name, variant)
-    module, order = getattr(pipe, ROWS[name].denoisers[0]), []
+    module, order = getattr(pipe, FAMILIES[name].denoisers[0]), []
     listed = [site.name for site in sites(module)]
     for block in listed:
         module.get_submodule(block).register_forward_pre_hook(
             lambda *_, block=block: order.append(block)
         )
     final(
-        pipe, {**tiny_inputs(name, variant=variant, steps=2), ROWS[name].gates[0]: ROWS[name].off}
+        pipe,
+        {
+            **tiny_inputs(name, variant=variant, steps=2),
+            FAMILIES[name].gates[0]: FAMILIES[name].off,
+        },
     )
     assert order[: len(listed)] == listed

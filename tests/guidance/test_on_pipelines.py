@@ -9,15 +9,17 @@ import torch
 
 import diffalign as da
 from diffalign.core import COND, UNCOND, UnsupportedModel
-from diffalign.core.registry import methods
-from diffalign.families.table import ROWS
+from diffalign.core.registry import techniques
+from diffalign.families.table import FAMILIES
 from diffalign.guidance import Guidance
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.testing import tiny_inputs, tiny_pipeline
 from diffalign.testing.final import final
 
-FAMILIES = {row.family: name for name, row in reversed(ROWS.items())}  # the first class of each
+PIPELINES = {
+    family.name: name for name, row in reversed(FAMILIES.items())
+}  # the first class of each
 WITHOUT_BLOCKS = {"hunyuan-dit", "auraflow", "cogview4"}
 STEPS, BATCH, EPS = 4, 2, torch.finfo(torch.float32).eps
 pytestmark = pytest.mark.filterwarnings(
@@ -76,17 +78,17 @@ EQUAL_TO_CONDITIONAL = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PIPELINES)
 def pipe(request):
-    return tiny_pipeline(FAMILIES[request.param])
+    return tiny_pipeline(PIPELINES[request.param])
 
 
 def family(pipe):
-    return ROWS[type(pipe).__name__].family
+    return FAMILIES[type(pipe).__name__].name
 
 
 def in_two_calls(pipe):
-    return ROWS[type(pipe).__name__].mode == "sequential"
+    return FAMILIES[type(pipe).__name__].mode == "sequential"
 
 
 def call(pipe, *techniques, steps=STEPS, **more):
@@ -238,7 +240,7 @@ def made(name, pipe, folder):
     if name == "cfg-zero-star":
         return da.CFGZeroStar(3.0, zero_steps=0 if family(pipe) == "qwen" else 2)
     if name != "linear-ag":
-        return MAKE.get(name, lambda: methods()[name](3.0))()
+        return MAKE.get(name, lambda: techniques()[name](3.0))()
     call(pipe, FirstSteps(0))
     where = identity_of(pipe, STEPS, 3.0, tuple(SHAPE), "")
     plan, weights = (
@@ -262,7 +264,7 @@ def count_rows(pipe, counted):
 
     parts = [
         part
-        for key in ROWS[type(pipe).__name__].denoisers
+        for key in FAMILIES[type(pipe).__name__].denoisers
         if (part := getattr(pipe, key, None)) is not None
     ]
     return [part.register_forward_pre_hook(count, with_kwargs=True) for part in parts]
@@ -317,7 +319,7 @@ def test_a_still_step_on_qwen_is_refused():
 
 
 def test_every_guidance_has_a_cost():
-    assert set(COST) == {name for name, cls in methods().items() if cls.kind == "guidance"}
+    assert set(COST) == {name for name, cls in techniques().items() if cls.kind == "guidance"}
 
 
 def test_a_replayed_choice_is_the_same_image(pipe):

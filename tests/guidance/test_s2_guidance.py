@@ -10,14 +10,14 @@ import torch
 
 import diffalign as da
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, UnsupportedModel
-from diffalign.families.table import ROWS
+from diffalign.families.table import FAMILIES
 from diffalign.guidance import CFG
 from diffalign.guidance.s2_guidance import S2Guidance
 from diffalign.guidance.skip_layer_guidance import SkipLayerGuidance
 from diffalign.guidance.skipping import SKIPPED
 from diffalign.seams.blocks.sites import sites
 from diffalign.testing.contracts import GuidanceContract
-from diffalign.testing.deep import FAMILIES, deep_pipeline, without_block
+from diffalign.testing.deep import PIPELINES, deep_pipeline, without_block
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -70,7 +70,7 @@ def call(pipe, technique, name, variant="", **options):
         name, variant=variant, steps=options.pop("steps", 2), batch=options.pop("batch", 1)
     )
     with da.apply(pipe, technique) as session:
-        return final(pipe, {**inputs, ROWS[name].gates[0]: scale, **options}), session.report()
+        return final(pipe, {**inputs, FAMILIES[name].gates[0]: scale, **options}), session.report()
 
 
 # Formula
@@ -100,7 +100,7 @@ def test_combine_is_equation_4():
 # DiT returns decoded images, and Cosmos' single step ends where it began
 AFFINE = {
     name: variant
-    for name, variant in FAMILIES.items()
+    for name, variant in PIPELINES.items()
     if name not in ("DiTPipeline", "Cosmos2TextToImagePipeline")
 }
 
@@ -114,11 +114,11 @@ def test_one_step_equals_the_formula_with_a_deleted_block(name, variant):
         pipe.scheduler.register_to_config(
             shift_terminal=None
         )  # divides by zero when there is one step
-    row = ROWS[name]
-    inner = [site.name for site in sites(getattr(pipe, row.denoisers[0])) if site.edge is None]
+    family = FAMILIES[name]
+    inner = [site.name for site in sites(getattr(pipe, family.denoisers[0])) if site.edge is None]
     block, omega = inner[-1], 0.25
     scale = (
-        1.0 if row.family in ("qwen", "lumina2") else 4.0
+        1.0 if family.name in ("qwen", "lumina2") else 4.0
     )  # these renormalise what they mix, which is not affine
     on, report = call(
         pipe, S2Guidance(scale, omega=omega, blocks=(block,), **EVERYWHERE), name, variant, steps=1
@@ -185,15 +185,15 @@ def test_skip_layer_guidance_is_sd3s_own(dtype):
 # -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "variant"), FAMILIES.items())
+@pytest.mark.parametrize(("name", "variant"), PIPELINES.items())
 def test_off_and_on_and_untouched_afterwards(name, variant):
     pipe = deep_pipeline(name, variant)
-    row = ROWS[name]
+    family = FAMILIES[name]
     call(
         pipe, CFG(1.0), name, variant
     )  # diffusers leaves its own cache hook behind on the first call
     modules = [
-        m for attribute in row.denoisers if (m := getattr(pipe, attribute, None)) is not None
+        m for attribute in family.denoisers if (m := getattr(pipe, attribute, None)) is not None
     ]
     before = [(type(m), dict(vars(m)).keys()) for module in modules for m in module.modules()]
     native, base = call(pipe, CFG(), name, variant, steps=3, batch=2)
@@ -213,7 +213,7 @@ def test_off_and_on_and_untouched_afterwards(name, variant):
     assert torch.equal(call(pipe, CFG(), name, variant, steps=3, batch=2)[0], native)
 
 
-@pytest.mark.parametrize(("name", "variant"), FAMILIES.items())
+@pytest.mark.parametrize(("name", "variant"), PIPELINES.items())
 def test_without_cfg_two_passes(name, variant):
     """With CFG off the skipped pass is the second; it must be the one that skips (a guider that
     counts passes gets this wrong)."""
@@ -485,12 +485,12 @@ def test_with_attention_techniques(name, kind):
     }
     others = made["nag"] + made["pladis"] if kind == "both" else made[kind]
     pipe = deep_pipeline(name)
-    attribute = ROWS[name].denoisers[0]
+    attribute = FAMILIES[name].denoisers[0]
     block = [site.name for site in sites(getattr(pipe, attribute)) if site.edge is None][-1]
 
     def final_of(which, *techniques):
         with da.apply(which, *techniques) as session:
-            inputs = {**tiny_inputs(name, steps=1), ROWS[name].gates[0]: 4.0}
+            inputs = {**tiny_inputs(name, steps=1), FAMILIES[name].gates[0]: 4.0}
             return final(which, inputs).double(), session.report()
 
     on, report = final_of(pipe, S2Guidance(4.0, omega=2.0, blocks=(block,), **EVERYWHERE), *others)

@@ -148,15 +148,15 @@ def test_an_empty_prompt_is_legal_in_the_library():
 
 def test_supports_lists_every_technique_with_cost_or_reason(pipe):
     table = da.supports(pipe)
-    assert {row.name for row in table} == set(da.methods())
+    assert {row.name for row in table} == set(da.techniques())
     assert all(row.cost if row.works else row.reason for row in table)
     assert "adaptive-guidance" in str(table)
     fill = da.supports(tiny_pipeline("FluxFillPipeline"))
-    assert not any(row.works for row in fill if da.methods()[row.name].kind == "guidance")
+    assert not any(row.works for row in fill if da.techniques()[row.name].kind == "guidance")
     assert all(
         "no unconditional branch" in row.reason
         for row in fill
-        if da.methods()[row.name].kind == "guidance"
+        if da.techniques()[row.name].kind == "guidance"
     )
     with pytest.raises(da.UnsupportedModel, match="three-way batch"):
         da.supports(type("StableDiffusionInstructPix2PixPipeline", (), {})())

@@ -109,8 +109,8 @@ class NAG(Windowed, AttentionTechnique):
     def selects(self, site: Site) -> bool:
         return site.kind != "self" and matches(self.layers, site.layer)
 
-    def refuses(self, pipe: Any, row: Any) -> str | None:
-        return super(NAG, self).refuses(pipe, row) or refusal(pipe, row, self.share_image)
+    def refuses(self, pipe: Any, family: Any) -> str | None:
+        return super(NAG, self).refuses(pipe, family) or refusal(pipe, family, self.share_image)
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         values: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffalign.core import UnsupportedModel
 from diffalign.families.encode import ENCODERS, has_text_encoder
-from diffalign.families.family import Row
+from diffalign.families.family import Family
 from diffalign.seams.attention.sites import TABLE, Frame, text_length
 from diffalign.seams.denoiser.rows import count_rows, prediction_of, take_arguments, with_prediction
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from diffalign.attention.nag.nag import NAG
     from diffalign.seams.denoiser.tap import Evaluation, Run
 
-ROWS = (
+FAMILIES = (
     "lumina2",
     "z-image",
     "cogvideox",
 )  # image positions start where the text ends, or the text has one length
 
 
-def refusal(pipe: Any, row: Row, share_image: bool) -> str | None:
+def refusal(pipe: Any, family: Family, share_image: bool) -> str | None:
     """Why NAG cannot act on a pipeline, None when it can."""
-    if row.family not in TABLE or row.family not in ENCODERS:
-        return f"the text layers of {row.family} are not known"
-    if not share_image and row.family != "flux":
-        return f"share_image=False is the published layout of Flux; on {row.family} one image stream is the layout"
-    if row.family == "z-image" and getattr(pipe, "controlnet", None) is not None:
+    if family.name not in TABLE or family.name not in ENCODERS:
+        return f"the text layers of {family.name} are not known"
+    if not share_image and family.name != "flux":
+        return f"share_image=False is the published layout of Flux; on {family.name} one image stream is the layout"
+    if family.name == "z-image" and getattr(pipe, "controlnet", None) is not None:
         return "its ControlNet's residuals have the length of one text"
     return None
 
@@ -51,10 +51,10 @@ class NegativeStream:
 
     def __init__(self, nag: NAG, run: Run) -> None:
         self.run, self.nag = run, nag
-        self.argument = run.row.text[0]
+        self.argument = run.family.text[0]
         self.made: dict[Any, Tensor] = {}
         embeddings, where = negative_text(nag, run)
-        self.text = ENCODERS[run.row.family].denoiser(embeddings)
+        self.text = ENCODERS[run.family.name].denoiser(embeddings)
         run.notes.append(f"NAG: negative text from {where}")
         if not nag.share_image:
             if "pooled_projections" not in self.text:
@@ -69,11 +69,11 @@ class NegativeStream:
 
     def in_rows(self, denoiser: str) -> bool:
         """Whether this denoiser gets the negative text as rows of their own."""
-        if self.run.row.family in ROWS or not self.nag.share_image:
+        if self.run.family.name in FAMILIES or not self.nag.share_image:
             return True
         config = getattr(self.run.pipe, denoiser).config
         return (
-            self.run.row.family == "wan" and config.get("added_kv_proj_dim") is not None
+            self.run.family.name == "wan" and config.get("added_kv_proj_dim") is not None
         )  # splits its context at 512 text tokens
 
     def handlers(self, attachment: Any) -> dict[Any, tuple[str, Any]]:
@@ -82,7 +82,7 @@ class NegativeStream:
         found: dict[Any, tuple[str, Any]] = {}
         for denoiser in attachment.denoisers.values():
             base = getattr(denoiser, "_orig_mod", denoiser)
-            if self.run.row.family == "qwen":
+            if self.run.family.name == "qwen":
                 found[base.pos_embed] = (
                     "__call__",
                     lambda *given: _restart_positions(attachment.frame, *given),
@@ -186,10 +186,12 @@ class NegativeStream:
     ) -> tuple[Evaluation, dict[str, Any], Frame]:
         """A second row for each conditioned row, with the negative text; padded to one length where
         a mask says so."""
-        row, total = self.run.row, count_rows(next(iter(kwargs.values())))
+        family, total = self.run.family, count_rows(next(iter(kwargs.values())))
         guided = [r for r, conditioned in enumerate(evaluation.conditioned) if conditioned]
         self.run.meter.charge(rows=len(guided), joined=True)
-        changed = take_arguments(kwargs, [*range(total), *guided], total, row.shared, row.lists)
+        changed = take_arguments(
+            kwargs, [*range(total), *guided], total, family.shared, family.lists
+        )
         theirs = [images[r] for r in guided]
         name, mask = self.argument.name, self.argument.mask
         if isinstance(changed[name], list):
@@ -222,13 +224,15 @@ class NegativeStream:
                 changed[name] = torch.cat([text, more])
         twins = tuple((r, total + i) for i, r in enumerate(guided))
         conditioned = (*evaluation.conditioned, *(True for _ in guided))
-        frame = replace(frame, twins=twins, conditioned=conditioned, text=text_length(row, changed))
+        frame = replace(
+            frame, twins=twins, conditioned=conditioned, text=text_length(family, changed)
+        )
         return replace(evaluation, conditioned=conditioned), changed, frame
 
 
 def negative_text(nag: NAG, run: Run) -> tuple[dict[str, Any], str]:
     """The negative text under the pipeline's names without "negative_", and where it came from."""
-    encode, call, wanted = ENCODERS[run.row.family], run.call, nag.negative_prompt
+    encode, call, wanted = ENCODERS[run.family.name], run.call, nag.negative_prompt
     embeds, where = nag.negative_embeds, "NAG(negative_embeds=...)"
     if embeds is not None:
         known = {f"negative_{name}" for name in encode.arguments} | {
@@ -236,7 +240,7 @@ def negative_text(nag: NAG, run: Run) -> tuple[dict[str, Any], str]:
         }
         if unknown := set(embeds) - known:
             raise ValueError(
-                f"NAG(negative_embeds=...) has {sorted(unknown)}; {run.row.family} takes "
+                f"NAG(negative_embeds=...) has {sorted(unknown)}; {run.family.name} takes "
                 f"{', '.join(sorted(known))}."
             )
     elif wanted is None and call.get("negative_prompt_embeds") is not None:

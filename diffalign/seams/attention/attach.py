@@ -49,11 +49,11 @@ class Attachment:
         self.last: dict[str, Any] = {}
         self.denoisers = {
             name: m
-            for name in run.row.denoisers
+            for name in run.family.denoisers
             if (m := getattr(run.pipe, name, None)) is not None
         }
         for technique in group:
-            reason = technique.refuses(run.pipe, run.row)
+            reason = technique.refuses(run.pipe, run.family)
             if reason is not None:
                 raise UnsupportedModel(
                     f"{type(technique).__name__} cannot act on {type(run.pipe).__name__}: {reason}."
@@ -61,7 +61,7 @@ class Attachment:
         self.layers = [
             layer
             for name, m in self.denoisers.items()
-            for layer in layers_of(run.row, name, getattr(m, "_orig_mod", m))
+            for layer in layers_of(run.family, name, getattr(m, "_orig_mod", m))
         ]
         self.selected = {type(t).__name__: self._select(t) for t in group}
         self.compiled = any(map(_is_compiled, self.denoisers.values()))
@@ -154,7 +154,9 @@ class Attachment:
             for technique in active:
                 self.steps.setdefault(type(technique).__name__, set()).add(evaluation.step.index)
             name, module = evaluation.denoiser, self.denoisers[evaluation.denoiser]
-            frame = Frame(name, active, evaluation.conditioned, text_length(self.run.row, kwargs))
+            frame = Frame(
+                name, active, evaluation.conditioned, text_length(self.run.family, kwargs)
+            )
             opened = []
             for technique in active:
                 if technique in self.streams:
@@ -163,7 +165,7 @@ class Attachment:
                     )
                     opened.append(self.streams[technique])
             if active:
-                frame = replace(frame, spans=spans_of(self.run.row, module, kwargs))
+                frame = replace(frame, spans=spans_of(self.run.family, module, kwargs))
             self._reset_cache(name, module, frame)
             with self._at(frame):
                 output = inner(evaluation, kwargs)
@@ -232,7 +234,7 @@ class Attachment:
         if (
             config == "PyramidAttentionBroadcastConfig"
             and longer
-            and self.run.row.mode == "sequential"
+            and self.run.family.mode == "sequential"
         ):
             raise UnsupportedModel(
                 f"{config} cannot be combined with NAG here: it hands attention outputs of one "

@@ -70,14 +70,14 @@ class AttentionTechnique:
         """
         return None
 
-    def refuses(self, pipe: Any, row: Any) -> str | None:
+    def refuses(self, pipe: Any, family: Any) -> str | None:
         """Why the technique cannot act on this pipeline object, None when it can."""
         from diffalign.seams.attention.sites import TABLE
 
-        if not row.text:
-            return f"{row.family} has no text in its attention layers"
+        if not family.text:
+            return f"{family.name} has no text in its attention layers"
         return (
-            None if row.family in TABLE else f"the attention layers of {row.family} are not known"
+            None if family.name in TABLE else f"the attention layers of {family.name} are not known"
         )
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from diffalign.core import Site, UnsupportedModel
-from diffalign.families.family import Row
+from diffalign.families.family import Family
 
 # family -> (layer names, kind, where the text stands in the joint sequence)
 TABLE: dict[str, tuple[str, Literal["cross", "joint"], Literal["first", "last"]]] = {
@@ -72,14 +72,14 @@ class Frame:
     spans: tuple[tuple[slice, slice], ...] | None = None
 
 
-def layers_of(row: Row, name: str, denoiser: nn.Module) -> Iterator[Layer]:
+def layers_of(family: Family, name: str, denoiser: nn.Module) -> Iterator[Layer]:
     """The layers of one denoiser that see text.
 
     Raises ``UnsupportedModel`` for one that the table does not know.
     """
-    if row.family not in TABLE:
+    if family.name not in TABLE:
         return
-    pattern, kind, text = TABLE[row.family]
+    pattern, kind, text = TABLE[family.name]
     for path, module in denoiser.named_modules():
         if not hasattr(module, "processor"):
             continue
@@ -96,21 +96,21 @@ def layers_of(row: Row, name: str, denoiser: nn.Module) -> Iterator[Layer]:
         elif kind == "cross" and getattr(module, "is_cross_attention", False):
             raise UnsupportedModel(
                 f"{path} ({type(module).__name__}) attends to the text but is not a layer that "
-                f"diffalign knows in {row.family}."
+                f"diffalign knows in {family.name}."
             )
 
 
 def spans_of(
-    row: Row, denoiser: Any, kwargs: dict[str, Any]
+    family: Family, denoiser: Any, kwargs: dict[str, Any]
 ) -> tuple[tuple[slice, slice], ...] | None:
     """Positions of (text, image) for each row, in the families where they differ between rows; None
     elsewhere."""
-    if row.family == "lumina2":
+    if family.name == "lumina2":
         hidden, mask = kwargs["hidden_states"], kwargs["encoder_attention_mask"]
         patch = int(denoiser.config.patch_size)
         image = (hidden.shape[-2] // patch) * (hidden.shape[-1] // patch)
         return tuple((slice(0, n), slice(n, n + image)) for n in mask.sum(1).tolist())
-    if row.family == "z-image":
+    if family.name == "z-image":
         patch, frames = int(kwargs.get("patch_size", 2)), int(kwargs.get("f_patch_size", 1))
         found = []
         for x, text in zip(kwargs["x"], kwargs["cap_feats"]):
@@ -125,9 +125,9 @@ def spans_of(
     return None
 
 
-def text_length(row: Row, kwargs: dict[str, Any]) -> int:
+def text_length(family: Family, kwargs: dict[str, Any]) -> int:
     """Tokens of the prompt, padding included (of the longest row where rows differ)."""
-    argument = row.text[0]
+    argument = family.text[0]
     value = kwargs[argument.name]
     if isinstance(value, list):
         return max(len(item) for item in value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.core import GuidanceMismatch
-from diffalign.families.family import Row
+from diffalign.families.family import Family
 from diffalign.seams.denoiser.branch_log import PENDING
 from diffalign.seams.denoiser.clock import Clock
 from diffalign.seams.swap import original_class
@@ -21,11 +21,11 @@ class ClosedLoop:
 
     Exact for rows that hand the prediction on as it is (a sign or a slice is exact too); 4 eps of
     its dtype, times how far the arithmetic amplifies rounding, where the pipeline maps it
-    (``row.affine``) or gets the algebraic form of weight ``k``.
+    (``family.affine``) or gets the algebraic form of weight ``k``.
     """
 
-    def __init__(self, pipe: Any, row: Row, clock: Clock, k: float) -> None:
-        self.name, self.row, self.clock, self.k = original_class(pipe).__name__, row, clock, k
+    def __init__(self, pipe: Any, family: Family, clock: Clock, k: float) -> None:
+        self.name, self.family, self.clock, self.k = original_class(pipe).__name__, family, clock, k
         self._waiting: list[tuple[int, Tensor]] = []
         self._flags: list[tuple[int, Tensor]] = []
 
@@ -40,9 +40,9 @@ class ClosedLoop:
                 "at this step."
             )
         index = self.clock.calls
-        expected = self.row.to_step(guided, arrived)
+        expected = self.family.to_step(guided, arrived)
         size: Tensor | None = None
-        if self.row.affine:
+        if self.family.affine:
             s = self.clock.sigmas[self.clock.offset + index]
             expected = (sample + expected) * (1.0 - s)
             # the pipeline divides x - x0 by the noise level, so rounding of x0 grows as the level

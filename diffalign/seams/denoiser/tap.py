@@ -24,7 +24,7 @@ from diffalign.core import (
     Windowed,
 )
 from diffalign.core.window import never_acted
-from diffalign.families.family import Row
+from diffalign.families.family import Family
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.branch_log import BranchLog
 from diffalign.seams.denoiser.cache import cache_context, empty_cache, fixed_rows
@@ -72,22 +72,22 @@ class Run:
     def __init__(
         self,
         pipe: Any,
-        row: Row,
+        family: Family,
         guidances: Mapping[str, Any],
         own: Mapping[str, Any],
         opened: bool,
         dummy: float,
     ) -> None:
-        self.pipe, self.row, self.guidances, self.own, self.opened = (
+        self.pipe, self.family, self.guidances, self.own, self.opened = (
             pipe,
-            row,
+            family,
             guidances,
             own,
             opened,
         )
         # an affine pipeline computes c + k' (c - u) or u + s (c - u); k is the weight of (c - u')
         # that the algebraic form must undo
-        self.k = dummy - 1.0 + row.scale_shift
+        self.k = dummy - 1.0 + family.offset
         self.call: Mapping[str, Any] = {}
         self.meter = Meter()
         self.middleware: list[Callable[[Denoise], Denoise]] = []
@@ -96,10 +96,10 @@ class Run:
         self.resolved: dict[str, dict[str, tuple[Any, str]]] = {}
         self.notes: list[str] = []
         self.cancelled = False
-        self.clock = Clock(pipe.scheduler, row.mix, row.sigma)
-        self.loop = ClosedLoop(pipe, row, self.clock, self.k)
+        self.clock = Clock(pipe.scheduler, family.mix, family.sigma)
+        self.loop = ClosedLoop(pipe, family, self.clock, self.k)
         self._step_names = parameter_names(original_class(pipe.scheduler), "step")
-        self.kind = "flow" if row.kind == "flow" else space.kind_of(pipe.scheduler)
+        self.kind = "flow" if family.parametrisation == "flow" else space.kind_of(pipe.scheduler)
         self.batch = 0
         self.state: Any = None
         self.began = perf_counter()
@@ -150,9 +150,9 @@ class Run:
             return self._pass_through(call, kwargs, hidden)
         if self.state is None:
             self.state = (guidance.init(self.batch),)
-        if self.opened and self.row.mode == "batched":
+        if self.opened and self.family.mode == "batched":
             return self._batched(guidance, module, call, kwargs, hidden)
-        if self.opened and self.row.mode == "sequential":
+        if self.opened and self.family.mode == "sequential":
             return self._sequential(guidance, module, call, kwargs, hidden)
         wanted = self._wanted(guidance, module)
         if not all(p.conditioned for p in wanted):
@@ -189,14 +189,14 @@ class Run:
     ) -> Any:
         """A ControlNet was called for both branches: where the denoiser will run the conditional
         one alone, so does it."""
-        guidance = self.guidances.get(self.row.denoisers[0])
+        guidance = self.guidances.get(self.family.denoisers[0])
         given = {**dict(zip(parameter_names(original_class(module)), args)), **kwargs}
         hidden = next(iter(given.values()))
         total = count_rows(hidden)
         if (
             guidance is None
             or not self.opened
-            or self.row.mode != "batched"
+            or self.family.mode != "batched"
             or (self.batch and total != 2 * self.batch)
         ):
             return original(*args, **kwargs)
@@ -206,8 +206,10 @@ class Run:
             self.state = (guidance.init(self.batch),)
         if any(not p.conditioned or p.rows is not None for p in self._wanted(guidance, module)):
             return original(*args, **kwargs)
-        rows = range(self.batch) if self.row.order == "cu" else range(self.batch, 2 * self.batch)
-        output = original(**take_arguments(given, rows, total, self.row.shared, self.row.lists))
+        rows = range(self.batch) if self.family.order == "cu" else range(self.batch, 2 * self.batch)
+        output = original(
+            **take_arguments(given, rows, total, self.family.shared, self.family.lists)
+        )
         return doubled(output, self.batch)
 
     def scheduler_step(
@@ -234,7 +236,7 @@ class Run:
 
     def _begin_step(self, kwargs: dict[str, Any], hidden: Any) -> None:
         total = count_rows(hidden)
-        both = self.opened and self.row.mode == "batched"
+        both = self.opened and self.family.mode == "batched"
         if not self.clock.timesteps:
             time = next(
                 (kwargs[key] for key in ("timestep", "t", "timesteps") if key in kwargs), None
@@ -247,7 +249,7 @@ class Run:
                 float(time.max()) if isinstance(time, Tensor) else float(time)
             )  # given frames have earlier times
             self.clock.start(
-                self.row.time(first, self.pipe), self.pipe.__dict__.get("_num_timesteps")
+                self.family.time(first, self.pipe), self.pipe.__dict__.get("_num_timesteps")
             )
             self.batch = total // 2 if both else total
             if both and (total % 2 or not halves_equal(hidden)):
@@ -267,7 +269,9 @@ class Run:
         ) -> Tensor:
             x = torch.stack(list(hidden)) if isinstance(hidden, list) else hidden
             inputs = x[:images] if rows is None else x[list(rows)]
-            return space.convert(value, inputs, sigma, self.kind, self.row.sign, source, target)
+            return space.convert(
+                value, inputs, sigma, self.kind, self.family.target_sign, source, target
+            )
 
         self._step = self.clock.now(convert)
         self.sigma.setdefault(self._step.index, self._step.sigma)
@@ -275,7 +279,7 @@ class Run:
     def _wanted(self, guidance: Any, module: Any) -> tuple[Pass, ...]:
         assert self._step is not None
         step = self._step
-        for own in self.row.own:
+        for own in self.family.options:
             if own.stops is not None and own.stops(
                 self.own[own.name], step.index, step.count, step.timestep
             ):
@@ -298,7 +302,7 @@ class Run:
             )
         wanted = self._wanted(guidance, module)
         first, second = range(self.batch), range(self.batch, 2 * self.batch)
-        self._branches = (second, first) if self.row.order == "uc" else (first, second)
+        self._branches = (second, first) if self.family.order == "uc" else (first, second)
         output = self._evaluate(
             guidance, wanted, module, call, kwargs, hidden, self._branches[0], self._branches[1]
         )
@@ -358,7 +362,7 @@ class Run:
         assert self._first is not None
         if cond is guided or self._first is guided:
             return with_prediction(output, guided)
-        if self.row.affine or guided.requires_grad:
+        if self.family.affine or guided.requires_grad:
             assert cond is not None
             self._algebraic = cond
             return with_prediction(output, cond - (guided - cond) / self.k)
@@ -370,11 +374,11 @@ class Run:
         techniques."""
         assert self._step is not None
         total, self._calls = count_rows(hidden), self._calls + 1
-        batched = self.opened and self.row.mode == "batched"
+        batched = self.opened and self.family.mode == "batched"
         if batched and total == 2 * self.batch:
             self._guided_steps.add(self._step.index)
             flags = (False,) * self.batch + (True,) * self.batch
-            return call((COND, UNCOND), flags if self.row.order == "uc" else flags[::-1], kwargs)
+            return call((COND, UNCOND), flags if self.family.order == "uc" else flags[::-1], kwargs)
         if total != self.batch:
             raise UnsupportedModel(
                 f"Expected {self.batch} or {2 * self.batch} rows at the denoiser; got {total}."
@@ -410,7 +414,7 @@ class Run:
             self._template = output
             return output
         plain = [p for p in wanted if p.blocks is None]
-        plain.sort(key=lambda p: p.conditioned is (self.row.order == "uc"))
+        plain.sort(key=lambda p: p.conditioned is (self.family.order == "uc"))
         template: Any = None
         groups: list[list[Pass]] = [plain] if plain else []
         groups += [[p] for p in wanted if p.blocks is not None]
@@ -425,7 +429,7 @@ class Run:
             given = (
                 kwargs
                 if rows == list(range(total))
-                else take_arguments(kwargs, rows, total, self.row.shared, self.row.lists)
+                else take_arguments(kwargs, rows, total, self.family.shared, self.family.lists)
             )
             self._reset_cache(module, len(rows))
             sizes = [
@@ -467,7 +471,7 @@ class Run:
             def part(value: Tensor) -> Tensor:
                 return value if picked is None else value[picked]
 
-            for own in self.row.own:
+            for own in self.family.options:
                 if own.post is not None:
                     done = own.post(part(guided), part(cond).to(guided.dtype), self.own[own.name])
                     if picked is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffalign.testing.tiny import (
+from diffalign.testing.tiny import (  # noqa: F401  (importing registers the builders)
     cosmos,
     flux,
     lumina,
@@ -23,7 +23,7 @@ from diffalign.testing.tiny import (
     sd,
     sd3,
     video,
-    wan,  # noqa: F401  (importing enters the families)
+    wan,
 )
 from diffalign.testing.tiny.base import FAMILIES, Draw, Inputs, Request, assemble
 

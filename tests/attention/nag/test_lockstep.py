@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.families.table import ROWS
+from diffalign.families.table import FAMILIES
 from diffalign.testing.lockstep import paper, share_double_blocks, walk
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -18,7 +18,7 @@ BOUND = 1e-12
 # pipeline class -> call argument of the negative text -> denoiser argument
 TEXT = {"negative_prompt_embeds": "encoder_hidden_states"}
 MASKED = {**TEXT, "negative_prompt_attention_mask": "encoder_attention_mask"}
-FAMILIES = {
+PIPELINES = {
     "StableDiffusionPipeline": TEXT,
     "StableDiffusionXLPipeline": TEXT,
     "KolorsPipeline": TEXT,
@@ -44,7 +44,7 @@ VARIANTS = [
     ("WanPipeline", "2.2"),
     ("WanPipeline", "2.2-5b"),
 ]
-CASES = [(name, "") for name in FAMILIES] + VARIANTS
+CASES = [(name, "") for name in PIPELINES] + VARIANTS
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def float64_throughout(monkeypatch):
 def negative_arguments(name, inputs, kwargs):
     """The denoiser's arguments with the negative text in place of the prompt."""
     changed = dict(kwargs)
-    for given, argument in FAMILIES[name].items():
+    for given, argument in PIPELINES[name].items():
         value = inputs[given]
         like = kwargs[argument]
         changed[argument] = list(value) if isinstance(value, list) else value.to(like.dtype)
@@ -85,7 +85,9 @@ def rows(value, picked, total):
 
 
 def denoisers(pipe, name):
-    return [part for key in ROWS[name].denoisers if (part := getattr(pipe, key, None)) is not None]
+    return [
+        part for key in FAMILIES[name].denoisers if (part := getattr(pipe, key, None)) is not None
+    ]
 
 
 def calls(pipe, name, inputs):
@@ -105,7 +107,7 @@ def calls(pipe, name, inputs):
 
 def reference(pipe, name, inputs, guided, formula, batch, negative=None, more=None):
     """The pipeline with each conditional evaluation replaced by the walk in lock-step."""
-    row, met, turn = ROWS[name], [], []
+    family, met, turn = FAMILIES[name], [], []
 
     def replace(module):
         original = module.forward
@@ -117,11 +119,11 @@ def reference(pipe, name, inputs, guided, formula, batch, negative=None, more=No
             total = len(hidden)
             turn.append(1)
             plain = dict(kwargs)
-            if guided and row.mode == "sequential" and len(turn) % 2 == 0:
+            if guided and family.mode == "sequential" and len(turn) % 2 == 0:
                 return original(**plain)
-            if guided and row.mode == "batched":
+            if guided and family.mode == "batched":
                 first, second = slice(0, batch), slice(batch, total)
-                cond, uncond = (first, second) if row.order == "cu" else (second, first)
+                cond, uncond = (first, second) if family.order == "cu" else (second, first)
                 one = {key: rows(value, cond, total) for key, value in kwargs.items()}
                 other = original(
                     **{key: rows(value, uncond, total) for key, value in kwargs.items()}
@@ -138,11 +140,11 @@ def reference(pipe, name, inputs, guided, formula, batch, negative=None, more=No
                     else {"pooled_projections": inputs["negative_pooled_prompt_embeds"]}
                 ),
             }
-            prediction, layers = walk(module, row.family, one, away, formula, more)
+            prediction, layers = walk(module, family.name, one, away, formula, more)
             module.forward = with_forward
             met.append(layers)
             if other is not None:
-                pair = (prediction, other) if row.order == "cu" else (other, prediction)
+                pair = (prediction, other) if family.order == "cu" else (other, prediction)
                 prediction = (
                     [*pair[0], *pair[1]] if isinstance(prediction, list) else torch.cat(pair)
                 )
@@ -243,7 +245,7 @@ def test_texts_of_unequal_length(name, length):
                 mask = torch.ones(2, length, dtype=negative[key].dtype)
                 mask[1, -1:] = 0  # one row shorter than the other
                 negative[key] = mask
-    named = {key: value for key, value in negative.items() if key in FAMILIES[name]}
+    named = {key: value for key, value in negative.items() if key in PIPELINES[name]}
     report, _ = compare(name, "", True, ours(negative_embeds=named), theirs, negative=negative)
     assert "NAG: negative text from NAG(negative_embeds=...)" in report.notes
 

@@ -15,7 +15,7 @@ from diffalign.attention import AttentionTechnique
 from diffalign.core import COND, UNCOND, errors
 from diffalign.core.registry import from_config, parse, to_config
 from diffalign.families.encode import ENCODERS
-from diffalign.families.table import ROWS, row_of
+from diffalign.families.table import FAMILIES, family_of
 from diffalign.guidance import Guidance, IntervalCFG
 from diffalign.seams.attention.sites import TABLE
 from diffalign.testing.final import final
@@ -65,7 +65,8 @@ def test_off_encodes_no_negative(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", [next(name for name, row in ROWS.items() if row.family == family) for family in TABLE]
+    "name",
+    [next(name for name, family in FAMILIES.items() if family.name == family) for family in TABLE],
 )
 def test_negative_equal_to_the_prompt_changes_nothing_but_rounding(name):
     pipe = tiny_pipeline(name, dtype=torch.float64)
@@ -76,7 +77,7 @@ def test_negative_equal_to_the_prompt_changes_nothing_but_rounding(name):
     same = {
         f"negative_{key}": value
         for key, value in inputs().items()
-        if key in ENCODERS[ROWS[name].family].arguments
+        if key in ENCODERS[FAMILIES[name].name].arguments
     }
     native = final(pipe, inputs())
     with da.apply(pipe, nag(negative_embeds=same)):
@@ -373,8 +374,8 @@ def test_published_layout_is_flux_only():
     pipe = tiny_pipeline("AuraFlowPipeline")
     with pytest.raises(da.UnsupportedModel, match="not known"), da.apply(pipe, nag()):
         final(pipe, tiny_inputs("AuraFlowPipeline"))
-    row, _ = row_of(type(pipe))
-    assert "not known" in nag().refuses(pipe, row)
+    family, _ = family_of(type(pipe))
+    assert "not known" in nag().refuses(pipe, family)
 
 
 def test_two_rows_need_equal_lengths_where_there_is_no_mask():

@@ -31,8 +31,9 @@ from torch.utils.checkpoint import checkpoint
 
 import diffalign as da
 from diffalign.attention import AttentionTechnique
-from diffalign.core.registry import make, methods
-from diffalign.families.table import ROWS
+from diffalign.core.registry import make
+from diffalign.core.registry import techniques as registered
+from diffalign.families.table import FAMILIES
 from diffalign.guidance import IntervalCFG
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
@@ -52,7 +53,7 @@ SD, XL, SD3, FLUX, WAN, QWEN = (
     "QwenImagePipeline",
 )
 EVERY = [
-    next(name for name, row in ROWS.items() if row.family == family) for family in TABLE
+    next(name for name, family in FAMILIES.items() if family.name == family) for family in TABLE
 ]  # one class of each family with text
 EPS = torch.finfo(torch.float32).eps
 
@@ -231,7 +232,7 @@ OPTIONS = {
     "cfg-plus-plus": {},
     "dynamic-cfg": {"scale": 3.0, "candidates": (1.0, 4.0), "evaluators": (Later(),)},
 }
-GUIDANCES = [name for name, cls in methods().items() if cls.kind == "guidance"]
+GUIDANCES = [name for name, cls in registered().items() if cls.kind == "guidance"]
 
 
 def policy(pipe, folder):
@@ -250,7 +251,7 @@ def test_every_guidance(name, tmp_path):
     makes a difference."""
     model = SD3 if name == "cfg-zero-star" else SD
     pipe = tiny_pipeline(model)
-    if name in methods():
+    if name in registered():
         technique = make(
             name,
             policy(pipe, tmp_path) if name == "linear-ag" else OPTIONS.get(name, {"scale": 3.0}),

@@ -12,10 +12,10 @@ from torch import nn
 
 import diffalign as da
 from diffalign.core import COND, Pass, UnsupportedModel
-from diffalign.families.table import ROWS
+from diffalign.families.table import FAMILIES
 from diffalign.guidance import Guidance
 from diffalign.seams.blocks.sites import STREAMS, BlockSite, select, sites, skipped
-from diffalign.testing.deep import FAMILIES, deep_pipeline, without_block
+from diffalign.testing.deep import PIPELINES, deep_pipeline, without_block
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 
 def denoiser(pipe):
-    return getattr(pipe, ROWS[type(pipe).__name__].denoisers[0])
+    return getattr(pipe, FAMILIES[type(pipe).__name__].denoisers[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Only(Guidance[None]):
 
 
 def inputs(name, variant=""):
-    row = ROWS[name]
-    return {**tiny_inputs(name, variant=variant, steps=2), row.gates[0]: row.off}
+    family = FAMILIES[name]
+    return {**tiny_inputs(name, variant=variant, steps=2), family.gates[0]: family.off}
 
 
 def run(pipe, name, variant, blocks):
@@ -55,7 +55,7 @@ def run(pipe, name, variant, blocks):
     return result
 
 
-@pytest.mark.parametrize(("name", "variant"), FAMILIES.items())
+@pytest.mark.parametrize(("name", "variant"), PIPELINES.items())
 def test_skipping_is_deleting(name, variant):
     pipe = deep_pipeline(name, variant)
     module = denoiser(pipe)
@@ -72,10 +72,10 @@ def test_skipping_is_deleting(name, variant):
 
 
 def test_every_family_of_the_registry_has_blocks():
-    tested = {ROWS[name].family for name in FAMILIES}
+    tested = {FAMILIES[name].name for name in PIPELINES}
     assert tested >= {"sd", "sdxl", "sd3", "pixart", "sana", "flux", "qwen", "chroma", "wan", "ltx"}
     seen = set()
-    for name, variant in FAMILIES.items():
+    for name, variant in PIPELINES.items():
         module = denoiser(deep_pipeline(name, variant, extra=0))
         seen |= {type(module.get_submodule(site.name)).__name__ for site in sites(module)}
     assert seen == set(STREAMS)

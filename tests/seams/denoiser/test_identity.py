@@ -8,7 +8,7 @@ import torch
 
 import diffalign as da
 from diffalign.core import COND
-from diffalign.families.table import ROWS
+from diffalign.families.table import FAMILIES
 from diffalign.guidance import Guidance
 from diffalign.testing.final import final as run
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_variants
@@ -18,8 +18,8 @@ from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_variants
 WITHOUT = ("embedded", "schnell", "dynamic")
 CASES = [
     (name, variant)
-    for name in sorted(ROWS)
-    if ROWS[name].gates
+    for name in sorted(FAMILIES)
+    if FAMILIES[name].gates
     for variant in tiny_variants(name)
     if variant not in WITHOUT
 ]
@@ -52,14 +52,14 @@ class AlwaysSkip(Guidance[None]):
 
 
 def inputs(name, variant, scale, batch, dtype):
-    gate = ROWS[name].gates[0]
+    gate = FAMILIES[name].gates[0]
     batch = 1 if name in ONE_IMAGE else batch
     return {**tiny_inputs(name, variant=variant, batch=batch, dtype=dtype, steps=3), gate: scale}
 
 
 def assert_same(name, got, native, dtype):
     assert torch.isfinite(native).all()
-    bound = RELATIVE.get(ROWS[name].family)
+    bound = RELATIVE.get(FAMILIES[name].name)
     if bound is None:
         assert torch.equal(got, native)
     else:
@@ -70,7 +70,7 @@ def assert_same(name, got, native, dtype):
 def check_identity(monkeypatch, name, variant, dummy, batch, dtype):
     pipe = tiny_pipeline(name, variant=variant, dtype=dtype)
     native = final(pipe, inputs(name, variant, 4.0, batch, dtype))
-    monkeypatch.setitem(ROWS, name, replace(ROWS[name], dummy=dummy))
+    monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], placeholder=dummy))
     with da.apply(pipe, da.CFG()) as session:
         assert_same(name, final(pipe, inputs(name, variant, 4.0, batch, dtype)), native, dtype)
     report = session.report()
@@ -99,8 +99,8 @@ def test_cfg_is_native_matrix(monkeypatch, name, variant, dummy, batch, dtype):
 def test_skipping_is_guidance_off(name, variant):
     """The same bits as native guidance off, and half the rows."""
     pipe = tiny_pipeline(name, variant=variant)
-    row = ROWS[name]
-    native = final(pipe, inputs(name, variant, row.off, 2, torch.float32))
+    family = FAMILIES[name]
+    native = final(pipe, inputs(name, variant, family.off, 2, torch.float32))
     with da.apply(pipe, AlwaysSkip()) as session:
         got = final(pipe, inputs(name, variant, 4.0, 2, torch.float32))
     report = session.report()
@@ -114,10 +114,10 @@ def test_skipping_is_guidance_off(name, variant):
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_scale_one_leaves_the_pipeline_alone(name, variant):
     pipe = tiny_pipeline(name, variant=variant)
-    row = ROWS[name]
-    native = final(pipe, inputs(name, variant, row.off, 1, torch.float32))
+    family = FAMILIES[name]
+    native = final(pipe, inputs(name, variant, family.off, 1, torch.float32))
     with da.apply(pipe, da.CFG(1.0)) as session:
-        got = final(pipe, inputs(name, variant, row.off, 1, torch.float32))
+        got = final(pipe, inputs(name, variant, family.off, 1, torch.float32))
     assert torch.equal(got, native)
     assert session.report().nfe * 2 == session.report().nfe_cfg
 
