@@ -15,7 +15,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from diffalign import Cancelled, Session, apply, load, techniques, supports
+from diffalign import Cancelled, Session, apply, load, supports, techniques
 from diffalign.core.registry import make, parse
 from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.tasks.geneval.verdict import Detection, parse_prompt, verdict

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from diffalign.core import Site, Tensor, Windowed
+from diffalign.core import Tensor, Windowed
 from diffalign.core.checks import check_choice, check_scale
 from diffalign.kernels.pladis import PladisCall, choose, pladis_joint
-from diffalign.seams.attention.base import AttentionTechnique, check_layers, matches
+from diffalign.seams.attention.base import AttentionTechnique, Site, check_layers, matches
 from diffalign.seams.attention.intercept import put, take
 
 if TYPE_CHECKING:

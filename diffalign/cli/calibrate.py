@@ -59,7 +59,7 @@ def adaptive_guidance(
     from diffalign.calibration.curves import Recording
     from diffalign.cli import run
     from diffalign.cli.sample import prepare_sample
-    from diffalign.guidance.presets import VARIABLE
+    from diffalign.core.presets import VARIABLE
 
     target = output if output.suffix == ".json" else output.with_name(output.name + ".json")
     picture = target.with_suffix(".png")

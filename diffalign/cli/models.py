@@ -18,7 +18,7 @@ def models(
 ) -> None:
     """Embedded models, and the diffusers pipelines that techniques work on."""
     from diffalign.embedded import available
-    from diffalign.families.table import FAMILIES, refusals, family_of
+    from diffalign.families.table import FAMILIES, family_of, refusals
 
     if pipeline is not None:
         with checking():

@@ -1,5 +1,14 @@
-"""Types, costs, errors and the registry. Imports torch and nothing else of ours."""
+"""Contracts: what a technique, a reward and a sampler are, and what a run costs.
 
+Read from top to bottom: ``types``, ``technique``, ``guidance``, ``attention``, ``blocks``,
+``rows``, ``sampler``, ``reward``, ``option``, ``registry``, ``budget``. Importing this room loads
+nothing, not even torch; it imports nothing else of ours.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from diffalign.core.attention import Attend, AttentionTechnique, Site
+from diffalign.core.blocks import BlockSite, BlockTechnique, TokenTechnique
 from diffalign.core.budget import Budget, Meter
 from diffalign.core.context import Context
 from diffalign.core.errors import (
@@ -9,40 +18,55 @@ from diffalign.core.errors import (
     SessionError,
     UnsupportedModel,
 )
-from diffalign.core.types import (
-    COND,
-    UNCOND,
-    Pass,
-    Reward,
-    Sampler,
-    Search,
-    Site,
-    Space,
-    StepInfo,
-    Tensor,
-    linear_mix,
-)
+from diffalign.core.guidance import Guidance, TwoBranches
+from diffalign.core.option import CALL, auto, option
+from diffalign.core.reward import Reward
+from diffalign.core.rows import Rows
+from diffalign.core.technique import Technique
+from diffalign.core.types import CFG_PASSES, COND, UNCOND, Pass, Space, StepInfo, linear_mix
 from diffalign.core.window import Windowed
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = [
+    "CALL",
+    "CFG_PASSES",
     "COND",
     "UNCOND",
+    "Attend",
+    "AttentionTechnique",
+    "BlockSite",
+    "BlockTechnique",
     "Budget",
     "BudgetExceeded",
     "Cancelled",
     "Context",
+    "Guidance",
     "GuidanceMismatch",
     "Meter",
     "Pass",
     "Reward",
-    "Sampler",
-    "Search",
+    "Rows",
     "SessionError",
     "Site",
     "Space",
     "StepInfo",
+    "Technique",
     "Tensor",
+    "TokenTechnique",
+    "TwoBranches",
     "UnsupportedModel",
     "Windowed",
+    "auto",
     "linear_mix",
+    "option",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Tensor":  # torch's, loaded when a technique asks for it
+        from torch import Tensor
+
+        return Tensor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

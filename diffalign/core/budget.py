@@ -1,6 +1,8 @@
-"""The one place that counts what a run costs."""
+"""The one place that counts what work costs."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
 from time import perf_counter
 
 from diffalign.core.errors import BudgetExceeded
@@ -8,15 +10,21 @@ from diffalign.core.errors import BudgetExceeded
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Upper limits; None is no limit. ``nfe``: denoiser rows. ``rewards``: scored images.
-    ``seconds``: wall time."""
+    """Upper limits; None is no limit."""
 
+    # denoiser rows: one row through the denoiser is one NFE
     nfe: int | None = None
+    # images scored by rewards
     rewards: int | None = None
+    # wall time
     seconds: float | None = None
+    # images decoded from latents
+    decodes: int | None = None
+    # backward passes, in rows
+    backward: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("nfe", "rewards", "seconds"):
+        for name in (f.name for f in fields(self)):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Budget({name}=...) must be positive or None; got {value!r}.")
@@ -24,10 +32,10 @@ class Budget:
 
 @dataclass(slots=True)
 class Meter:
-    """Counts rows through the denoiser (one row is one NFE), calls, decodes, reward evaluations and
-    backward passes.
+    """Counts denoiser rows (one row is one NFE), calls, decodes, rewards and backward passes.
 
-    ``charge`` raises ``BudgetExceeded`` *before* the work when it would pass the budget.
+    ``charge`` raises ``BudgetExceeded`` before the work that would pass the budget, its own or one
+    of ``others``, and then counts nothing.
     """
 
     budget: Budget = Budget()
@@ -36,11 +44,19 @@ class Meter:
     decodes: int = 0
     rewards: int = 0
     backward: int = 0
+    # meters that are charged with the same work: those of the sessions around a generation
+    others: tuple[Meter, ...] = ()
     started: float = field(default_factory=perf_counter)
 
     @property
     def seconds(self) -> float:
+        """Wall time since the meter was made."""
         return perf_counter() - self.started
+
+    @property
+    def nfe(self) -> int:
+        """Denoiser rows, by the name that papers use."""
+        return self.rows
 
     def charge(
         self,
@@ -51,20 +67,28 @@ class Meter:
         backward: int = 0,
         joined: bool = False,
     ) -> None:
-        """``joined``: the rows join a denoiser call that is already counted."""
+        """Count work before it is done. ``joined``: the rows join a call that is counted already."""
+        for meter in (self, *self.others):
+            meter.check(rows, decodes, rewards, backward)
+        for meter in (self, *self.others):
+            meter.rows += rows
+            meter.calls += rows > 0 and not joined
+            meter.decodes += decodes
+            meter.rewards += rewards
+            meter.backward += backward
+
+    def check(self, rows: int = 0, decodes: int = 0, rewards: int = 0, backward: int = 0) -> None:
+        """Raise ``BudgetExceeded`` when this work would pass the budget; count nothing."""
         limits = (
-            (self.budget.nfe, self.rows + rows, "nfe"),
-            (self.budget.rewards, self.rewards + rewards, "rewards"),
+            ("nfe", self.budget.nfe, self.rows + rows),
+            ("rewards", self.budget.rewards, self.rewards + rewards),
+            ("decodes", self.budget.decodes, self.decodes + decodes),
+            ("backward", self.budget.backward, self.backward + backward),
         )
-        for limit, after, name in limits:
-            if limit is not None and after > limit:
-                raise BudgetExceeded(f"{name}: {after} would pass the budget of {limit}.")
+        for name, limit, total in limits:
+            if limit is not None and total > limit:
+                raise BudgetExceeded(f"{name}: {total} would pass the budget of {limit}.")
         if self.budget.seconds is not None and self.seconds > self.budget.seconds:
             raise BudgetExceeded(
-                f"seconds: {self.seconds:.1f} passed the budget of {self.budget.seconds}."
+                f"seconds: {self.seconds:.1f} passed the budget of {self.budget.seconds:g}."
             )
-        self.rows += rows
-        self.calls += rows > 0 and not joined
-        self.decodes += decodes
-        self.rewards += rewards
-        self.backward += backward

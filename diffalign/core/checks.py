@@ -1,11 +1,14 @@
 """Argument checks that every technique shares: each error names the argument, what was expected and
 what came."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_scale(owner: str, value: float | None, name: str = "scale") -> None:

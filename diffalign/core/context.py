@@ -1,37 +1,91 @@
 """What a technique may know about the pipeline before the first step."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffalign.core import presets
 from diffalign.core.budget import Meter
+from diffalign.core.identity import model_hash
+from diffalign.core.option import CALL
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Facts that resolve a technique's ``None`` options.
+    """Facts from which a technique resolves the options that the user left to the model."""
 
-    ``scale``: the pipeline's own guidance scale for this call, ``scale_source``: "call" or
-    "pipeline default". ``steps``: sampling steps asked for. ``flow``: sigma is in [0, 1].
-    ``order``: model evaluations per solver step. ``family``: e.g. "sd", "sdxl", "flux";
-    ``pipeline``, ``scheduler``: class names. ``denoiser``: attribute name. ``negative_prompt``: of
-    the call when it is one text, or one text for every image; None otherwise. ``module``: the
-    denoiser itself, None where a technique runs without a pipeline; ``pipe`` likewise. ``prompts``:
-    one text per image, empty where the call gives none (embeddings) and outside a call. ``meter``:
-    what the run is charged with; None outside a call.
-    """
-
+    # class name of the pipeline, without any swap of ours
     pipeline: str
+    # name of the model family, such as "sd", "sdxl", "flux"
     family: str
+    # attribute of the pipeline that holds the denoiser
     denoiser: str
+    # class name of the scheduler
     scheduler: str
+    # the pipeline's own guidance scale for this call, 1 where it does not guide
     scale: float
+    # "call" or "pipeline default"
     scale_source: str
+    # sampling steps asked for, 0 where they are not known
     steps: int
+    # images; 0 before the first denoiser call
     batch: int
+    # noise levels are in [0, 1]
     flow: bool = False
+    # model evaluations per solver step
     order: int = 1
+    # of the call when it is one text, or one text for every image; None otherwise
     negative_prompt: str | None = None
+    # the denoiser and the pipeline, None where a technique runs without one
     module: Any = field(default=None, compare=False, repr=False)
     pipe: Any = field(default=None, compare=False, repr=False)
+    # one text per image, empty where the call gives embeddings and outside a call
     prompts: tuple[str, ...] = ()
+    # what the run is charged with, None outside a call
     meter: Meter | None = field(default=None, compare=False, repr=False)
+    # defaults of techniques for this family: technique -> entries as in presets.json
+    defaults: Mapping[str, tuple[presets.Entry, ...]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    # where each looked-up option came from; filled while a technique resolves
+    sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def facts(self) -> dict[str, Any]:
+        """What conditions of presets may name. The model is hashed only when a condition asks."""
+        return {
+            "family": self.family,
+            "pipeline": self.pipeline,
+            "scheduler": self.scheduler,
+            "steps": self.steps,
+            "scale": self.scale,
+            "flow": self.flow,
+            "in_channels": getattr(getattr(self.module, "config", None), "in_channels", None),
+            "model": lambda: model_hash(self.module) if self.module is not None else None,
+        }
+
+    def look_up(self, name: str, source: str, **options: Any) -> Any:
+        """The value of the option ``name`` from ``source``, as ``auto`` takes it.
+
+        ``options``: values of other options that conditions may name. ``sources[name]`` then says
+        where the value came from. Raises LookupError where no preset fits.
+        """
+        if source == CALL:
+            self.sources[name] = (
+                "guidance scale of the call"
+                if self.scale_source == "call"
+                else "default of the pipeline"
+            )
+            return self.scale
+        technique, _, option = source.partition("/")
+        value, self.sources[name] = presets.preset(
+            technique, option, self.facts() | options, self.defaults.get(technique, ())
+        )
+        return value
+
+    def fresh(self) -> Context:
+        """A copy that has not looked anything up yet."""
+        from dataclasses import replace
+
+        return replace(self, sources={})

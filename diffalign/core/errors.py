@@ -45,3 +45,9 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
         names if len(names) <= 2 * count else ["none"]
     )
     return ", ".join(found)
+
+
+def listed(items: Iterable[object]) -> str:
+    """``a, b or c`` as text for an error message."""
+    *others, last = [str(item) for item in items]
+    return f"{', '.join(others)} or {last}" if others else last

@@ -20,8 +20,8 @@ from diffalign.core import UnsupportedModel, linear_mix
 from diffalign.core.errors import nearest
 from diffalign.families.encode import with_text
 from diffalign.families.family import (
-    PipelineOption,
     Family,
+    PipelineOption,
     first_channels,
     negated,
     renorm,
@@ -182,7 +182,7 @@ WAN = Family(
 LTX = Family("ltx", mix=upcast_mix, options=RESCALE)
 COGVIDEOX = Family("cogvideox", mix=upcast_mix, refuses=DYNAMIC)
 DIT = Family("dit", order="cu", to_step=twice_first_channels)
-KOLORS = replace(SDXL, family="kolors")
+KOLORS = replace(SDXL, name="kolors")
 HUNYUAN_DIT = Family(
     "hunyuan-dit",
     to_step=first_channels,

@@ -12,8 +12,8 @@ import torch
 
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel
 from diffalign.core.checks import check_choice, check_scale, rowwise
+from diffalign.core.presets import preset
 from diffalign.guidance.base import Guidance
-from diffalign.guidance.presets import facts_of, preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
                 "here. Give a scale above 1, "
                 "or leave it out for models whose guidance is distilled."
             )
-        facts = facts_of(context, scale=made.scale)
+        facts = context.facts() | {"scale": made.scale}
         if made.space is None:
             space: Any = "eps"
             source = "the threshold is yours"

@@ -10,8 +10,8 @@ import torch
 
 from diffalign.core import COND, UNCOND, Context, Pass, Space, StepInfo, Tensor
 from diffalign.core.checks import check_range, check_scale, rowwise
+from diffalign.core.presets import preset
 from diffalign.guidance.base import Guidance
-from diffalign.guidance.presets import facts_of, preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class APG(Guidance[APGState]):
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         made, sources = Guidance.resolve(self, context)
-        facts = facts_of(context, scale=made.scale)
+        facts = context.facts() | {"scale": made.scale}
         if made.cap is None:
             value, sources["cap"] = preset("apg", "cap", facts)
             made = dataclasses.replace(made, cap=math.inf if value == "none" else value)

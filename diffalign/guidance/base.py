@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
+from diffalign import core
 from diffalign.core import Context, Pass, Space, StepInfo, Tensor
 
 S = TypeVar("S")
 
 
-class Guidance(Generic[S]):
+class Guidance(core.Guidance[S]):
     """Base of every guidance; subclasses are frozen dataclasses whose first field is ``scale: float
     | None = None``.
 
@@ -25,11 +26,21 @@ class Guidance(Generic[S]):
     kind: ClassVar[str] = "guidance"
     combine_space: ClassVar[Space] = "native"
 
+    def __post_init__(self) -> None:
+        pass
+
+    @property
+    def asked_scale(self) -> float | None:
+        return getattr(self, "scale", None)
+
     @property
     def needs_uncond(self) -> bool:
         """False when no step can ask for the unconditional branch; the pipeline then does not even
         encode the negative prompt."""
         return True
+
+    def refuses(self, *_: Any) -> None:
+        return None
 
     def init(self, batch: int) -> S:
         """State before the first step, for ``batch`` images."""

@@ -13,10 +13,10 @@ import torch
 
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, Windowed
 from diffalign.core.checks import check_scale
+from diffalign.core.presets import preset
 from diffalign.guidance.base import Guidance
 from diffalign.guidance.cfg import CFG
 from diffalign.guidance.evaluators import Evaluator, evaluator_named, latents_for, preferred
-from diffalign.guidance.presets import facts_of, preset
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
         made, sources = Guidance.resolve(self, context)
         if made.candidates is None:
             value, sources["candidates"] = preset(
-                "dynamic-cfg", "candidates", facts_of(context, scale=made.scale)
+                "dynamic-cfg", "candidates", context.facts() | {"scale": made.scale}
             )
             made = dataclasses.replace(made, candidates=tuple(float(w) for w in value))
         if len(made.weights) > 1 and not made.evaluators:

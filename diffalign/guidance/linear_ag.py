@@ -13,8 +13,9 @@ import torch
 
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel
 from diffalign.core.checks import check_scale
+from diffalign.core.identity import model_hash
 from diffalign.guidance.base import Guidance
-from diffalign.guidance.linear_policy import Identity, LinearPolicy, model_hash, policy_at, shipped
+from diffalign.guidance.linear_policy import Identity, LinearPolicy, policy_at, shipped
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -44,25 +42,6 @@ class Identity:
                 f"{owner} was fitted for another setting ({said}). Fit one for this one: "
                 "diffalign fit linear-ag."
             )
-
-
-def model_hash(module: Any) -> str:
-    """Hash of a denoiser's class, shapes and the first values of every tensor: cheap for billions
-    of parameters.
-
-    Raises ``UnsupportedModel`` where the weights are not in memory (sequential offload).
-    """
-    module = getattr(module, "_orig_mod", module)
-    digest = hashlib.sha256(type(module).__name__.encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        if tensor.is_meta:
-            raise UnsupportedModel(
-                f"{type(module).__name__} cannot be recognised: {name} is offloaded. Use "
-                "enable_model_cpu_offload instead."
-            )
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().flatten()[:4].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_plan(plan: Sequence[str], steps: int) -> None:

@@ -1,7 +1,7 @@
 """Rewards: how well an image fits its prompt. `load(name)` gives one, `available()` lists them.
 Importing this loads no model."""
 
-from diffalign.core.types import Reward
+from diffalign.core import Reward
 from diffalign.rewards.base import BaseReward, RewardInfo, available, load
 
 __all__ = ["BaseReward", "Reward", "RewardInfo", "available", "load"]

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from diffalign.core import Reward
 from diffalign.core.errors import nearest
-from diffalign.core.types import Reward
 
 __all__ = ["BUILTIN", "BaseReward", "RewardInfo", "available", "load"]
 

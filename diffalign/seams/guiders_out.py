@@ -137,7 +137,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
             assert self._x is not None
             inputs = self._x if rows is None else self._x[list(rows)]
             return space.convert(
-                value, inputs, sigma, self._kind, self._family.sign, source, target
+                value, inputs, sigma, self._kind, self._family.target_sign, source, target
             )
 
         self._info: StepInfo = self._clock.now(convert)
@@ -150,7 +150,9 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         self._clock.offset -= step
         self._clock.evaluations = len(self._clock.timesteps) - self._clock.offset
         self._clock.count = -(-self._clock.evaluations // self._clock.order)
-        self._kind = "flow" if self._family.kind == "flow" else space.kind_of(pipe.scheduler)
+        self._kind = (
+            "flow" if self._family.parametrisation == "flow" else space.kind_of(pipe.scheduler)
+        )
         self._technique_state: Any = None
         self._meter = Meter()
         options = {
@@ -174,7 +176,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         scheduler = pipe.scheduler
         return Context(
             pipeline=type(pipe).__name__,
-            family=self._family.family,
+            family=self._family.name,
             denoiser=self._denoiser,
             scheduler=type(scheduler).__name__,
             scale=self._own_scale,

@@ -389,7 +389,7 @@ class _Plan:
                     type(t) is type(technique) for t in self.techniques
                 ):
                     continue
-                made, sources = technique.resolve(context)
+                made, sources = _resolved(technique, context)
                 suffix = (
                     f" [{name}]"
                     if technique.kind == "guidance"
@@ -462,6 +462,11 @@ class _Plan:
         self.arguments.update(
             {own.name: own.neutral for own in family.options if own.name in value}
         )
+
+
+def _resolved(technique: Any, context: Context) -> tuple[Any, dict[str, str]]:
+    answer = technique.resolve(context)
+    return answer if isinstance(answer, tuple) else (answer, context.sources)
 
 
 def _texts(value: dict[str, Any]) -> tuple[str, ...]:

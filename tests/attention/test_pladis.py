@@ -8,9 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import diffalign as da
-from diffalign.core import Site
 from diffalign.families.table import family_of
-from diffalign.seams.attention.base import AttentionTechnique
+from diffalign.seams.attention.base import AttentionTechnique, Site
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 

@@ -13,8 +13,8 @@ import diffalign as da
 from diffalign.calibration.adaptive import calibrate_adaptive_guidance, check_saving
 from diffalign.calibration.curves import Curves, record
 from diffalign.core import UnsupportedModel
+from diffalign.core.presets import VARIABLE, preset
 from diffalign.guidance.adaptive_guidance import AdaptiveGuidance
-from diffalign.guidance.presets import VARIABLE, preset
 from diffalign.testing.tiny import tiny_pipeline
 
 SCALE, STEPS = 3.0, 6

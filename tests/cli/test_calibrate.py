@@ -11,7 +11,7 @@ from PIL import Image
 
 import diffalign as da
 from diffalign.calibration.adaptive import calibrate_adaptive_guidance
-from diffalign.guidance.presets import VARIABLE
+from diffalign.core.presets import VARIABLE
 
 CALIBRATE = ("calibrate", "adaptive-guidance")
 

@@ -18,7 +18,7 @@ from diffalign.testing import tiny_inputs, tiny_pipeline
 from diffalign.testing.final import final
 
 PIPELINES = {
-    family.name: name for name, row in reversed(FAMILIES.items())
+    family.name: name for name, family in reversed(FAMILIES.items())
 }  # the first class of each
 WITHOUT_BLOCKS = {"hunyuan-dit", "auraflow", "cogview4"}
 STEPS, BATCH, EPS = 4, 2, torch.finfo(torch.float32).eps

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import binom
 
 from diffalign import rewards
-from diffalign.core.types import Reward as RewardProtocol
+from diffalign.core import Reward as RewardProtocol
 from diffalign.embedded.nets.clip import Clip, build_clip
 from diffalign.embedded.nets.judge import Judge, JudgeNet, Maps
 from diffalign.embedded.world.scenes import World

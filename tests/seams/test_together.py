@@ -36,10 +36,13 @@ def test_a_row_subset_is_really_a_subset(name):
     """Two images, one guided: three rows per step, and each image as it comes out alone (other GEMM
     shapes, so to rounding)."""
     pipe = tiny_pipeline(name)
-    given = lambda: {
-        **tiny_inputs(name, batch=2, steps=3),
-        "guidance_scale": 4.0 if name != "ZImagePipeline" else 3.0,
-    }  # noqa: E731
+
+    def given():
+        return {
+            **tiny_inputs(name, batch=2, steps=3),
+            "guidance_scale": 4.0 if name != "ZImagePipeline" else 3.0,
+        }
+
     with da.apply(pipe, CFG()):
         guided = final(pipe, given())
     with da.apply(pipe, CFG(1.0)):
@@ -130,7 +133,10 @@ def test_lora_may_be_toggled_under_a_session():
 
     pipe = tiny_pipeline("StableDiffusionPipeline")
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    given = lambda: tiny_inputs("StableDiffusionPipeline", steps=3)  # noqa: E731
+
+    def given():
+        return tiny_inputs("StableDiffusionPipeline", steps=3)
+
     native = final(pipe, given())
     with da.apply(pipe, CFG()):
         assert torch.equal(final(pipe, given()), native)

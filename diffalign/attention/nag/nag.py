@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from diffalign.attention.nag import two_texts
 from diffalign.attention.nag.text import NegativeStream, refusal
-from diffalign.core import Context, Site, Tensor, Windowed
+from diffalign.core import Context, Tensor, Windowed
 from diffalign.core.checks import check_choice, check_range, check_scale
 from diffalign.families.presets import preset
 from diffalign.kernels.nag import NagCall, choose
-from diffalign.seams.attention.base import AttentionTechnique, check_layers, matches
+from diffalign.seams.attention.base import AttentionTechnique, Site, check_layers, matches
 
 if TYPE_CHECKING:
     from diffalign.seams.attention.intercept import Attend

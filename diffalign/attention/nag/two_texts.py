@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffalign.core import Site, Tensor
+from diffalign.core import Tensor
+from diffalign.seams.attention.base import Site
 from diffalign.seams.attention.intercept import cut, put, take, together
 
 if TYPE_CHECKING:

@@ -222,7 +222,7 @@ def alignment(context: Context) -> LatentEvaluator:
     Raises ``UnsupportedModel`` unless autoencoder and text encoder are those of `emoji`: a latent
     evaluator belongs to one latent space.
     """
-    from diffalign.guidance.linear_policy import model_hash
+    from diffalign.core.identity import model_hash
 
     folder = FOLDER / "emoji-evaluator"
     facts = json.loads((folder / "config.json").read_text())

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from diffalign.embedded.world.captions import Group, geneval, paraphrase
 from diffalign.embedded.world import scenes as w
+from diffalign.embedded.world.captions import Group, geneval, paraphrase
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, RELATIONS
 
 __all__ = ["CHANGES", "FOCUS", "MIX", "Pair", "Picture", "batch", "pairs"]

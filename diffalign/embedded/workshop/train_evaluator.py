@@ -257,7 +257,7 @@ def _pipeline(folder: Path) -> Any:
 def export(options: argparse.Namespace) -> None:
     """Write the saved state to `options.export` as fp16 safetensors with its log, and the hashes of
     the parts of `emoji` it belongs to."""
-    from diffalign.guidance.linear_policy import model_hash
+    from diffalign.core.identity import model_hash
 
     state, folder = load_state(options.out / STATE), options.export
     if state is None:

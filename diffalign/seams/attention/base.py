@@ -5,15 +5,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-from diffalign.core import Context, Site, StepInfo, Tensor
+from diffalign.core import Context, StepInfo, Tensor
 
 if TYPE_CHECKING:
     from diffalign.seams.attention.intercept import Attend
     from diffalign.seams.attention.sites import Frame
     from diffalign.seams.denoiser.tap import Evaluation, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention layer as a technique sees it, in one denoiser call.
+
+    ``layer``: dotted module name. ``kind``: "cross" (text keys only), "joint" (text and image in
+    one softmax) or "self". ``text``, ``image``: positions of the prompt's tokens among the keys,
+    and of the image tokens among the queries; None if there are none, or if they differ between
+    rows: then ``spans`` has (text, image) for each row. ``tokens``: number of image queries.
+    ``conditioned``: for each row, whether it carries the prompt. ``negative``: positions of NAG's
+    negative text among the keys (and among the queries of joint layers). ``twins``: pairs (row, its
+    copy that carries NAG's negative text).
+    """
+
+    layer: str
+    kind: Literal["self", "cross", "joint"]
+    text: slice | None = None
+    tokens: int = 0
+    image: slice | None = None
+    negative: slice | None = None
+    conditioned: tuple[bool, ...] = ()
+    spans: tuple[tuple[slice, slice], ...] | None = None
+    twins: tuple[tuple[int, int], ...] = ()
 
 
 class Stream(Protocol):
@@ -36,6 +61,9 @@ class AttentionTechnique:
 
     __slots__ = ()
     kind: ClassVar[str] = "attention"
+    seam: ClassVar[str] = "attention"
+    asked_scale: ClassVar[None] = None
+    reads_negative: ClassVar[bool] = False
     order: ClassVar[int] = 2
     everywhere: ClassVar[bool] = False
 

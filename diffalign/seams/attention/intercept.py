@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from diffalign.core import Site, UnsupportedModel
-from diffalign.seams.attention.base import AttentionTechnique
+from diffalign.core import UnsupportedModel
+from diffalign.seams.attention.base import AttentionTechnique, Site
 
 Parts = Sequence[slice]
 Rows = Sequence[int]

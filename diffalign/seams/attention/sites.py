@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from diffalign.core import Site, UnsupportedModel
+from diffalign.core import UnsupportedModel
 from diffalign.families.family import Family
+from diffalign.seams.attention.base import Site
 
 # family -> (layer names, kind, where the text stands in the joint sequence)
 TABLE: dict[str, tuple[str, Literal["cross", "joint"], Literal["first", "last"]]] = {

@@ -1,0 +1,111 @@
+"""The contract of an attention technique: middleware around one layer's attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from diffalign.core.technique import Seam, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, slice]
+"""Name -> positions. "prompt": the prompt's tokens among the keys; "image": the image tokens among
+the queries. A technique that adds tokens adds their name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention layer as a technique sees it, in one denoiser call."""
+
+    # dotted module name
+    layer: str
+    # "cross" (text keys only), "joint" (text and image in one softmax) or "self"
+    kind: Literal["self", "cross", "joint"]
+    # positions by name, empty where they differ between rows
+    parts: Parts = field(default_factory=dict)
+    # then the positions in each row; empty where all rows are alike
+    row_parts: tuple[Parts, ...] = ()
+    # number of image queries
+    tokens: int = 0
+    # for each row, whether it carries the prompt
+    conditioned: tuple[bool, ...] = ()
+    # rows that a technique added: (row, the row that repeats it with another text)
+    copies: tuple[tuple[int, int], ...] = ()
+
+
+class Attend(Protocol):
+    """What stands below a technique at one layer: the next technique, or the user's attention."""
+
+    @property
+    def site(self) -> Site:
+        """The layer as the next one sees it."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """None, boolean (True = use) or additive, broadcastable to [B, A, N, L]."""
+
+    @property
+    def scale(self) -> float | None:
+        """Of the scores; None is ``1 / sqrt(D)``."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q`` [B, A, N, D], ``k`` [B, A, L, D], ``v`` [B, A, L, any] -> [B, A, N, any]."""
+        ...
+
+    def narrow(
+        self,
+        site: Site,
+        rows: Sequence[int] | None = None,
+        queries: Sequence[slice] | None = None,
+        keys: Sequence[slice] | None = None,
+    ) -> Attend:
+        """The same layer for some rows and parts of queries and keys; ``site`` is what is left."""
+        ...
+
+    def kernel(self, op: str, key: Any, make: Callable[[], Any]) -> Any:
+        """A kernel chosen once per ``key`` and run."""
+        ...
+
+
+class AttentionTechnique(Technique):
+    """Base of every attention technique; subclasses are frozen dataclasses.
+
+    The order in which techniques act is ``order``, whatever order the user gives: lower is further
+    out (NAG 0, PLADIS 1).
+    """
+
+    __slots__ = ()
+    seam: ClassVar[Seam] = "attention"
+    order: ClassVar[int] = 2
+    # called at every text layer, also where ``selects`` is False, because it changes what they see
+    everywhere: ClassVar[bool] = False
+    # patterns of layer names, None for every text layer; a field where users may choose
+    layers: ClassVar[tuple[str, ...] | None] = None
+
+    def selects(self, site: Site) -> bool:
+        """Whether it acts at this layer; only ``layer`` and ``kind`` of the site are known here."""
+        return site.kind != "self" and matches(self.layers, site.layer)
+
+    def __call__(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """The layer's attention output [B, A, N, D], after norms and rotary embedding.
+
+        ``q`` [B, A, N, D], ``k`` and ``v`` [B, A, L, D]. Call ``attend(q, k, v)`` never, once or
+        twice; use ``attend.narrow`` before calling it with some of the rows, queries or keys.
+        """
+        raise NotImplementedError
+
+    def extension(self, generation: Any) -> Any:
+        """What it adds around each denoiser call of a generation, None for nothing.
+
+        Called once, before the pipeline starts. See ``CallExtension`` in ``seams/attention``.
+        """
+        return None
+
+
+def matches(layers: tuple[str, ...] | None, name: str) -> bool:
+    """Whether a dotted layer name fits one of the shell patterns ``layers``; None fits all."""
+    return layers is None or any(fnmatchcase(name, pattern) for pattern in layers)

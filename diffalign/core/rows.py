@@ -1,0 +1,20 @@
+"""What every state that travels with images can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """State of a batch of images: copied and reordered when a search drops or multiplies images."""
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """The state of those images, in that order; an image may appear more than once."""
+        ...
+
+
+def select_rows(state: Any, rows: Sequence[int]) -> Any:
+    """``state.select(rows)``; None, the state of a technique that remembers nothing, stays None."""
+    return None if state is None else state.select(rows)
