@@ -18,11 +18,11 @@ def models(
 ) -> None:
     """Embedded models, and the diffusers pipelines that techniques work on."""
     from diffalign.embedded import available
-    from diffalign.families.table import FAMILIES, family_of, refusals
+    from diffalign.families import FAMILIES, family_of, refusals
 
     if pipeline is not None:
         with checking():
-            family, _ = family_of(type(pipeline, (), {}))
+            family = family_of(type(pipeline, (), {}))
         answer = {
             "pipeline": pipeline,
             "family": family.name,

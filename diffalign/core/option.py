@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal
 
 from diffalign.core.errors import listed
@@ -38,8 +38,8 @@ class Option:
     choices: tuple[Any, ...] = ()
     # CALL, or the key of a preset such as "apg/cap"; "" for an option with a default of its own
     source: str = ""
-    # how settings save it: as it is, not at all (tensors), or objects by their class names
-    saved: Literal["value", "tensors", "objects"] = "value"
+    # how settings save it: as it is, tensors by a mark, objects by their class names, or not at all
+    saved: Literal["value", "tensors", "objects", "omitted"] = "value"
 
     @property
     def range(self) -> str:
@@ -77,13 +77,13 @@ def auto(source: str, meaning: str, **facts: Any) -> Any:
     return field(default=None, metadata={"option": Option(meaning, source=source, **facts)})
 
 
-@cache
+@lru_cache(maxsize=None)
 def options_of(cls: Any) -> dict[str, Option]:
     """Field name -> ``Option``, for the fields that users set, in their order."""
     return {f.name: f.metadata.get("option", Option("")) for f in dataclasses.fields(cls) if f.init}
 
 
-@cache
+@lru_cache(maxsize=None)
 def types_of(cls: Any) -> dict[str, Any]:
     """Field name -> annotation of a technique's class."""
     return typing.get_type_hints(cls)
@@ -133,5 +133,15 @@ def filled(technique: Any, context: Any) -> Any:
         name: context.look_up(name, spec.source)
         for name, spec in options_of(type(technique)).items()
         if spec.source and getattr(technique, name) is None
+    }
+    return dataclasses.replace(technique, **values) if values else technique
+
+
+def with_scale(technique: Any, scale: float) -> Any:
+    """A copy whose guidance scale is ``scale`` where the user left it to the pipeline."""
+    values = {
+        name: scale
+        for name, spec in options_of(type(technique)).items()
+        if spec.source == CALL and getattr(technique, name) is None
     }
     return dataclasses.replace(technique, **values) if values else technique

@@ -124,7 +124,7 @@ def to_config(technique: Any) -> dict[str, Any]:
     options = {
         f.name: _saved(f, getattr(technique, f.name))
         for f in dataclasses.fields(technique)
-        if f.init
+        if f.init and getattr(f.metadata.get("option"), "saved", "") != "omitted"
     }
     return {"name": name_of(technique), **options}
 

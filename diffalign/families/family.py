@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.core import linear_mix
+from diffalign.core.presets import Entry
 from diffalign.core.types import Mix
 
 # (guided, conditional, value of the call argument) -> guided, both [B, ...]
@@ -116,7 +117,15 @@ class Family:
     text: tuple[Argument, ...] = (Argument("encoder_hidden_states"),)
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]] | None = None
     check: Callable[[Any], str | None] = field(default=lambda pipe: None)
-    notes: str = ""
+    defaults: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+
+    def scale(self, native: float | None) -> float:
+        """Our guidance scale for the pipeline's own; 1 where the pipeline does not guide."""
+        return native + self.offset if native is not None and native > self.on_above else 1.0
+
+    def native(self, scale: float) -> float:
+        """The pipeline's own guidance scale for ours."""
+        return self.off if scale == 1.0 else scale - self.offset
 
     def negative_given(self, pipe: Any, value: Mapping[str, Any]) -> bool:
         """Whether the call carries what the pipeline's own gate asks for besides the scale."""

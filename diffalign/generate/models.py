@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from diffalign.cli.problem import BadInput, checking, one_line
 from diffalign.core.errors import nearest
+from diffalign.families import family_of
 from diffalign.families.family import Family
-from diffalign.families.table import family_of
-from diffalign.seams.supports import context_of
+from diffalign.seams.plan import context_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -145,7 +145,7 @@ def find(name: str) -> Model:
             f"{diffusers.__version__}; use it from Python."
         )
     with checking():
-        family, _ = family_of(cls)
+        family = family_of(cls)
     model = Model(name, kind, source, cls, family, str((index.get("scheduler") or ("", ""))[1]))
     parameters = model.parameters()
     inputs = [n for n in parameters if n in ("image", "control_image", "video")]
@@ -215,6 +215,6 @@ def check_technique(
         with checking():
             technique.resolve(context)
             if not reason and hasattr(technique, "refuses"):
-                reason = technique.refuses(pipe, model.family)
+                reason = technique.refuses(context)
         if reason:
             raise BadInput(f"{type(technique).__name__} on {model.name}: {reason}")

@@ -42,6 +42,10 @@ class Guidance(core.Guidance[S]):
     def refuses(self, *_: Any) -> None:
         return None
 
+    @property
+    def cosine_space(self) -> Any:
+        return getattr(self, "space", None) or "eps"
+
     def init(self, batch: int) -> S:
         """State before the first step, for ``batch`` images."""
         return None  # type: ignore[return-value]

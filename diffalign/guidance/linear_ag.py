@@ -198,10 +198,10 @@ def identity_of(
     pipe: Any, steps: int, scale: float, shape: tuple[int, ...], negative_prompt: str
 ) -> Identity:
     """The identity of a run of ``pipe``."""
-    from diffalign.families.table import family_of
+    from diffalign.families import family_of
     from diffalign.seams.swap import original_class
 
-    module = getattr(pipe, family_of(original_class(pipe))[0].denoisers[0])
+    module = getattr(pipe, family_of(original_class(pipe)).denoisers[0])
     return Identity(
         model_hash(module),
         original_class(pipe.scheduler).__name__,

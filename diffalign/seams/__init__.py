@@ -1,7 +1,7 @@
 """All knowledge of diffusers pipelines: the registry of families, the tap on the denoiser,
 sessions. Nothing else touches diffusers."""
 
-from diffalign.seams.guiders_in import guider
+from diffalign.seams.guiders_out import guider
 from diffalign.seams.preset import preset
 from diffalign.seams.report import Report
 from diffalign.seams.session import Session, active, apply, disable, enable, techniques_of

@@ -1,5 +1,4 @@
-"""The two doors between our techniques and diffusers' guiders: theirs on classic pipelines, ours on
-modular ones."""
+"""Diffusers' guiders as techniques: theirs on classic pipelines."""
 
 from __future__ import annotations
 
@@ -7,13 +6,13 @@ import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.core import COND, UNCOND, Context, Pass, Space, StepInfo, UnsupportedModel
+from diffalign.core import COND, UNCOND, Guidance, Pass, StepInfo, UnsupportedModel, option
 
 INSTEAD = {
     "SkipLayerGuidance": "da.SkipLayerGuidance, or da.S2Guidance",
@@ -23,31 +22,14 @@ INSTEAD = {
 }
 
 
-def guider(technique: Any, pipe: Any, *, denoiser: str | None = None) -> Any:
-    """``technique`` as a guider for a modular pipeline:
-    ``pipe.update_components(guider=da.guider(da.AdaptiveGuidance(), pipe))``.
-
-    ``technique``: a guidance; ``scale=None`` takes the scale of the guider that ``pipe`` has now.
-    ``denoiser``: the component it serves when there are two (``guider_2=da.guider(technique, pipe,
-    denoiser="transformer_2")``). Families: Stable Diffusion XL and 3, Wan, Qwen-Image. Modular
-    pipelines run passes one after another, so the saving of a skipped pass is a whole call.
-    Raises: UnsupportedModel for another pipeline, TypeError for a technique that is not a guidance.
-    """
-    from diffalign.seams.guiders_out import TechniqueGuider
-
-    return TechniqueGuider(technique).bind(pipe, denoiser)
-
-
-def as_technique(given: Any) -> Any:
-    """``given``, or a diffusers guider as a technique; everything else passes through for the
-    session to judge."""
-    guiders = sys.modules.get(
-        "diffusers.guiders.guider_utils"
-    )  # an instance cannot exist before its module
-    if guiders is None or not isinstance(given, guiders.BaseGuidance):
-        return given
-    options = {key: value for key, value in given.config.items() if not key.startswith("_")}
-    return DiffusersGuider(guider=type(given).__name__, options=options, given=given)
+def as_technique(item: Any) -> Any:
+    """A diffusers guider as a technique; everything else as it is, for the session to judge."""
+    # an instance cannot exist before its module
+    guiders = sys.modules.get("diffusers.guiders.guider_utils")
+    if guiders is None or not isinstance(item, guiders.BaseGuidance):
+        return item
+    options = {key: value for key, value in item.config.items() if not key.startswith("_")}
+    return DiffusersGuider(guider=type(item).__name__, options=options, original=item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +39,10 @@ class GuiderState:
     guider: Any
 
     def select(self, rows: Sequence[int]) -> GuiderState:
-        """The state of those images: running averages are the only thing that diffusers' guiders
-        keep per image."""
+        """The state of those images.
+
+        Running averages are the only thing that diffusers' guiders keep per image.
+        """
         chosen = copy.deepcopy(self.guider)
         for value in vars(chosen).values():
             if isinstance(average := getattr(value, "running_average", None), Tensor):
@@ -67,98 +51,88 @@ class GuiderState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiffusersGuider:
-    """A guider of diffusers on a classic pipeline: its own ``forward`` on the two predictions, in
-    the model's parametrisation.
+class DiffusersGuider(Guidance[GuiderState]):
+    """A guider of diffusers on a classic pipeline: its own ``forward`` on the two predictions.
 
-    ``da.apply(pipe, ClassifierFreeGuidance(5.0))`` makes it. ``guider``, ``options``: class in
-    ``diffusers.guiders`` and its configuration; the object that was given is copied before every
+    ``da.apply(pipe, ClassifierFreeGuidance(5.0))`` makes it. The guider is copied before every
     generation, so that no state leaks. Guiders that hook layers are refused: their hooks rest on
     the order of calls, and fail or have no effect on most models.
     Cost: passes that the guider asks for, 2 per step or 1.
     """
 
-    kind: ClassVar[str] = "guidance"
-    combine_space: ClassVar[Space] = "native"
+    guider: str = option(meaning="class in diffusers.guiders")
+    options: Mapping[str, Any] = option(factory=dict, meaning="its configuration")
+    original: Any = option(
+        None, "the guider as an object, for classes of your own", saved="omitted"
+    )
 
-    guider: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    given: InitVar[Any] = None
-    live: Any = field(default=None, init=False, repr=False, compare=False)
-
-    def __post_init__(self, given: Any) -> None:
-        if given is None:
-            import diffusers.guiders
-
-            cls = getattr(diffusers.guiders, self.guider, None)
-            if cls is None:
-                raise ValueError(
-                    f"diffusers has no guider {self.guider!r}; one of your own is given as an "
-                    "object, apply(pipe, guider)."
-                )
-            given = cls.from_config(
-                json.loads(self.options) if isinstance(self.options, str) else dict(self.options)
-            )
-        object.__setattr__(self, "live", given)
+    def __post_init__(self) -> None:
+        guider = self._fresh()
         base = sys.modules["diffusers.guiders.guider_utils"].BaseGuidance
-        if (
-            type(self.live).prepare_models is not base.prepare_models
-            or len(self.live._input_predictions) > 2
-        ):
+        hooks = type(guider).prepare_models is not base.prepare_models
+        if hooks or len(guider._input_predictions) > 2:
             instead = INSTEAD.get(self.guider, "a technique of diffalign")
             raise UnsupportedModel(
-                f"{self.guider} changes layers inside the denoiser, which works on few models; "
-                f"use {instead} instead."
+                f"{self.guider} changes layers inside the denoiser, which works on few models; use "
+                f"{instead} instead."
             )
 
     @property
-    def scale(self) -> float | None:
+    def asked_scale(self) -> float | None:
         """The guider's own scale, where it has one."""
-        value = getattr(self.live, "guidance_scale", None)
-        return (
-            None
-            if value is None
-            else float(value) + float(getattr(self.live, "use_original_formulation", False))
-        )
+        guider = self._fresh()
+        value = getattr(guider, "guidance_scale", None)
+        shifted = bool(getattr(guider, "use_original_formulation", False))
+        return None if value is None else float(value) + shifted
 
     @property
     def needs_uncond(self) -> bool:
         return bool(self._fresh().num_conditions > 1)
 
-    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
-        return self, {}
-
-    def extras(self, state: GuiderState) -> dict[str, Any]:
-        return {}
-
     def init(self, batch: int) -> GuiderState:
         return GuiderState(self._fresh())
 
     def passes(self, step: StepInfo, state: GuiderState) -> tuple[Pass, ...]:
-        return tuple(wanted for wanted, _ in self._prepared(copy.deepcopy(state.guider), step))
+        return tuple(p for p, _ in _prepared(copy.deepcopy(state.guider), step))
 
     def combine(
         self, preds: Mapping[Pass, Tensor], step: StepInfo, state: GuiderState
     ) -> tuple[Tensor, GuiderState]:
-        made = copy.deepcopy(state.guider)
-        prepared = self._prepared(made, step)
-        if any(wanted not in preds for wanted, _ in prepared):
+        guider = copy.deepcopy(state.guider)
+        prepared = _prepared(guider, step)
+        if any(p not in preds for p, _ in prepared):
             return preds[COND], state  # the pipeline itself stops guiding here
-        for wanted, batch in prepared:
-            batch.noise_pred = preds[wanted]
-        guided: Tensor = made([batch for _, batch in prepared])[0]
-        return guided.to(preds[COND].dtype), GuiderState(made)
+        for p, batch in prepared:
+            batch.noise_pred = preds[p]
+        guided: Tensor = guider([batch for _, batch in prepared])[0]
+        return guided.to(preds[COND].dtype), GuiderState(guider)
 
     def _fresh(self) -> Any:
-        made = copy.deepcopy(self.live)
-        made._step = made._num_inference_steps = made._timestep = None
-        return made
+        """The guider as it is before a run."""
+        guider = copy.deepcopy(self.original) if self.original is not None else self._built()
+        guider._step = guider._num_inference_steps = guider._timestep = None
+        return guider
 
-    def _prepared(self, made: Any, step: StepInfo) -> list[tuple[Pass, Any]]:
-        """The guider's own choice of passes: it picks from a pair of markers, 1 with the prompt and
-        0 without."""
-        made.set_state(
-            step=step.index, num_inference_steps=step.count, timestep=torch.tensor(step.timestep)
-        )
-        batches = made.prepare_inputs({"conditioned": (torch.tensor(1), torch.tensor(0))})
-        return [(COND if bool(batch.conditioned) else UNCOND, batch) for batch in batches]
+    def _built(self) -> Any:
+        import diffusers.guiders
+
+        cls = getattr(diffusers.guiders, self.guider, None)
+        if cls is None:
+            raise ValueError(
+                f"diffusers has no guider {self.guider!r}; one of your own is given as an object, "
+                "apply(pipe, guider)."
+            )
+        options = self.options
+        return cls.from_config(json.loads(options) if isinstance(options, str) else dict(options))
+
+
+def _prepared(guider: Any, step: StepInfo) -> list[tuple[Pass, Any]]:
+    """The guider's own choice of passes.
+
+    It picks from a pair of markers, 1 with the prompt and 0 without.
+    """
+    guider.set_state(
+        step=step.index, num_inference_steps=step.count, timestep=torch.tensor(step.timestep)
+    )
+    batches = guider.prepare_inputs({"conditioned": (torch.tensor(1), torch.tensor(0))})
+    return [(COND if bool(batch.conditioned) else UNCOND, batch) for batch in batches]

@@ -35,8 +35,8 @@ def preset(name: str, pipe: Any) -> tuple[Any, ...]:
             f"preset(name={name!r}) must be one of {', '.join(PRESETS)}; nearest: "
             f"{nearest(str(name), PRESETS)}."
         )
-    found = {support.name: support for support in supports(pipe)}
-    refused = next((found[part] for part in PRESETS[name] if not found[part].works), None)
+    table = {support.name: support for support in supports(pipe)}
+    refused = next((table[part] for part in PRESETS[name] if not table[part].works), None)
     if refused is not None:
         raise UnsupportedModel(
             f"preset({name!r}) needs {refused.name} on {original_class(pipe).__name__}: "

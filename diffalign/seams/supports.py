@@ -8,23 +8,23 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.core import Context
+from diffalign.core import Context, Technique
 from diffalign.core.registry import techniques
-from diffalign.families.family import Family
-from diffalign.families.table import family_of
+from diffalign.families import family_of
+from diffalign.seams.plan import context_of
 from diffalign.seams.swap import original_class
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """One technique on one pipeline.
+    """One technique on one pipeline."""
 
-    ``reason``: why not, empty when it works. ``cost``: the "Cost:" line of its documentation.
-    """
-
+    # registered name
     name: str
     works: bool
+    # why not, empty when it works
     reason: str
+    # the "Cost:" sentence of its documentation
     cost: str
 
 
@@ -34,79 +34,56 @@ class SupportTable(tuple[Support, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        width = max((len(s.name) for s in self), default=0)
+        width = max((len(support.name) for support in self), default=0)
         return "\n".join(
-            f"{s.name:{width}}  {'yes' if s.works else 'no ':3}  {s.cost if s.works else s.reason}"
-            for s in self
+            f"{support.name:{width}}  {'yes' if support.works else 'no ':3}  "
+            f"{support.cost if support.works else support.reason}"
+            for support in self
         )
-
-
-def cost_of(cls: type) -> str:
-    """The ``Cost:`` sentence of a technique's docstring on one line, empty when it has none."""
-    found = re.search(
-        r"Cost:\s*(.+?)(?:\n\s*\n|\n\s*[A-Z][\w ]*:|\Z)", inspect.getdoc(cls) or "", flags=re.S
-    )
-    return " ".join(found.group(1).split()) if found else ""
-
-
-def context_of(pipe: Any, family: Family) -> Context:
-    """What a technique would see if the pipeline were called with its defaults, guidance on."""
-    cls = original_class(pipe)
-    parameters = inspect.signature(cls.__call__).parameters
-    default = (
-        parameters[family.gates[0]].default
-        if family.gates and family.gates[0] in parameters
-        else None
-    )
-    open_scale = (
-        float(default)
-        if isinstance(default, int | float) and default > family.on_above
-        else family.on_above + 3.0
-    )
-    scheduler = pipe.scheduler
-    return Context(
-        pipeline=cls.__name__,
-        family=family.name,
-        denoiser=family.denoisers[0],
-        scheduler=original_class(scheduler).__name__,
-        scale=open_scale + family.offset,
-        scale_source="pipeline default",
-        steps=int(getattr(parameters.get("num_inference_steps"), "default", 0) or 0),
-        batch=1,
-        flow="FlowMatch" in type(scheduler).__name__
-        or getattr(scheduler.config, "prediction_type", "") == "flow_prediction",
-        order=int(getattr(scheduler, "order", 1)),
-        module=getattr(pipe, family.denoisers[0], None),
-        pipe=pipe,
-    )
 
 
 def supports(pipe: Any) -> SupportTable:
     """Every registered technique on this pipeline object. Print it for a table.
 
-    Raises ``UnsupportedModel`` with the reason when no technique can act on the pipeline's class.
+    Raises: ``UnsupportedModel`` with the reason when no technique can act on the pipeline's class.
     """
-    family, _ = family_of(original_class(pipe))
-    context = context_of(pipe, family)
-    found = []
+    context = context_of(pipe, family_of(original_class(pipe)))
+    table = []
     for name, cls in techniques().items():
-        required = [
-            f.name
-            for f in dataclasses.fields(cls)
-            if f.default is f.default_factory is dataclasses.MISSING
-        ]
-        reason = ""
-        if cls.kind == "guidance":  # type: ignore[attr-defined]
-            reason = family.check(pipe) or ""
-        if not reason and not required:
-            try:
-                technique = cls()
-                technique.resolve(context)
-                if hasattr(technique, "refuses"):
-                    reason = technique.refuses(pipe, family) or ""
-            except (
-                ValueError
-            ) as error:  # UnsupportedModel, or options that have no default for this model
-                reason = str(error)
-        found.append(Support(name, not reason, reason, cost_of(cls)))
-    return SupportTable(found)
+        reason = reason_against(cls, context)
+        table.append(Support(name, not reason, reason, cost_of(cls)))
+    return SupportTable(table)
+
+
+def reason_against(technique: Technique | type[Technique], context: Context) -> str:
+    """Why a technique cannot act on the pipeline of ``context``, empty when it can.
+
+    A class stands for its default options; one that cannot be made without options is not refused.
+    """
+    seam = technique.seam
+    if seam == "denoiser":
+        reason = family_of(original_class(context.pipe)).check(context.pipe)
+        if reason:
+            return reason
+    try:
+        if isinstance(technique, type):
+            if any(_is_required(field) for field in dataclasses.fields(technique)):  # type: ignore[arg-type]
+                return ""
+            technique = technique()
+        fresh = context.fresh()
+        resolved: Any = technique.resolve(fresh)
+        resolved = resolved[0] if isinstance(resolved, tuple) else resolved
+        return resolved.refuses(fresh) or ""
+    except (ValueError, LookupError) as error:  # an option that has no value for this model, too
+        return str(error)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.init and field.default is field.default_factory is dataclasses.MISSING
+
+
+def cost_of(cls: type) -> str:
+    """The "Cost:" sentence of a technique's docstring on one line, empty when it has none."""
+    pattern = r"Cost:\s*(.+?)(?:\n\s*\n|\n\s*[A-Z][\w ]*:|\Z)"
+    match = re.search(pattern, inspect.getdoc(cls) or "", flags=re.S)
+    return " ".join(match.group(1).split()).replace("``", "") if match else ""

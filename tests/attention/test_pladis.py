@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import diffalign as da
-from diffalign.families.table import family_of
+from diffalign.families import family_of
+from diffalign.seams.plan import context_of
 from diffalign.seams.attention.base import AttentionTechnique, Site
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -242,9 +243,9 @@ def test_every_family_without_text_is_refused():
         da.apply(pipe := tiny_pipeline("DiTPipeline"), da.PLADIS()),
     ):
         pipe(**tiny_inputs("DiTPipeline"))
-    family, _ = family_of(type(pipe))
+    context = context_of(pipe, family_of(type(pipe)))
     for technique in (da.NAG(), da.PLADIS()):
-        assert "no text" in technique.refuses(pipe, family)
+        assert "no text" in technique.refuses(context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from diffalign.guidance import SkipLayerGuidance as SLG
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.seams.guiders_in import DiffusersGuider
-from diffalign.seams.guiders_out import TechniqueGuider
+from diffalign.seams.technique_guider import TechniqueGuider
 from diffalign.testing.deep import deep_pipeline
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline

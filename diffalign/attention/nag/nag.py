@@ -12,13 +12,15 @@ from diffalign.attention.nag import two_texts
 from diffalign.attention.nag.text import NegativeStream, refusal
 from diffalign.core import Context, Tensor, Windowed
 from diffalign.core.checks import check_choice, check_range, check_scale
+from diffalign.families import family_of
 from diffalign.families.presets import preset
 from diffalign.kernels.nag import NagCall, choose
 from diffalign.seams.attention.base import AttentionTechnique, Site, check_layers, matches
+from diffalign.seams.swap import original_class
 
 if TYPE_CHECKING:
     from diffalign.seams.attention.intercept import Attend
-    from diffalign.seams.denoiser.tap import Run
+    from diffalign.seams.denoiser.tap import Generation
 
 
 TAU_LIMIT = 1e6  # beyond any growth: no limit
@@ -109,8 +111,9 @@ class NAG(Windowed, AttentionTechnique):
     def selects(self, site: Site) -> bool:
         return site.kind != "self" and matches(self.layers, site.layer)
 
-    def refuses(self, pipe: Any, family: Any) -> str | None:
-        return super(NAG, self).refuses(pipe, family) or refusal(pipe, family, self.share_image)
+    def refuses(self, context: Context) -> str | None:
+        family = family_of(original_class(context.pipe))
+        return super(NAG, self).refuses(context) or refusal(context.pipe, family, self.share_image)
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         values: dict[str, Any] = {}
@@ -129,7 +132,7 @@ class NAG(Windowed, AttentionTechnique):
             values["sigma"], sources["sigma"] = (found[0], math.inf), found[1]
         return replace(self, **values), sources
 
-    def stream(self, run: Run) -> NegativeStream:
+    def stream(self, run: Generation) -> NegativeStream:
         return NegativeStream(self, run)
 
     def __call__(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

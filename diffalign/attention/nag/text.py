@@ -23,7 +23,8 @@ from diffalign.seams.denoiser.rows import count_rows, prediction_of, take_argume
 
 if TYPE_CHECKING:
     from diffalign.attention.nag.nag import NAG
-    from diffalign.seams.denoiser.tap import Evaluation, Run
+    from diffalign.seams.denoiser.call import DenoiserCall
+    from diffalign.seams.denoiser.tap import Generation
 
 FAMILIES = (
     "lumina2",
@@ -49,20 +50,20 @@ class NegativeStream:
     ``open`` adds it to a denoiser call, ``close`` takes its rows out of the result.
     """
 
-    def __init__(self, nag: NAG, run: Run) -> None:
+    def __init__(self, nag: NAG, run: Generation) -> None:
         self.run, self.nag = run, nag
         self.argument = run.family.text[0]
         self.made: dict[Any, Tensor] = {}
         embeddings, where = negative_text(nag, run)
         self.text = ENCODERS[run.family.name].denoiser(embeddings)
-        run.notes.append(f"NAG: negative text from {where}")
+        run.record.notes.append(f"NAG: negative text from {where}")
         if not nag.share_image:
             if "pooled_projections" not in self.text:
                 raise ValueError(
                     "NAG(share_image=False) modulates with the negative pooled text; pass "
                     "negative_pooled_prompt_embeds too."
                 )
-            run.notes.append(
+            run.record.notes.append(
                 "NAG: share_image=False, the published layout with a second image stream in the "
                 "single blocks"
             )
@@ -95,8 +96,8 @@ class NegativeStream:
         return found
 
     def open(
-        self, evaluation: Evaluation, kwargs: dict[str, Any], frame: Frame
-    ) -> tuple[Evaluation, dict[str, Any], Frame]:
+        self, evaluation: DenoiserCall, kwargs: dict[str, Any], frame: Frame
+    ) -> tuple[DenoiserCall, dict[str, Any], Frame]:
         if not any(evaluation.conditioned):
             return evaluation, kwargs, frame
         images = self._images(evaluation)
@@ -111,7 +112,7 @@ class NegativeStream:
         rows = len(frame.conditioned) - len(frame.twins)
         return with_prediction(output, prediction_of(output)[:rows])
 
-    def _images(self, evaluation: Evaluation) -> list[int]:
+    def _images(self, evaluation: DenoiserCall) -> list[int]:
         """Which image each row belongs to."""
         everything = range(self.run.batch)
         images = [i for p in evaluation.passes for i in (everything if p.rows is None else p.rows)]
@@ -139,8 +140,8 @@ class NegativeStream:
         """Which negative text each image takes; a prompt's images stand together."""
         texts, batch = len(self.text[name]), self.run.batch
         copies = int(
-            self.run.call.get("num_images_per_prompt")
-            or self.run.call.get("num_videos_per_prompt")
+            self.run.plan.values.get("num_images_per_prompt")
+            or self.run.plan.values.get("num_videos_per_prompt")
             or 1
         )
         if texts not in (1, batch // copies, batch):
@@ -182,8 +183,8 @@ class NegativeStream:
         return changed, more.shape[1]
 
     def _add_rows(
-        self, evaluation: Evaluation, kwargs: dict[str, Any], frame: Frame, images: Sequence[int]
-    ) -> tuple[Evaluation, dict[str, Any], Frame]:
+        self, evaluation: DenoiserCall, kwargs: dict[str, Any], frame: Frame, images: Sequence[int]
+    ) -> tuple[DenoiserCall, dict[str, Any], Frame]:
         """A second row for each conditioned row, with the negative text; padded to one length where
         a mask says so."""
         family, total = self.run.family, count_rows(next(iter(kwargs.values())))
@@ -230,9 +231,9 @@ class NegativeStream:
         return replace(evaluation, conditioned=conditioned), changed, frame
 
 
-def negative_text(nag: NAG, run: Run) -> tuple[dict[str, Any], str]:
+def negative_text(nag: NAG, run: Generation) -> tuple[dict[str, Any], str]:
     """The negative text under the pipeline's names without "negative_", and where it came from."""
-    encode, call, wanted = ENCODERS[run.family.name], run.call, nag.negative_prompt
+    encode, call, wanted = ENCODERS[run.family.name], run.plan.values, nag.negative_prompt
     embeds, where = nag.negative_embeds, "NAG(negative_embeds=...)"
     if embeds is not None:
         known = {f"negative_{name}" for name in encode.arguments} | {

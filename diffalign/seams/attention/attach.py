@@ -21,7 +21,9 @@ from diffalign.seams.attention.intercept import Intercepted, start
 from diffalign.seams.attention.native import to_native
 from diffalign.seams.attention.sites import Frame, Layer, layers_of, site_of, spans_of, text_length
 from diffalign.seams.denoiser.cache import empty_cache
-from diffalign.seams.denoiser.tap import Denoise, Evaluation, Run
+from diffalign.seams.denoiser.call import Denoise, DenoiserCall
+from diffalign.seams.denoiser.tap import Generation
+from diffalign.seams.plan import context_of
 from diffalign.seams.swap import Handler, in_place, intercepted
 
 # feature caches that reuse what an attention technique changes between calls
@@ -37,7 +39,7 @@ class Attachment:
     ``frame``: the denoiser call that is running, None between calls.
     """
 
-    def __init__(self, group: Sequence[AttentionTechnique], run: Run) -> None:
+    def __init__(self, group: Sequence[AttentionTechnique], run: Generation) -> None:
         self.run = run
         self.group = tuple(sorted((t for t in group if not t.off), key=lambda t: t.order))
         self.frame: Frame | None = None
@@ -53,7 +55,7 @@ class Attachment:
             if (m := getattr(run.pipe, name, None)) is not None
         }
         for technique in group:
-            reason = technique.refuses(run.pipe, run.family)
+            reason = technique.refuses(context_of(run.pipe, run.family))
             if reason is not None:
                 raise UnsupportedModel(
                     f"{type(technique).__name__} cannot act on {type(run.pipe).__name__}: {reason}."
@@ -95,15 +97,15 @@ class Attachment:
                 if stream is not None:
                     self.streams[technique] = stream
             used = [layer for layer in self.layers if self._chain(layer, self.group)]
-            self.run.notes += to_native(used, stack)
+            self.run.record.notes += to_native(used, stack)
             for layer in used:
                 self.handlers[layer.module] = ("__call__", functools.partial(self._layer, layer))
             for stream in self.streams.values():
                 self.handlers.update(stream.handlers(self))
             stack.enter_context(intercepted(self.handlers, self.compiled))
             self._keep_checkpoints(stack)
-            self.run.middleware.append(self._middleware)
-            stack.callback(self.run.middleware.remove, self._middleware)
+            self.run.evaluator.middleware.append(self._middleware)
+            stack.callback(self.run.evaluator.middleware.remove, self._middleware)
             yield
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -115,15 +117,15 @@ class Attachment:
 
     def say_what_never_acted(self) -> None:
         """A note and a warning about each technique whose window held no step of the run."""
-        for technique in self.group if self.run.sigma else ():
+        for technique in self.group if self.run.record.sigma else ():
             name = type(technique).__name__
             if not any(name == acted for acted, _, _ in self.acting):
-                self.run.notes.append(never_acted(name, self.run.sigma))
+                self.run.record.notes.append(never_acted(name, self.run.record.sigma))
 
     def _too_late(self, technique: AttentionTechnique, first: StepInfo) -> bool:
         """Whether the model's default window ends before the run begins, as in image-to-image: then
         the technique acts at every step."""
-        options = self.run.resolved.get(name_of(technique), {})
+        options = self.run.record.resolved.get(name_of(technique), {})
         window, source = options.get("sigma", (None, ""))
         if not source or first.sigma >= window[0]:
             return False
@@ -140,14 +142,14 @@ class Attachment:
             self.chosen[op, key] = choice.call
             note = f"{op} kernel: {choice.reason}"
             said = note.partition(" (")[0]  # the reason without the sizes of this layer
-            if not any(other.startswith(said) for other in self.run.notes):
-                self.run.notes.append(note)
+            if not any(other.startswith(said) for other in self.run.record.notes):
+                self.run.record.notes.append(note)
         return self.chosen[op, key]
 
     # -- one denoiser call
 
     def _middleware(self, inner: Denoise) -> Denoise:
-        def denoise(evaluation: Evaluation, kwargs: dict[str, Any]) -> Any:
+        def denoise(evaluation: DenoiserCall, kwargs: dict[str, Any]) -> Any:
             if self.always is None:
                 self.always = {t for t in self.group if self._too_late(t, evaluation.step)}
             active = tuple(t for t in self.group if t in self.always or t.active(evaluation.step))
@@ -303,7 +305,7 @@ def _restore(module: nn.Module, name: str, ours: Any, held: Any) -> None:
 
 
 @contextmanager
-def attach(group: Sequence[AttentionTechnique], run: Run) -> Iterator[None]:
+def attach(group: Sequence[AttentionTechnique], run: Generation) -> Iterator[None]:
     """``group`` acts on every denoiser call of ``run`` until the context is left.
 
     Raises ``UnsupportedModel`` where it cannot.
@@ -314,7 +316,7 @@ def attach(group: Sequence[AttentionTechnique], run: Run) -> Iterator[None]:
             yield
         attachment.say_what_never_acted()
     finally:
-        run.layers.update(attachment.counts())
-        run.acted.update(
+        run.record.layers.update(attachment.counts())
+        run.record.acted.update(
             {type(t).__name__: len(attachment.steps.get(type(t).__name__, ())) for t in group}
         )

@@ -3,18 +3,18 @@ attention."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-from diffalign.core import Context, StepInfo, Tensor
+from diffalign.core import Context, StepInfo, Technique, Tensor
+from diffalign.core.technique import Seam
 
 if TYPE_CHECKING:
     from diffalign.seams.attention.intercept import Attend
     from diffalign.seams.attention.sites import Frame
-    from diffalign.seams.denoiser.tap import Evaluation, Run
+    from diffalign.seams.denoiser.call import DenoiserCall
+    from diffalign.seams.denoiser.tap import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class Stream(Protocol):
     """What a technique adds to the denoiser call around its layers."""
 
     def open(
-        self, evaluation: Evaluation, kwargs: dict[str, Any], frame: Frame
-    ) -> tuple[Evaluation, dict[str, Any], Frame]: ...
+        self, evaluation: DenoiserCall, kwargs: dict[str, Any], frame: Frame
+    ) -> tuple[DenoiserCall, dict[str, Any], Frame]: ...
     def close(self, output: Any, frame: Frame) -> Any: ...
     def handlers(self, attachment: Any) -> dict[Any, tuple[str, Any]]: ...
 
 
-class AttentionTechnique:
+class AttentionTechnique(Technique):
     """Base of every attention technique; subclasses are frozen dataclasses.
 
     ``order``: lower is further out, whatever order the user gives (NAG 0, PLADIS 1).
@@ -61,9 +61,7 @@ class AttentionTechnique:
 
     __slots__ = ()
     kind: ClassVar[str] = "attention"
-    seam: ClassVar[str] = "attention"
-    asked_scale: ClassVar[None] = None
-    reads_negative: ClassVar[bool] = False
+    seam: ClassVar[Seam] = "attention"
     order: ClassVar[int] = 2
     everywhere: ClassVar[bool] = False
 
@@ -91,17 +89,20 @@ class AttentionTechnique:
         """
         raise NotImplementedError
 
-    def stream(self, run: Run) -> Stream | None:
+    def stream(self, run: Generation) -> Stream | None:
         """What to add around each denoiser call of this run, None for nothing.
 
         Called once, before the pipeline starts.
         """
         return None
 
-    def refuses(self, pipe: Any, family: Any) -> str | None:
+    def refuses(self, context: Context) -> str | None:
         """Why the technique cannot act on this pipeline object, None when it can."""
+        from diffalign.families import family_of
         from diffalign.seams.attention.sites import TABLE
+        from diffalign.seams.swap import original_class
 
+        family = family_of(original_class(context.pipe))
         if not family.text:
             return f"{family.name} has no text in its attention layers"
         return (
@@ -112,13 +113,6 @@ class AttentionTechnique:
         """A copy with every ``None`` option filled in, and where each value came from (field ->
         source)."""
         return self, {}
-
-    @classmethod
-    def attach(cls, group: Sequence[AttentionTechnique], run: Run) -> AbstractContextManager[None]:
-        """Install ``group`` for one generation; leaving the context puts everything back."""
-        from diffalign.seams.attention.attach import attach
-
-        return attach(group, run)
 
 
 def matches(layers: tuple[str, ...] | None, name: str) -> bool:

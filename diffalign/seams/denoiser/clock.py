@@ -14,29 +14,36 @@ from diffalign.core.types import Mix
 
 
 class Clock:
-    """Counts ``scheduler.step`` calls.
+    """Counts ``scheduler.step`` calls, from where it is told that the run begins.
 
     ``start`` copies the scheduler's tables to the host, the only synchronisation.
     """
 
     def __init__(self, scheduler: Any, mix: Mix, sigma: Callable[[float], float]) -> None:
         self.scheduler, self.mix, self.sigma_of = scheduler, mix, sigma
+        # evaluations since the beginning of the trajectory, those of earlier segments included
         self.calls = 0
         self.order = int(getattr(scheduler, "order", 1))
         self.timesteps: list[float] = []
 
-    def start(self, first: float, planned: int | None) -> None:
-        """``first``: the scheduler timestep of the first denoiser call; ``planned``: evaluations
-        the pipeline announced, if it did."""
+    def start(
+        self, first: float, planned: int | None, *, begin: int = 0, whole: int | None = None
+    ) -> None:
+        """Learn the tables. A segment is told its place in the whole trajectory.
+
+        ``first``: the scheduler timestep of the first denoiser call. ``planned``: evaluations that
+        the pipeline announced, if it did. ``begin``: evaluations that earlier segments made.
+        ``whole``: evaluations of the whole trajectory, None for as many as are planned.
+        """
         self.timesteps = [float(t) for t in self.scheduler.timesteps.tolist()]
         self.sigmas = self._sigmas()
         self.next_sigmas = [self._next(i) for i in range(len(self.timesteps))]
-        self.offset = min(
-            range(len(self.timesteps)), key=lambda i: (abs(self.timesteps[i] - first), i)
-        )
-        left = len(self.timesteps) - self.offset
-        self.evaluations = min(planned, left) if planned else left
-        self.count = -(-self.evaluations // self.order)
+        nearest = min(range(len(self.timesteps)), key=lambda i: (abs(self.timesteps[i] - first), i))
+        self.offset, self.calls = nearest - begin, begin
+        remaining = len(self.timesteps) - self.offset
+        if whole is None:
+            whole = min(planned + begin, remaining) if planned else remaining
+        self.count = -(-whole // self.order)
 
     def _sigmas(self) -> list[float]:
         """Noise level at each timestep, and one more for the end."""

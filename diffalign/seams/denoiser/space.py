@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffalign.core import COND, Pass, Space, StepInfo
+from diffalign.core import COND, Pass, Space, StepInfo, UnsupportedModel
+from diffalign.families.family import Family
 
 Kind = Literal["eps", "v", "x0", "flow"]
 
@@ -34,11 +35,16 @@ def kind_of(scheduler: Any) -> Kind:
     ):
         return "flow"
     if named not in known:
-        raise ValueError(
+        raise UnsupportedModel(
             f"{type(scheduler).__name__} has prediction_type {named!r}; diffalign knows "
             f"{', '.join(known)}."
         )
     return known[named]
+
+
+def parametrisation_of(family: Family, scheduler: Any) -> Kind:
+    """What the family's network predicts with this scheduler."""
+    return "flow" if family.parametrisation == "flow" else kind_of(scheduler)
 
 
 def convert(

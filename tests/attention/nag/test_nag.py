@@ -14,8 +14,9 @@ import diffalign as da
 from diffalign.attention import AttentionTechnique
 from diffalign.core import COND, UNCOND, errors
 from diffalign.core.registry import from_config, parse, to_config
+from diffalign.families import FAMILIES, family_of
+from diffalign.seams.plan import context_of
 from diffalign.families.encode import ENCODERS
-from diffalign.families.table import FAMILIES, family_of
 from diffalign.guidance import Guidance, IntervalCFG
 from diffalign.seams.attention.sites import TABLE
 from diffalign.testing.final import final
@@ -66,7 +67,7 @@ def test_off_encodes_no_negative(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [next(name for name, family in FAMILIES.items() if family.name == family) for family in TABLE],
+    [next(name for name, family in FAMILIES.items() if family.name == known) for known in TABLE],
 )
 def test_negative_equal_to_the_prompt_changes_nothing_but_rounding(name):
     pipe = tiny_pipeline(name, dtype=torch.float64)
@@ -248,7 +249,7 @@ def test_each_row_gets_its_images_negative(monkeypatch, whole):
         with_kwargs=True,
     )
     if whole:
-        monkeypatch.setattr("diffalign.seams.denoiser.tap.fixed_rows", lambda module: True)
+        monkeypatch.setattr("diffalign.seams.denoiser.evaluate.fixed_rows", lambda module: True)
     with da.apply(pipe, SecondImageOnly(), nag(negative_prompt=("blue", "red"))):
         final(pipe, tiny_inputs(SD, text=True, batch=2, steps=1))
     handle.remove()
@@ -374,8 +375,8 @@ def test_published_layout_is_flux_only():
     pipe = tiny_pipeline("AuraFlowPipeline")
     with pytest.raises(da.UnsupportedModel, match="not known"), da.apply(pipe, nag()):
         final(pipe, tiny_inputs("AuraFlowPipeline"))
-    family, _ = family_of(type(pipe))
-    assert "not known" in nag().refuses(pipe, family)
+    context = context_of(pipe, family_of(type(pipe)))
+    assert "not known" in nag().refuses(context)
 
 
 def test_two_rows_need_equal_lengths_where_there_is_no_mask():

@@ -39,7 +39,7 @@ from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.seams import swap
 from diffalign.seams.attention.sites import TABLE
-from diffalign.seams.denoiser.tap import Run
+from diffalign.seams.denoiser.tap import Generation
 from diffalign.testing.final import final
 from diffalign.testing.lockstep import paper, walk
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -53,7 +53,7 @@ SD, XL, SD3, FLUX, WAN, QWEN = (
     "QwenImagePipeline",
 )
 EVERY = [
-    next(name for name, family in FAMILIES.items() if family.name == family) for family in TABLE
+    next(name for name, family in FAMILIES.items() if family.name == known) for known in TABLE
 ]  # one class of each family with text
 EPS = torch.finfo(torch.float32).eps
 
@@ -664,7 +664,7 @@ def test_recomputed_under_the_techniques(monkeypatch, name):
     (kept, rows), (recomputed, _) = text_gradient(name), text_gradient(name, enable)
     assert kept.abs().max() > 0
     assert torch.equal(kept, recomputed)
-    made = Run.__init__
+    made = Generation.__init__
 
     def with_checkpoint(self, *args, **kwargs):
         def around(inner):
@@ -673,9 +673,9 @@ def test_recomputed_under_the_techniques(monkeypatch, name):
             )
 
         made(self, *args, **kwargs)
-        self.middleware.append(around)
+        self.evaluator.middleware.append(around)
 
-    monkeypatch.setattr(Run, "__init__", with_checkpoint)
+    monkeypatch.setattr(Generation, "__init__", with_checkpoint)
     whole, counted = text_gradient(name)
     assert torch.equal(kept, whole)
     assert counted == rows

@@ -1,0 +1,77 @@
+"""One call of a denoiser, as the pipeline makes it and as techniques see it; and one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.core import Pass, StepInfo
+from diffalign.seams.denoiser.rows import count_rows, parameter_names
+from diffalign.seams.swap import original_class
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineCall:
+    """The pipeline called its denoiser."""
+
+    # attribute of the pipeline that holds the denoiser
+    denoiser: str
+    module: Any
+    # the denoiser's own call, beneath every technique
+    original: Callable[..., Any]
+    # by name, positional ones too
+    arguments: dict[str, Any]
+    # the first argument: a tensor [rows, ...], or a list of rows
+    latents: Any
+    rows: int
+
+
+def pipeline_call(
+    denoiser: str,
+    module: Any,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> PipelineCall:
+    """The call with its arguments by name."""
+    # a compiled module's own; getattr would build an error message at every step
+    base: Any = module._modules.get("_orig_mod", module)
+    arguments = {**dict(zip(parameter_names(original_class(base)), args)), **kwargs}
+    latents = next(iter(arguments.values()))
+    return PipelineCall(denoiser, module, original, arguments, latents, count_rows(latents))
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiserCall:
+    """One evaluation as attention and block techniques see it."""
+
+    denoiser: str
+    step: StepInfo
+    # passes whose rows stand in the batch, one after the other
+    passes: tuple[Pass, ...]
+    # for each row, whether it carries the prompt
+    conditioned: tuple[bool, ...]
+
+
+Denoise = Callable[[DenoiserCall, dict[str, Any]], Any]
+"""The denoiser or what techniques have put around it: (call, arguments) -> the model's output."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step knows: a new one begins after every ``scheduler.step``."""
+
+    info: StepInfo
+    # shape of one image's latent
+    shape: tuple[int, ...]
+    # predictions of the passes evaluated so far
+    preds: dict[Pass, Tensor] = field(default_factory=dict)
+    # the prediction that must reach the scheduler, [B, ...]
+    guided: Tensor | None = None
+    # the conditional prediction, where the answer has the algebraic form
+    algebraic: Tensor | None = None
+    # denoiser calls of the pipeline in this step
+    calls: int = 0

@@ -1,0 +1,131 @@
+"""Evaluates passes: takes the rows that each needs, and runs plain passes together in one call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.core import Meter, Pass, StepInfo
+from diffalign.families.family import Family
+from diffalign.seams.blocks.sites import skipped
+from diffalign.seams.denoiser.cache import cache_context, empty_cache, fixed_rows
+from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
+from diffalign.seams.denoiser.rows import prediction_of, take_arguments
+
+Rows = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """Rows of each branch in the pipeline's call; empty where it has none."""
+
+    cond: Rows
+    uncond: Rows = ()
+
+    def of(self, p: Pass) -> Rows:
+        """Rows of the branch that ``p`` reads."""
+        return self.cond if p.conditioned else self.uncond
+
+
+class Evaluator:
+    """Runs the denoiser with everything that techniques have put around it, and meters its rows."""
+
+    def __init__(self, family: Family, meter: Meter) -> None:
+        self.family, self.meter = family, meter
+        # outermost first
+        self.middleware: list[Callable[[Denoise], Denoise]] = []
+        # modules whose row counts must stay {B, 2B}
+        self._fixed: dict[int, bool] = {}
+        # rows of the last call, for caches that hold tensors of that many
+        self._last_rows = 0
+
+    def run(
+        self,
+        call: PipelineCall,
+        step: StepInfo,
+        passes: tuple[Pass, ...],
+        conditioned: tuple[bool, ...],
+        arguments: dict[str, Any],
+    ) -> Any:
+        """One denoiser call; ``conditioned``: for each row of ``arguments``."""
+        denoise: Denoise = functools.partial(_denoiser, call)
+        for wrap in reversed(self.middleware):
+            denoise = wrap(denoise)
+        self.meter.charge(rows=len(conditioned))
+        return denoise(DenoiserCall(call.denoiser, step, passes, conditioned), arguments)
+
+    def passes(
+        self, call: PipelineCall, step: StepInfo, passes: Sequence[Pass], branches: Branches
+    ) -> tuple[Any, dict[Pass, Tensor]]:
+        """The first call's output and the prediction of each pass.
+
+        Plain passes go together in one call, in the pipeline's own order of branches; passes that
+        skip blocks have a call of their own.
+        """
+        plain = [p for p in passes if p.blocks is None]
+        plain.sort(key=lambda p: p.conditioned is (self.family.order == "uc"))
+        groups = [plain] if plain else []
+        groups += [[p] for p in passes if p.blocks is not None]
+        template: Any = None
+        preds: dict[Pass, Tensor] = {}
+        for group in groups:
+            output = self._group(call, step, group, branches, preds)
+            template = output if template is None else template
+        return template, preds
+
+    def _group(
+        self,
+        call: PipelineCall,
+        step: StepInfo,
+        group: list[Pass],
+        branches: Branches,
+        preds: dict[Pass, Tensor],
+    ) -> Any:
+        """Run one group in one call and add its predictions to ``preds``."""
+        # a compiled or cached model must not meet a third batch size: whole branches run, and the
+        # rows that were asked for are picked afterwards
+        whole = any(p.rows is not None for p in group) and self._rows_are_fixed(call.module)
+        rows: list[int] = []
+        sizes: list[int] = []
+        for p in group:
+            branch = branches.of(p)
+            part = branch if p.rows is None or whole else [branch[i] for i in p.rows]
+            rows += part
+            sizes.append(len(part))
+        arguments = call.arguments
+        if rows != list(range(call.rows)):
+            arguments = take_arguments(
+                arguments, rows, call.rows, self.family.shared, self.family.lists
+            )
+        if self._last_rows not in (0, len(rows)) and getattr(
+            call.module, "is_cache_enabled", False
+        ):
+            empty_cache(call.module)
+        self._last_rows = len(rows)
+        conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
+        with cache_context(call.module, group[0]) if group[0].blocks is not None else nullcontext():
+            output = self.run(call, step, tuple(group), conditioned, arguments)
+        predictions = prediction_of(output).split_with_sizes(sizes)
+        for p, prediction in zip(group, predictions):
+            picked = p.rows is not None and whole
+            preds[p] = prediction[list(p.rows or ())] if picked else prediction
+        return output
+
+    def _rows_are_fixed(self, module: Any) -> bool:
+        if id(module) not in self._fixed:
+            self._fixed[id(module)] = fixed_rows(module)
+        return self._fixed[id(module)]
+
+
+def _denoiser(call: PipelineCall, evaluation: DenoiserCall, arguments: dict[str, Any]) -> Any:
+    """The denoiser beneath every technique, without the blocks that a pass skips."""
+    blocks = evaluation.passes[0].blocks
+    if blocks is None:
+        return call.original(**arguments)
+    with skipped(call.module, blocks):
+        return call.original(**arguments)

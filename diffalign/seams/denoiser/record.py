@@ -1,0 +1,52 @@
+"""What a generation notes down while it runs, and the report made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from diffalign.core import Meter
+from diffalign.seams.denoiser.branch_log import BranchLog
+
+Resolved = dict[str, dict[str, tuple[Any, str]]]
+"""Technique -> option -> (value, where it came from)."""
+
+
+@dataclass(slots=True)
+class Record:
+    """Notes of one generation; scalars stay on the device until somebody asks."""
+
+    resolved: Resolved
+    # technique -> (layers where it acted, layers selected)
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # technique -> number of steps in which it acted
+    acted: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    # step -> noise level
+    sigma: dict[int, float] = field(default_factory=dict)
+    # steps that ran both branches
+    guided_steps: set[int] = field(default_factory=set)
+    log: BranchLog = field(default_factory=BranchLog)
+    began: float = field(default_factory=perf_counter)
+
+    def facts(self, meter: Meter, batch: int, evaluations: int, order: int) -> dict[str, Any]:
+        """Fields of the report. ``evaluations``: calls of ``scheduler.step``."""
+        steps = -(-evaluations // order)
+        return {
+            "images": batch,
+            "steps": steps,
+            "guided_steps": len(self.guided_steps),
+            "nfe": meter.rows / max(batch, 1),
+            "nfe_cfg": 2.0 * evaluations,
+            "rows": meter.rows,
+            "calls": meter.calls,
+            "decodes": meter.decodes,
+            "rewards": meter.rewards,
+            "seconds": perf_counter() - self.began,
+            "sigma": [self.sigma.get(step, float("nan")) for step in range(steps)],
+            "layers": dict(self.layers),
+            "acted": dict(self.acted),
+            "resolved": self.resolved,
+            "notes": list(self.notes),
+        }

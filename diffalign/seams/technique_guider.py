@@ -1,0 +1,304 @@
+"""The guider that carries a technique: named passes, not counted ones; nothing stale between runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
+from torch import Tensor
+
+from diffalign.core import COND, UNCOND, Context, Guidance, Meter, Pass, StepInfo, UnsupportedModel
+from diffalign.core.option import with_scale
+from diffalign.core.registry import from_config, to_config
+from diffalign.families import Family, modular_families
+from diffalign.seams.blocks.sites import skipped
+from diffalign.seams.denoiser import space
+from diffalign.seams.denoiser.cache import fixed_rows
+from diffalign.seams.denoiser.clock import Clock
+from diffalign.seams.denoiser.record import Record
+from diffalign.seams.denoiser.rows import count_rows, parameter_names, take_arguments
+from diffalign.seams.plan import context_of, resolve
+from diffalign.seams.report import Report
+from diffalign.seams.swap import intercepted, original_class
+
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """The pipeline that a guider serves."""
+
+    pipe: Callable[[], Any]
+    family: Family
+    # component with the denoiser
+    denoiser: str
+    # guidance scale of the guider that the pipeline had before
+    scale: float
+
+    def context(self, steps: int) -> Context:
+        """What the technique sees; raises where the pipeline is gone."""
+        pipe = self.pipe()
+        context = context_of(pipe, self.family, self.denoiser)
+        return dataclasses.replace(
+            context,
+            pipe=None,
+            scale=self.scale,
+            scale_source="pipeline default",
+            steps=steps,
+            batch=0,
+        )
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run of the pipeline, and the step of it that is going on."""
+
+    technique: Guidance[Any]
+    clock: Clock
+    parametrisation: space.Kind
+    record: Record
+    meter: Meter = field(default_factory=Meter)
+    # state of the technique, from the first inputs on
+    state: Any = None
+    batch: int = 0
+    step: StepInfo = field(default_factory=lambda: StepInfo(0, 1, 0.0))
+    # input of the first denoiser call of the step
+    latents: Tensor | None = None
+    # passes of the step, None between steps
+    passes: tuple[Pass, ...] | None = None
+
+
+class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no types
+    """A technique as a guider of modular pipelines; saved and loaded like every guider.
+
+    ``guider`` makes it. ``report()`` says what the last run did and cost. After ``from_pretrained``
+    it must be bound: ``guider.bind(pipe)``.
+    Raises: ``UnsupportedModel`` for pipelines it does not know and where a pass needs a negative
+    prompt that is not there.
+    """
+
+    _input_predictions = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (diffusers asks for a list)
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, technique: Any) -> None:
+        super().__init__()
+        self.technique = from_config(technique) if isinstance(technique, Mapping) else technique
+        if not isinstance(self.technique, Guidance):
+            raise TypeError(
+                f"A guider takes a guidance such as da.AdaptiveGuidance(); got {technique!r}. "
+                "Others act on classic pipelines."
+            )
+        self.register_to_config(technique=to_config(self.technique))
+        self._binding: _Binding | None = None
+        self._run: _Run | None = None
+        self._entered = ExitStack()
+        self._report = Report()
+
+    def bind(self, pipe: Any, denoiser: str | None = None) -> TechniqueGuider:
+        """Learn scheduler, scale and blocks from ``pipe``.
+
+        ``denoiser``: the component this guider serves, None is the family's first.
+        """
+        name, families = type(pipe).__name__, modular_families()
+        if name not in families:
+            raise UnsupportedModel(
+                f"{name} is not a modular pipeline that diffalign knows; it knows "
+                f"{', '.join(families)}."
+            )
+        denoiser = denoiser or families[name].denoisers[0]
+        if getattr(pipe, denoiser, None) is None:
+            raise UnsupportedModel(
+                f"{name} has no component {denoiser!r}; load the components before making "
+                "the guider."
+            )
+        slot = "guider_2" if denoiser.endswith("_2") else "guider"
+        scale = float(getattr(getattr(pipe, slot, None), "guidance_scale", 1.0))
+        self._binding = _Binding(weakref.ref(pipe), families[name], denoiser, scale)
+        self._run = None
+        return self
+
+    def report(self) -> Report:
+        """The last run; an empty report before the first."""
+        return self._report
+
+    # -- what pipelines ask ------------------------------------------------------------------------
+
+    @property
+    def _technique(self) -> Guidance[Any]:
+        """The technique with the scale that the pipeline's own guider had."""
+        if self._run is not None:
+            return self._run.technique
+        scale = self._binding.scale if self._binding is not None else 1.0
+        technique: Guidance[Any] = with_scale(self.technique, scale)
+        return technique
+
+    @property
+    def guidance_scale(self) -> float:
+        """For pipelines that embed the scale; 1 is off."""
+        scale = self._technique.asked_scale
+        return 1.0 if scale is None else float(scale)
+
+    @property
+    def num_conditions(self) -> int:
+        """Passes of the step that is running.
+
+        Between runs: whether any step can need the negative prompt (2) or none (1).
+        """
+        if self._run is not None and self._run.passes is not None:
+            return len(self._run.passes)
+        return 2 if self._enabled and self._technique.needs_uncond else 1
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the pass that was prepared last carries the prompt."""
+        passes = self._run.passes if self._run is not None else None
+        return passes is None or passes[max(self._count_prepared, 1) - 1].conditioned
+
+    # -- one step, in the order in which pipelines call --------------------------------------------
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        super().set_state(step, num_inference_steps, timestep)
+        binding, run = self._binding, self._run
+        if binding is None or binding.pipe() is None:
+            raise UnsupportedModel(
+                "This guider knows no pipeline; make it with da.guider(technique, pipe), or call "
+                "bind(pipe) after loading."
+            )
+        self._entered.close()
+        if run is None or step <= run.clock.calls:
+            run = self._run = self._begin(binding, step, num_inference_steps, timestep)
+        run.passes = run.latents = None
+        run.clock.calls = step
+        sigma, sign = run.clock.sigma, binding.family.target_sign
+
+        def convert(value: Tensor, source: Any, target: Any, rows: Any = None) -> Tensor:
+            x = run.latents if rows is None or run.latents is None else run.latents[list(rows)]
+            assert x is not None, "predictions are converted after the denoiser has run"
+            return space.convert(value, x, sigma, run.parametrisation, sign, source, target)
+
+        run.step = run.clock.now(convert)
+
+    def _begin(self, binding: _Binding, step: int, steps: int, timestep: Any) -> _Run:
+        """A new run: whatever the last one left is forgotten."""
+        resolved: dict[str, Any] = {}
+        technique = resolve(self.technique, binding.context(steps), resolved)
+        scheduler, family = binding.pipe().scheduler, binding.family
+        clock = Clock(scheduler, family.mix, family.sigma)
+        clock.start(float(timestep), None, begin=step)
+        parametrisation = space.parametrisation_of(family, scheduler)
+        self._report = Report(pipeline=type(binding.pipe()).__name__, resolved=resolved)
+        return _Run(technique, clock, parametrisation, Record(resolved))
+
+    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
+        pairs = [value if isinstance(value, tuple) else (value, None) for value in data.values()]
+        passes = self._choose(pairs)
+        return [self._prepare_batch(data, 0 if p.conditioned else 1, p.name) for p in passes]
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+        fields = [
+            value if isinstance(value, tuple) else (value, None) for value in input_fields.values()
+        ]
+        passes = self._choose(
+            [
+                tuple(None if name is None else getattr(data, name, None) for name in pair)
+                for pair in fields
+            ]
+        )
+        return [
+            self._prepare_batch_from_block_state(
+                input_fields, data, 0 if p.conditioned else 1, p.name
+            )
+            for p in passes
+        ]
+
+    def _choose(self, pairs: list[tuple[Any, ...]]) -> tuple[Pass, ...]:
+        """The passes of this step, given each input with and without the prompt."""
+        run = self._running()
+        if not run.batch:
+            run.batch = next(count_rows(value) for value, _ in pairs if isinstance(value, Tensor))
+            run.state = run.technique.init(run.batch)
+        passes = run.technique.passes(run.step, run.state) if self._enabled else (COND,)
+        if not all(p.conditioned for p in passes) and all(
+            negative is None for _, negative in pairs
+        ):
+            raise UnsupportedModel(
+                f"{type(self.technique).__name__} needs the unconditional pass, and the pipeline "
+                "has no negative prompt embeddings. Pass negative_prompt_embeds, or put the guider "
+                "into the pipeline before the text encoder runs."
+            )
+        run.passes = passes
+        return passes
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        super().prepare_models(denoiser)
+        passes = self._running().passes or ()
+        call = functools.partial(self._denoise, passes[self._count_prepared - 1], denoiser)
+        self._entered = ExitStack()
+        self._entered.enter_context(intercepted({denoiser: ("__call__", call)}))
+
+    def cleanup_models(self, denoiser: torch.nn.Module) -> None:
+        self._entered.close()
+
+    def _denoise(
+        self,
+        p: Pass,
+        module: Any,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The denoiser's call of one pass: only the rows it needs, without the blocks it skips."""
+        run = self._running()
+        try:
+            base = original_class(getattr(module, "_orig_mod", module))
+            arguments = {**dict(zip(parameter_names(base), args)), **kwargs}
+            latents = next(iter(arguments.values()))
+            if run.latents is None:
+                run.latents = latents
+            rows = count_rows(latents)
+            if p.rows is not None and not fixed_rows(module):
+                family = self._binding.family if self._binding else None
+                assert family is not None, "a run has a binding"
+                arguments = take_arguments(arguments, p.rows, rows, family.shared, family.lists)
+                rows = len(p.rows)
+            run.meter.charge(rows=rows)
+            if p.blocks is None:
+                return original(**arguments)
+            with skipped(module, p.blocks):
+                return original(**arguments)
+        except BaseException:
+            self._entered.close()  # the pipeline will not come to cleanup_models
+            raise
+
+    def forward(self, **predictions: Tensor) -> GuiderOutput:
+        """Predictions by the name of their pass -> the guided one, as the model predicts."""
+        run = self._running()
+        preds = {p: predictions[p.name] for p in run.passes or ()}
+        run.passes = None
+        for p in preds:
+            if p.rows is not None and len(preds[p]) != len(p.rows):
+                preds[p] = preds[p][list(p.rows)]
+        guided = preds[COND] if not self._enabled else self._combine(run, preds)
+        cond = preds.get(COND, guided)
+        return GuiderOutput(pred=guided, pred_cond=cond, pred_uncond=preds.get(UNCOND))
+
+    def _combine(self, run: _Run, preds: Mapping[Pass, Tensor]) -> Tensor:
+        guided, run.state = space.combined(run.technique, preds, run.step, run.state)
+        record, index = run.record, run.step.index
+        record.sigma[index] = run.step.sigma
+        if any(not p.conditioned for p in preds):
+            record.guided_steps.add(index)
+        facts = record.facts(run.meter, run.batch, run.clock.calls + 1, run.clock.order)
+        self._report = Report(pipeline=self._report.pipeline, **facts)
+        return guided
+
+    def _running(self) -> _Run:
+        if self._run is None:
+            raise UnsupportedModel("The pipeline asked this guider before it called set_state.")
+        return self._run
