@@ -66,10 +66,13 @@ def option(
     default: Any = dataclasses.MISSING, meaning: str = "", *, factory: Any = None, **facts: Any
 ) -> Any:
     """A field with a default of its own, or a required one. ``facts``: fields of ``Option``."""
-    metadata = {"option": Option(meaning, **facts)}
+    spec = Option(meaning, **facts)
+    # what settings do not save does not tell two techniques apart
+    shown = spec.saved in ("value", "objects")
+    settings: dict[str, Any] = {"metadata": {"option": spec}, "compare": shown, "repr": shown}
     if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=factory, **settings)
+    return field(default=default, **settings)
 
 
 def auto(source: str, meaning: str, **facts: Any) -> Any:

@@ -69,8 +69,10 @@ def test_6_every_rule_knows_whose_pass_it_is():
     ):
         made, seen = da.guider(technique, pipe), []
         assert made.is_conditional
-        made._plan = (COND, UNCOND)
-        for _ in made._plan:
+        pipe.scheduler.set_timesteps(4)
+        made.set_state(0, 4, pipe.scheduler.timesteps[0])
+        made._run.passes = (COND, UNCOND)
+        for _ in made._run.passes:
             made.prepare_models(pipe.transformer)
             seen.append(made.is_conditional)
             made.cleanup_models(pipe.transformer)

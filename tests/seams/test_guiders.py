@@ -200,14 +200,14 @@ def test_settings_of_a_guider_round_trip():
     saved = json.loads(json.dumps(session.config()))
     (again,) = da.techniques_of(saved)
     assert again == session.techniques[0]
-    assert again.live.eta == 0.3
+    assert again.init(1).guider.eta == 0.3
     assert torch.equal(
         classic(SD, again)[0], classic(SD, AdaptiveProjectedGuidance(4.0, eta=0.3))[0]
     )
     assert (
         from_config(
             {"name": "diffusers-guider", "guider": "ClassifierFreeGuidance"}
-        ).live.guidance_scale
+        ).asked_scale
         == 7.5
     )
     with pytest.raises(ValueError, match="no guider 'Nothing'"):
@@ -654,9 +654,11 @@ def test_a_pass_sees_its_own_conditions():
     second of two without CFG as well."""
     pipe = modular("StableDiffusion3Pipeline")
     made = da.guider(CFG(4.0), pipe)
-    made._plan = (COND, UNCOND, Pass("cond-skipped", True, blocks=()))
+    pipe.scheduler.set_timesteps(4)
+    made.set_state(0, 4, pipe.scheduler.timesteps[0])
+    made._run.passes = (COND, UNCOND, Pass("cond-skipped", True, blocks=()))
     seen = []
-    for _ in made._plan:
+    for _ in made._run.passes:
         made.prepare_models(pipe.transformer)
         seen.append(made.is_conditional)
         made.cleanup_models(pipe.transformer)
