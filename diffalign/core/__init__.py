@@ -22,6 +22,7 @@ from diffalign.core.guidance import Guidance, TwoBranches
 from diffalign.core.option import CALL, auto, option
 from diffalign.core.reward import Reward
 from diffalign.core.rows import Rows
+from diffalign.core.sampler import Sampler, State
 from diffalign.core.technique import Technique
 from diffalign.core.types import CFG_PASSES, COND, UNCOND, Pass, Space, StepInfo, linear_mix
 from diffalign.core.window import Windowed
@@ -48,9 +49,11 @@ __all__ = [
     "Pass",
     "Reward",
     "Rows",
+    "Sampler",
     "SessionError",
     "Site",
     "Space",
+    "State",
     "StepInfo",
     "Technique",
     "Tensor",

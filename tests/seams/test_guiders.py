@@ -205,9 +205,7 @@ def test_settings_of_a_guider_round_trip():
         classic(SD, again)[0], classic(SD, AdaptiveProjectedGuidance(4.0, eta=0.3))[0]
     )
     assert (
-        from_config(
-            {"name": "diffusers-guider", "guider": "ClassifierFreeGuidance"}
-        ).asked_scale
+        from_config({"name": "diffusers-guider", "guider": "ClassifierFreeGuidance"}).asked_scale
         == 7.5
     )
     with pytest.raises(ValueError, match="no guider 'Nothing'"):

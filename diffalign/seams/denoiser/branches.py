@@ -173,9 +173,7 @@ class OneCall:
 class Untouched:
     """No guidance of ours: the pipeline's own calls, metered and open to other techniques."""
 
-    def answer(
-        self, generation: Generation, call: PipelineCall, step: Step, guidance: Any
-    ) -> Any:
+    def answer(self, generation: Generation, call: PipelineCall, step: Step, guidance: Any) -> Any:
         step.calls += 1
         batch, arguments = generation.batch, call.arguments
         batched = generation.plan.opened and generation.family.mode == "batched"

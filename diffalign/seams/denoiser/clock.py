@@ -27,19 +27,28 @@ class Clock:
         self.timesteps: list[float] = []
 
     def start(
-        self, first: float, planned: int | None, *, begin: int = 0, whole: int | None = None
+        self,
+        first: float,
+        planned: int | None,
+        *,
+        begin: int = 0,
+        whole: int | None = None,
+        offset: int | None = None,
     ) -> None:
         """Learn the tables. A segment is told its place in the whole trajectory.
 
         ``first``: the scheduler timestep of the first denoiser call. ``planned``: evaluations that
         the pipeline announced, if it did. ``begin``: evaluations that earlier segments made.
         ``whole``: evaluations of the whole trajectory, None for as many as are planned.
+        ``offset``: entry of the tables where the trajectory begins, None to find it by ``first``.
         """
-        self.timesteps = [float(t) for t in self.scheduler.timesteps.tolist()]
+        self.timesteps = [float(t) for t in vars(self.scheduler)["timesteps"].tolist()]
         self.sigmas = self._sigmas()
         self.next_sigmas = [self._next(i) for i in range(len(self.timesteps))]
-        nearest = min(range(len(self.timesteps)), key=lambda i: (abs(self.timesteps[i] - first), i))
-        self.offset, self.calls = nearest - begin, begin
+        if offset is None:
+            entries = range(len(self.timesteps))
+            offset = min(entries, key=lambda i: (abs(self.timesteps[i] - first), i)) - begin
+        self.offset, self.calls = offset, begin
         remaining = len(self.timesteps) - self.offset
         if whole is None:
             whole = min(planned + begin, remaining) if planned else remaining

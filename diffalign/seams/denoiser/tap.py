@@ -36,8 +36,8 @@ class Start:
 
     # evaluations made before
     begin: int
-    # evaluations of the whole trajectory
-    whole: int
+    # evaluations of the whole trajectory, None for all that the scheduler has
+    whole: int | None
     # technique -> its state, as ``Generation.states``
     states: dict[str, Any]
 
@@ -173,10 +173,11 @@ class Generation:
         if self.start is not None:
             evaluations -= self.start.begin
         facts = self.record.facts(self.meter, self.batch, evaluations, self.clock.order)
+        levels = self.record.sigma if self.start is None else {}
         for guidance in {type(g): g for g in self.plan.guidances.values()}.values():
-            window = isinstance(guidance, Windowed) and self.record.sigma
-            if window and not guidance.acts_in(self.record.sigma, facts["steps"]):
-                facts["notes"].append(never_acted(type(guidance).__name__, self.record.sigma))
+            if levels and isinstance(guidance, Windowed):
+                if not guidance.acts_in(levels, facts["steps"]):
+                    facts["notes"].append(never_acted(type(guidance).__name__, levels))
         extras = {}
         if name in self.states:
             state = self.states[name]
@@ -200,7 +201,8 @@ class Generation:
             float(time.max()) if isinstance(time, Tensor) else float(time), self.pipe
         )
         if self.start is not None:
-            self.clock.start(first, None, begin=self.start.begin, whole=self.start.whole)
+            begin, whole = self.start.begin, self.start.whole
+            self.clock.start(first, None, begin=begin, whole=whole, offset=0)
         else:
             self.clock.start(first, self.pipe.__dict__.get("_num_timesteps"))
         both = self.plan.opened and self.family.mode == "batched"

@@ -1,0 +1,1 @@
+"""Seam 3: a trajectory in segments, each an ordinary call of the unmodified pipeline."""
