@@ -59,7 +59,9 @@ class BlockTechnique(Technique, Generic[S]):
 
 
 class TokenTechnique(Technique, Generic[S]):
-    """Computes some image tokens only: gathered after the patch embedding, scattered back at the end.
+    """Computes some image tokens only.
+
+    They are gathered after the patch embedding and scattered back after the output layer.
 
     Attention keeps keys and values of all tokens.
     """

@@ -67,7 +67,7 @@ class Meter:
         backward: int = 0,
         joined: bool = False,
     ) -> None:
-        """Count work before it is done. ``joined``: the rows join a call that is counted already."""
+        """Count work before it is done. ``joined``: the rows join a call already counted."""
         for meter in (self, *self.others):
             meter.check(rows, decodes, rewards, backward)
         for meter in (self, *self.others):

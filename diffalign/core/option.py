@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 from diffalign.core.errors import listed
@@ -80,15 +80,23 @@ def auto(source: str, meaning: str, **facts: Any) -> Any:
     return field(default=None, metadata={"option": Option(meaning, source=source, **facts)})
 
 
-@lru_cache(maxsize=None)
-def options_of(cls: Any) -> dict[str, Option]:
+def options_of(cls: type) -> dict[str, Option]:
     """Field name -> ``Option``, for the fields that users set, in their order."""
+    return _options(cls)
+
+
+def types_of(cls: type) -> dict[str, Any]:
+    """Field name -> annotation of a technique's class."""
+    return _types(cls)
+
+
+@cache
+def _options(cls: type) -> dict[str, Option]:
     return {f.name: f.metadata.get("option", Option("")) for f in dataclasses.fields(cls) if f.init}
 
 
-@lru_cache(maxsize=None)
-def types_of(cls: Any) -> dict[str, Any]:
-    """Field name -> annotation of a technique's class."""
+@cache
+def _types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

@@ -50,7 +50,7 @@ class State:
 
 
 class Sampler(Protocol):
-    """Runs trajectories of one pipeline and prompt, whole or in segments, with techniques active."""
+    """Runs trajectories of one pipeline and prompt, whole or in segments, techniques active."""
 
     def start(self, noise: Tensor, seeds: Sequence[int]) -> State:
         """The state before the first step. ``noise`` [B, ...]; ``seeds``: one per image."""

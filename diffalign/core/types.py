@@ -27,7 +27,7 @@ class Pass:
     conditioned: bool
     # names of the blocks that this pass skips
     blocks: tuple[str, ...] | None = field(default=None, compare=False)
-    # the images it is needed for, None is all; the prediction then has len(rows) rows, in that order
+    # images it is needed for, None is all; the prediction has len(rows) rows, in that order
     rows: tuple[int, ...] | None = field(default=None, compare=False)
 
 
@@ -39,7 +39,7 @@ CFG_PASSES = (COND, UNCOND)
 def linear_mix(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, eq. 6).
 
-    ``uncond + scale * (cond - uncond)`` on predictions [B, ...]; ``scale`` is a number or [B, 1...].
+    ``uncond + scale * (cond - uncond)`` on predictions [B, ...]; ``scale``: a number or [B, 1...].
     """
     return uncond + scale * (cond - uncond)
 
@@ -62,7 +62,8 @@ class StepInfo:
     index: int
     # steps of the whole trajectory, also in a segment of it
     count: int
-    # noise level: sqrt((1-abar)/abar) for variance preserving and exploding models, in [0, 1] for flow
+    # noise level: sqrt((1-abar)/abar) for variance preserving and exploding models; in [0, 1] for
+    # flow models
     sigma: float
     # noise level after the step
     sigma_next: float = 0.0

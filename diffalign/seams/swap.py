@@ -127,7 +127,7 @@ def outside(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 def intercepted(
     handlers: Mapping[Any, tuple[str, Handler]], opaque: bool = False
 ) -> Iterator[None]:
-    """Within the block and this context only, calls of ``method`` on each object go to its handler."""
+    """Within the block and this context, calls of ``method`` on each object go to its handler."""
     taken: list[Any] = []
     token = _HANDLERS.set(
         {**_HANDLERS.get(), **{id(obj): handler for obj, (_, handler) in handlers.items()}}

@@ -1,4 +1,4 @@
-"""The guider that carries a technique: named passes, not counted ones; nothing stale between runs."""
+"""The guider that carries a technique: passes are named, and nothing is stale between runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: numbers against hand-worked ones, text, plot; and what a technique may synchronise."""
+"""The report: numbers against hand-worked ones, text, plot; what a technique may synchronise."""
 
 import json
 

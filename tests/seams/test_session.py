@@ -216,7 +216,7 @@ def test_one_generation_at_a_time(pipe):
 
 
 def test_compiled_denoiser_sees_two_classes_at_most(pipe):
-    """The tapped class is made once, so a compiled model settles at two frames (plain and tapped)."""
+    """The tapped class is made once: a compiled model settles at two frames (plain and tapped)."""
     import torch._dynamo
 
     torch._dynamo.reset()

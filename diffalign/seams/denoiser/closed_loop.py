@@ -1,4 +1,4 @@
-"""The closed loop: what reaches ``scheduler.step`` must be the guided prediction, or the run stops."""
+"""The closed loop: what reaches ``scheduler.step`` is the guided prediction, or the run stops."""
 
 from __future__ import annotations
 

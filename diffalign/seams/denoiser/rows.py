@@ -1,4 +1,4 @@
-"""Take rows out of a denoiser's arguments, and put a prediction back into the container it came in."""
+"""Takes rows out of a denoiser's arguments; puts a prediction back into its container."""
 
 from __future__ import annotations
 

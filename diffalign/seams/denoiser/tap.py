@@ -167,7 +167,7 @@ class Generation:
         return original(*args, **kwargs)
 
     def report(self) -> Report:
-        """The finished generation, without the columns of its log: those come off the device late."""
+        """The finished generation, without the columns of its log, which stay on the device."""
         self.loop.verify()
         evaluations, name = self.clock.calls, self.plan.guidance_name
         if self.start is not None:
@@ -175,9 +175,10 @@ class Generation:
         facts = self.record.facts(self.meter, self.batch, evaluations, self.clock.order)
         levels = self.record.sigma if self.start is None else {}
         for guidance in {type(g): g for g in self.plan.guidances.values()}.values():
-            if levels and isinstance(guidance, Windowed):
-                if not guidance.acts_in(levels, facts["steps"]):
-                    facts["notes"].append(never_acted(type(guidance).__name__, levels))
+            if not isinstance(guidance, Windowed) or not levels:
+                continue
+            if not guidance.acts_in(levels, facts["steps"]):
+                facts["notes"].append(never_acted(type(guidance).__name__, levels))
         extras = {}
         if name in self.states:
             state = self.states[name]

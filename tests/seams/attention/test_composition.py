@@ -684,7 +684,7 @@ def test_recomputed_under_the_techniques(monkeypatch, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "whole"), [(SD, False), (FLUX, False), (SD, True)])
 def test_compiled_models_compile_once(name, whole):
-    """Bit-identical to eager; the second session and the runs between sessions compile nothing new."""
+    """Bit-identical to eager; the second session and runs between sessions compile nothing new."""
     import torch._dynamo
 
     graphs = []
