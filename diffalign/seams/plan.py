@@ -11,7 +11,7 @@ from typing import Any
 from diffalign.core import Context, Guidance, Meter, Technique, UnsupportedModel
 from diffalign.core.errors import warn_once
 from diffalign.core.registry import name_of
-from diffalign.families.family import Family
+from diffalign.families import FAMILIES, Family
 from diffalign.seams import swap
 from diffalign.seams.denoiser.record import Resolved
 from diffalign.seams.denoiser.space import parametrisation_of
@@ -29,10 +29,10 @@ class Arguments:
     @property
     def steps(self) -> int:
         """Sampling steps asked for, 0 where they are not known."""
-        listed = self.values.get("timesteps") or self.values.get("sigmas")
-        return (
-            len(listed) if listed is not None else int(self.values.get("num_inference_steps") or 0)
-        )
+        for name in ("timesteps", "sigmas"):
+            if self.values.get(name) is not None:
+                return len(self.values[name])
+        return int(self.values.get("num_inference_steps") or 0)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -146,9 +146,14 @@ def _signature(cls: type) -> tuple[inspect.Signature, dict[str, Any], str]:
     return signature, defaults, rest
 
 
+def described(cls: type) -> type:
+    """The class that a family describes: ``cls``, or the one that it derives from."""
+    return next((base for base in cls.__mro__ if base.__name__ in FAMILIES), cls)
+
+
 def bind(cls: type, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """The arguments of ``cls.__call__`` by name."""
-    signature, defaults, rest = _signature(cls)
+    """The arguments of a call by name; names and defaults are those of the described class."""
+    signature, defaults, rest = _signature(described(cls))
     given = dict(kwargs)
     if args or not kwargs.keys() <= defaults.keys():
         bound = signature.bind(pipe, *args, **kwargs)
@@ -176,7 +181,9 @@ def context_of(
         scale = family.scale(native) if native is not None and native > family.on_above else 0.0
         scale = scale or family.scale(family.on_above + 3.0)
     else:
-        scale = family.scale(native)
+        # the first gate decides whether the pipeline guides at all
+        opens = family.scale(_native(family, _gate_of(family, family.denoisers[0]), call.values))
+        scale = family.scale(native) if opens != 1.0 else 1.0
     return Context(
         pipeline=cls.__name__,
         family=family.name,
@@ -285,7 +292,7 @@ def _gates(pipe: Any, family: Family, call: Arguments, opened: bool) -> dict[str
     present = [
         gate
         for name, gate in zip(family.denoisers, family.gates)
-        if getattr(pipe, name, None) is not None
+        if gate == family.gates[0] or getattr(pipe, name, None) is not None
     ]
     changed: dict[str, Any] = dict.fromkeys(present, family.placeholder if opened else family.off)
     if opened:

@@ -25,6 +25,25 @@ _LOCK = threading.RLock()
 _HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default={})  # noqa: B039 (never mutated)
 
 
+def _override(inner: Callable[..., Any], find: Callable[[Any], Handler | None]) -> Any:
+    """``inner`` that asks ``find(self)`` for a handler first.
+
+    People call ``pipe.__call__.__wrapped__(pipe, ...)`` to get past a decorator such as
+    ``torch.no_grad``: that form asks for a handler as well.
+    """
+
+    @functools.wraps(inner)
+    def override(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handler = find(self)
+        if handler is None:
+            return inner(self, *args, **kwargs)
+        return handler(functools.partial(inner, self), args, kwargs)
+
+    if hasattr(inner, "__wrapped__"):
+        override.__wrapped__ = _override(inner.__wrapped__, find)
+    return override
+
+
 def _rebuild(cls: type) -> Any:
     return object.__new__(cls)
 
@@ -42,12 +61,7 @@ def subclass(
         if (base, method, opaque) not in _CLASSES:
             inner = getattr(base, method)
 
-            @functools.wraps(inner)
-            def override(self: Any, *args: Any, **kwargs: Any) -> Any:
-                handler = find(self)
-                if handler is None:
-                    return inner(self, *args, **kwargs)
-                return handler(functools.partial(inner, self), args, kwargs)
+            override = _override(inner, find)
 
             def reduce(self: Any, protocol: Any) -> Any:
                 made: Any = getattr(base, "__reduce_ex__")(self, protocol)  # noqa: B009 (typed as the metaclass's)
@@ -80,6 +94,17 @@ def original_class(obj: Any) -> type:
     return found
 
 
+def unwrapped(module: Any) -> Any:
+    """The model inside a compiled module, a PeftModel or a data-parallel wrapper; else itself."""
+    parts = vars(module).get("_modules", {})
+    for name in ("_orig_mod", "module", "_fsdp_wrapped_module"):
+        if name in parts:
+            return unwrapped(parts[name])
+    if "base_model" in parts and hasattr(parts["base_model"], "model"):  # PEFT
+        return unwrapped(parts["base_model"].model)
+    return module
+
+
 def acquire(
     obj: Any, method: str, find: Callable[[Any], Handler | None], opaque: bool = False
 ) -> None:
@@ -107,6 +132,17 @@ def _handler_of(obj: Any) -> Handler | None:
     return _HANDLERS.get().get(id(obj))
 
 
+def _shadowed(obj: Any, shadow: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that was set on the object itself, asking for a handler first."""
+
+    @functools.wraps(shadow)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        handler = _handler_of(obj)
+        return shadow(*args, **kwargs) if handler is None else handler(shadow, args, kwargs)
+
+    return call
+
+
 def in_place(handlers: Mapping[Any, tuple[str, Handler]]) -> bool:
     """Whether these very handlers are active in this context."""
     active = _HANDLERS.get()
@@ -129,6 +165,7 @@ def intercepted(
 ) -> Iterator[None]:
     """Within the block and this context, calls of ``method`` on each object go to its handler."""
     taken: list[Any] = []
+    shadows: list[tuple[Any, str, Any]] = []
     token = _HANDLERS.set(
         {**_HANDLERS.get(), **{id(obj): handler for obj, (_, handler) in handlers.items()}}
     )
@@ -136,8 +173,14 @@ def intercepted(
         for obj, (method, _) in handlers.items():
             acquire(obj, method, _handler_of, opaque)
             taken.append(obj)
+            shadow = None if method == "__call__" else vars(obj).get(method)
+            if shadow is not None:  # set on the object by somebody, so the class is not asked
+                shadows.append((obj, method, shadow))
+                vars(obj)[method] = _shadowed(obj, shadow)
         yield
     finally:
         _HANDLERS.reset(token)
+        for obj, method, shadow in reversed(shadows):
+            vars(obj)[method] = shadow
         for obj in reversed(taken):
             release(obj)

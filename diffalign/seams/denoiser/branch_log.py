@@ -3,12 +3,18 @@ until the run ends."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 PENDING = 1 << 20
 """Values that may wait before they are reduced: small latents are reduced all at once at the end of
 the run, large ones at every step."""
+
+
+ROUNDING = 1e-6
+"""Branches closer than this, relative to their size, agree up to rounding."""
 
 
 class BranchLog:
@@ -51,37 +57,46 @@ class BranchLog:
             .transpose(0, 1)
         )  # [images of all steps, 3 or 5, n]
         self._waiting.clear()
-        moves = v[:, 0:3:2] - v[:, 1:2]
+        moves = torch.cat((v[:, 0:3:2] - v[:, 1:2], v[:, 1:2]), dim=1)  # c - n, g - n, n
         branches = v[:, -2:] if v.shape[1] == 5 else v[:, :2]
-        self._products.append(torch.cat((moves @ moves.mT, branches @ branches.mT), dim=1))
+        m, b = moves @ moves.mT, branches @ branches.mT
+        parts = (m[:, 0, 0], m[:, 0, 1], m[:, 1, 1], m[:, 2, 2], b[:, 0, 0], b[:, 0, 1], b[:, 1, 1])
+        self._products.append(torch.stack(parts, dim=1))
 
     def columns(
         self, steps: int
     ) -> tuple[list[float | None], list[float | None], list[float | None]]:
-        """Scale, orthogonal part and cosine, one entry per step, means over images, None where one
-        branch ran. One transfer for all."""
-        found = dict(zip(self._steps, self._means()))
-        scale, orthogonal, cosine = (
-            [found[s][i] if s in found else None for s in range(steps)] for i in range(3)
+        """Scale, orthogonal part and cosine, one entry per step, means over images.
+
+        None where one branch ran alone, and for scale and orthogonal part also where the branches
+        agree up to rounding. One transfer from the device for all.
+        """
+        if not steps:
+            return [], [], []
+        columns = dict(zip(self._steps, self._means()))
+        none = (None, None, None)
+        scale, orthogonal, cosine = zip(
+            *(columns.get(step, none) for step in range(steps)), strict=True
         )
-        return scale, orthogonal, cosine
+        return list(scale), list(orthogonal), list(cosine)
 
     @torch.no_grad()
-    def _means(self) -> list[list[float]]:
+    def _means(self) -> list[tuple[float | None, ...]]:
         self._reduce()
         if not self._products:
             return []
-        p = (
-            torch.cat(self._products).cpu().double()
-        )  # [images of all steps, 4, 2]: inner products of (d_c - d_n, d - d_n), then of (d_c, d_n)
-        square = p[:, 0, 0].clamp_min(1e-30)
-        scale = p[:, 0, 1] / square
-        orthogonal = (p[:, 1, 1] / square - scale.square()).clamp_min(0).sqrt()
-        cosine = p[:, 2, 1] / (p[:, 2, 0] * p[:, 3, 1]).sqrt().clamp_min(1e-30)
-        images, values = list(self._steps.values()), torch.stack((scale, orthogonal, cosine), dim=1)
-        if min(images) == max(images):
-            of_steps = values.view(len(images), images[0], 3).mean(1)
-        else:
-            of_steps = torch.stack([part.mean(0) for part in torch.split(values, images)])
-        means: list[list[float]] = of_steps.tolist()
-        return means
+        # inner products of each image of all steps: of c - n, g - n and n, then of the two branches
+        products = torch.cat(self._products).cpu().double()
+        square, along, guided, uncond, first, across, second = products.unbind(1)
+        # where the branches differ by rounding alone there is no direction to measure against
+        apart = square > ROUNDING**2 * uncond
+        square = square.where(apart, torch.nan)
+        scale = along / square
+        orthogonal = (guided / square - scale.square()).clamp_min(0).sqrt()
+        cosine = across / (first * second).sqrt().clamp_min(1e-30)
+        values = torch.stack((scale, orthogonal, cosine), dim=1)
+        means = [part.nanmean(0) for part in torch.split(values, list(self._steps.values()))]
+        return [
+            tuple(None if math.isnan(value) else value for value in mean)
+            for mean in torch.stack(means).tolist()
+        ]

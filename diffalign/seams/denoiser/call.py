@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffalign.core import Pass, StepInfo
 from diffalign.seams.denoiser.rows import count_rows, parameter_names
-from diffalign.seams.swap import original_class
+from diffalign.seams.swap import original_class, unwrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,8 @@ def pipeline_call(
     kwargs: dict[str, Any],
 ) -> PipelineCall:
     """The call with its arguments by name."""
-    # a compiled module's own; getattr would build an error message at every step
-    base: Any = module._modules.get("_orig_mod", module)
-    arguments = {**dict(zip(parameter_names(original_class(base)), args)), **kwargs}
+    names = parameter_names(original_class(unwrapped(module))) if args else ()
+    arguments = {**dict(zip(names, args)), **kwargs}
     latents = next(iter(arguments.values()))
     return PipelineCall(denoiser, module, original, arguments, latents, count_rows(latents))
 

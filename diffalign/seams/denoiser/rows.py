@@ -58,8 +58,17 @@ def doubled(value: Any, rows: int) -> Any:
 
 @functools.cache
 def parameter_names(cls: type, method: str = "forward") -> tuple[str, ...]:
-    """Names of the positional parameters of a denoiser's forward, or of another method."""
-    return tuple(inspect.signature(getattr(cls, method)).parameters)[1:]
+    """Names of the positional parameters of a denoiser's forward, or of another method.
+
+    A subclass that takes ``*args`` hands them on, so the names are those of the class above it.
+    """
+    for base in cls.__mro__:
+        if method not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)[method]).parameters.values()
+        if not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            return tuple(p.name for p in parameters)[1:]
+    return ()
 
 
 def count_rows(hidden: Any) -> int:

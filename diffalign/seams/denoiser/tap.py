@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.core import COND, UNCOND, Cancelled, Guidance, Meter, Pass, UnsupportedModel
+from diffalign.core import (
+    COND,
+    UNCOND,
+    Cancelled,
+    Guidance,
+    GuidanceMismatch,
+    Meter,
+    Pass,
+    UnsupportedModel,
+)
 from diffalign.core.window import Windowed, never_acted
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.branches import OneBatch, way_of
@@ -169,6 +178,11 @@ class Generation:
     def report(self) -> Report:
         """The finished generation, without the columns of its log, which stay on the device."""
         self.loop.verify()
+        if self.clock.timesteps and self.clock.calls == (self.start.begin if self.start else 0):
+            raise GuidanceMismatch(
+                f"{type(self.pipe).__name__} called its denoiser but never scheduler.step, so no "
+                "step could be told from another. Is the scheduler wrapped in an object of its own?"
+            )
         evaluations, name = self.clock.calls, self.plan.guidance_name
         if self.start is not None:
             evaluations -= self.start.begin
