@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES
 from diffalign.seams.blocks.sites import sites
 from diffalign.testing.tiny import tiny_pipeline
 from diffalign.testing.tiny.base import randomise

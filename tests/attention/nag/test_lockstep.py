@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES
 from diffalign.testing.lockstep import paper, share_double_blocks, walk
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
