@@ -83,7 +83,7 @@ class Branches:
     check: Callable[[Any], str | None] = field(default=lambda pipe: None)
 
     def scale(self, native: float | None) -> float:
-        """The guidance scale that the pipeline's own scale stands for; 1 where it does not guide."""
+        """The guidance scale behind the pipeline's own scale; 1 where it does not guide."""
         return 1.0 if native is None or native <= self.on_above else float(native) + self.offset
 
     def native(self, scale: float) -> float:

@@ -1,4 +1,4 @@
-"""Flux.1: text before the image in one attention; two calls, or guidance as an input of the model."""
+"""Flux.1: text before the image in one attention; two calls, or guidance as an input."""
 
 from __future__ import annotations
 

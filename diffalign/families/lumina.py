@@ -1,4 +1,4 @@
-"""Lumina 2: unpadded text before the image in one attention, two calls, time from noise to image."""
+"""Lumina 2: unpadded text before the image in one attention, two calls, time runs to 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sana: linear self-attention, softmax cross-attention to masked text, both branches in one batch."""
+"""Sana: linear self-attention, cross-attention to masked text, both branches in one batch."""
 
 from __future__ import annotations
 

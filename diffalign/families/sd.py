@@ -83,5 +83,6 @@ KOLORS = replace(
     name="kolors",
     pipelines=("KolorsPipeline",),
     modular=(),
+    options=(),
     defaults={"nag": entries(f"{PAPER}, SDXL (phi 2)", scale=3.0, tau=2.5, alpha=0.5)},
 )

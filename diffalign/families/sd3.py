@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: text behind the image in one attention, both branches in one batch."""
+"""Stable Diffusion 3 and 3.5: text behind the image in one attention, branches in one batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Z-Image: padded text behind the image in one attention, lists of rows, time from noise to image."""
+"""Z-Image: padded text behind the image in one attention, lists of rows, time runs to 1."""
 
 from __future__ import annotations
 
