@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
@@ -49,7 +49,7 @@ def _by_class(classes: Iterator[tuple[str, Family]]) -> dict[str, Family]:
     return table
 
 
-FAMILIES: Mapping[str, Family] = _by_class(
+FAMILIES: dict[str, Family] = _by_class(
     (name, family) for family in families() for name in family.pipelines
 )
 """Exact name of a pipeline class -> its family."""

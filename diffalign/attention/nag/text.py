@@ -276,7 +276,7 @@ def negative_text(nag: NAG, run: Generation) -> tuple[dict[str, Any], str]:
 
 
 def _stack(a: Tensor, b: Tensor) -> Tensor:
-    """Rows of ``a`` [R, L, ...] and ``b`` under each other, the shorter ones filled up with zeros."""
+    """Rows of ``a`` [R, L, ...] and of ``b``, the shorter ones filled up with zeros."""
     length = max(a.shape[1], b.shape[1])
     return torch.cat(
         [

@@ -41,7 +41,7 @@ from diffalign.seams import swap
 from diffalign.seams.denoiser.tap import Generation
 from diffalign.testing.final import final
 from diffalign.testing.lockstep import paper, walk
-from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
+from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_recipe
 
 SD, XL, SD3, FLUX, WAN, QWEN = (
     "StableDiffusionPipeline",
@@ -145,7 +145,11 @@ def test_pladis_acts_inside_nag_on_each_text_alone():
     }
     pipe.unet.set_attn_processor(written)
     expected, _ = walk(
-        pipe.unet, "sd", positive, negative, lambda a, b, layer: paper(a, b, 3.0, 1.6, 0.7)
+        pipe.unet,
+        tiny_recipe(SD).hooks,
+        positive,
+        negative,
+        lambda a, b, layer: paper(a, b, 3.0, 1.6, 0.7),
     )
     assert (seen[0][2] - expected).abs().max() <= 1e-12 * expected.abs().max()
 
