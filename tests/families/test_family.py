@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import diffalign.families
-from diffalign.core import UnsupportedModel
+from diffalign.core import Context, UnsupportedModel
 from diffalign.families import FAMILIES, Family, family_of
 from diffalign.families.arithmetic import first_channels, negated, renorm, rescale, upcast_mix
 from diffalign.families.cosmos import COSMOS2
@@ -161,10 +161,14 @@ def test_refusals_of_techniques_and_of_their_options():
     class ZeroStar:
         zero_steps: int
 
-    assert "zero_steps=0" in QWEN.refusal("cfg-zero-star", ZeroStar(1))
-    assert QWEN.refusal("cfg-zero-star", ZeroStar(0)) is None
-    assert QWEN.refusal("cfg", ZeroStar(1)) is None
-    assert "falling" in COSMOS2.refusal("cfg-plus-plus", object())
+    qwen, cosmos = (
+        Context("P", family.name, "transformer", "S", 1.0, "call", 20, 1, refusals=family.refusals)
+        for family in (QWEN, COSMOS2)
+    )
+    assert "zero_steps=0" in qwen.refusal("cfg-zero-star", ZeroStar(1))
+    assert qwen.refusal("cfg-zero-star", ZeroStar(0)) is None
+    assert qwen.refusal("cfg", ZeroStar(1)) is None
+    assert "falling" in cosmos.refusal("cfg-plus-plus", object())
 
 
 def test_entries_and_the_defaults_of_relatives():

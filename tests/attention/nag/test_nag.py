@@ -15,8 +15,8 @@ from diffalign.attention import AttentionTechnique
 from diffalign.core import COND, UNCOND, errors
 from diffalign.core.registry import from_config, parse, to_config
 from diffalign.families import FAMILIES, family_of
-from diffalign.seams.plan import context_of
 from diffalign.guidance import Guidance, IntervalCFG
+from diffalign.seams.plan import context_of
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
