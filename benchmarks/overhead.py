@@ -20,7 +20,7 @@ import torch
 from results import write
 
 import diffalign as da
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_unet_pipeline
 
 PIPELINES = [

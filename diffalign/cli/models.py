@@ -28,7 +28,6 @@ def models(
             "family": family.name,
             "denoisers": family.denoisers,
             "scale": family.gates,
-            "notes": family.notes,
         }
         if json:
             show.text(show.to_json(answer))
@@ -38,9 +37,7 @@ def models(
                 if family.gates
                 else "no guidance scale to set (distilled into the model)"
             )
-            show.text(
-                f"{pipeline} is supported: family {family.name}, {scale}. {family.notes}".rstrip()
-            )
+            show.text(f"{pipeline} is supported: family {family.name}, {scale}.")
         return
     installed = [
         {"name": m.name, "description": m.description, "bytes": m.bytes} for m in available()

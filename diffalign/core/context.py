@@ -49,6 +49,9 @@ class Context:
     defaults: Mapping[str, tuple[presets.Entry, ...]] = field(
         default_factory=dict, compare=False, repr=False
     )
+    # "technique", or "technique/option" when only that option is refused -> why the family's models
+    # cannot have it
+    refusals: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     # where each looked-up option came from; filled while a technique resolves
     sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -83,6 +86,14 @@ class Context:
             technique, option, self.facts() | options, self.defaults.get(technique, ())
         )
         return value
+
+    def refusal(self, name: str, technique: Any) -> str | None:
+        """Why the family cannot have the technique registered as ``name``, None when it can."""
+        for key, reason in self.refusals.items():
+            owner, _, option = key.partition("/")
+            if owner == name and (not option or getattr(technique, option)):
+                return reason
+        return None
 
     def fresh(self) -> Context:
         """A copy that has not looked anything up yet."""

@@ -1,111 +1,129 @@
-"""What a family says about a pipeline class: everything the tap must know, and nothing else."""
+"""What diffalign knows of a model family: everything that the seams and techniques may ask.
+
+A new family is one file beside this one that makes a ``Family``; ``families`` finds it there. Each
+is a claim about the pipelines' source, which tests check against the real classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.core import linear_mix
 from diffalign.core.presets import Entry
 from diffalign.core.types import Mix
+from diffalign.families.arithmetic import rescale, same
+from diffalign.families.text import (
+    HIDDEN,
+    Argument,
+    Encoder,
+    SecondText,
+    TextLayers,
+    has_text_encoder,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # (guided, conditional, value of the call argument) -> guided, both [B, ...]
-Post = Callable[[Tensor, Tensor, Any], Tensor]
+Post = Callable[["Tensor", "Tensor", Any], "Tensor"]
 
-
-def renorm(guided: Tensor, cond: Tensor, on: Any) -> Tensor:
-    """Scale each token of ``guided`` back to the norm of ``cond`` along the last axis (Qwen-Image,
-    Lumina2)."""
-    if not on:
-        return guided
-    shrunk: Tensor = guided * (
-        torch.norm(cond, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True)
-    )
-    return shrunk
-
-
-def rescale(guided: Tensor, cond: Tensor, phi: Any) -> Tensor:
-    """Lin et al.
-
-    2023 (arXiv:2305.08891, eq. 15-16), in the order of operations of diffusers'
-    ``rescale_noise_cfg``.
-    """
-    if not phi > 0.0:
-        return guided
-    axes = list(range(1, cond.ndim))
-    scaled = guided * (cond.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
-    mixed: Tensor = phi * scaled + (1 - phi) * guided
-    return mixed
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """A text argument of the denoiser: ``name``, sequence ``axis``, the ``mask`` argument that goes
-    with it."""
-
-    name: str
-    axis: int = 1
-    mask: str | None = None
+IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineOption:
-    """A call argument through which the pipeline changes its own guidance: read, set to
-    ``neutral``, applied by us instead.
+    """A call argument through which the pipeline changes its own guidance.
 
-    ``post`` runs on the guided rows after the technique; ``stops(value, index, steps, time)`` says
-    that guidance is over at this step.
+    It is read, set to ``neutral`` and applied by us instead.
     """
 
     name: str
+    # value at which the pipeline leaves the guided prediction alone
     neutral: Any
+    # runs on the guided rows after the technique
     post: Post | None = None
+    # (value, index, steps, time of the scheduler) -> whether guidance is over at this step
     stops: Callable[[Any, int, int, float], bool] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One pipeline family.
+RESCALE = PipelineOption("guidance_rescale", 0.0, post=rescale)
 
-    ``mode``: "batched" (one call with both branches), "sequential" (two calls, conditional first)
-    or "single". ``order``: branch order of the batch, "uc" or "cu". ``gates``: call argument with
-    the scale of each denoiser; guidance runs natively while it is above ``on_above``. ``off``: native
-    value that turns guidance off. ``offset``: our scale minus the native one.
-    ``needs_negative``: the branch exists only with a negative prompt. ``placeholder``: native scale while
-    our guidance runs. ``mix``: the pipeline's own arithmetic. ``affine``: the pipeline maps each
-    prediction before combining them. ``to_step``: guided prediction -> what ``scheduler.step``
-    receives. ``time``: denoiser timestep -> scheduler timestep. ``companions``: networks that run
-    before the denoiser on the same rows; they skip what it skips. ``target_sign``: -1 where the network
-    predicts the negated target. ``parametrisation``: parametrisation, "scheduler" reads its config. ``check``:
-    a reason why this pipeline object has nothing to guide. ``lists``: tensors come as Python lists
-    of rows. ``shared``: arguments never split by rows. ``refuses``: call argument -> reason.
-    ``text``, ``encode``: for attention techniques.
-    """
 
-    name: str
-    denoisers: tuple[str, ...] = ("transformer",)
+@dataclass(frozen=True, kw_only=True)
+class Branches:
+    """How the pipeline asks for its two branches and mixes them."""
+
+    # "batched" (one call with both), "sequential" (two calls, the conditional first) or "single"
     mode: Literal["batched", "sequential", "single"] = "batched"
+    # order of the batch: "uc" is unconditional first
     order: Literal["uc", "cu"] = "uc"
+    # call argument with the scale, one for each denoiser
     gates: tuple[str, ...] = ("guidance_scale",)
+    # the pipeline guides while its scale is above this
     on_above: float = 1.0
+    # value of its scale that turns guidance off
     off: float = 1.0
+    # value of its scale while a guidance of ours runs
     placeholder: float = 2.0
+    # our scale minus its scale
     offset: float = 0.0
+    # whether it guides only with a negative prompt
     needs_negative: bool = False
+    # (conditional, unconditional, scale) -> guided, in its own order of operations
     mix: Mix = linear_mix
-    options: tuple[PipelineOption, ...] = ()
+    # whether it maps each prediction before it mixes them
     affine: bool = False
-    to_step: Callable[[Tensor, Tensor], Tensor] = field(default=lambda guided, like: guided)
-    time: Callable[[float, Any], float] = field(default=lambda value, pipe: value)
-    sigma: Callable[[float], float] = field(default=lambda value: value)
-    target_sign: int = 1
-    companions: tuple[str, ...] = ("controlnet",)
+    # call arguments that change its guidance
+    options: tuple[PipelineOption, ...] = ()
+    # call argument -> why it cannot be combined with a guidance
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    # pipeline -> why this object has nothing to guide, None when it has
+    check: Callable[[Any], str | None] = field(default=lambda pipe: None)
+
+    def scale(self, native: float | None) -> float:
+        """The guidance scale behind the pipeline's own scale; 1 where it does not guide."""
+        return 1.0 if native is None or native <= self.on_above else float(native) + self.offset
+
+    def native(self, scale: float) -> float:
+        """The pipeline's own scale for a guidance scale; 1 turns guidance off."""
+        return self.off if scale == 1.0 else scale - self.offset
+
+    def negative_given(self, pipe: Any, call: Mapping[str, Any]) -> bool:
+        """Whether a call has what the pipeline needs, besides the scale, in order to guide."""
+        names = ("negative_prompt", "negative_prompt_embeds")
+        return not self.needs_negative or any(call.get(name) is not None for name in names)
+
+    def missing_negative(self, pipe: Any, call: Mapping[str, Any]) -> str | None:
+        """Why the unconditional branch cannot be formed in a call, None when it can."""
+        if call.get("prompt_embeds") is None or call.get("negative_prompt_embeds") is not None:
+            return None
+        if has_text_encoder(pipe):
+            return None
+        return (
+            "guidance needs the unconditional branch; pass negative_prompt_embeds (there is no "
+            "text encoder to make them)."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """How the denoiser's arguments and predictions relate to what the scheduler works with."""
+
+    # "scheduler" reads the scheduler's config; "flow" is a velocity whatever that says
     parametrisation: Literal["scheduler", "flow"] = "scheduler"
+    # -1 where the network predicts the negated target
+    target_sign: int = 1
+    # (timestep of the denoiser, pipeline) -> timestep of the scheduler
+    time: Callable[[float, Any], float] = field(default=lambda value, pipe: value)
+    # noise level of the scheduler -> noise level as in StepInfo
+    sigma: Callable[[float], float] = field(default=lambda value: value)
+    # (guided prediction, what arrived at scheduler.step) -> what belongs there
+    to_step: Callable[[Tensor, Tensor], Tensor] = same
+    # whether tensors come as Python lists with one per row
     lists: bool = False
+    # denoiser arguments that are never split by rows
     shared: tuple[str, ...] = (
         "img_ids",
         "txt_ids",
@@ -113,52 +131,45 @@ class Family:
         "attention_kwargs",
         "joint_attention_kwargs",
     )
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    text: tuple[Argument, ...] = (Argument("encoder_hidden_states"),)
-    encode: Callable[[Any, Sequence[str]], dict[str, Tensor]] | None = None
-    check: Callable[[Any], str | None] = field(default=lambda pipe: None)
+
+
+@dataclass(frozen=True)
+class Family(Predictions, Branches):
+    """Pipeline classes that diffalign acts on in one way."""
+
+    # of the model family; several values may share it
+    name: str
+    # exact names of pipeline classes of diffusers
+    pipelines: tuple[str, ...] = ()
+    # exact names of modular pipeline classes
+    modular: tuple[str, ...] = ()
+    # pipeline attributes that hold the denoisers
+    denoisers: tuple[str, ...] = ("transformer",)
+    # networks that run before the denoiser on the same rows; they skip what it skips
+    companions: tuple[str, ...] = ("controlnet",)
+    # text arguments of the denoiser, the one that attention sees first
+    text: tuple[Argument, ...] = HIDDEN
+    # how texts are encoded; None where diffalign does not know
+    encoder: Encoder | None = None
+    # attention layers that see text; None where diffalign does not know them or there are none
+    attention: TextLayers | None = None
+    # how a second text is carried; None where it cannot be
+    second_text: SecondText | None = None
+    # class of a transformer block -> parameters of its forward that it returns, in that order
+    blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # technique -> its published defaults for this family
     defaults: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    # technique, or "technique/option" when only that option is refused -> why, as a sentence
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
-    def scale(self, native: float | None) -> float:
-        """Our guidance scale for the pipeline's own; 1 where the pipeline does not guide."""
-        return native + self.offset if native is not None and native > self.on_above else 1.0
-
-    def native(self, scale: float) -> float:
-        """The pipeline's own guidance scale for ours."""
-        return self.off if scale == 1.0 else scale - self.offset
-
-    def negative_given(self, pipe: Any, value: Mapping[str, Any]) -> bool:
-        """Whether the call carries what the pipeline's own gate asks for besides the scale."""
-        if not self.needs_negative:
-            return True
-        return any(
-            value.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds")
-        )
-
-    def missing_negative(self, pipe: Any, value: Mapping[str, Any]) -> str | None:
-        """Why the unconditional branch cannot be formed, None when it can."""
-        if value.get("prompt_embeds") is None or value.get("negative_prompt_embeds") is not None:
-            return None
-        encoders = [
-            getattr(pipe, name, None)
-            for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
-        ]
-        if any(encoder is not None for encoder in encoders):
-            return None
-        return "guidance needs the unconditional branch; pass negative_prompt_embeds (there is no text encoder to make them)."
+    def present(self, pipe: Any) -> dict[str, Any]:
+        """The denoisers that a pipeline has, by attribute name."""
+        modules = {name: getattr(pipe, name, None) for name in self.denoisers}
+        return {name: module for name, module in modules.items() if module is not None}
 
 
-# to_step maps: `like` is what arrived at scheduler.step
-
-
-def same(guided: Tensor, like: Tensor) -> Tensor:
-    return guided
-
-
-def negated(guided: Tensor, like: Tensor) -> Tensor:
-    return -guided
-
-
-def first_channels(guided: Tensor, like: Tensor) -> Tensor:
-    """Models that also predict a variance: the scheduler gets the first channels."""
-    return guided[:, : like.shape[1]]
+def entries(
+    source: str, when: Mapping[str, Any] | None = None, /, **values: Any
+) -> tuple[Entry, ...]:
+    """Defaults of one technique from one ``source``; ``when``: facts that must hold besides."""
+    return tuple(Entry(option, value, source, when or {}) for option, value in values.items())

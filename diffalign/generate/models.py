@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from diffalign.cli.problem import BadInput, checking, one_line
 from diffalign.core.errors import nearest
-from diffalign.families import family_of
-from diffalign.families.family import Family
+from diffalign.core.registry import name_of
+from diffalign.families import Family, family_of
 from diffalign.seams.plan import context_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -43,14 +43,13 @@ class Model:
         """The value of the pipeline's own scale argument for ``scale``, None is its default;
         ``family.off`` for 1."""
         if scale is not None:
-            return self.family.off if scale == 1.0 else scale - self.family.offset
+            return self.family.native(scale)
         default = self.parameters()[self.family.gates[0]].default
         return float(default) if isinstance(default, int | float) else self.family.off
 
     def scale(self, scale: float | None) -> float:
         """The guidance scale in effect when the user asks for ``scale``; 1 is off."""
-        native = self.native(scale)
-        return native + self.family.offset if native > self.family.on_above else 1.0
+        return self.family.scale(self.native(scale))
 
 
 def _embedded() -> dict[str, Path]:
@@ -214,6 +213,7 @@ def check_technique(
         reason = model.family.check(pipe) if technique.kind == "guidance" else None
         with checking():
             technique.resolve(context)
+            reason = reason or context.refusal(name_of(technique), technique)
             if not reason and hasattr(technique, "refuses"):
                 reason = technique.refuses(context)
         if reason:

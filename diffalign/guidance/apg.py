@@ -74,10 +74,12 @@ class APG(Guidance[APGState]):
         made, sources = Guidance.resolve(self, context)
         facts = context.facts() | {"scale": made.scale}
         if made.cap is None:
-            value, sources["cap"] = preset("apg", "cap", facts)
+            value, sources["cap"] = preset("apg", "cap", facts, context.defaults.get("apg", ()))
             made = dataclasses.replace(made, cap=math.inf if value == "none" else value)
         if made.momentum is None:
-            value, sources["momentum"] = preset("apg", "momentum", facts)
+            value, sources["momentum"] = preset(
+                "apg", "momentum", facts, context.defaults.get("apg", ())
+            )
             made = dataclasses.replace(made, momentum=value)
         return made, sources
 

@@ -44,11 +44,6 @@ class CFGPlusPlus(Guidance[None]):
                 "Use one of those: pipe.scheduler = "
                 "DDIMScheduler.from_config(pipe.scheduler.config)."
             )
-        if context.family == "cosmos2":
-            raise UnsupportedModel(
-                f"{context.pipeline} repeats its last noise level, and CFGPlusPlus needs falling "
-                "ones. Use CFG."
-            )
         if self.flow is not None:
             return self, {}
         return dataclasses.replace(self, flow=context.flow), {

@@ -63,12 +63,6 @@ class CFGZeroStar(Guidance[ZeroStarState]):
                 f"{context.scheduler} predicts something else. "
                 "Use CFG, or RescaledCFG against over-saturation."
             )
-        if self.zero_steps and context.family == "qwen":
-            raise UnsupportedModel(
-                f"CFGZeroStar(zero_steps={self.zero_steps}): {context.pipeline} divides each "
-                "prediction by its norm, and a still step has "
-                "none. Pass zero_steps=0."
-            )
         return Guidance.resolve(self, context)
 
     def init(self, batch: int) -> ZeroStarState:

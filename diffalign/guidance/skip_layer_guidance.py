@@ -47,19 +47,21 @@ class SkipLayerGuidance(SkippedBlocks):
                 select(
                     "SkipLayerGuidance", "layers", context.module, ("*",)
                 )  # where no block can be skipped, no layers would help
-            # SD3.5 medium is the model with a second attention in its first 13 of 24 blocks
             config = getattr(context.module, "config", {})
-            if (
-                context.family != "sd3"
-                or config.get("num_layers") != 24
-                or not config.get("dual_attention_layers")
-            ):
+            try:
+                layers = context.look_up(
+                    "layers",
+                    "skip-layer-guidance/layers",
+                    num_layers=config.get("num_layers"),
+                    dual_attention=bool(config.get("dual_attention_layers")),
+                )
+                source = context.sources["layers"]
+            except LookupError:
                 raise UnsupportedModel(
                     "SkipLayerGuidance needs layers=... for this model: only SD3.5 medium has "
                     "published ones. "
                     "Try one block from the first third, or S2Guidance, which draws its blocks."
-                )
-            layers, source = (7, 8, 9), "published for SD3.5 medium"
+                ) from None
         made, sources = dataclasses.replace(self, layers=layers).with_names(
             context, "layers", layers
         )

@@ -201,6 +201,7 @@ def context_of(
         prompts=arguments.prompts,
         meter=meter,
         defaults=family.defaults,
+        refusals=family.refusals,
     )
 
 
@@ -237,6 +238,11 @@ def resolve(technique: Any, context: Context, resolved: Resolved, suffix: str = 
     context = context.fresh()
     answer = technique.resolve(context)
     answer, sources = answer if isinstance(answer, tuple) else (answer, context.sources)
+    reason = context.refusal(name_of(technique), answer)
+    if reason is not None:
+        raise UnsupportedModel(
+            f"{type(technique).__name__} cannot act on {context.pipeline}: {reason}"
+        )
     options = {}
     for f in fields(answer):
         value = getattr(answer, f.name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffalign.core import Context, Technique
-from diffalign.core.registry import techniques
+from diffalign.core.registry import name_of, techniques
 from diffalign.families import family_of
 from diffalign.seams.plan import context_of
 from diffalign.seams.swap import original_class
@@ -73,7 +73,8 @@ def reason_against(technique: Technique | type[Technique], context: Context) -> 
         fresh = context.fresh()
         resolved: Any = technique.resolve(fresh)
         resolved = resolved[0] if isinstance(resolved, tuple) else resolved
-        return resolved.refuses(fresh) or ""
+        refusal = fresh.refusal(name_of(technique), resolved)
+        return refusal or resolved.refuses(fresh) or ""
     except (ValueError, LookupError) as error:  # an option that has no value for this model, too
         return str(error)
 

@@ -12,33 +12,16 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffalign.testing.tiny.base import Hook
+
 Formula = Callable[[Tensor, Tensor, str], Tensor]
 More = Callable[[Any, int, "Meeting"], None]
-Hook = tuple[str, str, str]
-
-# family -> [(layers, module whose input is hooked ("" for the layer's own output), where its image
-# tokens are)]
-CROSS: list[Hook] = [(r".*attn2", "to_out.0", "all")]
-FLUX: list[Hook] = [
-    (r"transformer_blocks\.\d+\.attn", "to_out.0", "all"),
-    (r"single_transformer_blocks\.\d+\.attn", "", "behind text"),
-]
-HOOKS: dict[str, list[Hook]] = {
-    **dict.fromkeys(("sd", "sdxl", "kolors", "pixart", "sana", "ltx", "wan", "cosmos2"), CROSS),
-    "sd3": [(r"transformer_blocks\.\d+\.attn", "to_out.0", "all")],
-    "flux": FLUX,
-    "chroma": FLUX,
-    "qwen": [(r"transformer_blocks\.\d+\.attn", "to_out.0", "all")],
-    "cogvideox": [(r"transformer_blocks\.\d+\.attn1", "to_out.0", "behind text")],
-    "lumina2": [(r"layers\.\d+\.attn", "to_out.0", "behind masked text")],
-    "z-image": [(r"layers\.\d+\.attention", "to_out.0", "before text")],
-}
 
 
 def paper(
@@ -81,20 +64,6 @@ class Meeting:
         return self.exchange(side, tensor, layer, lambda positive, negative, layer: positive)
 
 
-def _span(what: str, tensor: Tensor, kwargs: dict[str, Any], row: int) -> slice:
-    """Where the image tokens are in one row of a hooked tensor [B, S, E]."""
-    if what == "all":
-        return slice(0, tensor.shape[1])
-    if what == "behind text":
-        return slice(kwargs["encoder_hidden_states"].shape[1], tensor.shape[1])
-    if what == "behind masked text":
-        image = kwargs["hidden_states"].shape[-1] * kwargs["hidden_states"].shape[-2] // 4
-        start = int(kwargs["encoder_attention_mask"][row].sum())
-        return slice(start, start + image)
-    latent = kwargs["x"][row]
-    return slice(0, -(-latent.shape[-1] * latent.shape[-2] // 4 // 32) * 32)
-
-
 def share_double_blocks(twin: Any, side: int, meeting: Meeting) -> None:
     """Flux as published: the double blocks have one image stream, and the single blocks start from
     it."""
@@ -113,30 +82,9 @@ def share_double_blocks(twin: Any, side: int, meeting: Meeting) -> None:
     twin.single_transformer_blocks[0].register_forward_pre_hook(start, with_kwargs=True)
 
 
-def _image_keys(part: Any) -> Callable[[], Tensor]:
-    """Wan image-to-video adds attention over image keys to the same output: what it adds in the
-    running call."""
-    held: dict[str, Tensor] = {}
-    for name in ("norm_q", "norm_added_k", "add_v_proj"):
-        getattr(part, name).register_forward_hook(
-            lambda _, given, output, name=name: held.update({name: output})
-        )
-
-    def added() -> Tensor:
-        q, k, v = (
-            held[name].reshape(*held[name].shape[:2], part.heads, -1).transpose(1, 2)
-            for name in ("norm_q", "norm_added_k", "add_v_proj")
-        )
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        image: Tensor = (weights @ v).transpose(1, 2).flatten(2)
-        return image
-
-    return added
-
-
 def hooked(
     module: nn.Module,
-    family: str,
+    hooks: Sequence[Hook],
     side: int,
     meeting: Meeting,
     kwargs: dict[str, Any],
@@ -147,20 +95,20 @@ def hooked(
     if more is not None:
         more(twin, side, meeting)
     for name, part in twin.named_modules():
-        for pattern, inner, what in HOOKS[family]:
-            if not hasattr(part, "processor") or not re.fullmatch(pattern, name):
+        for hook in hooks:
+            if not hasattr(part, "processor") or not re.fullmatch(hook.layers, name):
                 continue
 
-            added = _image_keys(part) if family == "wan" and part.add_k_proj is not None else None
+            added = hook.added(part) if hook.added is not None else None
 
             def visit(
-                tensor: Tensor, name: str = name, what: str = what, added: Any = added
+                tensor: Tensor, name: str = name, hook: Hook = hook, added: Any = added
             ) -> Tensor:
                 if added is not None:
                     image = added()
                     moved: Tensor = meeting.exchange(side, tensor - image, name) + image
                     return moved
-                where = [_span(what, tensor, kwargs, row) for row in range(len(tensor))]
+                where = [hook.image(tensor, kwargs, row) for row in range(len(tensor))]
                 guided = meeting.exchange(
                     side, torch.stack([tensor[r, w] for r, w in enumerate(where)]), name
                 )
@@ -169,8 +117,8 @@ def hooked(
                     tensor[row, place] = guided[row]
                 return tensor
 
-            if inner:
-                part.get_submodule(inner).register_forward_pre_hook(
+            if hook.inner:
+                part.get_submodule(hook.inner).register_forward_pre_hook(
                     lambda _, given, visit=visit: (visit(given[0]), *given[1:])
                 )  # type: ignore[misc]
             else:
@@ -180,7 +128,7 @@ def hooked(
 
 def walk(
     module: nn.Module,
-    family: str,
+    hooks: Sequence[Hook],
     positive: dict[str, Any],
     negative: dict[str, Any],
     formula: Formula,
@@ -195,9 +143,7 @@ def walk(
     def run(side: int, kwargs: dict[str, Any]) -> None:
         try:
             with torch.no_grad():
-                results[side] = hooked(module, family, side, meeting, kwargs, more).forward(
-                    **kwargs
-                )
+                results[side] = hooked(module, hooks, side, meeting, kwargs, more).forward(**kwargs)
         except BaseException as error:  # the other walk must not wait for ever
             errors.append(error)
             meeting.barrier.abort()

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import diffalign as da
 from diffalign.families import family_of
-from diffalign.seams.plan import context_of
 from diffalign.seams.attention.base import AttentionTechnique, Site
+from diffalign.seams.plan import context_of
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 

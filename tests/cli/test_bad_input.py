@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from diffalign import cli
 from diffalign.cli.problem import BadInput
-from diffalign.families.table import refusals
+from diffalign.families import refusals
 from diffalign.generate import schedulers as scheduler
 
 PROMPT = ("--prompt", "a bench")

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 import diffalign as da
 from diffalign.calibration.linear import fit_linear_ag
 from diffalign.cli.sample import spread
-from diffalign.families.table import refusals
+from diffalign.families import refusals
 from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.tasks.geneval.verdict import prompts
 

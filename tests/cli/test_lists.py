@@ -12,7 +12,7 @@ import diffalign as da
 from diffalign.cli.methods import default_text, type_text
 from diffalign.cli.show import to_json
 from diffalign.core.registry import BUILTIN, make
-from diffalign.families.table import FAMILIES, refusals
+from diffalign.families import FAMILIES, refusals
 
 
 def test_every_technique_is_listed_with_paper_cost_and_options(run):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from diffalign.core import UnsupportedModel
-from diffalign.families.encode import ENCODERS, has_text_encoder
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES
+from diffalign.families.text import has_text_encoder
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
 
@@ -158,7 +158,7 @@ def test_negative_texts_are_the_pipelines_own(name):
     handle.remove()
     sequential = family.mode == "sequential"
     native = seen[1] if sequential else seen[0]
-    encoder = ENCODERS[family.name]
+    encoder = family.encoder
     got = encoder.denoiser(encoder.embeddings(pipe, ["blurry"], negative=True, call=call))
     assert family.text[0].name in got
     for key, value in got.items():
@@ -176,7 +176,7 @@ def test_negative_texts_are_the_pipelines_own(name):
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", *PARTS])
 def test_prompts_are_the_pipelines_own(name):
-    """``family.encode`` against the conditional rows (or call)."""
+    """``family.encoder`` against the conditional rows (or call)."""
     pipe = with_encoders(name)
     family, denoiser = FAMILIES[name], getattr(pipe, "unet", None) or pipe.transformer
     seen = []
@@ -188,9 +188,9 @@ def test_prompts_are_the_pipelines_own(name):
     call = inputs(name, pipe, prompt="two red apples", negative_prompt="blurry")
     pipe(**call)
     handle.remove()
-    encoder = ENCODERS[family.name]
+    encoder = family.encoder
     got = encoder.denoiser(encoder.embeddings(pipe, ["two red apples"], call=call))
-    assert set(family.encode(pipe, ["two red apples"])) == set(got)  # with the call's defaults
+    assert set(family.encoder(pipe, ["two red apples"])) == set(got)  # with the call's defaults
     for key, value in got.items():
         there = seen[0][key]
         if isinstance(value, list):
@@ -204,4 +204,4 @@ def test_without_text_encoder_there_is_a_clear_error():
     pipe = tiny_pipeline("FluxPipeline")
     assert not has_text_encoder(pipe)
     with pytest.raises(UnsupportedModel, match="no text encoder"):
-        FAMILIES["FluxPipeline"].encode(pipe, ["a cat"])
+        FAMILIES["FluxPipeline"].encoder(pipe, ["a cat"])

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from diffalign.families.table import FAMILIES, refusals
+from diffalign.families import FAMILIES, refusals
 
 
 def exported() -> Iterator[tuple[str, type]]:

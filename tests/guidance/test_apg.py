@@ -5,6 +5,7 @@ import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 
 from diffalign.core import COND, UNCOND, Context, StepInfo
+from diffalign.families import families
 from diffalign.guidance import APG, CFG
 from diffalign.testing.contracts import GuidanceContract
 
@@ -112,7 +113,10 @@ def test_a_conditional_image_of_zeros_has_no_direction():
     [("sdxl", 15.0, -0.5), ("sd", 7.5, -0.75), ("dit", 5.0, -0.5), ("wan", math.inf, -0.5)],
 )
 def test_presets_say_where_they_come_from(family, cap, momentum):
-    made, sources = APG().resolve(Context("P", family, "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+    defaults = next(f.defaults for f in families() if f.name == family)
+    made, sources = APG().resolve(
+        Context("P", family, "unet", "DDIMScheduler", 5.0, "call", 20, 1, defaults=defaults)
+    )
     assert (made.scale, made.cap, made.momentum) == (5.0, cap, momentum)
     assert "family" in sources["cap"] if family == "wan" else "2410.02416" in sources["cap"]
     assert "2410.02416" in sources["momentum"]

@@ -15,7 +15,7 @@ import torch
 
 import diffalign as da
 from diffalign.core import COND, UNCOND
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES
 from diffalign.seams.blocks.sites import sites
 from diffalign.testing.deep import PIPELINES, deep_pipeline
 from diffalign.testing.final import final

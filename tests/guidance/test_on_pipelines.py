@@ -10,7 +10,7 @@ import torch
 import diffalign as da
 from diffalign.core import COND, UNCOND, UnsupportedModel
 from diffalign.core.registry import techniques
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES
 from diffalign.guidance import Guidance
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
@@ -314,7 +314,7 @@ def test_declared_is_metered_is_run(pipe, name, monkeypatch, tmp_path):
 
 def test_a_still_step_on_qwen_is_refused():
     """Its pipeline divides by the norm of the prediction: a still step would be NaN."""
-    with pytest.raises(UnsupportedModel, match=r"QwenImagePipeline divides .* Pass zero_steps=0"):
+    with pytest.raises(UnsupportedModel, match=r"QwenImagePipeline: the pipeline divides .* Pass zero_steps=0"):
         call(tiny_pipeline("QwenImagePipeline"), da.CFGZeroStar(3.0))
 
 

@@ -10,7 +10,7 @@ import torch
 
 import diffalign as da
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, UnsupportedModel
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES
 from diffalign.guidance import CFG
 from diffalign.guidance.s2_guidance import S2Guidance
 from diffalign.guidance.skip_layer_guidance import SkipLayerGuidance

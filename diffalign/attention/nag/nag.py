@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -13,7 +13,6 @@ from diffalign.attention.nag.text import NegativeStream, refusal
 from diffalign.core import Context, Tensor, Windowed
 from diffalign.core.checks import check_choice, check_range, check_scale
 from diffalign.families import family_of
-from diffalign.families.presets import preset
 from diffalign.kernels.nag import NagCall, choose
 from diffalign.seams.attention.base import AttentionTechnique, Site, check_layers, matches
 from diffalign.seams.swap import original_class
@@ -116,21 +115,12 @@ class NAG(Windowed, AttentionTechnique):
         return super(NAG, self).refuses(context) or refusal(context.pipe, family, self.share_image)
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
-        values: dict[str, Any] = {}
-        sources: dict[str, str] = {}
-        for option in ("scale", "tau", "alpha"):
-            if (
-                getattr(self, option) is None
-                and (found := preset("nag", option, context)) is not None
-            ):
-                values[option], sources[option] = found
-        if (
-            self.sigma is None
-            and (self.start, self.stop) == (0.0, 1.0)
-            and (found := preset("nag", "stops", context)) is not None
-        ):
-            values["sigma"], sources["sigma"] = (found[0], math.inf), found[1]
-        return replace(self, **values), sources
+        options = [name for name in ("scale", "tau", "alpha") if getattr(self, name) is None]
+        values = {name: context.look_up(name, f"nag/{name}") for name in options}
+        if self.sigma is None and (self.start, self.stop) == (0.0, 1.0):
+            with suppress(LookupError):  # without a published window it acts at every step
+                values["sigma"] = context.look_up("sigma", "nag/sigma")
+        return replace(self, **values), context.sources
 
     def stream(self, run: Generation) -> NegativeStream:
         return NegativeStream(self, run)

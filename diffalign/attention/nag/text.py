@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from diffalign.core import UnsupportedModel
-from diffalign.families.encode import ENCODERS, has_text_encoder
-from diffalign.families.family import Family
-from diffalign.seams.attention.sites import TABLE, Frame, text_length
+from diffalign.families import Family
+from diffalign.families.text import Around, Encoder, SecondText, has_text_encoder
+from diffalign.seams.attention.sites import Frame, text_length
 from diffalign.seams.denoiser.rows import count_rows, prediction_of, take_arguments, with_prediction
 
 if TYPE_CHECKING:
@@ -26,22 +27,17 @@ if TYPE_CHECKING:
     from diffalign.seams.denoiser.call import DenoiserCall
     from diffalign.seams.denoiser.tap import Generation
 
-FAMILIES = (
-    "lumina2",
-    "z-image",
-    "cogvideox",
-)  # image positions start where the text ends, or the text has one length
-
 
 def refusal(pipe: Any, family: Family, share_image: bool) -> str | None:
     """Why NAG cannot act on a pipeline, None when it can."""
-    if family.name not in TABLE or family.name not in ENCODERS:
+    if family.second_text is None or family.encoder is None:
         return f"the text layers of {family.name} are not known"
-    if not share_image and family.name != "flux":
-        return f"share_image=False is the published layout of Flux; on {family.name} one image stream is the layout"
-    if family.name == "z-image" and getattr(pipe, "controlnet", None) is not None:
-        return "its ControlNet's residuals have the length of one text"
-    return None
+    if not share_image and family.second_text.image_stack is None:
+        return (
+            "share_image=False is the published layout of Flux; on "
+            f"{family.name} one image stream is the layout"
+        )
+    return family.second_text.check(pipe)
 
 
 class NegativeStream:
@@ -52,13 +48,15 @@ class NegativeStream:
 
     def __init__(self, nag: NAG, run: Generation) -> None:
         self.run, self.nag = run, nag
+        assert run.family.second_text is not None
+        self.second: SecondText = run.family.second_text
         self.argument = run.family.text[0]
         self.made: dict[Any, Tensor] = {}
         embeddings, where = negative_text(nag, run)
-        self.text = ENCODERS[run.family.name].denoiser(embeddings)
+        self.text = encoder_of(run.family).denoiser(embeddings)
         run.record.notes.append(f"NAG: negative text from {where}")
         if not nag.share_image:
-            if "pooled_projections" not in self.text:
+            if self.second.pooled not in self.text:
                 raise ValueError(
                     "NAG(share_image=False) modulates with the negative pooled text; pass "
                     "negative_pooled_prompt_embeds too."
@@ -70,12 +68,8 @@ class NegativeStream:
 
     def in_rows(self, denoiser: str) -> bool:
         """Whether this denoiser gets the negative text as rows of their own."""
-        if self.run.family.name in FAMILIES or not self.nag.share_image:
-            return True
-        config = getattr(self.run.pipe, denoiser).config
-        return (
-            self.run.family.name == "wan" and config.get("added_kv_proj_dim") is not None
-        )  # splits its context at 512 text tokens
+        module = getattr(self.run.pipe, denoiser)
+        return not self.nag.share_image or self.second.in_rows(module)
 
     def handlers(self, attachment: Any) -> dict[Any, tuple[str, Any]]:
         """Calls besides attention that must know about the negative text: module -> (method,
@@ -83,13 +77,13 @@ class NegativeStream:
         found: dict[Any, tuple[str, Any]] = {}
         for denoiser in attachment.denoisers.values():
             base = getattr(denoiser, "_orig_mod", denoiser)
-            if self.run.family.name == "qwen":
-                found[base.pos_embed] = (
+            for name, call in self.second.around.items():
+                found[base.get_submodule(name)] = (
                     "__call__",
-                    lambda *given: _restart_positions(attachment.frame, *given),
+                    partial(_for_two_texts, attachment, call),
                 )
             if not self.nag.share_image:
-                found[base.single_transformer_blocks[0]] = (
+                found[base.get_submodule(f"{self.second.image_stack}.0")] = (
                     "__call__",
                     lambda *given: _one_image(attachment.frame, *given),
                 )
@@ -175,9 +169,10 @@ class NegativeStream:
                 1
             ]  # masks that go on over the image tokens are opened behind the prompt
             changed[mask] = torch.cat([given[:, :length], extra, given[:, length:]], 1)
-        if kwargs.get("txt_ids") is not None:
-            ids = kwargs["txt_ids"]  # [L, 3] of zeros
-            changed["txt_ids"] = torch.cat(
+        positions = self.argument.positions
+        if positions is not None and kwargs.get(positions) is not None:
+            ids = kwargs[positions]
+            changed[positions] = torch.cat(
                 [ids, ids.new_zeros((*ids.shape[:-2], more.shape[1], ids.shape[-1]))], -2
             )
         return changed, more.shape[1]
@@ -199,10 +194,10 @@ class NegativeStream:
             texts = [self.text[name][i].to(changed[name][0]) for i in self._texts_of(name, theirs)]
             changed[name] = [*changed[name][:total], *texts]
         else:
-            if not self.nag.share_image:
-                pooled = changed["pooled_projections"]
-                changed["pooled_projections"] = torch.cat(
-                    [pooled[:total], self._rows("pooled_projections", theirs, pooled)]
+            if not self.nag.share_image and self.second.pooled is not None:
+                pooled = changed[self.second.pooled]
+                changed[self.second.pooled] = torch.cat(
+                    [pooled[:total], self._rows(self.second.pooled, theirs, pooled)]
                 )
             text = changed[name][:total]
             more = self._rows(name, theirs, text)
@@ -231,9 +226,15 @@ class NegativeStream:
         return replace(evaluation, conditioned=conditioned), changed, frame
 
 
+def encoder_of(family: Family) -> Encoder:
+    """The family's encoder, which every family with a second text has."""
+    assert family.encoder is not None
+    return family.encoder
+
+
 def negative_text(nag: NAG, run: Generation) -> tuple[dict[str, Any], str]:
     """The negative text under the pipeline's names without "negative_", and where it came from."""
-    encode, call, wanted = ENCODERS[run.family.name], run.plan.values, nag.negative_prompt
+    encode, call, wanted = encoder_of(run.family), run.plan.values, nag.negative_prompt
     embeds, where = nag.negative_embeds, "NAG(negative_embeds=...)"
     if embeds is not None:
         known = {f"negative_{name}" for name in encode.arguments} | {
@@ -275,7 +276,7 @@ def negative_text(nag: NAG, run: Generation) -> tuple[dict[str, Any], str]:
 
 
 def _stack(a: Tensor, b: Tensor) -> Tensor:
-    """Rows of ``a`` [R, L, ...] and ``b`` under each other, the shorter ones filled up with zeros."""
+    """Rows of ``a`` [R, L, ...] and of ``b``, the shorter ones filled up with zeros."""
     length = max(a.shape[1], b.shape[1])
     return torch.cat(
         [
@@ -285,14 +286,14 @@ def _stack(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def _restart_positions(
-    frame: Frame | None, original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+def _for_two_texts(
+    attachment: Any, call: Around, original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Qwen-Image numbers its text tokens: the negative text starts where the prompt does."""
+    """A module that numbers or counts the text tokens, called for two texts where there are two."""
+    frame = attachment.frame
     if frame is None or not frame.negative:
         return original(*args, **kwargs)
-    image, text = original(*args, **{**kwargs, "max_txt_seq_len": max(frame.text, frame.negative)})
-    return image, torch.cat([text[: frame.text], text[: frame.negative]])
+    return call(original, args, kwargs, frame.text, frame.negative)
 
 
 def _one_image(

@@ -99,15 +99,14 @@ class AttentionTechnique(Technique):
     def refuses(self, context: Context) -> str | None:
         """Why the technique cannot act on this pipeline object, None when it can."""
         from diffalign.families import family_of
-        from diffalign.seams.attention.sites import TABLE
         from diffalign.seams.swap import original_class
 
         family = family_of(original_class(context.pipe))
         if not family.text:
             return f"{family.name} has no text in its attention layers"
-        return (
-            None if family.name in TABLE else f"the attention layers of {family.name} are not known"
-        )
+        if family.attention is None:
+            return f"the attention layers of {family.name} are not known"
+        return None
 
     def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
         """A copy with every ``None`` option filled in, and where each value came from (field ->

@@ -14,26 +14,6 @@ from diffalign.core import UnsupportedModel
 from diffalign.families.family import Family
 from diffalign.seams.attention.base import Site
 
-# family -> (layer names, kind, where the text stands in the joint sequence)
-TABLE: dict[str, tuple[str, Literal["cross", "joint"], Literal["first", "last"]]] = {
-    "sd": (r".*transformer_blocks\.\d+\.attn2", "cross", "first"),
-    "sdxl": (r".*transformer_blocks\.\d+\.attn2", "cross", "first"),
-    "kolors": (r".*transformer_blocks\.\d+\.attn2", "cross", "first"),
-    "cosmos2": (r"transformer_blocks\.\d+\.attn2", "cross", "first"),
-    "pixart": (r"transformer_blocks\.\d+\.attn2", "cross", "first"),
-    "sana": (r"transformer_blocks\.\d+\.attn2", "cross", "first"),
-    "ltx": (r"transformer_blocks\.\d+\.attn2", "cross", "first"),
-    "wan": (r"(vace_)?blocks\.\d+\.attn2", "cross", "first"),
-    "sd3": (r"transformer_blocks\.\d+\.attn", "joint", "last"),
-    "flux": (r"(single_)?transformer_blocks\.\d+\.attn", "joint", "first"),
-    "chroma": (r"(single_)?transformer_blocks\.\d+\.attn", "joint", "first"),
-    "qwen": (r"transformer_blocks\.\d+\.attn", "joint", "first"),
-    "cogvideox": (r"transformer_blocks\.\d+\.attn1", "joint", "first"),
-    "lumina2": (r"layers\.\d+\.attn", "joint", "first"),
-    "z-image": (r"layers\.\d+\.attention", "joint", "last"),
-}
-Z_IMAGE_MULTIPLE = 32  # both of its sequences are padded to multiples of this
-
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -76,25 +56,25 @@ class Frame:
 def layers_of(family: Family, name: str, denoiser: nn.Module) -> Iterator[Layer]:
     """The layers of one denoiser that see text.
 
-    Raises ``UnsupportedModel`` for one that the table does not know.
+    Raises ``UnsupportedModel`` for one that the family does not know.
     """
-    if family.name not in TABLE:
+    known = family.attention
+    if known is None:
         return
-    pattern, kind, text = TABLE[family.name]
     for path, module in denoiser.named_modules():
         if not hasattr(module, "processor"):
             continue
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(known.pattern, path):
             if isinstance(getattr(module, "norm_cross", None), nn.GroupNorm):
                 raise UnsupportedModel(
                     f"{path} normalises over its text tokens (GroupNorm), so texts cannot be "
                     "added to them."
                 )
             image_keys = (
-                kind == "cross" and getattr(module, "add_k_proj", None) is not None
+                known.kind == "cross" and getattr(module, "add_k_proj", None) is not None
             )  # Wan attends to its image first
-            yield Layer(path, name, module, kind, text, 1 if image_keys else 0)
-        elif kind == "cross" and getattr(module, "is_cross_attention", False):
+            yield Layer(path, name, module, known.kind, known.text, 1 if image_keys else 0)
+        elif known.kind == "cross" and getattr(module, "is_cross_attention", False):
             raise UnsupportedModel(
                 f"{path} ({type(module).__name__}) attends to the text but is not a layer that "
                 f"diffalign knows in {family.name}."
@@ -106,24 +86,10 @@ def spans_of(
 ) -> tuple[tuple[slice, slice], ...] | None:
     """Positions of (text, image) for each row, in the families where they differ between rows; None
     elsewhere."""
-    if family.name == "lumina2":
-        hidden, mask = kwargs["hidden_states"], kwargs["encoder_attention_mask"]
-        patch = int(denoiser.config.patch_size)
-        image = (hidden.shape[-2] // patch) * (hidden.shape[-1] // patch)
-        return tuple((slice(0, n), slice(n, n + image)) for n in mask.sum(1).tolist())
-    if family.name == "z-image":
-        patch, frames = int(kwargs.get("patch_size", 2)), int(kwargs.get("f_patch_size", 1))
-        found = []
-        for x, text in zip(kwargs["x"], kwargs["cap_feats"]):
-            if isinstance(x, list):
-                raise UnsupportedModel(
-                    "Attention techniques do not act on Z-Image with reference images (nested "
-                    "lists of latents)."
-                )
-            image = _padded(x.shape[-3] // frames * (x.shape[-2] // patch) * (x.shape[-1] // patch))
-            found.append((slice(image, image + _padded(len(text))), slice(0, image)))
-        return tuple(found)
-    return None
+    if family.attention is None or family.attention.row_parts is None:
+        return None
+    rows = family.attention.row_parts(denoiser, kwargs)
+    return tuple((parts["prompt"], parts["image"]) for parts in rows)
 
 
 def text_length(family: Family, kwargs: dict[str, Any]) -> int:
@@ -142,7 +108,7 @@ def text_length(family: Family, kwargs: dict[str, Any]) -> int:
 def site_of(layer: Layer, frame: Frame, q: Tensor, k: Tensor) -> Site:
     """The layer in this call.
 
-    Raises ``UnsupportedModel`` when the sequences are not what the table says.
+    Raises ``UnsupportedModel`` when the sequences are not what the family says.
     """
     total, keys, queries = frame.text + frame.negative, int(k.shape[-2]), int(q.shape[-2])
     facts: dict[str, Any] = {"conditioned": frame.conditioned, "twins": frame.twins}
@@ -177,7 +143,3 @@ def site_of(layer: Layer, frame: Frame, q: Tensor, k: Tensor) -> Site:
     image = slice(total, keys) if layer.text == "first" else slice(0, tokens)
     negative = slice(text.stop, end) if frame.negative else None
     return Site(layer.name, "joint", text, tokens, image, negative, **facts)
-
-
-def _padded(length: int) -> int:
-    return -(-length // Z_IMAGE_MULTIPLE) * Z_IMAGE_MULTIPLE

@@ -1,9 +1,9 @@
 """Transformer blocks of a denoiser: which there are, in what order their streams leave them, and
 how one is skipped for a while.
 
-A skipped block is the identity on each of its streams. The order in which a block returns its
-streams differs between classes, so it stands in a table; ``tests/attention/test_blocks.py`` checks
-each row with text and image sequences of unequal lengths.
+A skipped block is the identity on each of its streams. The order in which a block returns them
+differs between classes, so the families say it; ``tests/seams/blocks/test_sites.py`` checks each
+with text and image sequences of unequal lengths.
 """
 
 from __future__ import annotations
@@ -20,28 +20,9 @@ from torch import Tensor, nn
 
 from diffalign.core import UnsupportedModel
 from diffalign.core.errors import nearest
+from diffalign.families import block_streams
 from diffalign.seams.denoiser.rows import parameter_names
 from diffalign.seams.swap import Handler, intercepted, original_class
-
-IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
-
-# block class -> parameters of its forward that it returns, in that order
-STREAMS: dict[str, tuple[str, ...]] = {
-    "BasicTransformerBlock": (IMAGE,),  # U-Net, PixArt, DiT
-    "SanaTransformerBlock": (IMAGE,),
-    "WanTransformerBlock": (IMAGE,),
-    "LTXVideoTransformerBlock": (IMAGE,),
-    "CosmosTransformerBlock": (IMAGE,),
-    "Lumina2TransformerBlock": (IMAGE,),
-    "ZImageTransformerBlock": ("x",),
-    "ChromaSingleTransformerBlock": (IMAGE,),
-    "ChromaTransformerBlock": (TEXT, IMAGE),
-    "JointTransformerBlock": (TEXT, IMAGE),  # SD3
-    "FluxTransformerBlock": (TEXT, IMAGE),
-    "FluxSingleTransformerBlock": (TEXT, IMAGE),
-    "QwenImageTransformerBlock": (TEXT, IMAGE),
-    "CogVideoXBlock": (IMAGE, TEXT),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +41,19 @@ class BlockSite:
 
 def sites(denoiser: nn.Module) -> tuple[BlockSite, ...]:
     """The blocks that can be skipped, in the order in which they run. Empty for an architecture
-    without a row in the table.
+    whose family lists none.
 
     Text and noise refiners (Lumina2, Z-Image) are not listed: they prepare one stream for the
     others.
     """
-    module = getattr(denoiser, "_orig_mod", denoiser)
+    module, streams = getattr(denoiser, "_orig_mod", denoiser), block_streams()
     found: list[tuple[str, nn.Module]] = []
     for stack, blocks in module.named_modules():
         if isinstance(blocks, nn.ModuleList) and len(blocks) and "refiner" not in stack:
             found += [
                 (f"{stack}.{i}", b)
                 for i, b in enumerate(blocks)
-                if original_class(b).__name__ in STREAMS
+                if original_class(b).__name__ in streams
             ]
     # a U-Net registers its middle last
     stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
@@ -81,7 +62,7 @@ def sites(denoiser: nn.Module) -> tuple[BlockSite, ...]:
     return tuple(
         BlockSite(
             name,
-            STREAMS[original_class(block).__name__],
+            streams[original_class(block).__name__],
             "context_pre_only"
             if getattr(block, "context_pre_only", False)
             else "first"
@@ -160,7 +141,7 @@ def skipped(denoiser: nn.Module, names: Sequence[str]) -> Iterator[None]:
     else:
         for name in names:
             block = module.get_submodule(name)
-            streams = _reader(block, STREAMS[original_class(block).__name__])
+            streams = _reader(block, block_streams()[original_class(block).__name__])
             handlers[block] = (
                 "__call__",
                 partial(_discarded if _offloaded(block) else _identity, streams),

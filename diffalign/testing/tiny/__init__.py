@@ -7,41 +7,40 @@ depend on text, time and noise and are of order one. Neither function touches a 
 
 from __future__ import annotations
 
+import pkgutil
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from diffalign.testing.tiny import (  # noqa: F401  (importing registers the builders)
-    cosmos,
-    flux,
-    lumina,
-    others,
-    pixart,
-    qwen,
-    sana,
-    sd,
-    sd3,
-    video,
-    wan,
-)
-from diffalign.testing.tiny.base import FAMILIES, Draw, Inputs, Request, assemble
+from diffalign.testing.tiny.base import RECIPES, Draw, Inputs, Recipe, Request, assemble
 
-__all__ = ["tiny_inputs", "tiny_names", "tiny_pipeline", "tiny_unet_pipeline", "tiny_variants"]
+__all__ = [
+    "tiny_inputs",
+    "tiny_names",
+    "tiny_pipeline",
+    "tiny_recipe",
+    "tiny_unet_pipeline",
+    "tiny_variants",
+]
+
+for _module in pkgutil.iter_modules(__path__):  # each enters its recipes
+    import_module(f"{__name__}.{_module.name}")
 
 
 def _request(name: str, variant: str, text: bool, **rest: Any) -> Request:
-    if name not in FAMILIES:
-        near = ", ".join(get_close_matches(name, FAMILIES, 3)) or "see tiny_names()"
+    if name not in RECIPES:
+        near = ", ".join(get_close_matches(name, RECIPES, 3)) or "see tiny_names()"
         raise ValueError(
             f"class_name must be a pipeline class with a tiny form; got {name!r}. Nearest: {near}."
         )
-    family = FAMILIES[name]
-    if variant not in family.variants:
+    recipe = RECIPES[name]
+    if variant not in recipe.variants:
         raise ValueError(
-            f"variant of {name} must be one of {list(family.variants)}; got {variant!r}."
+            f"variant of {name} must be one of {list(recipe.variants)}; got {variant!r}."
         )
-    if text and not family.text:
+    if text and not recipe.text:
         raise ValueError(
             f"text=True needs a family with tiny text encoders; {name} takes embeddings only. Use "
             "text=False."
@@ -57,8 +56,8 @@ def tiny_names(*, text: bool | None = None, slow: bool | None = None) -> tuple[s
     """
     chosen = (
         n
-        for n, family in FAMILIES.items()
-        if text in (None, family.text) and slow in (None, family.slow)
+        for n, recipe in RECIPES.items()
+        if text in (None, recipe.text) and slow in (None, recipe.slow)
     )
     return tuple(sorted(chosen))
 
@@ -66,7 +65,13 @@ def tiny_names(*, text: bool | None = None, slow: bool | None = None) -> tuple[s
 def tiny_variants(class_name: str) -> tuple[str, ...]:
     """Variants of a class, the default ``""`` first."""
     _request(class_name, "", False)
-    return FAMILIES[class_name].variants
+    return RECIPES[class_name].variants
+
+
+def tiny_recipe(class_name: str) -> Recipe:
+    """How the class is built, and what tests must know of it."""
+    _request(class_name, "", False)
+    return RECIPES[class_name]
 
 
 def tiny_pipeline(
@@ -114,7 +119,7 @@ def tiny_inputs(
         "generator": [draw.generator(f"noise {row}") for row in range(batch)],
         "output_type": "latent",
     }
-    inputs |= FAMILIES[class_name].inputs(request, draw)
+    inputs |= RECIPES[class_name].inputs(request, draw)
     if not guided:
         gate = "true_cfg_scale" if "true_cfg_scale" in inputs else "guidance_scale"
         inputs[gate] = 0.0 if class_name.startswith("ZImage") else 1.0

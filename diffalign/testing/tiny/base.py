@@ -1,9 +1,9 @@
-"""What every tiny family shares: the table of builders, seeded weights and seeded inputs."""
+"""What all tiny pipelines share: the table of recipes, seeded weights and seeded inputs."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,30 +40,72 @@ Build = Callable[[Request], Any]
 MakeInputs = Callable[[Request, "Draw"], Inputs]
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One row of the table: how to build the pipeline, how to call it, and which variants exist.
+def everything(tensor: Tensor, call: Mapping[str, Any], row: int) -> slice:
+    """For ``Hook.image``: a tensor [B, S, E] of image tokens only."""
+    return slice(0, tensor.shape[1])
 
-    ``text``: also exists with text encoders; ``slow``: one call takes more than half a second.
-    """
+
+def behind_text(tensor: Tensor, call: Mapping[str, Any], row: int) -> slice:
+    """For ``Hook.image``: a joint tensor [B, S, E] that begins with the text."""
+    return slice(call["encoder_hidden_states"].shape[1], tensor.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """Attention layers at which two walks in lock-step meet, see ``testing/lockstep.py``."""
+
+    # regular expression which the layers' names match as a whole
+    layers: str
+    # module of the layer whose input they exchange, "" for the layer's own output
+    inner: str = "to_out.0"
+    # (that tensor [B, S, E], arguments of the denoiser's call, row) -> its image tokens
+    image: Callable[[Tensor, Mapping[str, Any], int], slice] = everything
+    # layer -> what it adds to the image tokens by itself in the running call; None: nothing
+    added: Callable[[Any], Callable[[], Tensor] | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rigid:
+    """A model whose number of blocks is part of it: the others would change in a shorter stack."""
+
+    # entries of its config with the number of blocks of each stack
+    depth: tuple[str, ...]
+    # name of a stack -> a module that stands for a block that is not there
+    absent: Callable[[str], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to build a tiny pipeline and to call it, and what tests must know of it."""
 
     build: Build
     inputs: MakeInputs
     variants: tuple[str, ...] = ("",)
+    # it also exists with text encoders
     text: bool = False
+    # one call takes more than half a second
     slow: bool = False
+    # where the image tokens are in its attention layers, written down independently of the library
+    hooks: tuple[Hook, ...] = ()
+    # variant with which blocks are skipped and deleted; None leaves that to a relative
+    deep: str | None = ""
+    rigid: Rigid | None = None
 
 
-FAMILIES: dict[str, Family] = {}
+RECIPES: dict[str, Recipe] = {}
 
 
 def register(names: Iterable[str], build: Build, inputs: MakeInputs, **options: Any) -> None:
-    """Enter a family for each class name, with the options of ``Family``; a name entered twice is a
+    """Enter a recipe for each class name, with the options of ``Recipe``; a name entered twice is a
     programming error."""
-    family = Family(build, inputs, **options)
+    recipe = Recipe(build, inputs, **options)
     for name in names:
-        assert name not in FAMILIES, name
-        FAMILIES[name] = family
+        assert name not in RECIPES, name
+        RECIPES[name] = recipe
+
+
+CROSS = (Hook(r".*attn2"),)
+"""Hooks of models with cross-attention of diffusers' usual names."""
 
 
 class Draw:
@@ -143,7 +185,7 @@ def assemble(request: Request) -> Any:
     was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        pipe = FAMILIES[request.name].build(request)
+        pipe = RECIPES[request.name].build(request)
     draw = Draw(request.seed, request.dtype)
     done: set[int] = set()
     for label, part in sorted(pipe.components.items()):

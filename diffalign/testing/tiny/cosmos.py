@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.wan import LATENT, wan_vae
 
 SIZE, TEXT = 32, 24
@@ -71,4 +71,6 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     return inputs
 
 
-register(["Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"], _build, _inputs)
+register(
+    ["Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"], _build, _inputs, hooks=CROSS
+)

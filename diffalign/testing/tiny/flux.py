@@ -11,8 +11,9 @@ from diffusers import (
     FluxControlNetModel,
     FluxTransformer2DModel,
 )
+from torch import Tensor, nn
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, Rigid, behind_text, register
 from diffalign.testing.tiny.parts import image_vae
 
 SIZE, TEXT, POOLED = 16, 32, 16
@@ -118,6 +119,28 @@ def _chroma(request: Request, draw: Draw) -> Inputs:
     return inputs | _pictures(request, draw)
 
 
-register(CFG, _build, _flux, variants=("", "embedded", "schnell"))
-register(EMBEDDED, _build, _flux)
-register(CHROMA, _build, _chroma)
+class Nothing(nn.Module):
+    """Stands for a block of Chroma that is not there."""
+
+    def __init__(self, single: bool) -> None:
+        super().__init__()
+        self.single = single
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: Any
+    ) -> Any:
+        return hidden_states if self.single else (encoder_hidden_states, hidden_states)
+
+
+HOOKS = (
+    Hook(r"transformer_blocks\.\d+\.attn"),
+    Hook(r"single_transformer_blocks\.\d+\.attn", inner="", image=behind_text),
+)
+# one network makes the modulation of all blocks of Chroma
+RIGID = Rigid(
+    depth=("num_layers", "num_single_layers"),
+    absent=lambda stack: Nothing(single=stack.startswith("single")),
+)
+register(CFG, _build, _flux, variants=("", "embedded", "schnell"), hooks=HOOKS)
+register(EMBEDDED, _build, _flux, hooks=HOOKS)
+register(CHROMA, _build, _chroma, hooks=HOOKS, rigid=RIGID)

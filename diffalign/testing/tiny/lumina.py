@@ -3,6 +3,7 @@ norm cap)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -13,8 +14,9 @@ from diffusers import (
     ZImageControlNetModel,
     ZImageTransformer2DModel,
 )
+from torch import Tensor
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
 SIZE, TEXT, LATENT = 32, 24, 4
@@ -121,5 +123,28 @@ def _z_image_inputs(request: Request, draw: Draw) -> Inputs:
     return inputs
 
 
-register(["Lumina2Pipeline"], _lumina2, _lumina2_inputs, variants=("", "plain", "truncated"))
-register(Z_IMAGE, _z_image, _z_image_inputs, variants=("", "capped"))
+def _behind_masked_text(tensor: Tensor, call: Mapping[str, Any], row: int) -> slice:
+    height, width = call["hidden_states"].shape[-2:]
+    start = int(call["encoder_attention_mask"][row].sum())
+    return slice(start, start + height * width // 4)
+
+
+def _before_text(tensor: Tensor, call: Mapping[str, Any], row: int) -> slice:
+    height, width = call["x"][row].shape[-2:]
+    return slice(0, -(-height * width // 4 // 32) * 32)
+
+
+register(
+    ["Lumina2Pipeline"],
+    _lumina2,
+    _lumina2_inputs,
+    variants=("", "plain", "truncated"),
+    hooks=(Hook(r"layers\.\d+\.attn", image=_behind_masked_text),),
+)
+register(
+    Z_IMAGE,
+    _z_image,
+    _z_image_inputs,
+    variants=("", "capped"),
+    hooks=(Hook(r"layers\.\d+\.attention", image=_before_text),),
+)

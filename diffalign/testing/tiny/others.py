@@ -21,7 +21,7 @@ from diffusers import (
 )
 
 from diffalign.testing.tiny import sd
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
 SIZE, TEXT = 16, 24
@@ -180,5 +180,5 @@ def _cogview4_inputs(request: Request, draw: Draw) -> Inputs:
 register(["DiTPipeline"], _dit, _dit_inputs)
 register(["AuraFlowPipeline"], _aura, _aura_inputs)
 register(["HunyuanDiTPipeline"], _hunyuan, _hunyuan_inputs, variants=("", "rescaled"))
-register(["KolorsPipeline"], _kolors, _kolors_inputs)
+register(["KolorsPipeline"], _kolors, _kolors_inputs, hooks=CROSS)
 register(["CogView4Pipeline"], _cogview4, _cogview4_inputs)

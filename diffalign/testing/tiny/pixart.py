@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
 SIZE, TEXT = 16, 24
@@ -59,4 +59,6 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     return inputs | masked_text(request, draw, TEXT)
 
 
-register(["PixArtAlphaPipeline", "PixArtSigmaPipeline"], _build, _inputs)
+# PixArt-alpha's pipeline fails at one step with the scheduler of a learned variance
+register(["PixArtAlphaPipeline"], _build, _inputs, hooks=CROSS, deep=None)
+register(["PixArtSigmaPipeline"], _build, _inputs, hooks=CROSS)

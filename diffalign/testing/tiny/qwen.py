@@ -15,7 +15,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, register
 
 SIZE, TEXT, LATENT = 32, 24, 4
 PLAIN = [
@@ -99,5 +99,6 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     return inputs
 
 
-register(PLAIN, _build, _inputs)
-register(EDIT, _build, _inputs, slow=True)
+HOOKS = (Hook(r"transformer_blocks\.\d+\.attn"),)
+register(PLAIN, _build, _inputs, hooks=HOOKS)
+register(EDIT, _build, _inputs, slow=True, hooks=HOOKS)

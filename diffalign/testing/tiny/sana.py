@@ -13,7 +13,7 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.pixart import masked_text
 
 SIZE, TEXT = 32, 24
@@ -74,4 +74,4 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     return inputs | masked_text(request, draw, TEXT)
 
 
-register(["SanaPipeline", "SanaControlNetPipeline"], _build, _inputs)
+register(["SanaPipeline", "SanaControlNetPipeline"], _build, _inputs, hooks=CROSS)

@@ -17,7 +17,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import clip_text, clip_text_projected, clip_tokenizer, image_vae
 
 SD = "StableDiffusion{}Pipeline"
@@ -34,7 +34,7 @@ NOISE: dict[str, Any] = {
 
 
 def unet(request: Request, width: int) -> UNet2DConditionModel:
-    """Two levels, one of them with cross-attention; ``[B, 4 or 9, 8, 8]`` in, ``[B, 4, 8, 8]`` out."""
+    """Two levels, one of them with cross-attention; [B, 4 or 9, 8, 8] in, [B, 4, 8, 8] out."""
     extra: dict[str, Any] = {}
     if request.has("XL", "Kolors"):
         extra = {
@@ -182,21 +182,35 @@ def _width(request: Request) -> int:
     return width
 
 
-register([SD.format(kind) for kind in KINDS if "Inpaint" not in kind], _build, _inputs, text=True)
+register(
+    [SD.format(kind) for kind in KINDS if "Inpaint" not in kind],
+    _build,
+    _inputs,
+    text=True,
+    hooks=CROSS,
+)
 register(
     [SD.format(kind) for kind in KINDS if "Inpaint" in kind],
     _build,
     _inputs,
     variants=("", "9ch"),
     text=True,
+    hooks=CROSS,
 )
-register([XL.format(kind) for kind in KINDS if "Inpaint" not in kind], _build, _inputs, text=True)
+register(
+    [XL.format(kind) for kind in KINDS if "Inpaint" not in kind],
+    _build,
+    _inputs,
+    text=True,
+    hooks=CROSS,
+)
 register(
     [XL.format(kind) for kind in KINDS if "Inpaint" in kind],
     _build,
     _inputs,
     variants=("", "9ch"),
     text=True,
+    hooks=CROSS,
 )
-register([XL.format(kind) for kind in UNION], _build, _inputs, text=True)
-register([SD.format("Adapter"), XL.format("Adapter")], _build, _inputs, text=True)
+register([XL.format(kind) for kind in UNION], _build, _inputs, text=True, hooks=CROSS)
+register([SD.format("Adapter"), XL.format("Adapter")], _build, _inputs, text=True, hooks=CROSS)

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
 SIZE, TEXT, POOLED = 16, 32, 16
@@ -70,5 +70,10 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
 
 
 register(
-    [f"StableDiffusion3{kind}Pipeline" for kind in NAMES], _build, _inputs, variants=("", "3.5")
+    [f"StableDiffusion3{kind}Pipeline" for kind in NAMES],
+    _build,
+    _inputs,
+    variants=("", "3.5"),
+    hooks=(Hook(r"transformer_blocks\.\d+\.attn"),),
+    deep="3.5",
 )

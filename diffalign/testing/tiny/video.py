@@ -14,7 +14,7 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import CROSS, Draw, Hook, Inputs, Request, behind_text, register
 from diffalign.testing.tiny.pixart import masked_text
 
 SIZE, TEXT, LATENT = 32, 24, 4
@@ -135,5 +135,12 @@ def _cog_inputs(request: Request, draw: Draw) -> Inputs:
     return inputs
 
 
-register(LTX, _ltx, _ltx_inputs, variants=("", "rescaled"))
-register(COG, _cog, _cog_inputs, variants=("", "rotary", "dynamic"))
+register(LTX, _ltx, _ltx_inputs, variants=("", "rescaled"), hooks=CROSS)
+register(
+    COG,
+    _cog,
+    _cog_inputs,
+    variants=("", "rotary", "dynamic"),
+    hooks=(Hook(r"transformer_blocks\.\d+\.attn1", image=behind_text),),
+    deep="rotary",
+)

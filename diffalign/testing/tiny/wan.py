@@ -3,6 +3,7 @@ inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -12,8 +13,9 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
+from torch import Tensor
 
-from diffalign.testing.tiny.base import Draw, Inputs, Request, register
+from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, register
 from diffalign.testing.tiny.parts import clip_images, clip_vision
 
 SIZE, FRAMES, TEXT, LATENT, CLIP = 32, 5, 24, 4, 16
@@ -102,6 +104,30 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     return inputs
 
 
-register(NAMES[:2], _build, _inputs, variants=("", "2.2", "2.2-5b"))
-register(NAMES[2:], _build, _inputs, variants=("", "2.2"))
-register(["WanVideoToVideoPipeline"], _build, _inputs)
+def _image_keys(part: Any) -> Callable[[], Tensor] | None:
+    """Wan image-to-video adds attention over image keys to the same output: what it adds in the
+    running call."""
+    if part.add_k_proj is None:
+        return None
+    outputs: dict[str, Tensor] = {}
+    for name in ("norm_q", "norm_added_k", "add_v_proj"):
+        getattr(part, name).register_forward_hook(
+            lambda _, args, output, name=name: outputs.update({name: output})
+        )
+
+    def added() -> Tensor:
+        q, k, v = (
+            outputs[name].reshape(*outputs[name].shape[:2], part.heads, -1).transpose(1, 2)
+            for name in ("norm_q", "norm_added_k", "add_v_proj")
+        )
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        image: Tensor = (weights @ v).transpose(1, 2).flatten(2)
+        return image
+
+    return added
+
+
+HOOKS = (Hook(r".*attn2", added=_image_keys),)
+register(NAMES[:2], _build, _inputs, variants=("", "2.2", "2.2-5b"), hooks=HOOKS)
+register(NAMES[2:], _build, _inputs, variants=("", "2.2"), hooks=HOOKS)
+register(["WanVideoToVideoPipeline"], _build, _inputs, hooks=HOOKS)

@@ -8,36 +8,20 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES, families
 from diffalign.testing.lockstep import paper, share_double_blocks, walk
-from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
+from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_recipe
 
 SCALE, TAU, ALPHA = 4.0, 1.6, 0.7  # values at which the clip acts on some tokens and not on others
 BOUND = 1e-12
 
-# pipeline class -> call argument of the negative text -> denoiser argument
-TEXT = {"negative_prompt_embeds": "encoder_hidden_states"}
-MASKED = {**TEXT, "negative_prompt_attention_mask": "encoder_attention_mask"}
-PIPELINES = {
-    "StableDiffusionPipeline": TEXT,
-    "StableDiffusionXLPipeline": TEXT,
-    "KolorsPipeline": TEXT,
-    "PixArtAlphaPipeline": MASKED,
-    "PixArtSigmaPipeline": MASKED,
-    "SanaPipeline": MASKED,
-    "LTXPipeline": MASKED,
-    "WanPipeline": TEXT,
-    "WanImageToVideoPipeline": TEXT,
-    "WanVACEPipeline": TEXT,
-    "Cosmos2TextToImagePipeline": TEXT,
-    "StableDiffusion3Pipeline": TEXT,
-    "FluxPipeline": TEXT,
-    "ChromaPipeline": {**TEXT, "negative_prompt_attention_mask": "attention_mask"},
-    "QwenImagePipeline": {**TEXT, "negative_prompt_embeds_mask": "encoder_hidden_states_mask"},
-    "CogVideoXPipeline": TEXT,
-    "Lumina2Pipeline": MASKED,
-    "ZImagePipeline": {"negative_prompt_embeds": "cap_feats"},
-}
+# one class of each family that takes a second text, and relatives with an attention of their own
+PIPELINES = [
+    *{f.name: f.pipelines[0] for f in reversed(families()) if f.second_text is not None}.values(),
+    "PixArtSigmaPipeline",
+    "WanImageToVideoPipeline",
+    "WanVACEPipeline",
+]
 VARIANTS = [
     ("StableDiffusion3Pipeline", "3.5"),
     ("CogVideoXPipeline", "rotary"),
@@ -57,10 +41,21 @@ def float64_throughout(monkeypatch):
     )
 
 
+def negative_names(name):
+    """Call argument of the negative text -> denoiser argument, without the pooled text."""
+    family = FAMILIES[name]
+    arguments = {value for text in family.text for value in (text.name, text.mask)}
+    return {
+        f"negative_{key}": value
+        for key, value in family.encoder.arguments.items()
+        if value in arguments
+    }
+
+
 def negative_arguments(name, inputs, kwargs):
     """The denoiser's arguments with the negative text in place of the prompt."""
     changed = dict(kwargs)
-    for given, argument in PIPELINES[name].items():
+    for given, argument in negative_names(name).items():
         value = inputs[given]
         like = kwargs[argument]
         changed[argument] = list(value) if isinstance(value, list) else value.to(like.dtype)
@@ -140,7 +135,7 @@ def reference(pipe, name, inputs, guided, formula, batch, negative=None, more=No
                     else {"pooled_projections": inputs["negative_pooled_prompt_embeds"]}
                 ),
             }
-            prediction, layers = walk(module, family.name, one, away, formula, more)
+            prediction, layers = walk(module, tiny_recipe(name).hooks, one, away, formula, more)
             module.forward = with_forward
             met.append(layers)
             if other is not None:
@@ -245,7 +240,7 @@ def test_texts_of_unequal_length(name, length):
                 mask = torch.ones(2, length, dtype=negative[key].dtype)
                 mask[1, -1:] = 0  # one row shorter than the other
                 negative[key] = mask
-    named = {key: value for key, value in negative.items() if key in PIPELINES[name]}
+    named = {key: value for key, value in negative.items() if key in negative_names(name)}
     report, _ = compare(name, "", True, ours(negative_embeds=named), theirs, negative=negative)
     assert "NAG: negative text from NAG(negative_embeds=...)" in report.notes
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import diffalign as da
 from diffalign.core import COND, Pass, UnsupportedModel
-from diffalign.families.table import FAMILIES
+from diffalign.families import FAMILIES, block_streams
 from diffalign.guidance import Guidance
-from diffalign.seams.blocks.sites import STREAMS, BlockSite, select, sites, skipped
+from diffalign.seams.blocks.sites import BlockSite, select, sites, skipped
 from diffalign.testing.deep import PIPELINES, deep_pipeline, without_block
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -78,7 +78,7 @@ def test_every_family_of_the_registry_has_blocks():
     for name, variant in PIPELINES.items():
         module = denoiser(deep_pipeline(name, variant, extra=0))
         seen |= {type(module.get_submodule(site.name)).__name__ for site in sites(module)}
-    assert seen == set(STREAMS)
+    assert seen == set(block_streams())
 
 
 def test_text_and_image_lengths_differ_where_there_are_two_streams():

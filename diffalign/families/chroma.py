@@ -1,0 +1,43 @@
+"""Chroma: a pruned Flux with classifier-free guidance in two calls and masked text."""
+
+from __future__ import annotations
+
+import math
+
+from diffalign.families.arithmetic import per_thousand
+from diffalign.families.family import IMAGE, TEXT, Family, entries
+from diffalign.families.text import Argument, Encoder, SecondText, TextLayers
+
+SOURCE = "public NAG workflow for Chroma"
+
+CHROMA = Family(
+    "chroma",
+    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+    mode="sequential",
+    time=per_thousand,
+    # the mask goes on over the image tokens
+    text=(Argument("encoder_hidden_states", mask="attention_mask", positions="txt_ids"),),
+    encoder=Encoder(
+        (
+            "prompt_embeds",
+            "text_ids",
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            "negative_ids",
+            "negative_prompt_attention_mask",
+        ),
+        {"prompt_embeds": "encoder_hidden_states", "prompt_attention_mask": "attention_mask"},
+    ),
+    attention=TextLayers(r"(single_)?transformer_blocks\.\d+\.attn", "joint"),
+    second_text=SecondText(),
+    blocks={
+        "ChromaTransformerBlock": (TEXT, IMAGE),
+        "ChromaSingleTransformerBlock": (IMAGE,),
+    },
+    defaults={
+        "nag": (
+            *entries(SOURCE, scale=5.0, tau=2.5, alpha=0.25),
+            *entries(SOURCE, {"flow": True}, sigma=(0.75, math.inf)),
+        )
+    },
+)

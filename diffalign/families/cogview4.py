@@ -1,0 +1,5 @@
+"""CogView4: classifier-free guidance in two calls."""
+
+from diffalign.families.family import Family
+
+COGVIEW4 = Family("cogview4", pipelines=("CogView4Pipeline",), mode="sequential")

@@ -1,0 +1,38 @@
+"""LTX-Video: cross-attention to masked text, both branches in one batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from diffalign.core import linear_mix
+from diffalign.families.arithmetic import negated, upcast_mix
+from diffalign.families.family import IMAGE, RESCALE, Family
+from diffalign.families.text import CROSS, HIDDEN_MASKED, MASKED, TEXT_MASKED, Encoder, SecondText
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def without_first_frame(guided: Tensor, arrival: Tensor) -> Tensor:
+    """Image-to-video: tokens [B, T H W, C] as [B, C, T, H, W] without the frame of the image.
+
+    Patches are of one latent.
+    """
+    b, c, t, h, w = arrival.shape
+    return guided.reshape(b, t + 1, h, w, c).permute(0, 4, 1, 2, 3)[:, :, 1:]
+
+
+LTX = Family(
+    "ltx",
+    pipelines=("LTXPipeline",),
+    mix=upcast_mix,
+    options=(RESCALE,),
+    text=HIDDEN_MASKED,
+    encoder=Encoder(MASKED, TEXT_MASKED),
+    attention=CROSS,
+    second_text=SecondText(),
+    blocks={"LTXVideoTransformerBlock": (IMAGE,)},
+)
+CONDITION = replace(LTX, pipelines=("LTXConditionPipeline",), mix=linear_mix, to_step=negated)
+IMAGE_TO_VIDEO = replace(LTX, pipelines=("LTXImageToVideoPipeline",), to_step=without_first_frame)

@@ -1,0 +1,26 @@
+"""PixArt-alpha and PixArt-Sigma: cross-attention to masked text, both branches in one batch."""
+
+from __future__ import annotations
+
+from diffalign.families.arithmetic import first_channels
+from diffalign.families.family import IMAGE, Family, entries
+from diffalign.families.text import CROSS, HIDDEN_MASKED, MASKED, TEXT_MASKED, Encoder, SecondText
+
+PIXART = Family(
+    "pixart",
+    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    to_step=first_channels,
+    text=HIDDEN_MASKED,
+    encoder=Encoder(MASKED, TEXT_MASKED),
+    attention=CROSS,
+    second_text=SecondText(),
+    blocks={"BasicTransformerBlock": (IMAGE,)},
+    defaults={
+        "nag": entries(
+            "Chen et al. 2025 (arXiv:2505.21179), table 5, PixArt-Sigma (phi 4)",
+            scale=5.0,
+            tau=2.5,
+            alpha=0.375,
+        )
+    },
+)

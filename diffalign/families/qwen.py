@@ -1,0 +1,67 @@
+"""Qwen-Image: numbered text before the image in one attention; two calls, guided rows renormed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from diffalign.families.arithmetic import first_tokens, per_thousand, renorm
+from diffalign.families.family import IMAGE, TEXT, Family, PipelineOption
+from diffalign.families.text import Argument, Encoder, SecondText, TextLayers
+
+
+def restart_positions(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    prompt: int,
+    second: int,
+) -> tuple[Any, Any]:
+    """Rotary rows of image and text: the second text counts from where the prompt does."""
+    import torch
+
+    image, text = call(*args, **{**kwargs, "max_txt_seq_len": max(prompt, second)})
+    return image, torch.cat([text[:prompt], text[:second]])
+
+
+QWEN = Family(
+    "qwen",
+    pipelines=(
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "QwenImageControlNetPipeline",
+        "QwenImageControlNetInpaintPipeline",
+    ),
+    modular=("QwenImageModularPipeline",),
+    mode="sequential",
+    gates=("true_cfg_scale",),
+    needs_negative=True,
+    time=per_thousand,
+    # no argument of the call: it always renorms
+    options=(PipelineOption("cfg_renorm", True, post=renorm),),
+    text=(Argument("encoder_hidden_states", mask="encoder_hidden_states_mask"),),
+    encoder=Encoder(
+        ("prompt_embeds", "prompt_embeds_mask"),
+        {
+            "prompt_embeds": "encoder_hidden_states",
+            "prompt_embeds_mask": "encoder_hidden_states_mask",
+        },
+    ),
+    attention=TextLayers(r"transformer_blocks\.\d+\.attn", "joint"),
+    second_text=SecondText(around={"pos_embed": restart_positions}),
+    blocks={"QwenImageTransformerBlock": (TEXT, IMAGE)},
+    refusals={
+        "cfg-zero-star/zero_steps": (
+            "the pipeline divides each prediction by its norm, and a still step has none. Pass "
+            "zero_steps=0."
+        )
+    },
+)
+EDIT = replace(
+    QWEN,
+    pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+    modular=(),
+    to_step=first_tokens,
+)
