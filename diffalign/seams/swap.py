@@ -25,22 +25,24 @@ _LOCK = threading.RLock()
 _HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default={})  # noqa: B039 (never mutated)
 
 
-def _override(inner: Callable[..., Any], find: Callable[[Any], Handler | None]) -> Any:
-    """``inner`` that asks ``find(self)`` for a handler first.
+def _override(original: Callable[[], Any], find: Callable[[Any], Handler | None]) -> Any:
+    """A method that asks ``find(self)`` for a handler first.
 
+    ``original``: looks the method up at each call, since others replace methods of classes too.
     People call ``pipe.__call__.__wrapped__(pipe, ...)`` to get past a decorator such as
     ``torch.no_grad``: that form asks for a handler as well.
     """
+    inner = original()
 
     @functools.wraps(inner)
     def override(self: Any, *args: Any, **kwargs: Any) -> Any:
         handler = find(self)
         if handler is None:
-            return inner(self, *args, **kwargs)
-        return handler(functools.partial(inner, self), args, kwargs)
+            return original()(self, *args, **kwargs)
+        return handler(functools.partial(original(), self), args, kwargs)
 
     if hasattr(inner, "__wrapped__"):
-        override.__wrapped__ = _override(inner.__wrapped__, find)
+        override.__wrapped__ = _override(lambda: original().__wrapped__, find)
     return override
 
 
@@ -59,9 +61,7 @@ def subclass(
     """
     with _LOCK:
         if (base, method, opaque) not in _CLASSES:
-            inner = getattr(base, method)
-
-            override = _override(inner, find)
+            override = _override(functools.partial(getattr, base, method), find)
 
             def reduce(self: Any, protocol: Any) -> Any:
                 made: Any = getattr(base, "__reduce_ex__")(self, protocol)  # noqa: B009 (typed as the metaclass's)
