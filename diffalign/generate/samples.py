@@ -59,7 +59,7 @@ def samples(
     ``copies``: consecutive jobs that share a prompt, which is then encoded once.
     ``step`` is called after each step, or after each batch as often as the batch had steps where
     the pipeline cannot tell. What it raises ends the run. Between batches the pipeline is plain.
-    Raises: whatever ``apply`` and the pipeline raise, ValueError for jobs that do not fit ``copies``.
+    Raises: whatever ``apply`` and the pipeline raise; ValueError for jobs without ``copies``.
     """
     arguments, report_steps = _arguments(pipe, call or {}, step)
     for first in range(0, len(jobs), batch):

@@ -1,4 +1,4 @@
-"""The sampling loop: its images are the pipeline's own, whatever the batch; nothing stays behind."""
+"""The sampling loop: its images are the pipeline's own, and nothing stays behind."""
 
 import inspect
 
