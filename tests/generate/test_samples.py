@@ -1,5 +1,6 @@
 """The sampling loop: its images are the pipeline's own, and nothing stays behind."""
 
+import functools
 import inspect
 
 import numpy as np
@@ -47,6 +48,26 @@ def test_images_are_those_of_the_bare_pipeline(pipe):
             assert np.array_equal(np.asarray(picture(sample.image)), np.asarray(image))
             assert (sample.image.dtype, sample.image.shape) == (torch.float32, (3, 16, 16))
             assert 0.0 <= sample.image.min() < sample.image.max() <= 1.0
+
+
+def test_every_image_has_a_generator_of_its_own_on_the_cpu(pipe, monkeypatch):
+    calls, original = [], type(pipe).__call__
+
+    @functools.wraps(original)
+    def watched(self, **arguments):
+        states = [(rng.device.type, rng.get_state()) for rng in arguments["generator"]]
+        calls.append((arguments["prompt"], arguments["generator"], states))
+        return original(self, **arguments)
+
+    monkeypatch.setattr(type(pipe), "__call__", watched)
+    jobs = jobs_of(["a", "b"], count=3, base=5)
+    assert sum(len(batch) for batch in samples(pipe, (), jobs, batch=4, call=CALL)) == 6
+    assert [prompts for prompts, _, _ in calls] == [["a", "a", "a", "b"], ["b", "b"]]
+    assert len({id(rng) for _, generators, _ in calls for rng in generators}) == 6
+    states = [state for _, _, states in calls for state in states]
+    for job, (device, state) in zip(jobs, states, strict=True):
+        assert device == "cpu"
+        assert torch.equal(state, torch.Generator("cpu").manual_seed(job.seed).get_state())
 
 
 @pytest.mark.parametrize("name", IMAGES)
