@@ -25,19 +25,13 @@ def untouched(monkeypatch):
         raise AssertionError("bad input was noticed too late")
 
     monkeypatch.setattr("diffalign.generate.models.Blueprint.load", never)
-    monkeypatch.setattr(
-        StableDiffusionPipeline,
-        "__call__",
-        functools.wraps(StableDiffusionPipeline.__call__)(never),
-    )
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", never)
 
 
 def computed(monkeypatch):
-    """Fails when a pipeline is called."""
+    """Fails when a pipeline begins to compute."""
     monkeypatch.setattr(
-        StableDiffusionPipeline,
-        "__call__",
-        functools.wraps(StableDiffusionPipeline.__call__)(lambda *a, **k: pytest.fail("computed")),
+        StableDiffusionPipeline, "encode_prompt", lambda *a, **k: pytest.fail("computed")
     )
 
 
@@ -233,7 +227,7 @@ def test_what_only_the_loaded_model_can_tell_stops_before_the_first_step(
 def test_a_techniques_own_refusal_stops_before_the_first_step(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "diffalign.attention.nag.nag.NAG.refuses",
-        lambda self, pipe, family: f"{family.name} is not for me",
+        lambda self, context: f"{context.family} is not for me",
     )
     computed(monkeypatch)
     refused(

@@ -28,12 +28,9 @@ def refused(result, *words):
 
 @pytest.fixture
 def unmoved(monkeypatch):
-    """Fails when a pipeline is called."""
-    call = StableDiffusionPipeline.__call__
+    """Fails when a pipeline begins to compute."""
     monkeypatch.setattr(
-        StableDiffusionPipeline,
-        "__call__",
-        functools.wraps(call)(lambda *a, **k: pytest.fail("computed")),
+        StableDiffusionPipeline, "encode_prompt", lambda *a, **k: pytest.fail("computed")
     )
 
 

@@ -244,7 +244,9 @@ def test_every_scheduler_samples(run, folder, tmp_path, name):
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = getattr(diffusers, NAMES[name]).from_config(pipe.scheduler.config)
     expected = pipe(
-        ["x"], generator=[torch.Generator("cpu").manual_seed(seed_of("x", 0))], num_inference_steps=4
+        ["x"],
+        generator=[torch.Generator("cpu").manual_seed(seed_of("x", 0))],
+        num_inference_steps=4,
     ).images[0]
     assert np.array_equal(pixels(tmp_path / "000-x-s0-0.png"), np.asarray(expected))
 

@@ -75,7 +75,9 @@ def test_defaults_as_text(value, text):
 
 
 def test_techniques_on_a_model(run, folder):
-    found = {e["name"]: e for e in json.loads(run("techniques", "--model", folder, "--json").stdout)}
+    found = {
+        e["name"]: e for e in json.loads(run("techniques", "--model", folder, "--json").stdout)
+    }
     assert found["cfg"]["works"]
     assert not found["skip-layer-guidance"]["works"]
     assert "layers" in found["skip-layer-guidance"]["reason"]

@@ -51,21 +51,21 @@ def test_images_are_those_of_the_bare_pipeline(pipe):
 
 
 def test_every_image_has_a_generator_of_its_own_on_the_cpu(pipe, monkeypatch):
-    calls, original = [], type(pipe).__call__
+    used, original = [], type(pipe).prepare_latents
 
     @functools.wraps(original)
-    def watched(self, **arguments):
-        states = [(rng.device.type, rng.get_state()) for rng in arguments["generator"]]
-        calls.append((arguments["prompt"], arguments["generator"], states))
-        return original(self, **arguments)
+    def watched(self, *arguments):
+        (rngs,) = (argument for argument in arguments if isinstance(argument, list))
+        used.append([(rng, rng.device.type, rng.get_state()) for rng in rngs])
+        return original(self, *arguments)
 
-    monkeypatch.setattr(type(pipe), "__call__", watched)
+    monkeypatch.setattr(type(pipe), "prepare_latents", watched)
     jobs = jobs_of(["a", "b"], count=3, base=5)
     assert sum(len(batch) for batch in samples(pipe, (), jobs, batch=4, call=CALL)) == 6
-    assert [prompts for prompts, _, _ in calls] == [["a", "a", "a", "b"], ["b", "b"]]
-    assert len({id(rng) for _, generators, _ in calls for rng in generators}) == 6
-    states = [state for _, _, states in calls for state in states]
-    for job, (device, state) in zip(jobs, states, strict=True):
+    assert [len(rngs) for rngs in used] == [4, 2]
+    rngs = [entry for batch in used for entry in batch]
+    assert len({id(rng) for rng, _, _ in rngs}) == 6
+    for job, (_, device, state) in zip(jobs, rngs, strict=True):
         assert device == "cpu"
         assert torch.equal(state, torch.Generator("cpu").manual_seed(job.seed).get_state())
 
