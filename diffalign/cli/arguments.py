@@ -60,7 +60,7 @@ class Options:
         list[str] | None,
         _option(
             HOW,
-            "name:key=value,key=value+name2; `diffalign techniques` lists them. Repeatable.",
+            "name:key=value,key=value+name2, repeatable; see diffalign techniques.",
             "--technique",
             "-t",
         ),

@@ -1,5 +1,5 @@
-"""``techniques``, ``models``, ``env``, ``--version`` and ``--help``: complete, and the same as tables
-and as JSON."""
+"""``techniques``, ``models``, ``env``, ``--version`` and ``--help``: complete, light, and the same
+as tables and as JSON."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.cli.techniques import default_text, type_text
 from diffalign.cli.show import to_json
+from diffalign.cli.techniques import default_text, type_text
 from diffalign.core.registry import BUILTIN, make
 from diffalign.families.table import FAMILIES, refusals
 
