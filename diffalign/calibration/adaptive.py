@@ -90,11 +90,11 @@ class Calibration:
             x_label="step",
         )
         most = self.curves.saving(-1.0)
-        tried = sorted({self.curves.threshold_for(most * i / 24) for i in range(25)})
+        thresholds = sorted({self.curves.threshold_for(most * i / 24) for i in range(25)})
         lower = chart(
             [
                 Curve(
-                    "NFE per image", [(t, float(self.curves.nfe(t).double().mean())) for t in tried]
+                    "NFE per image", [(t, float(self.curves.nfe(t).double().mean())) for t in thresholds]
                 ),
                 Curve(
                     "chosen",

@@ -1,13 +1,19 @@
 """``diffalign generate``: images from prompts, with techniques."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffalign.cli import arguments, show
 from diffalign.cli.problem import BadInput, command, complain
 from diffalign.cli.request import prepare, techniques_of
+
+if TYPE_CHECKING:
+    from diffalign.seams import Report
 
 
 @command
@@ -57,8 +63,16 @@ def generate(
         raise KeyboardInterrupt(
             f"{len(images)} of {len(jobs)} images are kept in {output}"
         ) from None
-    report = merged(reports)
-    drawing = output / "scale.png" if plot else None
+    say(options, images, merged(reports), output / "scale.png" if plot else None)
+
+
+def say(
+    options: arguments.Options,
+    images: Sequence[Mapping[str, Any]],
+    report: Report,
+    drawing: Path | None,
+) -> None:
+    """Print what was made, and draw the plot where one is to be ``drawing``."""
     if drawing is not None:
         try:
             report.plot(drawing)

@@ -41,7 +41,7 @@ def stratified(count: int, *, offset: int = 0) -> list[int]:
     ValueError when a tag runs out.
     """
     official = prompts()
-    chosen: list[int] = []
+    selected: list[int] = []
     for i, tag in enumerate(TAGS):
         ids = [n for n, item in enumerate(official) if item["tag"] == tag]
         order = sorted(
@@ -53,8 +53,8 @@ def stratified(count: int, *, offset: int = 0) -> list[int]:
                 f"stratified({count}, offset={offset}) needs {offset + take} prompts of {tag}; "
                 f"there are {len(ids)}."
             )
-        chosen += order[offset : offset + take]
-    return sorted(chosen)
+        selected += order[offset : offset + take]
+    return sorted(selected)
 
 
 def evidence_prompts() -> list[int]:
