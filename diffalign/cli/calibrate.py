@@ -65,7 +65,7 @@ def adaptive_guidance(
                 space=space,
                 negative_prompt=options.negative_prompt or "",
                 batch=request.batch,
-                seed=request.seed,
+                seed=options.seed,
                 step=bar("plain, then adaptive"),
                 **model.size,
             )

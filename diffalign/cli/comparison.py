@@ -14,10 +14,11 @@ from PIL import Image
 from diffalign import __version__
 from diffalign.cli import show
 from diffalign.cli.request import Request
+from diffalign.drawing.png import save_png
 from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.generate.models import Model
 from diffalign.generate.samples import Sample, merged, picture, samples
-from diffalign.generate.seeds import Job, jobs_of
+from diffalign.generate.seeds import Job
 from diffalign.generate.verdicts import verdicts
 from diffalign.seams import Report
 from diffalign.tasks.geneval.verdict import Verdict, parse_prompt
@@ -68,8 +69,7 @@ def compare(
 
     Also returns why there are no verdicts, "" if there are.
     """
-    model = request.model
-    jobs = jobs_of(request.prompts, count=request.count, base=request.seed)
+    model, jobs = request.model, request.jobs
     judge, why = judge_of(model, request.prompts)
     folder = request.output / "images"
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,8 @@ def compare(
                     step=bar(label),
                 ):
                     for sample in batch:
-                        sample.save(folder / f"{number:02d}-{sample.job.key}.png")
+                        path = folder / f"{number:02d}-{sample.job.key}.png"
+                        save_png(picture(sample.image), path, sample.settings)
                         saved += 1
                     answers += judged(judge, batch)
                     results += batch
@@ -161,10 +162,9 @@ def sheet(request: Request, columns: Sequence[Column], title: str = "") -> Image
 
     model = request.model
     jobs = [sample.job for sample in columns[0].samples]
-    several = request.count > 1
+    count = len(jobs) // len(request.prompts)
     rows = [
-        job.prompt + (f"\nimage {i % request.count + 1}" if several else "")
-        for i, job in enumerate(jobs)
+        job.prompt + (f"\nimage {i % count + 1}" if count > 1 else "") for i, job in enumerate(jobs)
     ]
     heads = [f"{column.label}\n{column.report.nfe:.4g} NFE per image" for column in columns]
     return contact_sheet(
@@ -172,8 +172,8 @@ def sheet(request: Request, columns: Sequence[Column], title: str = "") -> Image
         rows,
         heads,
         title=title,
-        footer=f"{model.name}, {model.scheduler}, {model.steps} steps, seed {request.seed}; the "
-        "same noise in every column",
+        footer=f"{model.name}, {model.scheduler}, {model.steps} steps, "
+        f"seed {request.facts['base_seed']}; the same noise in every column",
     )
 
 
@@ -201,8 +201,8 @@ def data(request: Request, columns: Sequence[Column], why: str) -> dict[str, Any
     return {
         "diffalign": __version__,
         **common,
-        "seed": request.seed,
-        "count": request.count,
+        "seed": request.facts["base_seed"],
+        "count": len(request.jobs) // len(request.prompts),
         "batch": request.batch,
         "no_verdicts": why,
         "columns": [column_data(request.model, column) for column in columns],

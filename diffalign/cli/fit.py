@@ -67,7 +67,7 @@ def linear_ag(
                 negative_prompt=options.negative_prompt or "",
                 plan=modes,
                 batch=request.batch,
-                seed=request.seed,
+                seed=options.seed,
                 step=bar("plain guidance"),
                 **model.size,
             )

@@ -33,12 +33,11 @@ def generate(
     techniques = techniques_of(options.technique)
     if plot and not any(technique.seam == "denoiser" for technique in techniques):
         raise BadInput("--plot draws what a guidance did; add one, for example --technique cfg.")
-    from diffalign.generate.samples import merged, samples
-    from diffalign.generate.seeds import jobs_of
+    from diffalign.drawing.png import save_png
+    from diffalign.generate.samples import merged, picture, samples
 
     request = prepare(options, techniques)
     model, output = request.model, request.output
-    jobs = jobs_of(request.prompts, count=request.count, base=request.seed)
     images, reports = [], []
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -46,7 +45,7 @@ def generate(
             for batch in samples(
                 model.pipe,
                 techniques,
-                jobs,
+                request.jobs,
                 batch=request.batch,
                 call=model.call,
                 facts=request.facts,
@@ -54,14 +53,14 @@ def generate(
             ):
                 for sample in batch:
                     path = output / f"{sample.job.key}.png"
-                    sample.save(path)
+                    save_png(picture(sample.image), path, sample.settings)
                     images.append(
                         {"file": str(path), "prompt": sample.job.prompt, "seed": sample.job.seed}
                     )
                 reports.append(batch[0].report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{len(images)} of {len(jobs)} images are kept in {output}"
+            f"{len(images)} of {len(request.jobs)} images are kept in {output}"
         ) from None
     say(options, images, merged(reports), output / "scale.png" if plot else None)
 

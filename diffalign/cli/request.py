@@ -15,6 +15,7 @@ from diffalign.cli.problem import BadInput, checking
 
 if TYPE_CHECKING:
     from diffalign.generate.models import Model
+    from diffalign.generate.seeds import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,24 +24,16 @@ class Request:
 
     model: Model
     prompts: tuple[str, ...]
-    # images per prompt
-    count: int
-    # base of all seeds
-    seed: int
+    # the images of all prompts
+    jobs: tuple[Job, ...]
     # images per call of the pipeline
     batch: int
+    # calls of the pipeline for all images
+    calls: int
     # folder, which may not be there yet
     output: Path
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What saved images say of the run."""
-        return {**self.model.facts, "base_seed": self.seed}
-
-    @property
-    def calls(self) -> int:
-        """Calls of the pipeline for all images."""
-        return -(-len(self.prompts) * self.count // self.batch)
+    # what saved images say of the run
+    facts: dict[str, Any]
 
 
 def prepare(options: Options, *variants: Sequence[Any]) -> Request:
@@ -49,6 +42,7 @@ def prepare(options: Options, *variants: Sequence[Any]) -> Request:
     Raises ``BadInput`` with the first thing that cannot be used.
     """
     from diffalign.generate.models import Setting, open_model
+    from diffalign.generate.seeds import jobs_of
 
     prompts, size = read_prompts(options), read_size(options.size)
     check_numbers(options)
@@ -64,7 +58,16 @@ def prepare(options: Options, *variants: Sequence[Any]) -> Request:
     )
     with checking():
         model = open_model(options.model, setting, variants)
-    return Request(model, prompts, options.count, options.seed, options.batch, output)
+    jobs = tuple(jobs_of(prompts, count=options.count, base=options.seed))
+    return Request(
+        model=model,
+        prompts=prompts,
+        jobs=jobs,
+        batch=options.batch,
+        calls=-(-len(jobs) // options.batch),
+        output=output,
+        facts={**model.facts, "base_seed": options.seed},
+    )
 
 
 def techniques_of(texts: Sequence[str] | None) -> tuple[Any, ...]:

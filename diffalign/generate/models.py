@@ -225,7 +225,9 @@ class Blueprint:
         transformers.utils.logging.disable_progress_bar()
         try:
             if self.kind == "embedded":
-                pipe = load(self.name).to(getattr(torch, dtype))
+                pipe = load(self.name)  # float32 on the CPU
+                if dtype != "float32":
+                    pipe.to(getattr(torch, dtype))
             else:
                 pipe = diffusers.DiffusionPipeline.from_pretrained(
                     self.source,

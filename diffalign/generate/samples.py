@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +30,8 @@ class Sample:
     image: Tensor
     # of the call that made it, shared by its batch
     report: Report
-    # what a saved PNG carries; ``diffalign.techniques_of`` reads the techniques back
+    # what a PNG of it carries; ``diffalign.techniques_of`` reads the techniques back
     settings: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        """Write a PNG file with the settings."""
-        from diffalign.drawing.png import save_png
-
-        save_png(picture(self.image), path, self.settings)
 
 
 def samples(

@@ -9,7 +9,7 @@ import torch
 
 import diffalign as da
 from diffalign.core import Cancelled
-from diffalign.drawing.png import read_settings
+from diffalign.drawing.png import read_settings, save_png
 from diffalign.generate.samples import merged, picture, samples
 from diffalign.generate.seeds import Job, jobs_of
 from diffalign.seams import Report
@@ -87,7 +87,7 @@ def test_techniques_act_and_travel_with_the_sample(pipe, tmp_path):
     (batch,) = samples(pipe, (technique,), JOBS, batch=4, call=CALL, facts={"model": "tiny"})
     assert batch[0].report is batch[2].report
     assert (batch[0].report.images, batch[0].report.guided_steps) == (3, 1)
-    batch[1].save(tmp_path / "two.png")
+    save_png(picture(batch[1].image), tmp_path / "two.png", batch[1].settings)
     settings = read_settings(tmp_path / "two.png")
     assert settings == batch[1].settings
     assert da.techniques_of(settings) == (technique,)
