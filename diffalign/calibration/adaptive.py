@@ -91,15 +91,14 @@ class Calibration:
         )
         most = self.curves.saving(-1.0)
         thresholds = sorted({self.curves.threshold_for(most * i / 24) for i in range(25)})
+
+        def cost(threshold: float) -> tuple[float, float]:
+            return threshold, float(self.curves.nfe(threshold).double().mean())
+
         lower = chart(
             [
-                Curve(
-                    "NFE per image", [(t, float(self.curves.nfe(t).double().mean())) for t in thresholds]
-                ),
-                Curve(
-                    "chosen",
-                    [(self.threshold, float(self.curves.nfe(self.threshold).double().mean()))],
-                ),
+                Curve("NFE per image", [cost(threshold) for threshold in thresholds]),
+                Curve("chosen", [cost(self.threshold)]),
             ],
             title="Cost of each threshold",
             x_label="threshold",
