@@ -1,6 +1,6 @@
 """Start the demo: python app/app.py, then open the address it prints."""
 
-from diffalign.app.ui import Demo, build
+from diffalign.app.page import build
 
 if __name__ == "__main__":
-    build(Demo()).queue().launch()
+    build().queue().launch()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import diffalign as da
-from diffalign.cli.methods import describe
+from diffalign.cli.techniques import describe
 from diffalign.core.registry import BUILTIN
 
 ROOT = Path(__file__).parents[1]

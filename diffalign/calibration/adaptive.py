@@ -4,36 +4,39 @@ look at what it changes."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 
 from diffalign.calibration.curves import Curves, eight_bits, record
-from diffalign.calibration.linear import outputs
 from diffalign.core import Tensor
 from diffalign.drawing.chart import Curve, chart
+from diffalign.generate.samples import samples
+from diffalign.generate.seeds import jobs_of
 from diffalign.guidance.adaptive_guidance import AdaptiveGuidance
 from diffalign.guidance.linear_ag import identity_of
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A chosen ``threshold`` with what it rests on.
-
-    ``difference`` [N]: mean absolute difference to plain CFG's image over all pixels, in [0, 1];
-    ``nfe``: measured in that second generation, mean over images; ``when``: the conditions under
-    which the threshold holds, as presets name them.
-    """
+    """A chosen threshold with what it rests on."""
 
     threshold: float
     curves: Curves
+    # [N]: mean absolute difference to plain CFG's image over all pixels, in [0, 1]
     difference: Tensor
+    # measured in that second generation, mean over images
     nfe: float
+    # the conditions under which the threshold holds, as presets name them
     when: dict[str, Any]
+
+    @property
+    def nfe_cfg(self) -> int:
+        """What plain guidance costs per image."""
+        return 2 * sum(self.curves.evaluations)
 
     def preset(self, source: str) -> dict[str, list[dict[str, Any]]]:
         """The content of a preset file; ``source`` says where the value comes from."""
@@ -48,9 +51,8 @@ class Calibration:
         """Threshold, NFE per image, share saved, images that latch: for the chosen threshold and
         for savings of 10, 20, 30, 40%."""
         most, curves = self.curves.saving(-1.0), self.curves
-        tried = {curves.threshold_for(s) for s in (0.1, 0.2, 0.3, 0.4) if s <= most} | {
-            self.threshold
-        }
+        thresholds = {curves.threshold_for(s) for s in (0.1, 0.2, 0.3, 0.4) if s <= most}
+        thresholds.add(self.threshold)
         steps = curves.cosine.shape[1]
         return [
             (
@@ -59,7 +61,7 @@ class Calibration:
                 curves.saving(t),
                 int((curves.latches(t) < steps).sum()),
             )
-            for t in sorted(tried, reverse=True)
+            for t in sorted(thresholds, reverse=True)
         ]
 
     def plot(self) -> Image.Image:
@@ -88,16 +90,15 @@ class Calibration:
             x_label="step",
         )
         most = self.curves.saving(-1.0)
-        tried = sorted({self.curves.threshold_for(most * i / 24) for i in range(25)})
+        thresholds = sorted({self.curves.threshold_for(most * i / 24) for i in range(25)})
+
+        def cost(threshold: float) -> tuple[float, float]:
+            return threshold, float(self.curves.nfe(threshold).double().mean())
+
         lower = chart(
             [
-                Curve(
-                    "NFE per image", [(t, float(self.curves.nfe(t).double().mean())) for t in tried]
-                ),
-                Curve(
-                    "chosen",
-                    [(self.threshold, float(self.curves.nfe(self.threshold).double().mean()))],
-                ),
+                Curve("NFE per image", [cost(threshold) for threshold in thresholds]),
+                Curve("chosen", [cost(self.threshold)]),
             ],
             title="Cost of each threshold",
             x_label="threshold",
@@ -136,33 +137,46 @@ def calibrate_adaptive_guidance(
     saving: float = 0.25,
     space: Literal["eps", "x0"] = "eps",
     negative_prompt: str = "",
+    batch: int = 16,
+    seed: int = 0,
+    step: Callable[[], None] | None = None,
     **call: Any,
 ) -> Calibration:
     """The highest threshold that saves ``saving`` of plain CFG's evaluations on average over
     ``prompts``, and what it changes.
 
-    ``saving`` in (0, 0.5); ``call``: ``batch``, ``seed``, ``progress`` of ``outputs``, and further
-    arguments of the pipeline.
+    ``saving`` in (0, 0.5); ``seed``: base of the seeds; ``step``: called after each step; ``call``:
+    further arguments of the pipeline.
     Cost: one generation with plain CFG and one with the chosen threshold for every prompt. Raises
     ValueError when the saving cannot be reached, and whatever ``apply`` raises for the pipeline.
     """
-    from diffalign.seams import apply
-
     rule = AdaptiveGuidance(scale, space=space)
     check_saving(saving, steps, int(getattr(pipe.scheduler, "order", 1)), rule.min_guided_steps)
-    given = {"num_inference_steps": steps, "negative_prompt": negative_prompt, **call}
+    call |= {"num_inference_steps": steps}
+    call |= {"negative_prompt": negative_prompt} if negative_prompt else {}
     curves, plain = record(
-        pipe, prompts, scale=scale, space=space, minimum=rule.min_guided_steps, **given
+        pipe,
+        prompts,
+        scale=scale,
+        space=space,
+        minimum=rule.min_guided_steps,
+        batch=batch,
+        seed=seed,
+        step=step,
+        **call,
     )
     threshold = curves.threshold_for(saving)
     differences: list[Tensor] = []
     nfe = 0.0
-    with apply(pipe, dataclasses.replace(rule, threshold=threshold)) as session:
-        for made in outputs(pipe, prompts, output_type="np", **given):
-            start = sum(map(len, differences))
-            apart = np.abs(eight_bits(made).astype(np.int16) - plain[start : start + len(made)])
-            differences.append(torch.from_numpy(apart).flatten(1).double().mean(1) / 255.0)
-            nfe += session.report().nfe * len(made)
+    techniques = (dataclasses.replace(rule, threshold=threshold),)
+    for results in samples(
+        pipe, techniques, jobs_of(prompts, base=seed), batch=batch, call=call, step=step
+    ):
+        for sample in results:
+            reference = plain[len(differences)].double()
+            change = (eight_bits(sample.image).double() - reference).abs().mean() / 255.0
+            differences.append(change)
+        nfe += results[0].report.nfe * len(results)
     identity = identity_of(pipe, steps, scale, (), negative_prompt)
     when = {
         "model": identity.model,
@@ -171,4 +185,4 @@ def calibrate_adaptive_guidance(
         "scale": float(scale),
         "space": space,
     }
-    return Calibration(threshold, curves, torch.cat(differences), nfe / len(prompts), when)
+    return Calibration(threshold, curves, torch.stack(differences), nfe / len(prompts), when)

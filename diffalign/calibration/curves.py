@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from diffalign.calibration.linear import outputs
 from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel
+from diffalign.generate.samples import samples
+from diffalign.generate.seeds import jobs_of
 from diffalign.guidance.adaptive_guidance import agreement
 from diffalign.guidance.base import Guidance
 
@@ -59,14 +58,13 @@ class Recording(Guidance[None]):
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """``cosine`` [N, S] float64: of each image at each step of plain CFG; ``evaluations``: of the
-    model, by each step; sums to E.
+    """Plain CFG's trajectories as AdaptiveGuidance sees them."""
 
-    ``minimum``: ``min_guided_steps`` of the AdaptiveGuidance to come.
-    """
-
+    # of each image at each step, [N, S] float64
     cosine: Tensor
+    # of the model, by each step; they sum to E
     evaluations: tuple[int, ...]
+    # ``min_guided_steps`` of the AdaptiveGuidance to come
     minimum: int = 2
 
     @property
@@ -95,9 +93,8 @@ class Curves:
 
         Raises ValueError when even the lowest threshold saves less.
         """
-        values: list[float] = sorted(
-            set(self._highest.flatten().tolist())
-        )  # the saving changes at these only, and never rises
+        # the saving changes at these only, and never rises
+        values: list[float] = sorted(set(self._highest.flatten().tolist()))
         k = bisect_left(values, True, key=lambda value: self.saving(value) < saving - 1e-12) - 1
         if k < 0:
             raise ValueError(
@@ -106,9 +103,8 @@ class Curves:
                 f"guided; got {saving:g}."
             )
         below = values[k - 1] if k else values[0] - 0.01
-        middle = (
-            below + values[k]
-        ) / 2  # far from the next image's cosine, whose last bits may differ from run to run
+        # far from the next image's cosine, whose last bits may differ from run to run
+        middle = (below + values[k]) / 2
         return next(
             (t for digits in range(2, 16) if below < (t := round(middle, digits)) <= values[k]),
             values[k],
@@ -122,35 +118,38 @@ def record(
     scale: float,
     space: Literal["eps", "x0"] = "eps",
     minimum: int = 2,
+    batch: int = 16,
+    seed: int = 0,
+    step: Callable[[], None] | None = None,
     **call: Any,
-) -> tuple[Curves, NDArray[np.uint8]]:
-    """Plain CFG on every prompt: the curves, and the images [N, ..., H, W, 3].
+) -> tuple[Curves, Tensor]:
+    """Plain CFG on every prompt: the curves, and the images in 8 bits, uint8 [N, 3, H, W].
 
-    ``call``: arguments of ``outputs`` and of the pipeline. Cost: as plain CFG; one device
-    synchronisation per batch.
+    ``call``: arguments of the pipeline; the others are those of ``samples``. Cost: as plain CFG;
+    one device synchronisation per batch.
     """
-    from diffalign.seams import apply
-
-    steps: dict[int, list[Tensor]] = {}
+    cosines: dict[int, list[Tensor]] = {}
     evaluations: dict[int, int] = {}
     parts: list[Tensor] = []
-    images: list[NDArray[np.uint8]] = []
+    images: list[Tensor] = []
 
     def sink(index: int, cosine: Tensor | None) -> None:
         evaluations[index] = evaluations.get(index, 0) + 1
         if cosine is not None:
-            steps.setdefault(index, []).append(cosine)
+            cosines.setdefault(index, []).append(cosine)
 
-    with apply(pipe, Recording(scale, space, sink)):
-        for made in outputs(pipe, prompts, output_type="np", **call):
-            images.append(eight_bits(made))
-            parts.append(torch.stack([steps[i][0] for i in sorted(steps)], dim=1).cpu().double())
-            counts = tuple(evaluations[i] for i in sorted(evaluations))
-            steps.clear()
-            evaluations.clear()
-    return Curves(torch.cat(parts), counts, minimum), np.concatenate(images)
+    techniques = (Recording(scale, space, sink),)
+    for results in samples(
+        pipe, techniques, jobs_of(prompts, base=seed), batch=batch, call=call, step=step
+    ):
+        images += [eight_bits(sample.image) for sample in results]
+        parts.append(torch.stack([cosines[i][0] for i in sorted(cosines)], dim=1).cpu().double())
+        counts = tuple(evaluations[i] for i in sorted(evaluations))
+        cosines.clear()
+        evaluations.clear()
+    return Curves(torch.cat(parts), counts, minimum), torch.stack(images)
 
 
-def eight_bits(images: NDArray[Any]) -> NDArray[np.uint8]:
-    """Values in [0, 1] as 8 bits, as they are saved."""
-    return (np.asarray(images) * 255.0).round().astype(np.uint8)
+def eight_bits(image: Tensor) -> Tensor:
+    """Values in [0, 1] as they are saved: uint8."""
+    return (image * 255.0).round().to(torch.uint8)

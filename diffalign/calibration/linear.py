@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.generate.samples import samples
+from diffalign.generate.seeds import jobs_of
 from diffalign.guidance.linear_ag import Trajectories, identity_of
 from diffalign.guidance.linear_policy import LinearPolicy, Mode, check_plan, default_plan
 
@@ -39,30 +41,6 @@ class Gram:
         self.trajectories += cond.shape[0]
 
 
-def outputs(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    negative_prompt: str = "",
-    batch: int = 16,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
-    **call: Any,
-) -> Iterator[Any]:
-    """What the pipeline returns for each batch, first field (images). Image i is of prompt i and
-    has seed ``seed + i``.
-
-    ``call``: further arguments of the pipeline. ``progress``: called after each batch with its
-    number of images.
-    """
-    for start in range(0, len(prompts), batch):
-        texts = list(prompts[start : start + batch])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
-        negative = {"negative_prompt": [negative_prompt] * len(texts)} if negative_prompt else {}
-        yield pipe(texts, generator=generators, **negative, **call)[0]
-        progress(len(texts))
-
-
 def solve(
     gram: Tensor, sums: Tensor, size: int, plan: Sequence[Mode], ridge: float = 1e-6
 ) -> tuple[dict[int, Tensor], dict[int, float], dict[int, float]]:
@@ -74,9 +52,8 @@ def solve(
     parallel). Returns coefficients, r2 and gain per estimated step.
     """
     steps = len(plan)
-    history = torch.zeros(
-        steps, 2 * steps, dtype=torch.float64
-    )  # the e_n that sampling will hold, as combinations of the true vectors
+    # the e_n that sampling will hold, as combinations of the true vectors
+    history = torch.zeros(steps, 2 * steps, dtype=torch.float64)
     coefficients: dict[int, Tensor] = {}
     r2: dict[int, float] = {}
     gain: dict[int, float] = {}
@@ -115,42 +92,30 @@ def fit_linear_ag(
     batch: int = 16,
     seed: int = 0,
     ridge: float = 1e-6,
-    progress: Callable[[int], None] = lambda done: None,
+    step: Callable[[], None] | None = None,
     **call: Any,
 ) -> LinearPolicy:
     """One trajectory of plain CFG per prompt on ``pipe`` as it is, then one least-squares problem
     per estimated step.
 
-    ``scale``: guidance scale, 1 = off. ``call``: further arguments of the pipeline (size, ...). The
-    paper used 200 trajectories.
+    ``scale``: guidance scale, 1 = off. ``seed``: base of the seeds. ``step``: called after each
+    step. ``call``: further arguments of the pipeline (size, ...). The paper used 200 trajectories.
     Cost: ``2 * steps * len(prompts)`` denoiser rows; the solve takes milliseconds.
     Raises ValueError for a plan that does not fit, and whatever ``apply`` raises for the pipeline.
     """
-    from diffalign.seams import apply
-
     if plan is not None:
         check_plan(plan, steps)
     gram = Gram()
-    given = {
-        "negative_prompt": negative_prompt,
-        "batch": batch,
-        "seed": seed,
-        "progress": progress,
-        **call,
-    }
-    with apply(pipe, Trajectories(scale, gram.add)):
-        for _ in outputs(pipe, prompts, num_inference_steps=steps, output_type="latent", **given):
-            pass
-    chosen = (
-        tuple(plan) if plan is not None else default_plan(gram.steps)
-    )  # PNDM makes one step more than it is asked for
-    check_plan(chosen, gram.steps)
-    coefficients, r2, gain = solve(gram.products, gram.sums, gram.size, chosen, ridge)
-    return LinearPolicy(
-        identity_of(pipe, steps, scale, gram.shape, negative_prompt),
-        chosen,
-        coefficients,
-        r2,
-        gain,
-        gram.trajectories,
-    )
+    call |= {"num_inference_steps": steps, "output_type": "latent"}
+    call |= {"negative_prompt": negative_prompt} if negative_prompt else {}
+    techniques = (Trajectories(scale, gram.add),)
+    for _ in samples(
+        pipe, techniques, jobs_of(prompts, base=seed), batch=batch, call=call, step=step
+    ):
+        pass
+    # PNDM makes one step more than it is asked for
+    modes = tuple(plan) if plan is not None else default_plan(gram.steps)
+    check_plan(modes, gram.steps)
+    coefficients, r2, gain = solve(gram.products, gram.sums, gram.size, modes, ridge)
+    identity = identity_of(pipe, steps, scale, gram.shape, negative_prompt)
+    return LinearPolicy(identity, modes, coefficients, r2, gain, gram.trajectories)

@@ -1,5 +1,7 @@
-"""The command line: ``diffalign generate | compare | fit | calibrate | models | methods | env``,
+"""The command line: ``diffalign generate | compare | fit | calibrate | models | techniques | env``,
 one file per command.
+
+Help is shown without loading a model library: commands import what they need when they run.
 
 Exit codes: 0 done, 2 bad input (one line on standard error, before anything is computed), 130 after
 Ctrl-C, 1 anything unexpected.
@@ -16,9 +18,9 @@ from diffalign.cli.compare import compare
 from diffalign.cli.env import env
 from diffalign.cli.fit import fit
 from diffalign.cli.generate import generate
-from diffalign.cli.methods import methods
 from diffalign.cli.models import models
 from diffalign.cli.problem import complain
+from diffalign.cli.techniques import techniques
 
 __all__ = ["app", "main"]
 
@@ -27,14 +29,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (generate, compare, models, methods, env):
+for function in (generate, compare, models, techniques, env):
     app.command()(function)
 app.add_typer(fit, name="fit")
 app.add_typer(calibrate, name="calibrate")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(value: bool) -> None:
+    if value:
         from diffalign import __version__
 
         typer.echo(__version__)
@@ -62,10 +64,10 @@ def main(program: typer.Typer = app) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
-        say = getattr(error, "format_message", None)  # typer's usage errors
-        if say is None:
+        message = getattr(error, "format_message", None)  # typer's usage errors
+        if message is None:
             raise
-        if text := say():  # empty where help was shown for want of a command
+        if text := message():  # empty where help was shown for want of a command
             complain(f"{text} Try --help.")
         code = 2
     sys.exit(code if isinstance(code, int) else 0)

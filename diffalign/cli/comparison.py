@@ -1,5 +1,5 @@
-"""Every column of a request on the same noise: images, costs and verdicts, as a contact sheet and
-as data."""
+"""Every column of a comparison on the same noise: images, costs and verdicts, as a contact sheet
+and as data."""
 
 from __future__ import annotations
 
@@ -8,191 +8,245 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from diffalign import Report, __version__
-from diffalign.cli import run, show
-from diffalign.cli.referee import referee
-from diffalign.cli.request import Column, Request
+from diffalign import __version__
+from diffalign.cli import show
+from diffalign.cli.request import Request
 from diffalign.drawing.png import save_png
 from diffalign.drawing.sheet import Cell, contact_sheet
-from diffalign.tasks.geneval.verdict import Verdict
+from diffalign.generate.models import Model
+from diffalign.generate.samples import Sample, merged, picture, samples
+from diffalign.generate.seeds import Job
+from diffalign.generate.verdicts import verdicts
+from diffalign.seams import Report
+from diffalign.tasks.geneval.verdict import Verdict, parse_prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One column: an image and a verdict (None without one) per job, the settings and the report of
-    all its batches."""
+class Column:
+    """One variant of every image; no technique is the plain pipeline."""
 
-    column: Column
+    label: str
+    techniques: tuple[Any, ...]
+    samples: tuple[Sample, ...]
     files: tuple[Path, ...]
-    images: tuple[Image.Image, ...]
+    # one per image, None without one
     verdicts: tuple[Verdict | None, ...]
-    config: dict[str, Any]
+    # of all batches
     report: Report
 
     @property
-    def judged(self) -> list[bool]:
+    def correct(self) -> list[bool]:
         """Right or wrong, for the images that have a verdict."""
-        return [v.correct for v in self.verdicts if v is not None]
+        return [verdict.correct for verdict in self.verdicts if verdict is not None]
 
-    def effective(self, request: Request) -> float | None:
+    @property
+    def guides(self) -> bool:
+        """Whether one of its techniques forms the prediction."""
+        return any(technique.seam == "denoiser" for technique in self.techniques)
+
+    def scale(self, model: Model) -> float | None:
         """Mean effective scale over the guided steps; without a guidance of ours the pipeline's own
         scale."""
-        if not any(t.kind == "guidance" for t in self.column.techniques):
-            return request.model.scale(request.scale)
-        known = [value for value in self.report.scale if value is not None]
-        return sum(known) / len(known) if known else None
+        if not self.guides:
+            return model.scale
+        values = [value for value in self.report.scale if value is not None]
+        return sum(values) / len(values) if values else None
 
-    def guided(self, request: Request) -> int:
+    def guided_steps(self, model: Model) -> int:
         """Steps that guided at least one image."""
-        if any(t.kind == "guidance" for t in self.column.techniques):
+        if self.guides:
             return self.report.guided_steps
-        return self.report.steps if request.model.scale(request.scale) != 1.0 else 0
+        return self.report.steps if model.scale != 1.0 else 0
 
 
-def compare(request: Request, quiet: bool) -> tuple[list[Result], str]:
-    """Run every column and save each image as soon as its batch is done.
+def compare(
+    request: Request, variants: Sequence[tuple[str, tuple[Any, ...]]], quiet: bool
+) -> tuple[list[Column], str]:
+    """Run every variant, label and techniques, and save each image as soon as its batch is done.
 
     Also returns why there are no verdicts, "" if there are.
     """
-    todo = run.jobs(request)
-    judge, why = referee(request.model, request.prompts)
+    model, jobs = request.model, request.jobs
+    judge, why = judge_of(model, request.prompts)
     folder = request.output / "images"
-    folder.mkdir(exist_ok=True)
-    results: list[Result] = []
-    kept = 0
+    folder.mkdir(parents=True, exist_ok=True)
+    columns: list[Column] = []
+    saved = 0
     try:
-        with show.progress(
-            len(request.columns) * -(-len(todo) // request.batch) * request.steps, quiet
-        ) as bar:
-            run.warm_up(request)
-            for number, column in enumerate(request.columns):
-                parts, files = [], []
-                verdicts: list[Verdict | None] = []
-                for made in run.batches(request, column, bar(column.label) if bar else None):
-                    for job, image in zip(made.jobs, made.images):
-                        files.append(folder / f"{number:02d}-{run.file_name(request, job)}")
-                        save_png(image, files[-1], run.settings(request, job, made.config))
-                        kept += 1
-                    prompts = [job.prompt for job in made.jobs]
-                    verdicts += (
-                        judge.judge(prompts, made.images) if judge else [None] * len(prompts)
+        with show.progress(len(variants) * request.calls * model.steps, quiet) as bar:
+            warm_up(request, jobs)
+            for number, (label, techniques) in enumerate(variants):
+                results: list[Sample] = []
+                answers: list[Verdict | None] = []
+                reports = []
+                for batch in samples(
+                    model.pipe,
+                    techniques,
+                    jobs,
+                    batch=request.batch,
+                    call=model.call,
+                    facts=request.facts,
+                    step=bar(label),
+                ):
+                    for sample in batch:
+                        path = folder / f"{number:02d}-{sample.job.key}.png"
+                        save_png(picture(sample.image), path, sample.settings)
+                        saved += 1
+                    answers += judged(judge, batch)
+                    results += batch
+                    reports.append(batch[0].report)
+                files = [folder / f"{number:02d}-{job.key}.png" for job in jobs]
+                columns.append(
+                    Column(
+                        label,
+                        techniques,
+                        tuple(results),
+                        tuple(files),
+                        tuple(answers),
+                        merged(reports),
                     )
-                    parts.append(made)
-                images = tuple(image for made in parts for image in made.images)
-                report = run.merged([made.report for made in parts])
-                results.append(
-                    Result(column, tuple(files), images, tuple(verdicts), parts[0].config, report)
                 )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{kept} of {len(request.columns) * len(todo)} images are kept in {folder}"
+            f"{saved} of {len(variants) * len(jobs)} images are kept in {folder}"
         ) from None
-    return results, why
+    return columns, why
 
 
-def sheet(request: Request, results: Sequence[Result], title: str = "") -> Image.Image:
+def warm_up(request: Request, jobs: Sequence[Job]) -> None:
+    """Two plain steps of the first batch, so that one-time costs fall on no column."""
+    call = {**request.model.call, "num_inference_steps": 2}
+    next(samples(request.model.pipe, (), jobs[: request.batch], batch=request.batch, call=call))
+
+
+def judge_of(model: Model, prompts: Sequence[str]) -> tuple[Any, str]:
+    """The judge for this model, or None and the reason why these prompts get no verdicts."""
+    from diffalign.embedded import available, load
+
+    name = f"{model.name}-judge"
+    if model.kind != "embedded":
+        return None, "no verdicts: only embedded models have a judge on board."
+    if not any(parse_prompt(prompt) for prompt in prompts):
+        return (
+            None,
+            "no verdicts: no prompt is in GenEval's grammar (like 'a photo of a red apple and a "
+            "green clock').",
+        )
+    if name not in {entry.name for entry in available()}:
+        return None, f"no verdicts: {name} is not installed."
+    return load(name), ""
+
+
+def judged(judge: Any, batch: Sequence[Sample]) -> list[Verdict | None]:
+    """The verdicts on a batch, all None without a judge."""
+    if judge is None:
+        return [None] * len(batch)
+    records = [parse_prompt(sample.job.prompt) for sample in batch]
+    return verdicts(judge, torch.stack([sample.image for sample in batch]), records)
+
+
+def sheet(request: Request, columns: Sequence[Column], title: str = "") -> Image.Image:
     """Prompts down, columns across, each with its cost; frames and reasons where there are
     verdicts."""
-    todo = run.jobs(request)
 
-    def cell(result: Result, i: int) -> Cell:
-        seen = result.verdicts[i]
+    def cell(column: Column, i: int) -> Cell:
+        verdict = column.verdicts[i]
         return Cell(
-            result.images[i],
-            caption=seen.reason if seen else "",
-            correct=seen.correct if seen else None,
+            picture(column.samples[i].image),
+            caption=verdict.reason if verdict else "",
+            correct=verdict.correct if verdict else None,
         )
 
+    model = request.model
+    jobs = [sample.job for sample in columns[0].samples]
+    count = len(jobs) // len(request.prompts)
     rows = [
-        request.prompts[job.prompt] + (f"\nseed {job.seed}" if request.count > 1 else "")
-        for job in todo
+        job.prompt + (f"\nimage {i % count + 1}" if count > 1 else "") for i, job in enumerate(jobs)
     ]
-    columns = [
-        f"{result.column.label}\n{result.report.nfe:.4g} NFE per image" for result in results
-    ]
-    footer = (
-        f"{request.model.name}, {request.scheduler}, {request.steps} steps, seed {request.seed}; "
-        "the same noise in every column"
-    )
+    heads = [f"{column.label}\n{column.report.nfe:.4g} NFE per image" for column in columns]
     return contact_sheet(
-        [[cell(r, i) for r in results] for i in range(len(todo))],
+        [[cell(column, i) for column in columns] for i in range(len(jobs))],
         rows,
-        columns,
+        heads,
         title=title,
-        footer=footer,
+        footer=f"{model.name}, {model.scheduler}, {model.steps} steps, "
+        f"seed {request.facts['base_seed']}; the same noise in every column",
     )
 
 
-def data(request: Request, results: Sequence[Result], why: str) -> dict[str, Any]:
+def data(request: Request, columns: Sequence[Column], why: str) -> dict[str, Any]:
     """The comparison as JSON data."""
-    todo = run.jobs(request)
-    common = run.settings(request, todo[0], {})
-    for name in ("prompt", "seed"):
-        del common[name]
-    columns, images = [], []
-    for result in results:
-        columns.append(
-            {
-                "label": result.column.label,
-                "techniques": result.config["techniques"],
-                "nfe": result.report.nfe,
-                "seconds_per_image": result.report.seconds / max(result.report.images, 1),
-                "effective_scale": result.effective(request),
-                "guided_steps": result.guided(request),
-                "correct": sum(result.judged) if result.judged else None,
-                "judged": len(result.judged),
-                "report": result.report.to_dict(),
-            }
-        )
-        for job, path, seen in zip(todo, result.files, result.verdicts):
-            right, reason = (seen.correct, seen.reason) if seen else (None, None)
-            entry = {
-                "column": result.column.label,
-                "prompt": request.prompts[job.prompt],
-                "seed": job.seed,
-                "file": str(path),
-            }
-            images.append({**entry, "correct": right, "reason": reason})
-    head = {
+    settings = columns[0].samples[0].settings
+    common = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("techniques", "prompt", "seed", "base_seed")
+    }
+    images = []
+    for column in columns:
+        for sample, path, verdict in zip(column.samples, column.files, column.verdicts):
+            images.append(
+                {
+                    "column": column.label,
+                    "prompt": sample.job.prompt,
+                    "seed": sample.job.seed,
+                    "file": str(path),
+                    "correct": verdict.correct if verdict else None,
+                    "reason": verdict.reason if verdict else None,
+                }
+            )
+    return {
         "diffalign": __version__,
         **common,
-        "seed": request.seed,
-        "count": request.count,
+        "seed": request.facts["base_seed"],
+        "count": len(request.jobs) // len(request.prompts),
         "batch": request.batch,
         "no_verdicts": why,
+        "columns": [column_data(request.model, column) for column in columns],
+        "images": images,
     }
-    return {**head, "columns": columns, "images": images}
 
 
-def print_table(request: Request, results: Sequence[Result]) -> None:
+def column_data(model: Model, column: Column) -> dict[str, Any]:
+    """One column as JSON data."""
+    report = column.report
+    return {
+        "label": column.label,
+        "techniques": column.samples[0].settings["techniques"],
+        "nfe": report.nfe,
+        "seconds_per_image": report.seconds / max(report.images, 1),
+        "effective_scale": column.scale(model),
+        "guided_steps": column.guided_steps(model),
+        "correct": sum(column.correct) if column.correct else None,
+        "judged": len(column.correct),
+        "report": report.to_dict(),
+    }
+
+
+def print_table(request: Request, columns: Sequence[Column]) -> None:
     """One line per column."""
-    judged = any(result.judged for result in results)
-    heads = [
-        "column",
-        "NFE/image",
-        "guided steps",
-        "effective scale",
-        "s/image",
-        *(["correct"] if judged else []),
-    ]
+    model = request.model
+    with_verdicts = any(column.correct for column in columns)
+    heads = ["column", "NFE/image", "guided steps", "effective scale", "s/image"]
+    heads += ["correct"] if with_verdicts else []
     lines = []
-    for result in results:
-        scale = result.effective(request)
-        report = result.report
+    for column in columns:
+        scale, report = column.scale(model), column.report
         line = [
-            result.column.label,
+            column.label,
             f"{report.nfe:.4g}",
-            f"{result.guided(request)} of {report.steps}",
-        ]
-        line += [
+            f"{column.guided_steps(model)} of {report.steps}",
             "-" if scale is None else f"{scale:.2f}",
             f"{report.seconds / max(report.images, 1):.3f}",
         ]
-        lines.append(line + ([f"{sum(result.judged)} of {len(result.judged)}"] if judged else []))
+        if with_verdicts:
+            line.append(f"{sum(column.correct)} of {len(column.correct)}")
+        lines.append(line)
     title = (
-        f"{request.model.name}: {len(run.jobs(request))} images per column, {request.steps} "
-        f"steps, {request.scheduler}, {request.device}"
+        f"{model.name}: {len(columns[0].samples)} images per column, {model.steps} steps, "
+        f"{model.scheduler}, {columns[0].samples[0].settings['device']}"
     )
     show.table(heads, lines, title, numbers=heads[1:])

@@ -4,52 +4,39 @@ AdaptiveGuidance, on the embedded model.
 python -m diffalign.cli.demo [--output FOLDER] [--nth N]
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffalign.cli import arguments as a
+from diffalign.cli import arguments
 from diffalign.cli.problem import command
 
-STEPS = 20
 
-
-def prompts_of(nth: int) -> tuple[str, ...]:
+def prompts_of(nth: int) -> list[str]:
     """Official prompt number ``nth`` of each category, in the categories' order; counting on from
     the start where a category is shorter."""
     from diffalign.tasks.geneval.verdict import TAGS, prompts
 
     groups = [[str(entry["prompt"]) for entry in prompts() if entry["tag"] == tag] for tag in TAGS]
-    return tuple(group[nth % len(group)] for group in groups)
+    return [group[nth % len(group)] for group in groups]
 
 
 @command
+@arguments.shared(("output", "seed", "json", "quiet"), output=Path("outputs/demo"))
 def demo(
-    output: a.Output = Path("outputs/demo"),
+    options: arguments.Options,
     nth: Annotated[int, typer.Option(min=0, help="Which official prompt of each category.")] = 0,
-    seed: a.Seed = 0,
-    json: a.Json = False,
-    quiet: a.Quiet = False,
 ) -> None:
     """Plain guidance beside AdaptiveGuidance: a contact sheet and what it cost."""
-    from diffalign.cli.compare import finish
-    from diffalign.cli.options import Options
-    from diffalign.cli.request import Column, prepare
-    from diffalign.core.registry import parse
+    from diffalign.cli.compare import run
 
-    options = Options(
-        model="emoji",
-        prompts=prompts_of(nth),
-        steps=STEPS,
-        seed=seed,
-        batch=len(prompts_of(nth)),
-        output=output,
+    prompts = prompts_of(nth)
+    options = dataclasses.replace(
+        options, prompt=prompts, technique=["adaptive-guidance"], batch=len(prompts)
     )
-    request = prepare(
-        options, (Column(""), Column("adaptive-guidance", parse("adaptive-guidance")))
-    )
-    finish(request, quiet, json, title="GenEval prompts on the embedded model")
+    run(options, title="GenEval prompts on the embedded model")
 
 
 def main() -> None:

@@ -5,11 +5,10 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from diffalign.cli import show
+from diffalign.cli.arguments import Json
 from diffalign.cli.problem import command
 
 PACKAGES = (
@@ -45,15 +44,15 @@ def devices() -> list[str]:
     """Where a pipeline can run, the first choice first."""
     import torch
 
-    found = []
+    names = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(i)
-        found.append(
+        names.append(
             f"cuda:{i} {facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability "
             f"{facts.major}.{facts.minor}"
         )
     return [
-        *found,
+        *names,
         *(["mps"] if torch.backends.mps.is_available() else []),
         f"cpu {platform.processor() or platform.machine()}",
     ]
@@ -101,34 +100,26 @@ def facts() -> dict[str, Any]:
 
 
 @command
-def env(
-    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-) -> None:
+def env(json: Json = False) -> None:
     """Versions, devices, threads, extras, and whether the fused kernels can be used."""
-    found = facts()
+    known = facts()
     if json:
-        show.text(show.to_json(found))
+        show.text(show.to_json(known))
         return
+    threads = known["threads"]
     rows = [
-        ("diffalign", found["diffalign"]),
-        ("python", f"{found['python']}, {found['platform']}"),
-    ]
-    rows += [(name, known or "not installed") for name, known in found["packages"].items()]
-    rows += [("devices", "\n".join(found["devices"]))]
-    threads = found["threads"]
-    rows += [
+        ("diffalign", known["diffalign"]),
+        ("python", f"{known['python']}, {known['platform']}"),
+        *((name, version or "not installed") for name, version in known["packages"].items()),
+        ("devices", "\n".join(known["devices"])),
         (
             "threads",
             f"{threads['torch']} of {threads['cpus']} CPUs (OMP_NUM_THREADS: "
             f"{threads['OMP_NUM_THREADS'] or 'not set'})",
-        )
+        ),
     ]
-    rows += [
-        (
-            f"extra {name}",
-            "installed" if there else f"not installed: pip install 'diffalign[{name}]'",
-        )
-        for name, there in found["extras"].items()
-    ]
-    rows += [(f"kernels {name}", state) for name, state in found["kernels"].items()]
-    show.table(["what", "found"], rows)
+    for name, installed in known["extras"].items():
+        state = "installed" if installed else f"not installed: pip install 'diffalign[{name}]'"
+        rows.append((f"extra {name}", state))
+    rows += [(f"kernels {name}", state) for name, state in known["kernels"].items()]
+    show.table(["what", "value"], rows)

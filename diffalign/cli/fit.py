@@ -1,14 +1,11 @@
 """``diffalign fit``: what a technique must learn about a model before it can act there."""
 
 import shlex
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from diffalign.cli import arguments as a
-from diffalign.cli import show
-from diffalign.cli.options import Options
+from diffalign.cli import arguments, show
 from diffalign.cli.problem import BadInput, checking, command
 
 fit = typer.Typer(no_args_is_help=True, help="Fit what a technique must know about a model.")
@@ -17,27 +14,19 @@ LETTERS = {"g": "guided", "e": "estimated", "c": "conditional"}
 
 @fit.command("linear-ag")
 @command
-@a.shared("prompt", "count", "output", steps=20, batch=16)
+@arguments.shared(
+    without=("prompt", "technique"),
+    help={
+        "count": "Trajectories. Prompts: --prompts-file, else GenEval's.",
+        "output": "Policy to write: PATH.json and PATH.safetensors.",
+    },
+    steps=20,
+    batch=16,
+    count=200,
+    output=arguments.REQUIRED,
+)
 def linear_ag(
-    options: Options,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Policy to write: PATH.json and PATH.safetensors.",
-            rich_help_panel=a.WHERE,
-        ),
-    ],
-    count: Annotated[
-        int,
-        typer.Option(
-            "--count",
-            "-c",
-            help="Trajectories. Prompts: --prompts-file, else GenEval's.",
-            rich_help_panel=a.WHAT,
-        ),
-    ] = 200,
+    options: arguments.Options,
     plan: Annotated[
         str | None,
         typer.Option(
@@ -45,19 +34,16 @@ def linear_ag(
                 "A letter per step: g guided, e estimated, c conditional; the paper's (gege...cc) "
                 "if left out."
             ),
-            rich_help_panel=a.HOW,
+            rich_help_panel=arguments.HOW,
         ),
     ] = None,
-    json: a.Json = False,
-    quiet: a.Quiet = False,
 ) -> None:
     """Fit a LinearAG policy on plain guidance.
 
     It holds for this model, scheduler, steps, scale, size and negative prompt.
     """
     from diffalign.calibration.linear import fit_linear_ag
-    from diffalign.cli import run
-    from diffalign.cli.sample import prepare_sample, said_of
+    from diffalign.cli.measurement import prepare_measurement
     from diffalign.guidance.linear_ag import Trajectories
     from diffalign.guidance.linear_policy import check_plan, files_of
 
@@ -65,39 +51,44 @@ def linear_ag(
     if modes is not None:
         with checking():
             check_plan(modes, options.steps or 0)
-    facts, weights = files_of(output)
+    facts, weights = files_of(options.output)
     for path in (facts, weights):
         if path.is_dir():
             raise BadInput(f"--output: {str(path)!r} is a folder.")
-    request = prepare_sample(options, count, output, Trajectories(None, None))
-    scale = request.model.scale(request.scale)
-    size = dict(zip(("height", "width"), request.size or ()))
+    request = prepare_measurement(options, Trajectories(None, None))
+    model = request.model
     try:
-        with show.progress(-(-count // request.batch) * request.steps, quiet) as bar:
-            more, after = run.counting(request, bar("plain guidance") if bar else None)
+        with show.progress(request.calls * model.steps, options.quiet) as bar:
             policy = fit_linear_ag(
-                request.pipe,
+                model.pipe,
                 request.prompts,
-                scale=scale,
-                steps=request.steps,
-                negative_prompt=request.negative_prompt or "",
+                scale=model.scale,
+                steps=model.steps,
+                negative_prompt=options.negative_prompt or "",
                 plan=modes,
                 batch=request.batch,
-                seed=request.seed,
-                progress=after,
-                **size,
-                **more,
+                seed=options.seed,
+                step=bar("plain guidance"),
+                **model.size,
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
-    policy.save(output)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    policy.save(options.output)
+    report(options, request, policy)
+
+
+def report(options: arguments.Options, request: Any, policy: Any) -> None:
+    """Say what was fitted and how to use it."""
+    from diffalign.cli.measurement import repeated
+    from diffalign.guidance.linear_policy import files_of
+
+    facts, weights = files_of(options.output)
     name = str(facts.with_suffix(""))
     nfe, full = len(policy.plan) + policy.plan.count("guided"), 2 * len(policy.plan)
-    use = (
-        f"diffalign generate {said_of(request, options)} --technique "
-        f"{shlex.quote(f'linear-ag:policy={name}')}"
-    )
-    if json:
+    technique = shlex.quote(f"linear-ag:policy={name}")
+    use = f"diffalign generate {repeated(request, options)} --technique {technique}"
+    if options.json:
         data = {
             "policy": name,
             "files": [str(facts), str(weights)],
@@ -107,16 +98,15 @@ def linear_ag(
             **policy.facts(),
         }
         show.text(show.to_json(data))
-    elif not quiet:
+    elif not options.quiet:
         rows = [
             (i, 2 * i + 1, f"{policy.r2[i]:.5f}", f"{policy.gain[i]:.3f}")
             for i in sorted(policy.r2)
         ]
-        title = (
+        heads = ["estimated step", "from predictions", "R²", "gain over conditional"]
+        show.text(
             f"{request.model.name}: {policy.trajectories} trajectories, {nfe} NFE per image (CFG: "
             f"{full})"
         )
-        heads = ["estimated step", "from predictions", "R²", "gain over conditional"]
-        show.text(title)
         show.table(heads, rows, numbers=heads)
         show.text(f"{facts}\n{weights}\n{use}")

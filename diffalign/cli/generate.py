@@ -1,75 +1,89 @@
 """``diffalign generate``: images from prompts, with techniques."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffalign.cli import arguments as a
-from diffalign.cli import show
-from diffalign.cli.options import Options
-from diffalign.cli.problem import BadInput, checking, command, complain
+from diffalign.cli import arguments, show
+from diffalign.cli.problem import BadInput, command, complain
+from diffalign.cli.request import prepare, techniques_of
 
-
-def techniques_of(texts: list[str] | None) -> tuple[Any, ...]:
-    """Techniques of repeated ``--technique`` options, all together."""
-    from diffalign.core.registry import parse
-
-    with checking():
-        return tuple(made for text in texts or [] for made in parse(text))
+if TYPE_CHECKING:
+    from diffalign.seams import Report
 
 
 @command
-@a.shared(output=Path("outputs/generate"))
+@arguments.shared(output=Path("outputs/generate"))
 def generate(
-    options: Options,
-    technique: a.Technique = None,
+    options: arguments.Options,
     plot: Annotated[
-        bool, typer.Option("--plot", help="Also draw the effective scale per step (scale.png).")
+        bool,
+        typer.Option(
+            "--plot",
+            help="Also draw the effective scale per step (scale.png).",
+            rich_help_panel=arguments.WHERE,
+        ),
     ] = False,
-    json: a.Json = False,
-    quiet: a.Quiet = False,
 ) -> None:
     """Make images. Several --technique act together; every PNG carries its settings."""
-    techniques = techniques_of(technique)
-    if plot and not any(t.kind == "guidance" for t in techniques):
+    techniques = techniques_of(options.technique)
+    if plot and not any(technique.seam == "denoiser" for technique in techniques):
         raise BadInput("--plot draws what a guidance did; add one, for example --technique cfg.")
-    from diffalign.cli import run
-    from diffalign.cli.request import Column, prepare
     from diffalign.drawing.png import save_png
+    from diffalign.generate.samples import merged, picture, samples
 
-    column = Column("+".join(technique or []) or "plain", techniques)
-    request = prepare(options, (column,))
-    todo, files, reports = run.jobs(request), [], []
+    request = prepare(options, techniques)
+    model, output = request.model, request.output
+    images, reports = [], []
+    output.mkdir(parents=True, exist_ok=True)
     try:
-        with show.progress(-(-len(todo) // request.batch) * request.steps, quiet) as bar:
-            for made in run.batches(request, column, bar(column.label) if bar else None):
-                for job, image in zip(made.jobs, made.images):
-                    path = request.output / run.file_name(request, job)
-                    save_png(image, path, run.settings(request, job, made.config))
-                    files.append((job, path))
-                reports.append(made.report)
+        with show.progress(request.calls * model.steps, options.quiet) as bar:
+            for batch in samples(
+                model.pipe,
+                techniques,
+                request.jobs,
+                batch=request.batch,
+                call=model.call,
+                facts=request.facts,
+                step=bar("+".join(options.technique or []) or "plain"),
+            ):
+                for sample in batch:
+                    path = output / f"{sample.job.key}.png"
+                    save_png(picture(sample.image), path, sample.settings)
+                    images.append(
+                        {"file": str(path), "prompt": sample.job.prompt, "seed": sample.job.seed}
+                    )
+                reports.append(batch[0].report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{len(files)} of {len(todo)} images are kept in {request.output}"
+            f"{len(images)} of {len(request.jobs)} images are kept in {output}"
         ) from None
-    report = run.merged(reports)
-    if plot:
+    say(options, images, merged(reports), output / "scale.png" if plot else None)
+
+
+def say(
+    options: arguments.Options,
+    images: Sequence[Mapping[str, Any]],
+    report: Report,
+    drawing: Path | None,
+) -> None:
+    """Print what was made, and draw the plot where one is to be ``drawing``."""
+    if drawing is not None:
         try:
-            report.plot(request.output / "scale.png")
+            report.plot(drawing)
         except ValueError as error:  # for example a scale of 1: no step had two branches
             complain(error, "warning")
-            plot = False
-    if json:
-        images = [
-            {"file": str(path), "prompt": request.prompts[job.prompt], "seed": job.seed}
-            for job, path in files
-        ]
-        drawn = str(request.output / "scale.png") if plot else None
-        show.text(show.to_json({"images": images, "plot": drawn, "report": report.to_dict()}))
-    elif not quiet:
+            drawing = None
+    if options.json:
+        name = None if drawing is None else str(drawing)
+        show.text(show.to_json({"images": images, "plot": name, "report": report.to_dict()}))
+    elif not options.quiet:
         show.text(report)
-        for _, path in files:
-            show.text(path)
-        if plot:
-            show.text(request.output / "scale.png")
+        for image in images:
+            show.text(image["file"])
+        if drawing is not None:
+            show.text(drawing)

@@ -29,12 +29,19 @@ def complain(text: object, kind: str = "error") -> None:
 
 
 @contextmanager
-def checking(*also: type[Exception]) -> Iterator[None]:
-    """Inside, a ValueError, TypeError or one of ``also`` is the user's: it becomes ``BadInput``."""
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, *also)
+def checking() -> Iterator[None]:
+    """Inside, a ValueError or TypeError is the user's: it becomes ``BadInput``.
+
+    An option of the library is named as the command line writes it.
+    """
+    from diffalign.generate.errors import BadOption
+
     try:
         yield
-    except kinds as error:
+    except BadOption as error:
+        option = error.option.replace("_", "-")
+        raise BadInput(one_line(f"--{option}: {error.reason}")) from error
+    except (ValueError, TypeError) as error:
         raise BadInput(one_line(error)) from error
 
 

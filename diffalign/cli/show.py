@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 PIPED_WIDTH = 160
+Labelled = Callable[[str], Callable[[], None] | None]
+"""From a label to what counts one step, None when there is nobody to see it."""
 
 
 def finite(value: Any) -> Any:
@@ -44,10 +42,14 @@ def table(
     numbers: Sequence[str] = (),
 ) -> None:
     """A table; the columns named in ``numbers`` are right-aligned. Cells are text, never markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_WIDTH)
-    made = Table(
+    grid = Table(
         title=Text(title) if title else None,
         title_justify="left",
         title_style="bold",
@@ -55,19 +57,27 @@ def table(
         pad_edge=False,
     )
     for head in heads:
-        made.add_column(Text(head), justify="right" if head in numbers else "left", overflow="fold")
+        grid.add_column(Text(head), justify="right" if head in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
-    console.print(made)
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    console.print(grid)
 
 
 @contextmanager
-def progress(total: int, quiet: bool) -> Iterator[Callable[[str], Callable[[], None]] | None]:
-    """A bar of ``total`` steps: a function from a label to the function that counts one step. None
-    when there is nobody to see it."""
+def progress(total: int, quiet: bool) -> Iterator[Labelled]:
+    """A bar of ``total`` steps on standard error, only on a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield None
+        yield lambda label: None
         return
     columns = (
         TextColumn("{task.description}"),

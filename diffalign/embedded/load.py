@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from diffalign.core.errors import nearest
 
 __all__ = ["MODELS", "Available", "available", "load"]
 
@@ -73,12 +74,16 @@ def _evaluator(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """`folder` below `models/`, what it is in one line, and a function from the folder's path to
-    the loaded model."""
+    """One embedded model, installed or not."""
 
+    # below ``models/``
     folder: str
+    # what it is, in one line
     description: str
+    # from the folder's path to the loaded model
     loader: Callable[[Path], Any]
+    # of a pipeline: steps and guidance scale of a run that names none
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 MODELS: dict[str, Entry] = {
@@ -86,6 +91,7 @@ MODELS: dict[str, Entry] = {
         "emoji",
         "text to 64 x 64 emoji scenes: StableDiffusionPipeline, 20 steps, v-prediction",
         _pipeline,
+        {"steps": 20, "scale": 1.5},
     ),
     "emoji-judge": Entry(
         "emoji-judge",
@@ -113,36 +119,40 @@ MODELS: dict[str, Entry] = {
 
 @dataclass(frozen=True)
 class Available:
-    """One model on disk: name, description and size of its files in bytes."""
+    """One model on disk."""
 
     name: str
     description: str
+    # size of its files
     bytes: int
 
 
 def available() -> tuple[Available, ...]:
-    """The embedded models whose files are installed, in the order of `MODELS`."""
-    found = []
+    """The embedded models whose files are installed, in the order of ``MODELS``."""
+    models = []
     for name, entry in MODELS.items():
-        files = [path for path in (FOLDER / entry.folder).rglob("*") if path.is_file()]
+        files = [path for path in folder_of(name).rglob("*") if path.is_file()]
         if files:
-            found.append(
-                Available(name, entry.description, sum(path.stat().st_size for path in files))
-            )
-    return tuple(found)
+            size = sum(path.stat().st_size for path in files)
+            models.append(Available(name, entry.description, size))
+    return tuple(models)
+
+
+def folder_of(name: str) -> Path:
+    """Where the files of an embedded model are, or would be."""
+    return FOLDER / MODELS[name].folder
 
 
 def load(name: str) -> Any:
-    """The embedded model `name` in fp32 on the CPU; "emoji" is a plain `StableDiffusionPipeline`.
+    """The embedded model in fp32 on the CPU; "emoji" is a plain ``StableDiffusionPipeline``.
 
     Raises ValueError for an unknown name, and for a known one whose files are not installed.
     """
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3) or list(MODELS)
         raise ValueError(
-            f"name: expected an embedded model, got {name!r}; nearest: {', '.join(close)}"
+            f"name: expected an embedded model, got {name!r}; nearest: {nearest(name, MODELS)}"
         )
-    folder = FOLDER / MODELS[name].folder
+    folder = folder_of(name)
     if not folder.is_dir():
         raise ValueError(
             f"name: the files of {name!r} are not installed (expected models/{folder.name}); "

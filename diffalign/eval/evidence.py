@@ -14,13 +14,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffalign.eval.statistics import Interval, interval
+from diffalign.generate.seeds import Job
+from diffalign.generate.seeds import seed_of as image_seed
 from diffalign.tasks.geneval.prompts import TAGS
-from diffalign.tasks.geneval.verdict import prompts, verdict
+from diffalign.tasks.geneval.verdict import prompts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffalign.generate.samples import Sample
+
+Scorer = Callable[[Any, Sequence[str]], Any]
+"""Images [B, 3, H, W] in [0, 1] and their prompts -> [B] scores."""
 
 
 def stratified(count: int, *, offset: int = 0) -> list[int]:
@@ -31,7 +41,7 @@ def stratified(count: int, *, offset: int = 0) -> list[int]:
     ValueError when a tag runs out.
     """
     official = prompts()
-    chosen: list[int] = []
+    selected: list[int] = []
     for i, tag in enumerate(TAGS):
         ids = [n for n, item in enumerate(official) if item["tag"] == tag]
         order = sorted(
@@ -43,8 +53,8 @@ def stratified(count: int, *, offset: int = 0) -> list[int]:
                 f"stratified({count}, offset={offset}) needs {offset + take} prompts of {tag}; "
                 f"there are {len(ids)}."
             )
-        chosen += order[offset : offset + take]
-    return sorted(chosen)
+        selected += order[offset : offset + take]
+    return sorted(selected)
 
 
 def evidence_prompts() -> list[int]:
@@ -63,20 +73,18 @@ def tag_of(prompt_id: int) -> str:
 
 
 def seed_of(prompt_id: int, sample: int, base: int = 0) -> int:
-    """The seed of one image: 63 bits of SHA-256, the same for every technique and batch size."""
-    digest = hashlib.sha256(f"{base}/geneval/{prompt_id}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    """The seed of one image, the same for every technique and batch size."""
+    return image_seed(f"geneval/{prompt_id}", sample, base)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One column of a comparison.
-
-    ``techniques``: for ``apply``; none and ``scale`` is the pipeline's own guidance.
-    """
+    """One column of a comparison."""
 
     name: str
+    # none: the pipeline's own guidance
     techniques: tuple[Any, ...] = ()
+    # of the call; None is the pipeline's own
     scale: float | None = None
     steps: int = 20
 
@@ -125,8 +133,8 @@ def compare(a: Measured, b: Measured, key: str = "correct", **options: Any) -> I
             f"{a.config.name} and {b.config.name} were not run on the same prompts and seeds; a "
             "paired comparison needs that."
         )
-    left, right = a.per_prompt(key), b.per_prompt(key)
-    return interval([left[n] - right[n] for n in left], [tag_of(n) for n in left], **options)
+    ours, theirs = a.per_prompt(key), b.per_prompt(key)
+    return interval([ours[n] - theirs[n] for n in ours], [tag_of(n) for n in ours], **options)
 
 
 def measure(
@@ -138,8 +146,8 @@ def measure(
     prompt_ids: Sequence[int],
     samples: int = 2,
     batch: int = 16,
-    scorers: Mapping[str, Callable[[Any, Sequence[str]], Any]] | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    scorers: Mapping[str, Scorer] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Measured:
     """Generate, judge and record ``samples`` images of each prompt under ``config``; finished
     prompts are read from ``folder``.
@@ -150,14 +158,39 @@ def measure(
     Cost: ``len(prompt_ids) * samples`` images. Raises ValueError when ``folder`` holds a run with
     other settings.
     """
-    from diffalign.core.registry import to_config
-
     if batch % samples:
         raise ValueError(
             f"batch must be a multiple of samples={samples}, so that a prompt's images share a "
             f"batch; got {batch}."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(pipe, judge, config, folder, samples, batch)
+    lines = folder / "records.jsonl"
+    records = {(r["prompt_id"], r["sample"]): r for r in read_lines(lines)}
+    missing = [n for n in prompt_ids if any((n, k) not in records for k in range(samples))]
+    jobs = [
+        Job(str(prompts()[n]["prompt"]), seed_of(n, k), f"{n}/{k}")
+        for n in missing
+        for k in range(samples)
+    ]
+    with lines.open("a") as file:
+        for images, seconds in _timed(pipe, config, jobs, samples, batch):
+            entries = _records(images, seconds, judge, samples, scorers or {})
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            file.flush()
+            records.update({(r["prompt_id"], r["sample"]): r for r in entries})
+            progress(len(entries))
+    return Measured(config, tuple(records[n, k] for n in prompt_ids for k in range(samples)))
+
+
+def write_manifest(
+    pipe: Any, judge: Any, config: Config, folder: Path, samples: int, batch: int
+) -> None:
+    """Write what a run depends on.
+
+    Raises ValueError when ``folder`` holds a run with other settings.
+    """
+    from diffalign.core.registry import to_config
+
     settings = {
         "techniques": [to_config(t) for t in config.techniques],
         "scale": config.scale,
@@ -173,91 +206,79 @@ def measure(
     }
     manifest = folder / "manifest.json"
     settings = json.loads(json.dumps(settings))
-    if manifest.exists() and json.loads(manifest.read_text()) != settings:
-        old = json.loads(manifest.read_text())
-        differing = [key for key in settings if settings[key] != old.get(key)]
-        raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(differing)}); give another "
-            "folder or delete it."
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if manifest.exists():
+        previous = json.loads(manifest.read_text())
+        differing = [key for key in settings if settings[key] != previous.get(key)]
+        if differing or previous != settings:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(differing)}); give another "
+                "folder or delete it."
+            )
     manifest.write_text(json.dumps(settings, indent=1) + "\n")
-    found = {(r["prompt_id"], r["sample"]): r for r in read_lines(folder / "records.jsonl")}
-    left = [n for n in prompt_ids if any((n, k) not in found for k in range(samples))]
-    with (folder / "records.jsonl").open("a") as lines:
-        for records in _batches(
-            pipe, judge, config, left, samples, batch // samples, scorers or {}
-        ):
-            lines.write("".join(json.dumps(record) + "\n" for record in records))
-            lines.flush()
-            found.update({(r["prompt_id"], r["sample"]): r for r in records})
-            progress(len(records))
-    return Measured(config, tuple(found[n, k] for n in prompt_ids for k in range(samples)))
 
 
-def _batches(
-    pipe: Any,
-    judge: Any,
-    config: Config,
-    left: Sequence[int],
-    samples: int,
-    size: int,
-    scorers: Mapping[str, Callable[[Any, Sequence[str]], Any]],
-) -> Iterator[list[dict[str, Any]]]:
+def _timed(
+    pipe: Any, config: Config, jobs: Sequence[Job], samples: int, batch: int
+) -> Iterator[tuple[list[Sample], float]]:
+    """Batches of finished images, with the seconds of one image."""
     import torch
 
-    import diffalign
+    from diffalign.generate import samples as sampling
 
-    official = prompts()
-    for start in range(0, len(left), size):
-        ids = left[start : start + size]
-        seeds = [seed_of(n, k) for n in ids for k in range(samples)]
-        texts = [str(official[n]["prompt"]) for n in ids]
-        given: dict[str, Any] = {} if config.scale is None else {"guidance_scale": config.scale}
-        with diffalign.apply(pipe, *config.techniques) as session:
-            clock = (
-                time.process_time
-                if pipe.device.type == "cpu" and torch.get_num_threads() == 1
-                else time.perf_counter
-            )
-            began = clock()
-            images = pipe(
-                texts,
-                num_images_per_prompt=samples,
-                num_inference_steps=config.steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type="pt",
-                **given,
-            ).images
-            seconds = (clock() - began) / len(seeds)
-        report = session.report()
-        scales = [s for s in report.scale if s is not None]
-        with torch.no_grad():
-            repeated = [text for text in texts for _ in range(samples)]
-            scores = {name: scorer(images, repeated).tolist() for name, scorer in scorers.items()}
-        records = []
-        for i, (seed, seen) in enumerate(zip(seeds, judge.detect(images))):
-            n = ids[i // samples]
-            said = verdict(official[n], seen, judge.thresholds)
-            records.append(
-                {
-                    "prompt_id": n,
-                    "sample": i % samples,
-                    "seed": seed,
-                    "correct": said.correct,
-                    "reason": said.reason,
-                    "nfe": report.nfe,
-                }
-                | {
-                    "seconds": seconds,
-                    "scale": sum(scales) / len(scales) if scales else 1.0,
-                    "spread": _spread(images, i, samples),
-                }
-                | {name: values[i] for name, values in scores.items()}
-            )
-        yield records
+    call: dict[str, Any] = {"num_inference_steps": config.steps}
+    if config.scale is not None:
+        call["guidance_scale"] = config.scale
+    alone = pipe.device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    batches = sampling.samples(
+        pipe, config.techniques, jobs, batch=batch, call=call, copies=samples
+    )
+    for _ in range(0, len(jobs), batch):
+        start = clock()
+        images = next(batches)
+        yield images, (clock() - start) / len(images)
 
 
-def _spread(images: Any, i: int, samples: int) -> float:
+def _records(
+    results: Sequence[Sample],
+    seconds: float,
+    judge: Any,
+    samples: int,
+    scorers: Mapping[str, Scorer],
+) -> list[dict[str, Any]]:
+    """One record for each image of a batch."""
+    import torch
+
+    from diffalign.generate.verdicts import verdicts
+
+    images = torch.stack([sample.image for sample in results])
+    texts = [sample.job.prompt for sample in results]
+    with torch.no_grad():
+        scores = {name: scorer(images, texts).tolist() for name, scorer in scorers.items()}
+    places = [tuple(map(int, sample.job.key.split("/"))) for sample in results]
+    answers = verdicts(judge, images, [prompts()[n] for n, _ in places])
+    report = results[0].report
+    scales = [s for s in report.scale if s is not None]
+    records = []
+    for i, ((n, k), verdict) in enumerate(zip(places, answers)):
+        assert verdict is not None
+        record = {
+            "prompt_id": n,
+            "sample": k,
+            "seed": results[i].job.seed,
+            "correct": verdict.correct,
+            "reason": verdict.reason,
+            "nfe": report.nfe,
+            "seconds": seconds,
+            "scale": sum(scales) / len(scales) if scales else 1.0,
+            "spread": _spread(images, i, samples),
+        }
+        records.append(record | {name: values[i] for name, values in scores.items()})
+    return records
+
+
+def _spread(images: Tensor, i: int, samples: int) -> float:
     """Diversity: mean absolute pixel difference of image i to the other images of its prompt, in
     [0, 1]; 0 for a single sample."""
     first = i - i % samples

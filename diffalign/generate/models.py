@@ -1,5 +1,8 @@
-"""``--model``: an embedded name, a folder or a hub id, judged by its ``model_index.json`` before
-any weights are read."""
+"""Models by name: an embedded name, a folder or a hub id becomes a loaded pipeline that is checked
+for the run it is to do.
+
+The cheapest checks come first: the model index is read before any weights.
+"""
 
 from __future__ import annotations
 
@@ -8,213 +11,342 @@ import json
 import logging
 import re
 import socket
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diffalign.cli.problem import BadInput, checking, one_line
 from diffalign.core.errors import nearest
-from diffalign.core.registry import name_of
 from diffalign.families import Family, family_of
-from diffalign.seams.plan import context_of
+from diffalign.generate import schedulers
+from diffalign.generate.errors import BadOption
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How a model is to be run; None takes the model's own value."""
+
+    steps: int | None = None
+    # guidance scale, 1 is off
+    scale: float | None = None
+    # one text for all images
+    negative_prompt: str | None = None
+    # height and width in pixels
+    size: tuple[int, int] | None = None
+    # short name, see ``schedulers.NAMES``
+    scheduler: str | None = None
+    # one of ``DTYPES``; None is fp32 on a CPU and bf16 elsewhere
+    dtype: str | None = None
+    # "auto" is the first accelerator, else the CPU
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A pipeline that is known but not loaded.
-
-    ``source``: folder or hub id; ``scheduler``: class name; ``row``: how to guide it.
-    """
+    """A loaded pipeline and how it is run."""
 
     name: str
     kind: Literal["embedded", "folder", "hub"]
-    source: str
-    cls: Any
-    family: Family
-    scheduler: str
+    pipe: Any
+    steps: int
+    # guidance scale in effect, 1 where nothing guides
+    scale: float
+    # arguments of the pipeline that all images share
+    call: dict[str, Any]
+    # what saved images say of the run, besides what the pipeline says itself
+    facts: dict[str, Any]
 
+    @property
+    def scheduler(self) -> str:
+        """Class name of the scheduler."""
+        return type(self.pipe.scheduler).__name__
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Height and width as the call names them, empty for the model's own."""
+        return {name: self.call[name] for name in ("height", "width") if name in self.call}
+
+
+def open_model(
+    name: str, setting: Setting = Setting(), variants: Sequence[Sequence[Any]] = ()
+) -> Model:
+    """The model ``name`` for a run with ``setting``; ``variants``: groups of techniques that it is
+    to run with, one group after another.
+
+    Raises: ValueError when something cannot be used; ``BadOption`` when it is one of the setting.
+    """
+    blueprint = Blueprint.named(name)
+    blueprint.check(setting, variants)
+    scheduler = blueprint.scheduler
+    if setting.scheduler is not None:
+        scheduler = schedulers.class_name(setting.scheduler, blueprint.scheduler)
+    device, dtype = place(setting.device, setting.dtype)
+    steps = setting.steps or int(blueprint.default("steps", "num_inference_steps"))
+    scale = blueprint.defaults.get("scale") if setting.scale is None else setting.scale
+    pipe = blueprint.load(dtype, device)
+    schedulers.replace(pipe, scheduler)
+    schedulers.check_steps(pipe.scheduler, steps)
+    factor = int(getattr(pipe, "vae_scale_factor", 1))
+    if setting.size is not None and any(side % factor for side in setting.size):
+        height, width = setting.size
+        raise BadOption(
+            "size", f"must be a multiple of {factor} for this model; got {width}x{height}."
+        )
+    call = blueprint.call(setting, steps, scale)
+    for technique in (technique for group in variants for technique in group):
+        blueprint.check_technique(pipe, technique, call)
+    facts = {
+        "model": name,
+        "negative_prompt": setting.negative_prompt,
+        "steps": steps,
+        "scale": blueprint.scale(scale),
+        "size": list(setting.size) if setting.size else None,
+    }
+    return Model(name, blueprint.kind, pipe, steps, blueprint.scale(scale), call, facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A pipeline that is known and not loaded."""
+
+    name: str
+    kind: Literal["embedded", "folder", "hub"]
+    # folder or hub id
+    source: str
+    cls: type
+    family: Family
+    # class name
+    scheduler: str
+    # steps and scale of an embedded model
+    defaults: dict[str, Any]
+
+    @classmethod
+    def named(cls, name: str) -> Blueprint:
+        """The model behind a name.
+
+        Raises ValueError when it is unknown, refused, or not a text-to-image pipeline.
+        """
+        import diffusers
+
+        from diffalign.embedded.load import MODELS
+
+        kind, source, index = _index(name)
+        class_name = index.get("_class_name")
+        pipeline = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+        if not isinstance(pipeline, type):
+            raise ValueError(
+                f"{name}: the pipeline class {class_name!r} is not part of diffusers "
+                f"{diffusers.__version__}; use it from Python."
+            )
+        family = family_of(pipeline)
+        scheduler = str((index.get("scheduler") or ("", ""))[1])
+        defaults = dict(MODELS[name].defaults) if kind == "embedded" else {}
+        blueprint = cls(name, kind, source, pipeline, family, scheduler, defaults)
+        blueprint._check_inputs()
+        return blueprint
+
+    @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The arguments of the pipeline's call."""
-        return dict(inspect.signature(self.cls.__call__).parameters)
+        return dict(inspect.signature(self.cls.__call__).parameters)  # type: ignore[operator]
 
-    def native(self, scale: float | None) -> float:
-        """The value of the pipeline's own scale argument for ``scale``, None is its default;
-        ``family.off`` for 1."""
-        if scale is not None:
-            return self.family.native(scale)
-        default = self.parameters()[self.family.gates[0]].default
-        return float(default) if isinstance(default, int | float) else self.family.off
+    def _check_inputs(self) -> None:
+        """Raise ValueError unless the pipeline makes images from prompts alone."""
+        use = "Use diffalign.apply(pipe, ...) in Python."
+        parameters = self.parameters
+        known = ("image", "control_image", "video")
+        inputs: list[str] = [name for name in known if name in parameters]
+        inputs += [
+            name
+            for name, parameter in parameters.items()
+            if parameter.default is parameter.empty
+            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            and name not in ("self", "prompt", *inputs)
+        ]
+        if "num_frames" in parameters:
+            raise ValueError(
+                f"{self.cls.__name__} makes videos, and only images are made here. {use}"
+            )
+        if "prompt" not in parameters or inputs:
+            what = ", ".join(inputs) or "no prompt"
+            raise ValueError(
+                f"{self.cls.__name__} takes {what}; only prompts are given here. {use}"
+            )
+
+    def check(self, setting: Setting, variants: Sequence[Sequence[Any]]) -> None:
+        """What can be said before weights are read: conflicts of techniques, missing arguments."""
+        from diffalign.seams import apply
+
+        for group in variants:  # an object without components is enough to see these
+            apply(object.__new__(self.cls), *group)
+        for option, value, argument in (
+            ("negative_prompt", setting.negative_prompt, "negative_prompt"),
+            ("size", setting.size, "height"),
+        ):
+            if value is not None and argument not in self.parameters:
+                raise BadOption(
+                    option, f"{self.cls.__name__} takes no {argument}; leave the option out."
+                )
+
+    def default(self, option: str, argument: str) -> Any:
+        """The model's own value of an option, which the pipeline calls ``argument``."""
+        return self.defaults.get(option) or self.parameters[argument].default
 
     def scale(self, scale: float | None) -> float:
         """The guidance scale in effect when the user asks for ``scale``; 1 is off."""
-        return self.family.scale(self.native(scale))
+        default = self.parameters[self.family.gates[0]].default
+        return self.family.scale(default if scale is None else self.family.native(scale))
+
+    def call(self, setting: Setting, steps: int, scale: float | None) -> dict[str, Any]:
+        """The arguments of the pipeline that all images share."""
+        arguments: dict[str, Any] = {"num_inference_steps": steps}
+        if scale is not None:
+            arguments[self.family.gates[0]] = self.family.native(scale)
+        if setting.negative_prompt is not None:
+            arguments["negative_prompt"] = setting.negative_prompt
+        elif self.family.needs_negative and self.scale(scale) != 1.0:
+            arguments["negative_prompt"] = ""
+        if setting.size is not None:
+            arguments["height"], arguments["width"] = setting.size
+        return arguments
+
+    def load(self, dtype: str, device: str) -> Any:
+        """The pipeline, its own progress bar off. ``dtype``: name of a torch dtype."""
+        import diffusers
+        import torch
+        import transformers
+
+        from diffalign.embedded import load
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            if self.kind == "embedded":
+                pipe = load(self.name)  # float32 on the CPU
+                if dtype != "float32":
+                    pipe.to(getattr(torch, dtype))
+            else:
+                pipe = diffusers.DiffusionPipeline.from_pretrained(
+                    self.source,
+                    dtype=getattr(torch, dtype),
+                    local_files_only=self.kind == "folder",
+                )
+        except OSError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        pipe.to(device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def check_technique(self, pipe: Any, technique: Any, call: Mapping[str, Any]) -> None:
+        """Refuse what would fail in the first generation: an unguidable model, a scheduler or
+        option that the technique cannot work with."""
+        from diffalign.seams.plan import bind, context_of
+        from diffalign.seams.supports import reason_against
+
+        context = context_of(pipe, self.family, call=bind(self.cls, pipe, (), call))
+        reason = reason_against(technique, context)
+        if reason:
+            raise ValueError(f"{type(technique).__name__} on {self.name}: {reason}")
 
 
-def _embedded() -> dict[str, Path]:
-    """Every embedded name with its folder, installed or not."""
-    from diffalign.embedded.load import FOLDER, MODELS
+def place(device: str, dtype: str | None) -> tuple[str, str]:
+    """Device and torch dtype by name."""
+    import torch
 
-    return {name: FOLDER / entry.folder for name, entry in MODELS.items()}
-
-
-def _pipelines(known: dict[str, Path]) -> list[str]:
-    return [name for name, folder in known.items() if (folder / "model_index.json").is_file()]
+    best = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
+    name = best if device == "auto" else device
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise BadOption(
+            "device", f"{device!r} cannot be used here; {best!r} can. ({error})"
+        ) from error
+    short = dtype or ("fp32" if name == "cpu" else "bf16")
+    if short not in DTYPES:
+        raise BadOption("dtype", f"must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    return name, DTYPES[short]
 
 
 def _index(name: str) -> tuple[Literal["embedded", "folder", "hub"], str, dict[str, Any]]:
     """Kind, source and model index of ``name``; touches the network for a hub id only."""
-    known = _embedded()
-    if name in known:
-        if not known[name].is_dir():
-            raise BadInput(
+    from diffalign.embedded.load import MODELS, folder_of
+
+    pipelines = [n for n in MODELS if (folder_of(n) / "model_index.json").is_file()]
+    if name in MODELS:
+        folder = folder_of(name)
+        if not folder.is_dir():
+            raise ValueError(
                 f"the embedded model {name!r} is not installed; `diffalign models` lists what is."
             )
-        if name not in _pipelines(known):
-            raise BadInput(
-                f"{name!r} does not make images; --model takes "
-                f"{', '.join(_pipelines(known)) or 'a folder or a hub id'}."
+        if name not in pipelines:
+            raise ValueError(
+                f"{name!r} does not make images; a model is "
+                f"{', '.join(pipelines) or 'a folder or a hub id'}."
             )
-        return (
-            "embedded",
-            str(known[name]),
-            json.loads((known[name] / "model_index.json").read_text(encoding="utf-8")),
-        )
+        return "embedded", str(folder), _read(folder)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        path = folder / "model_index.json"
-        if not path.is_file():
-            raise BadInput(
-                f"the folder {name!r} has no model_index.json; --model takes a folder that "
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"the folder {name!r} has no model_index.json; a model is a folder that "
                 "`save_pretrained` of a pipeline wrote."
             )
-        with checking(OSError):
-            return "folder", str(folder), json.loads(path.read_text(encoding="utf-8"))
+        return "folder", str(folder), _read(folder)
     if not HUB_ID.fullmatch(name):
-        near = nearest(name, _pipelines(known) or known)
-        raise BadInput(
+        near = nearest(name, pipelines or MODELS)
+        raise ValueError(
             f"unknown model {name!r}: no embedded model and no folder. Nearest embedded names: "
             f"{near}. A hub id is owner/name."
         )
+    return "hub", name, _hub_index(name)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The model index of a folder."""
+    try:
+        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model index of {str(folder)!r} cannot be read: {error}") from error
+    return index
+
+
+def _hub_index(name: str) -> dict[str, Any]:
+    """The model index of a hub id."""
     from diffusers import DiffusionPipeline
 
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)  # a line for every attempt to connect, else
     try:
-        return "hub", name, dict(DiffusionPipeline.load_config(name))
+        return dict(DiffusionPipeline.load_config(name))
     except Exception as error:  # the hub client has many: not found, gated, no network, bad answer
         why = (
             "the hub cannot be reached; check the network, or give a folder"
             if _offline(error)
-            else one_line(error)[:300]
+            else " ".join(str(error).split())[:300]
         )
-        raise BadInput(f"no folder {name!r}, and as a hub id it cannot be read: {why}") from error
+        raise ValueError(f"no folder {name!r}, and as a hub id it cannot be read: {why}") from error
     finally:
         logger.setLevel(level)
 
 
 def _offline(error: BaseException | None) -> bool:
     """Whether a failed connection is behind an error of the hub client."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
         error = error.__cause__ or error.__context__
     return any(
         isinstance(e, ConnectionError | socket.gaierror)
         or type(e).__name__ in ("ConnectError", "ConnectTimeout")
-        for e in seen
+        for e in chain
     )
-
-
-def find(name: str) -> Model:
-    """The model behind ``--model``.
-
-    Raises ``BadInput`` when it is unknown, refused, or not a text-to-image pipeline.
-    """
-    kind, source, index = _index(name)
-    import diffusers
-
-    class_name = index.get("_class_name")
-    cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
-    if not isinstance(cls, type):
-        raise BadInput(
-            f"{name}: the pipeline class {class_name!r} is not part of diffusers "
-            f"{diffusers.__version__}; use it from Python."
-        )
-    with checking():
-        family = family_of(cls)
-    model = Model(name, kind, source, cls, family, str((index.get("scheduler") or ("", ""))[1]))
-    parameters = model.parameters()
-    inputs = [n for n in parameters if n in ("image", "control_image", "video")]
-    inputs += [
-        n
-        for n, p in parameters.items()
-        if p.default is p.empty
-        and p.kind is p.POSITIONAL_OR_KEYWORD
-        and n not in ("self", "prompt")
-    ]
-    if "num_frames" in parameters:
-        raise BadInput(
-            f"{cls.__name__} makes videos; the command line makes images. Use "
-            "diffalign.apply(pipe, ...) in Python."
-        )
-    if "prompt" not in parameters or inputs:
-        what = ", ".join(inputs) or "no prompt"
-        raise BadInput(
-            f"{cls.__name__} takes {what}; the command line gives prompts only. Use "
-            "diffalign.apply(pipe, ...) in Python."
-        )
-    return model
-
-
-def load(model: Model, dtype: str, device: str) -> Any:
-    """The pipeline, its own progress bar off. ``dtype``: name of a torch dtype."""
-    import diffusers
-    import torch
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    if model.kind == "embedded":
-        from diffalign.embedded import load as embedded
-
-        with checking(OSError):
-            pipe = embedded(model.name)  # float32 on the CPU
-        if dtype != "float32":
-            pipe.to(getattr(torch, dtype))
-        if device != "cpu":
-            pipe.to(device)
-    else:
-        local = model.kind == "folder"
-        with checking(OSError):
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                model.source, dtype=getattr(torch, dtype), local_files_only=local
-            )
-        pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def check_technique(
-    model: Model, pipe: Any, techniques: tuple[Any, ...], scale: float | None, steps: int
-) -> None:
-    """Refuse what would fail in the first generation: an unguidable model, a scheduler or option a
-    technique cannot work with."""
-    context = context_of(pipe, model.family)
-    context = replace(
-        context,
-        steps=steps,
-        scale=model.scale(scale),
-        scale_source="pipeline default" if scale is None else "call",
-    )
-    for technique in techniques:
-        reason = model.family.check(pipe) if technique.kind == "guidance" else None
-        with checking():
-            technique.resolve(context)
-            reason = reason or context.refusal(name_of(technique), technique)
-            if not reason and hasattr(technique, "refuses"):
-                reason = technique.refuses(context)
-        if reason:
-            raise BadInput(f"{type(technique).__name__} on {model.name}: {reason}")

@@ -1,11 +1,10 @@
-"""``--scheduler``: short names for diffusers schedulers, checked against the one the pipeline comes
-with."""
+"""Short names for diffusers schedulers, checked against the one that the pipeline comes with."""
 
 import copy
 from typing import Any
 
-from diffalign.cli.problem import BadInput
 from diffalign.core.errors import nearest
+from diffalign.generate.errors import BadOption
 
 NAMES = {
     "ddim": "DDIMScheduler",
@@ -26,48 +25,49 @@ FLOW = {"euler": "FlowMatchEulerDiscreteScheduler"}
 def class_name(name: str, current: str) -> str:
     """The scheduler class for ``name`` on a pipeline that comes with the class ``current``.
 
-    Raises ``BadInput`` for an unknown name, and where the scheduler cannot replace the current one.
+    Raises ``BadOption`` for an unknown name, and where it cannot replace the current one.
     """
     import diffusers
 
     if name not in NAMES:
-        raise BadInput(f"--scheduler: unknown scheduler {name!r}. Nearest: {nearest(name, NAMES)}.")
-    wanted = NAMES[name]
-    if FLOW.get(name) == current or wanted == current:
+        raise BadOption("scheduler", f"unknown name {name!r}. Nearest: {nearest(name, NAMES)}.")
+    target = NAMES[name]
+    if FLOW.get(name) == current or target == current:
         return current
     compatible = getattr(getattr(diffusers, current, None), "_compatibles", [])
-    if wanted in compatible:
-        return wanted
+    if target in compatible:
+        return target
     fitting = sorted(
         n for n, c in NAMES.items() if c in (current, *compatible) or FLOW.get(n) == current
     )
-    raise BadInput(
-        f"--scheduler: {name} ({wanted}) cannot replace this model's {current}; "
-        f"{', '.join(fitting) or 'leave the option out'} can be used."
+    raise BadOption(
+        "scheduler",
+        f"{name} ({target}) cannot replace this model's {current}; "
+        f"{', '.join(fitting) or 'leave the option out'} can be used.",
     )
 
 
-def replace(pipe: Any, wanted: str) -> None:
-    """Give the pipeline a scheduler of the class ``wanted`` with the configuration of the one it
+def replace(pipe: Any, target: str) -> None:
+    """Give the pipeline a scheduler of the class ``target`` with the configuration of the one it
     has."""
     import diffusers
 
-    if type(pipe.scheduler).__name__ == wanted:
+    if type(pipe.scheduler).__name__ == target:
         return
     config = pipe.scheduler.config
-    if config.get("prediction_type") == "flow_prediction" and wanted not in (
+    if config.get("prediction_type") == "flow_prediction" and target not in (
         "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler",
     ):
-        raise BadInput(
-            f"--scheduler: {wanted} cannot sample this flow model; use dpm++ or unipc, or leave "
-            "the option out."
+        raise BadOption(
+            "scheduler",
+            f"{target} cannot sample this flow model; use dpm++ or unipc, or leave the option out.",
         )
-    pipe.scheduler = getattr(diffusers, wanted).from_config(config)
+    pipe.scheduler = getattr(diffusers, target).from_config(config)
 
 
 def check_steps(scheduler: Any, steps: int) -> None:
-    """Raise ``BadInput`` when the scheduler has no ``steps`` steps to give."""
+    """Raise ``BadOption`` when the scheduler has no ``steps`` steps to give."""
     try:
         copy.deepcopy(scheduler).set_timesteps(steps)
     # others, like the shift that flow models compute from the image size, are the pipeline's to
@@ -75,6 +75,6 @@ def check_steps(scheduler: Any, steps: int) -> None:
     except ValueError as error:
         if "num_inference_steps" in str(error):
             most = scheduler.config.num_train_timesteps
-            raise BadInput(
-                f"--steps: {type(scheduler).__name__} has at most {most} steps; got {steps}."
+            raise BadOption(
+                "steps", f"{type(scheduler).__name__} has at most {most} steps; got {steps}."
             ) from error

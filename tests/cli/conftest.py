@@ -81,7 +81,7 @@ class FakeJudge:
 
 @pytest.fixture
 def emoji(folder, tmp_path, monkeypatch):
-    """The tiny folder under the name of the embedded model, with a fake judge; returns the judge."""
+    """The tiny folder under the name of the embedded model, with a fake judge, which it returns."""
     root, judge = tmp_path / "models", FakeJudge()
     root.mkdir()
     (root / "emoji").symlink_to(folder, target_is_directory=True)

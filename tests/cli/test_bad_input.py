@@ -10,9 +10,9 @@ import typer
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from diffalign import cli
-from diffalign.cli.problem import BadInput
 from diffalign.families import refusals
-from diffalign.generate import schedulers as scheduler
+from diffalign.generate import schedulers
+from diffalign.generate.errors import BadOption
 
 PROMPT = ("--prompt", "a bench")
 
@@ -24,20 +24,14 @@ def untouched(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("bad input was noticed too late")
 
-    monkeypatch.setattr("diffalign.cli.request.load", never)
-    monkeypatch.setattr(
-        StableDiffusionPipeline,
-        "__call__",
-        functools.wraps(StableDiffusionPipeline.__call__)(never),
-    )
+    monkeypatch.setattr("diffalign.generate.models.Blueprint.load", never)
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", never)
 
 
 def computed(monkeypatch):
-    """Fails when a pipeline is called."""
+    """Fails when a pipeline begins to compute."""
     monkeypatch.setattr(
-        StableDiffusionPipeline,
-        "__call__",
-        functools.wraps(StableDiffusionPipeline.__call__)(lambda *a, **k: pytest.fail("computed")),
+        StableDiffusionPipeline, "encode_prompt", lambda *a, **k: pytest.fail("computed")
     )
 
 
@@ -233,7 +227,7 @@ def test_what_only_the_loaded_model_can_tell_stops_before_the_first_step(
 def test_a_techniques_own_refusal_stops_before_the_first_step(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "diffalign.attention.nag.nag.NAG.refuses",
-        lambda self, pipe, family: f"{family.name} is not for me",
+        lambda self, context: f"{context.family} is not for me",
     )
     computed(monkeypatch)
     refused(
@@ -312,8 +306,8 @@ def test_abort_outside_a_command_is_an_interrupt_too(capsys):
     assert (ended.value.code, capsys.readouterr().err) == (130, "diffalign: stopped: interrupted\n")
 
 
-def test_methods_and_models_refuse_unknown_names(run):
-    refused(run("methods", "adaptive"), "adaptive", "adaptive-guidance")
+def test_techniques_and_models_refuse_unknown_names(run):
+    refused(run("techniques", "adaptive"), "adaptive", "adaptive-guidance")
     refused(run("models", "StableDiffusionPipelin"), "StableDiffusionPipeline")
     refused(run("models", "Xyzzy"), "Xyzzy", "Nearest: none")
 
@@ -332,12 +326,18 @@ def test_models_without_a_scale_say_so(run):
     ],
 )
 def test_scheduler_names(name, current, expected):
-    assert scheduler.class_name(name, current) == expected
+    assert schedulers.class_name(name, current) == expected
 
 
 def test_scheduler_that_does_not_fit():
     with pytest.raises(
-        BadInput,
+        BadOption,
         match=r"ddim .* cannot replace .*FlowMatchEulerDiscreteScheduler; euler can be used",
     ):
-        scheduler.class_name("ddim", "FlowMatchEulerDiscreteScheduler")
+        schedulers.class_name("ddim", "FlowMatchEulerDiscreteScheduler")
+
+
+def test_bad_input_makes_no_folder(run, untouched, folder, tmp_path):
+    for arguments in (["-m", "emojii"], ["-m", folder, "--scheduler", "eulr"]):
+        refused(run("generate", *arguments, "-o", tmp_path / "new" / "out", *PROMPT))
+    assert list(tmp_path.iterdir()) == []

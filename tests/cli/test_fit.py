@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 
 import diffalign as da
 from diffalign.calibration.linear import fit_linear_ag
-from diffalign.cli.sample import spread
+from diffalign.cli.measurement import spread
 from diffalign.families import refusals
 from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.tasks.geneval.verdict import prompts
@@ -28,12 +28,9 @@ def refused(result, *words):
 
 @pytest.fixture
 def unmoved(monkeypatch):
-    """Fails when a pipeline is called."""
-    call = StableDiffusionPipeline.__call__
+    """Fails when a pipeline begins to compute."""
     monkeypatch.setattr(
-        StableDiffusionPipeline,
-        "__call__",
-        functools.wraps(call)(lambda *a, **k: pytest.fail("computed")),
+        StableDiffusionPipeline, "encode_prompt", lambda *a, **k: pytest.fail("computed")
     )
 
 
@@ -152,8 +149,8 @@ def test_prompts_are_spread_over_all_of_genevals_or_repeated():
     some = spread(official, 200)
     assert len(set(some)) > 190
     assert {e["tag"] for e in prompts() if e["prompt"] in some} == {e["tag"] for e in prompts()}
-    assert spread(official, 553) == official
-    assert spread(("a", "b"), 5) == ("a", "b", "a", "b", "a")
+    assert spread(official, 553) == list(official)
+    assert spread(("a", "b"), 5) == ["a", "b", "a", "b", "a"]
 
 
 @pytest.mark.parametrize(

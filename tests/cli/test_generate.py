@@ -2,7 +2,6 @@
 own."""
 
 import json
-from itertools import groupby
 
 import diffusers
 import numpy as np
@@ -12,13 +11,10 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 import diffalign as da
-from diffalign.cli import run as runner
-from diffalign.cli.options import Options
-from diffalign.cli.request import Column, prepare
 from diffalign.core.registry import parse
 from diffalign.drawing.png import read_settings
 from diffalign.generate.schedulers import NAMES
-from diffalign.seams.report import Report
+from diffalign.generate.seeds import seed_of
 
 PROMPTS = ("--prompt", "a red apple", "--prompt", "a Bench, seen from above!")
 
@@ -61,15 +57,15 @@ def test_plain_images_are_the_pipelines_own(run, folder, tmp_path):
     expected = direct(
         folder,
         prompts,
-        [7, 8, 7, 8],
+        [seed_of(prompt, i, base=7) for prompt in prompts[::2] for i in (0, 1)],
         num_inference_steps=3,
         guidance_scale=5.0,
         negative_prompt=["blurry"] * 4,
     )
     names = [
-        f"00{p}-{slug}-s{seed}.png"
+        f"00{p}-{slug}-s7-{i}.png"
         for p, slug in enumerate(("a-red-apple", "a-bench-seen-from-above"))
-        for seed in (7, 8)
+        for i in (0, 1)
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name, image in zip(names, expected):
@@ -83,7 +79,7 @@ def test_technique_acts_and_settings_repeat_the_image(run, folder, tmp_path):
     # the cosine is above -1, so the first permitted step (the second) latches: 2 guided steps of 6
     # cost 6 + 2
     assert "guided 2 of 6 steps, 8 NFE per image (CFG: 12)" in result.stdout
-    path = tmp_path / "000-a-red-apple-s0.png"
+    path = tmp_path / "000-a-red-apple-s0-0.png"
     assert result.stdout.splitlines()[-1] == str(path)
     settings = read_settings(path)
     assert da.techniques_of(settings) == parse(text)
@@ -95,7 +91,7 @@ def test_technique_acts_and_settings_repeat_the_image(run, folder, tmp_path):
     }
     assert (settings["prompt"], settings["seed"], settings["steps"], settings["scale"]) == (
         "a red apple",
-        0,
+        seed_of("a red apple", 0),
         6,
         7.5,
     )
@@ -103,7 +99,7 @@ def test_technique_acts_and_settings_repeat_the_image(run, folder, tmp_path):
     with da.apply(pipe, *da.techniques_of(settings)):
         again = pipe(
             ["a red apple"],
-            generator=[torch.Generator("cpu").manual_seed(0)],
+            generator=[torch.Generator("cpu").manual_seed(settings["seed"])],
             num_inference_steps=6,
         ).images[0]
     assert np.array_equal(pixels(path), np.asarray(again))
@@ -149,28 +145,6 @@ def test_noise_of_an_image_does_not_depend_on_its_batch(run, folder, tmp_path):
     assert abs(first - pixels(tmp_path / "1" / names[1])).max() > 1
 
 
-def test_generators_are_seeded_per_image(folder, tmp_path):
-    options = Options(
-        model=str(folder), prompts=("a", "b"), seed=5, count=3, batch=4, steps=2, output=tmp_path
-    )
-    request = prepare(options, (Column(""),))
-    todo = runner.jobs(request)
-    assert [(job.prompt, job.seed) for job in todo] == [
-        (0, 5),
-        (0, 6),
-        (0, 7),
-        (1, 5),
-        (1, 6),
-        (1, 7),
-    ]
-    call = runner.arguments(request, todo[2:5])
-    assert call["prompt"] == ["a", "b", "b"]
-    for rng, seed in zip(call["generator"], (7, 5, 6)):
-        assert rng.device.type == "cpu"
-        assert torch.equal(rng.get_state(), torch.Generator("cpu").manual_seed(seed).get_state())
-    assert len({id(rng) for rng in call["generator"]}) == 3
-
-
 def test_global_random_state_is_untouched(run, folder, tmp_path):
     before = torch.get_rng_state()
     assert (
@@ -199,7 +173,7 @@ def test_json_is_all_there_is_on_standard_output(run, folder, tmp_path):
         "--plot",
     )
     data = json.loads(result.stdout)
-    assert [image["seed"] for image in data["images"]] == [0, 1]
+    assert [image["seed"] for image in data["images"]] == [seed_of("x", 0), seed_of("x", 1)]
     assert all(Image.open(image["file"]).size == (16, 16) for image in data["images"])
     assert data["report"]["nfe"] == 4
     assert data["report"]["scale"] == pytest.approx([7.5, 7.5], rel=1e-3)
@@ -266,13 +240,15 @@ def test_every_scheduler_samples(run, folder, tmp_path, name):
         name,
     )
     assert result.exit_code == 0, result.stderr
-    assert read_settings(tmp_path / "000-x-s0.png")["scheduler"] == NAMES[name]
+    assert read_settings(tmp_path / "000-x-s0-0.png")["scheduler"] == NAMES[name]
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = getattr(diffusers, NAMES[name]).from_config(pipe.scheduler.config)
     expected = pipe(
-        ["x"], generator=[torch.Generator("cpu").manual_seed(0)], num_inference_steps=4
+        ["x"],
+        generator=[torch.Generator("cpu").manual_seed(seed_of("x", 0))],
+        num_inference_steps=4,
     ).images[0]
-    assert np.array_equal(pixels(tmp_path / "000-x-s0.png"), np.asarray(expected))
+    assert np.array_equal(pixels(tmp_path / "000-x-s0-0.png"), np.asarray(expected))
 
 
 def test_interrupt_keeps_finished_images(run, folder, tmp_path, monkeypatch):
@@ -290,69 +266,19 @@ def test_interrupt_keeps_finished_images(run, folder, tmp_path, monkeypatch):
     )
     assert result.exit_code == 130
     assert result.stderr == f"diffalign: stopped: 2 of 5 images are kept in {tmp_path}\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000-x-s0.png", "000-x-s1.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000-x-s0-0.png",
+        "000-x-s0-1.png",
+    ]
 
 
 def test_interrupt_of_the_program(program, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "diffalign.cli.request.load", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt())
+        "diffalign.generate.models.Blueprint.load",
+        lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()),
     )
     assert program("generate", "-m", folder, "-o", tmp_path, "-p", "x") == (
         130,
         "",
         "diffalign: stopped: interrupted\n",
     )
-
-
-def test_steps_are_counted_for_the_bar(folder, tmp_path):
-    options = Options(model=str(folder), prompts=("x",), count=3, batch=2, steps=4, output=tmp_path)
-    seen = []
-    for made in runner.batches(
-        prepare(options, (Column(""),)), Column("", parse("cfg")), lambda: seen.append("step")
-    ):
-        seen.append(len(made.images))
-    assert [(k, len(list(g))) for k, g in groupby(seen)] == [
-        ("step", 4),
-        (2, 1),
-        ("step", 4),
-        (1, 1),
-    ]
-
-
-def test_merged_reports():
-    first = Report(
-        "P",
-        images=3,
-        steps=2,
-        guided_steps=2,
-        nfe=4,
-        nfe_cfg=4,
-        rows=12,
-        calls=2,
-        seconds=1.0,
-        sigma=[2, 1],
-        scale=[7.0, 5.0],
-    )
-    second = Report(
-        "P",
-        images=1,
-        steps=2,
-        guided_steps=1,
-        nfe=3,
-        nfe_cfg=4,
-        rows=3,
-        calls=2,
-        seconds=0.5,
-        sigma=[2, 1],
-        scale=[3.0, None],
-    )
-    both = runner.merged([first, second])
-    assert (both.images, both.guided_steps, both.rows, both.calls, both.seconds) == (
-        4,
-        2,
-        15,
-        4,
-        1.5,
-    )
-    assert both.nfe == (4 * 3 + 3) / 4
-    assert both.scale == [(7 * 3 + 3) / 4, 5.0]

@@ -1,5 +1,5 @@
-"""``methods``, ``models``, ``env``, ``--version`` and ``--help``: complete, and the same as tables
-and as JSON."""
+"""``techniques``, ``models``, ``env``, ``--version`` and ``--help``: complete, light, and the same
+as tables and as JSON."""
 
 import dataclasses
 import json
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.cli.methods import default_text, type_text
 from diffalign.cli.show import to_json
+from diffalign.cli.techniques import default_text, type_text
 from diffalign.core.registry import BUILTIN, make
 from diffalign.families import FAMILIES, refusals
 
 
 def test_every_technique_is_listed_with_paper_cost_and_options(run):
-    table, data = run("methods").stdout, json.loads(run("methods", "--json").stdout)
+    table, data = run("techniques").stdout, json.loads(run("techniques", "--json").stdout)
     assert [entry["name"] for entry in data] == list(da.techniques())
     for entry in data:
         assert entry["name"] in table
@@ -31,14 +31,14 @@ def test_every_technique_is_listed_with_paper_cost_and_options(run):
 
 def test_printed_defaults_are_what_the_command_line_reads(run):
     """Giving every printed default back makes the technique with its defaults."""
-    for entry in json.loads(run("methods", "--json").stdout):
+    for entry in json.loads(run("techniques", "--json").stdout):
         options = {o["name"].replace("-", "_"): o["default"] for o in entry["options"]}
         if "required" not in options.values():
             assert make(entry["name"], options) == da.techniques()[entry["name"]]()
 
 
 def test_one_technique_with_its_documentation(run):
-    text = run("methods", "adaptive-guidance").stdout
+    text = run("techniques", "adaptive-guidance").stdout
     assert "Castillo et al. 2023" in text
     assert re.search(r"threshold\s+\S\s+number or none\s+\S\s+none", text)
     assert re.search(r"space\s+\S\s+eps \| x0 or none\s+\S\s+none", text)
@@ -75,11 +75,13 @@ def test_defaults_as_text(value, text):
 
 
 def test_techniques_on_a_model(run, folder):
-    found = {e["name"]: e for e in json.loads(run("methods", "--model", folder, "--json").stdout)}
+    found = {
+        e["name"]: e for e in json.loads(run("techniques", "--model", folder, "--json").stdout)
+    }
     assert found["cfg"]["works"]
     assert not found["skip-layer-guidance"]["works"]
     assert "layers" in found["skip-layer-guidance"]["reason"]
-    assert "layers" in run("methods", "--model", folder).stdout
+    assert "layers" in run("techniques", "--model", folder).stdout
 
 
 def test_models_lists_embedded_models_and_families(run, emoji):
@@ -130,7 +132,7 @@ def test_version_and_help(run):
     text = run("--help").stdout
     assert all(
         name in text
-        for name in ("generate", "compare", "fit", "calibrate", "models", "methods", "env")
+        for name in ("generate", "compare", "fit", "calibrate", "models", "techniques", "env")
     )
     for command in ("generate", "compare"):
         assert "--technique" in run(command, "--help").stdout

@@ -1,0 +1,24 @@
+"""GenEval's verdicts on images in [0, 1], given by a judge that finds objects in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.tasks.geneval.verdict import Verdict, verdict
+
+
+def verdicts(
+    judge: Any, images: Tensor, records: Sequence[Mapping[str, Any] | None]
+) -> list[Verdict | None]:
+    """The verdict on each of ``images`` [B, 3, H, W]; None where its prompt has no record.
+
+    ``records``: what GenEval's list, or ``parse_prompt``, says of each image's prompt.
+    """
+    detections = judge.detect(images)
+    return [
+        None if record is None else verdict(record, objects, judge.thresholds)
+        for record, objects in zip(records, detections, strict=True)
+    ]
