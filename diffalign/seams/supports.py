@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.core import Context, Technique
+from diffalign.core import Context, Technique, UnsupportedModel
 from diffalign.core.registry import name_of, techniques
 from diffalign.families import family_of
 from diffalign.seams.plan import context_of
@@ -47,10 +47,14 @@ def supports(pipe: Any) -> SupportTable:
 
     Raises: ``UnsupportedModel`` with the reason when no technique can act on the pipeline's class.
     """
-    context = context_of(pipe, family_of(original_class(pipe)))
+    family = family_of(original_class(pipe))
+    try:
+        context, unusable = context_of(pipe, family), ""
+    except UnsupportedModel as error:  # the scheduler, which every technique needs
+        context, unusable = None, str(error)
     table = []
     for name, cls in techniques().items():
-        reason = reason_against(cls, context)
+        reason = unusable if context is None else reason_against(cls, context)
         table.append(Support(name, not reason, reason, cost_of(cls)))
     return SupportTable(table)
 

@@ -61,7 +61,7 @@ class _Run:
 
     technique: Guidance[Any]
     clock: Clock
-    parametrisation: space.Kind
+    parametrisation: space.Parametrisation
     record: Record
     meter: Meter = field(default_factory=Meter)
     # state of the technique, from the first inputs on
@@ -175,12 +175,12 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
             run = self._run = self._begin(binding, step, num_inference_steps, timestep)
         run.passes = run.latents = None
         run.clock.calls = step
-        sigma, sign = run.clock.sigma, binding.family.target_sign
+        sigma = run.clock.sigma
 
         def convert(value: Tensor, source: Any, target: Any, rows: Any = None) -> Tensor:
             x = run.latents if rows is None or run.latents is None else run.latents[list(rows)]
             assert x is not None, "predictions are converted after the denoiser has run"
-            return space.convert(value, x, sigma, run.parametrisation, sign, source, target)
+            return run.parametrisation.convert(value, x, sigma, source, target)
 
         run.step = run.clock.now(convert)
 

@@ -314,7 +314,9 @@ def test_declared_is_metered_is_run(pipe, name, monkeypatch, tmp_path):
 
 def test_a_still_step_on_qwen_is_refused():
     """Its pipeline divides by the norm of the prediction: a still step would be NaN."""
-    with pytest.raises(UnsupportedModel, match=r"QwenImagePipeline: the pipeline divides .* Pass zero_steps=0"):
+    with pytest.raises(
+        UnsupportedModel, match=r"QwenImagePipeline: the pipeline divides .* Pass zero_steps=0"
+    ):
         call(tiny_pipeline("QwenImagePipeline"), da.CFGZeroStar(3.0))
 
 

@@ -1,88 +1,123 @@
 """Parametrisations: what the network predicts, and how to read it as noise or as a clean image.
 
-``x`` is the denoiser's input in its own scaling: ``x = alpha * x0 + sigma * eps`` with ``alpha^2 +
-sigma^2 = 1`` for variance preserving models (and for exploding ones after the scheduler's input
-scaling), ``x = (1 - sigma) * x0 + sigma * eps`` for flow models.
+``x`` is the denoiser's input in its own scaling, ``x = alpha * x0 + s * eps``. Flow models have
+``alpha = 1 - sigma`` and ``s = sigma``; all others ``alpha = 1 / r`` and ``s = sigma / r`` with
+``r = sqrt(sigma^2 + d^2)``, where d is 1, or EDM's ``sigma_data``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffalign.core import COND, Pass, Space, StepInfo, UnsupportedModel
+from diffalign.core import COND, Guidance, Pass, Space, StepInfo, UnsupportedModel
 from diffalign.families.family import Family
+from diffalign.seams.swap import original_class
 
-Kind = Literal["eps", "v", "x0", "flow"]
-
-
-def kind_of(scheduler: Any) -> Kind:
-    """The parametrisation that the scheduler's configuration names; flow-matching schedulers name
-    none."""
-    known: dict[str, Kind] = {
-        "epsilon": "eps",
-        "v_prediction": "v",
-        "sample": "x0",
-        "flow_prediction": "flow",
-    }
-    named = getattr(scheduler.config, "prediction_type", None)
-    if "FlowMatch" in type(scheduler).__name__ or getattr(
-        scheduler.config, "use_flow_sigmas", False
-    ):
-        return "flow"
-    if named not in known:
-        raise UnsupportedModel(
-            f"{type(scheduler).__name__} has prediction_type {named!r}; diffalign knows "
-            f"{', '.join(known)}."
-        )
-    return known[named]
+Kind = Literal["eps", "v", "x0", "flow", "edm"]
+NAMED: dict[str, Kind] = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "flow_prediction": "flow",
+}
+TINY = 1e-12
 
 
-def parametrisation_of(family: Family, scheduler: Any) -> Kind:
-    """What the family's network predicts with this scheduler."""
-    return "flow" if family.parametrisation == "flow" else kind_of(scheduler)
+@dataclass(frozen=True, slots=True)
+class Parametrisation:
+    """What a network predicts with its scheduler: the one place that knows how to convert it."""
 
+    kind: Kind
+    # -1 where the network predicts the negated quantity
+    sign: int = 1
+    # d above; EDM's ``sigma_data``
+    data: float = 1.0
 
-def convert(
-    prediction: Tensor, x: Tensor, sigma: float, kind: Kind, sign: int, source: Space, target: Space
-) -> Tensor:
-    """``prediction`` in ``source`` space as ``target``, in float32. "native" is ``sign`` times the
-    ``kind``'s own quantity.
+    @property
+    def flow(self) -> bool:
+        """Whether noise levels are in [0, 1]."""
+        return self.kind == "flow"
 
-    Variance channels beyond the latent's are dropped; ``x`` may carry more channels or tokens
-    (image conditions), which are ignored.
-    """
-    if source == target:
-        return prediction
-    common = tuple(slice(0, min(a, b)) for a, b in zip(prediction.shape, x.shape))
-    value, x = prediction[common].float(), x[common].float()
-    if kind == "flow":
-        alpha, s = 1.0 - sigma, sigma
-    else:
-        alpha, s = 1.0 / math.sqrt(1.0 + sigma * sigma), sigma / math.sqrt(1.0 + sigma * sigma)
-    # every space through x0 and eps of the same x
-    if source == "native":
-        value = sign * value
-        if kind == "eps":
-            x0, eps = (x - s * value) / alpha, value
-        elif kind == "v":
-            x0, eps = alpha * x - s * value, alpha * value + s * x
-        elif kind == "x0":
-            x0, eps = value, (x - alpha * value) / max(s, 1e-12)
+    def levels(self, sigma: float) -> tuple[float, float]:
+        """``(alpha, s)`` at a noise level."""
+        if self.flow:
+            return 1.0 - sigma, sigma
+        r = math.sqrt(sigma * sigma + self.data * self.data)
+        return 1.0 / r, sigma / r
+
+    def convert(
+        self, prediction: Tensor, x: Tensor, sigma: float, source: Space, target: Space
+    ) -> Tensor:
+        """``prediction`` [B, ...] in the space ``source`` as ``target``, in float32.
+
+        Variance channels beyond the latent's are dropped; ``x`` may carry more channels or tokens
+        (image conditions), which are ignored.
+        """
+        if source == target:
+            return prediction
+        common = tuple(slice(0, min(a, b)) for a, b in zip(prediction.shape, x.shape))
+        value, x = prediction[common].float(), x[common].float()
+        if source == "native":
+            x0, eps = self._read(self.sign * value, x, sigma)
         else:
-            x0, eps = x - s * value, x + (1.0 - s) * value
-    elif source == "eps":
-        x0, eps = (x - s * value) / max(alpha, 1e-12), value
-    else:
-        x0, eps = value, (x - alpha * value) / max(s, 1e-12)
-    if target != "native":
+            alpha, s = self.levels(sigma)
+            x0 = value if source == "x0" else (x - s * value) / max(alpha, TINY)
+            eps = value if source == "eps" else (x - alpha * value) / max(s, TINY)
+        if target == "native":
+            return self.sign * self._written(x0, eps, x, sigma)
         return x0 if target == "x0" else eps
-    native = {"eps": eps, "v": alpha * eps - s * x0, "x0": x0, "flow": eps - x0}[kind]
-    return sign * native
+
+    def _read(self, value: Tensor, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """A prediction as clean image and noise."""
+        alpha, s = self.levels(sigma)
+        if self.kind == "eps":
+            return (x - s * value) / alpha, value
+        if self.kind == "v":
+            return alpha * x - s * value, alpha * value + s * x
+        if self.kind == "flow":
+            return x - s * value, x + (1.0 - s) * value
+        x0 = value if self.kind == "x0" else self.data * (self.data * alpha * x + s * value)
+        return x0, (x - alpha * x0) / max(s, TINY)
+
+    def _written(self, x0: Tensor, eps: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """Clean image and noise as the network's own quantity."""
+        alpha, s = self.levels(sigma)
+        if self.kind == "edm":
+            return (x0 / self.data - self.data * alpha * x) / max(s, TINY)
+        return {"eps": eps, "v": alpha * eps - s * x0, "x0": x0, "flow": eps - x0}[self.kind]
+
+
+def parametrisation_of(family: Family, scheduler: Any) -> Parametrisation:
+    """What the family's network predicts with this scheduler.
+
+    Raises: ``UnsupportedModel`` for a scheduler that does not say, or has no noise levels.
+    """
+    cls, config, sign = original_class(scheduler), scheduler.config, family.target_sign
+    if family.parametrisation == "flow" or getattr(config, "use_flow_sigmas", False):
+        return Parametrisation("flow", sign)
+    if "FlowMatch" in cls.__name__:
+        return Parametrisation("flow", sign)
+    named = getattr(config, "prediction_type", None)
+    if named not in NAMED or not (hasattr(scheduler, "alphas_cumprod") or _has_sigmas(scheduler)):
+        raise UnsupportedModel(
+            f"{cls.__name__} does not say what the model predicts and at which noise level "
+            f"(prediction_type={named!r}); diffalign knows {', '.join(NAMED)}. Use another "
+            "scheduler, such as DDIMScheduler or EulerDiscreteScheduler."
+        )
+    if hasattr(cls, "precondition_outputs"):  # EDM: the named type only chooses a sign
+        sign = -sign if named == "v_prediction" else sign
+        return Parametrisation("edm", sign, float(config.sigma_data))
+    return Parametrisation(NAMED[named], sign)
+
+
+def _has_sigmas(scheduler: Any) -> bool:
+    return getattr(scheduler, "sigmas", None) is not None
 
 
 def widen(guided: Tensor, like: Tensor) -> Tensor:
@@ -96,19 +131,19 @@ def widen(guided: Tensor, like: Tensor) -> Tensor:
 
 
 def combined(
-    guidance: Any, preds: Mapping[Pass, Tensor], step: StepInfo, state: Any
+    guidance: Guidance[Any], preds: Mapping[Pass, Tensor], step: StepInfo, state: Any
 ) -> tuple[Tensor, Any]:
-    """``guidance.combine`` in the space that it names, from native predictions and back to a native
-    one."""
+    """``guidance.combine`` in the space that it names, on native predictions.
+
+    The guided prediction is native again.
+    """
     target = guidance.combine_space
     if target == "native" or not preds:
-        made: tuple[Tensor, Any] = guidance.combine(preds, step, state)
-        return made
-    given = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
-    guided, state = guidance.combine(given, step, state)
-    untouched = next((p for p, value in given.items() if value is guided), None)
-    if (
-        untouched is not None
-    ):  # handed back as it came: converting there and back would change its last bits
+        return guidance.combine(preds, step, state)
+    converted = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
+    guided, state = guidance.combine(converted, step, state)
+    untouched = next((p for p, value in converted.items() if value is guided), None)
+    if untouched is not None:
+        # handed back as it came: converting there and back would change its last bits
         return preds[untouched], state
     return widen(step.convert(guided, target, "native"), preds.get(COND, guided)), state

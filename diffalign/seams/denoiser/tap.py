@@ -97,14 +97,14 @@ class Generation:
             if guidance is not None and self.plan.guidance_name not in self.states:
                 self.states[self.plan.guidance_name] = guidance.init(self.batch)
         latents, sigma, images = call.latents, self.clock.sigma, self.batch
-        sign, parametrisation = self.family.target_sign, self.parametrisation
+        parametrisation = self.parametrisation
 
         def convert(
             value: Tensor, source: Any, target: Any, rows: Sequence[int] | None = None
         ) -> Tensor:
             x = torch.stack(list(latents)) if isinstance(latents, list) else latents
             inputs = x[:images] if rows is None else x[list(rows)]
-            return space.convert(value, inputs, sigma, parametrisation, sign, source, target)
+            return parametrisation.convert(value, inputs, sigma, source, target)
 
         info = self.clock.now(convert)
         self.record.sigma.setdefault(info.index, info.sigma)
@@ -259,7 +259,7 @@ class Generation:
             cut = (slice(None), *map(slice, step.shape))
             cond, uncond, guided = cond[cut], uncond[cut], guided[cut]
         pair, info, where = None, step.info, guidance.cosine_space
-        if self.parametrisation != where:
+        if self.parametrisation.kind != where:
             pair = (
                 info.convert(cond, "native", where, rows),
                 info.convert(uncond, "native", where, rows),
