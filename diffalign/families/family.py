@@ -121,6 +121,9 @@ class Predictions:
     sigma: Callable[[float], float] = field(default=lambda value: value)
     # (guided prediction, what arrived at scheduler.step) -> what belongs there
     to_step: Callable[[Tensor, Tensor], Tensor] = same
+    # arguments of the denoiser -> tokens of the prediction that reach the scheduler, where the
+    # pipeline drops the others (those of reference images and given frames)
+    seen: Callable[[Mapping[str, Any]], slice] | None = None
     # whether tensors come as Python lists with one per row
     lists: bool = False
     # denoiser arguments that are never split by rows

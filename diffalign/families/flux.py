@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,8 +51,16 @@ FLUX = Family(
         )
     },
 )
+
+
+def image_tokens(arguments: Mapping[str, Any]) -> slice:
+    """Tokens of the image that is made: those of the reference have 1 in the first column."""
+    return slice(0, int((arguments["img_ids"][:, 0] == 0).sum()))
+
+
 KONTEXT = replace(
     FLUX,
+    seen=image_tokens,
     pipelines=("FluxKontextPipeline", "FluxKontextInpaintPipeline"),
     to_step=first_tokens,
     defaults={

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffalign.core import linear_mix
 from diffalign.families.arithmetic import negated, upcast_mix
@@ -35,4 +36,16 @@ LTX = Family(
     blocks={"LTXVideoTransformerBlock": (IMAGE,)},
 )
 CONDITION = replace(LTX, pipelines=("LTXConditionPipeline",), mix=linear_mix, to_step=negated)
-IMAGE_TO_VIDEO = replace(LTX, pipelines=("LTXImageToVideoPipeline",), to_step=without_first_frame)
+
+
+def later_frames(arguments: Mapping[str, Any]) -> slice:
+    """Tokens of all frames but the first, which is the given image."""
+    return slice(arguments["height"] * arguments["width"], None)
+
+
+IMAGE_TO_VIDEO = replace(
+    LTX,
+    pipelines=("LTXImageToVideoPipeline",),
+    to_step=without_first_frame,
+    seen=later_frames,
+)

@@ -25,6 +25,12 @@ def restart_positions(
     return image, torch.cat([text[:prompt], text[:second]])
 
 
+def image_tokens(arguments: Mapping[str, Any]) -> slice:
+    """Tokens of the image that is made; the shapes of the references follow its own."""
+    frames, height, width = arguments["img_shapes"][0][0]
+    return slice(0, frames * height * width)
+
+
 QWEN = Family(
     "qwen",
     pipelines=(
@@ -64,4 +70,5 @@ EDIT = replace(
     pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     modular=(),
     to_step=first_tokens,
+    seen=image_tokens,
 )

@@ -34,14 +34,33 @@ def take(value: Any, rows: Sequence[int], total: int, lists: bool = False) -> An
     return value
 
 
+# entries of the arguments that pipelines hand on to their attention processors
+ROWS_WITHIN = ("ip_adapter_image_embeds", "ip_hidden_states", "image_embeds")
+SHARED_WITHIN = ("ip_adapter_masks", "scale")
+
+
 def take_arguments(
     kwargs: dict[str, Any], rows: Sequence[int], total: int, shared: Collection[str], lists: bool
 ) -> dict[str, Any]:
-    """``take`` on every argument that is split by rows."""
-    return {
-        name: value if name in shared else take(value, rows, total, lists)
-        for name, value in kwargs.items()
-    }
+    """``take`` on every argument that is split by rows.
+
+    Within a dictionary, pictures of adapters are split by rows and their masks never are.
+    """
+
+    def entry(name: str, value: Any, whole: bool) -> Any:
+        if name in SHARED_WITHIN or (whole and name not in ROWS_WITHIN):
+            return value
+        return take(value, rows, total, lists)
+
+    arguments = {}
+    for name, value in kwargs.items():
+        whole = name in shared
+        if isinstance(value, dict):
+            value = {key: entry(key, item, whole) for key, item in value.items()}
+        elif not whole:
+            value = take(value, rows, total, lists)
+        arguments[name] = value
+    return arguments
 
 
 def doubled(value: Any, rows: int) -> Any:

@@ -69,6 +69,8 @@ class Generation:
         # technique -> its state; every entry has select(rows) or is None
         self.states: dict[str, Any] = dict(start.states) if start is not None else {}
         self.batch = 0
+        # tokens that reach the scheduler, None for all
+        self.seen: slice | None = None
         self.step: Step | None = None
         self.cancelled = False
 
@@ -96,19 +98,22 @@ class Generation:
             self._start_clock(call)
             if guidance is not None and self.plan.guidance_name not in self.states:
                 self.states[self.plan.guidance_name] = guidance.init(self.batch)
-        latents, sigma, images = call.latents, self.clock.sigma, self.batch
+        latents, sigma, images, seen = call.latents, self.clock.sigma, self.batch, self.seen
         parametrisation = self.parametrisation
 
         def convert(
             value: Tensor, source: Any, target: Any, rows: Sequence[int] | None = None
         ) -> Tensor:
             x = torch.stack(list(latents)) if isinstance(latents, list) else latents
+            x = x if seen is None else x[:, seen]
             inputs = x[:images] if rows is None else x[list(rows)]
             return parametrisation.convert(value, inputs, sigma, source, target)
 
         info = self.clock.now(convert)
         self.record.sigma.setdefault(info.index, info.sigma)
         one_image = latents[0].shape if isinstance(latents, list) else latents.shape[1:]
+        if seen is not None:
+            one_image = latents[:1, seen].shape[1:]
         self.step = Step(info, tuple(one_image))
         return self.step
 
@@ -133,7 +138,10 @@ class Generation:
 
     def combine(self, guidance: Guidance[Any], step: Step) -> Tensor:
         """The guided prediction [B, ...]: the technique's rule, then the pipeline's own options."""
-        info, preds, name = step.info, step.preds, self.plan.guidance_name
+        info, name = step.info, self.plan.guidance_name
+        whole, preds = step.preds, step.preds
+        if self.seen is not None:  # no rule may count what the pipeline drops
+            preds = {p: prediction[:, self.seen] for p, prediction in whole.items()}
         if any(not p.conditioned for p in preds):
             self.record.guided_steps.add(info.index)
         guided, self.states[name] = space.combined(guidance, preds, info, self.states[name])
@@ -143,6 +151,11 @@ class Generation:
             guided = self._with_options(guided, cond, rows)
             if info.evaluation == 0:
                 self._log(guidance, step, (cond, uncond, guided), rows)
+        if self.seen is not None:
+            tokens = next(iter(whole.values())).shape[1]
+            full = guided.new_zeros((len(guided), tokens, *guided.shape[2:]))
+            full[:, self.seen] = guided
+            guided = full
         step.guided = guided
         return guided
 
@@ -220,6 +233,8 @@ class Generation:
             self.clock.start(first, None, begin=begin, whole=whole, offset=0)
         else:
             self.clock.start(first, self.pipe.__dict__.get("_num_timesteps"))
+        if self.family.seen is not None and call.denoiser:
+            self.seen = self.family.seen(call.arguments)
         both = self.plan.opened and self.family.mode == "batched"
         self.batch = call.rows // 2 if both else call.rows
         if both and (call.rows % 2 or not halves_equal(call.latents)):
