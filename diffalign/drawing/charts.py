@@ -161,7 +161,8 @@ def _scaled(axis: Axis, values: Sequence[float], log: bool) -> tuple[float, floa
         )
     if log:
         axis._set_axes_scale("log")  # type: ignore[attr-defined]
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        few = max(values) < 10 * min(values)
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5) if few else (1, 2, 3, 5)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     else:

@@ -19,11 +19,9 @@ from torch import Tensor
 from diffalign.core import Reward
 from diffalign.core.errors import nearest
 
-__all__ = ["BUILTIN", "BaseReward", "RewardInfo", "available", "load"]
-
 
 class BaseReward(ABC):
-    """A reward that checks its arguments; subclasses write `score`. `differentiable`: gradients
+    """A reward that checks its arguments; subclasses write ``score``. ``differentiable``: gradients
     flow to the images."""
 
     differentiable: bool = False
@@ -88,7 +86,7 @@ BUILTIN: dict[str, tuple[str, str, bool]] = {
 
 
 def available() -> tuple[RewardInfo, ...]:
-    """Every reward that `load` knows, the package's own first; those of other packages are named
+    """Every reward that ``load`` knows, the package's own first; those of other packages are named
     but not imported."""
     own = tuple(RewardInfo(name, text, gradient) for name, (_, text, gradient) in BUILTIN.items())
     return own + tuple(
@@ -98,7 +96,7 @@ def available() -> tuple[RewardInfo, ...]:
 
 
 def load(name: str, **options: Any) -> Reward:
-    """The reward `name`, on the CPU; `options` go to its constructor.
+    """The reward ``name``, on the CPU; ``options`` go to its constructor.
 
     Raises: ValueError for an unknown name (with the nearest ones), for a name that two packages
     claim, and for missing model files.

@@ -1,4 +1,4 @@
-"""Parts of the loss of `emoji-clip` and the targets of its readers."""
+"""Parts of the loss of ``emoji-clip`` and the targets of its readers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 
-__all__ = ["contrast", "patch_truth", "place_truth", "scene_truth"]
-
 
 def contrast(
     images: Tensor, texts: Tensor, spoilt: Tensor, scale: Tensor, same: Tensor
@@ -17,7 +15,7 @@ def contrast(
     """InfoNCE of unit embeddings [2P, D] of pictures and captions, mean of both directions, and the
     two-way choice within the pairs.
 
-    `spoilt` [C, D] are pictures that match none of the captions; `same` [2P, 2P] marks pictures
+    ``spoilt`` [C, D] are pictures that match none of the captions; ``same`` [2P, 2P] marks pictures
     with equal facts, which are no negatives.
     """
     logits = scale * images @ texts.T
@@ -36,6 +34,15 @@ def contrast(
     return both, choice / 2
 
 
+def ranked(scores: Tensor, right: Tensor) -> Tensor:
+    """Right above wrong within each group: mean softplus of wrong minus right over all such pairs.
+
+    ``scores`` [G, n] of n pictures a group, ``right`` bool [G, n].
+    """
+    margin = scores[:, None, :] - scores[:, :, None]  # [group, right, wrong]
+    return F.softplus(margin[right[:, :, None] & ~right[:, None, :]]).mean()
+
+
 def patch_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
     """Truth float [B, 4, 6] to class and colour of each of the 64 patches, int64 [B, 64], row by
     row; 80 and 11 are background."""
@@ -49,7 +56,7 @@ def patch_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scene_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Truth [B, 4, 6] to the targets of `Heads`: presence float [B, 80, 11] and numbers int64 [B,
+    """Truth [B, 4, 6] to the targets of ``Heads``: presence float [B, 80, 11] and numbers int64 [B,
     80]."""
     size = len(truth)
     presence, numbers = (

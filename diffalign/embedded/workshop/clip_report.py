@@ -1,8 +1,8 @@
-"""How good `emoji-clip` is: `python -m diffalign.embedded.workshop.clip_report [--count 2000]
-[--samples FILE]` prints JSON.
+"""How good ``emoji-clip`` is: ``python -m diffalign.embedded.workshop.clip_report [--count 2000]
+[--samples FILE]`` prints JSON.
 
 On held-out pairs of scenes that differ in one fact: how often the true caption beats the other one,
-overall and for each kind of change. On generated pictures with verdicts (`embedded.samples`): the
+overall and for each kind of change. On generated pictures with verdicts (``embedded.samples``): the
 area under the ROC curve of the score within each prompt, averaged over the prompts that have both
 right and wrong pictures.
 """
@@ -23,8 +23,6 @@ from diffalign.embedded.workshop.pairs import CHANGES, Pair, pairs
 from diffalign.embedded.workshop.samples import Samples
 from diffalign.embedded.world.scenes import DEFAULT_MIX, HELD_OUT
 
-__all__ = ["auc", "choice_figures", "main", "within_prompt"]
-
 
 def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
     """Chance that a right picture scores above a wrong one, ties half (Mann-Whitney).
@@ -35,7 +33,7 @@ def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
     bad = [score for score, answer in zip(scores, right, strict=True) if not answer]
     if not good or not bad:
         raise ValueError(
-            f"auc: expected right and wrong pictures, got {len(good)} right and {len(bad)} wrong"
+            f"auc needs right and wrong pictures; got {len(good)} right and {len(bad)} wrong."
         )
     return sum((g > b) + 0.5 * (g == b) for g in good for b in bad) / (len(good) * len(bad))
 

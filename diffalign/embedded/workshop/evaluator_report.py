@@ -1,10 +1,10 @@
-"""How good `emoji-evaluator` is: `python -m diffalign.embedded.workshop.evaluator_report [--count
-600] [--trajectories FILE]` prints JSON.
+"""How good ``emoji-evaluator`` is: ``python -m diffalign.embedded.workshop.evaluator_report
+[--count 600] [--trajectories FILE]`` prints JSON.
 
 On held-out pairs of scenes that differ in one fact, noised: how often the true caption beats the
 other one, by noise level and by kind of change. On sampled latents with verdicts of the second
-judge (`embedded.trajectories`, other prompts than in training): the area under the ROC curve of the
-score within each prompt by sampler step; and the mean score at each guidance scale against the
+judge (``embedded.trajectories``, other prompts than in training): the area under the ROC curve of
+the score within each prompt by sampler step; and the mean score at each guidance scale against the
 share of right pictures.
 """
 
@@ -26,8 +26,6 @@ from diffalign.embedded.workshop.clip_report import auc
 from diffalign.embedded.workshop.pairs import CHANGES, Pair, pairs
 from diffalign.embedded.workshop.trajectories import Trajectories
 from diffalign.embedded.world.scenes import DEFAULT_MIX, HELD_OUT
-
-__all__ = ["choice_by_level", "main", "within_prompts"]
 
 TIMES = (949, 799, 649, 499, 349, 199, 49)
 """Timesteps at which held-out scenes are judged."""

@@ -1,5 +1,5 @@
 """Pairs of scenes that differ in one fact, for the contrastive training and the test of
-`emoji-clip`.
+``emoji-clip``.
 
 Both scenes of a pair have the same background and, where the fact allows, the same layout; each
 one's caption is a hard negative for the other, and each picture a hard negative for the other's
@@ -19,23 +19,24 @@ from diffalign.embedded.world import scenes as w
 from diffalign.embedded.world.captions import Group, geneval, paraphrase
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, RELATIONS
 
-__all__ = ["CHANGES", "FOCUS", "MIX", "Pair", "Picture", "batch", "pairs"]
-
 CHANGES = ("class", "colour", "count", "relation", "binding")
-"""What can differ. `class`, `colour` and `count` change one group; `relation` replaces the
-relation; `binding` exchanges two groups' colours or numbers and keeps every word of the caption."""
+"""What can differ. ``class``, ``colour`` and ``count`` change one group; ``relation`` replaces
+the relation; ``binding`` exchanges two groups' colours or numbers and keeps every word of the
+caption."""
 
 MIX: dict[str, float] = {
-    "single": 0.08, "colour": 0.12, "two": 0.13, "count": 0.15, "position": 0.17, "two_coloured": 0.22,
-    "count_coloured": 0.03, "position_coloured": 0.04, "numbers": 0.04, "three": 0.02,
+    "single": 0.08, "colour": 0.12, "two": 0.13, "count": 0.15, "position": 0.17,
+    "two_coloured": 0.22, "count_coloured": 0.03, "position_coloured": 0.04, "numbers": 0.04,
+    "three": 0.02,
 }  # fmt: skip
 """Kinds of scene in training; more of those in which a word has to find its object than in
-`world.DEFAULT_MIX`."""
+``world.DEFAULT_MIX``."""
 
 
 FOCUS: dict[str, float] = {
-    "single": 0.03, "colour": 0.06, "two": 0.06, "count": 0.08, "position": 0.32, "two_coloured": 0.27,
-    "count_coloured": 0.02, "position_coloured": 0.08, "numbers": 0.06, "three": 0.02,
+    "single": 0.03, "colour": 0.06, "two": 0.06, "count": 0.08, "position": 0.32,
+    "two_coloured": 0.27, "count_coloured": 0.02, "position_coloured": 0.08, "numbers": 0.06,
+    "three": 0.02,
 }  # fmt: skip
 """The mixture once objects, colours and numbers are known: relation and binding."""
 
@@ -43,7 +44,7 @@ FOCUS: dict[str, float] = {
 @dataclass(frozen=True)
 class Picture:
     """One scene of a pair: picture, caption and facts, and truth rows int64 [4, 6] as in
-    `World.arrays`."""
+    ``World.arrays``."""
 
     image: npt.NDArray[np.uint8]
     caption: str
@@ -54,7 +55,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures and the fact in which they differ, one of `CHANGES`."""
+    """Two pictures and the fact in which they differ, one of ``CHANGES``."""
 
     first: Picture
     second: Picture
@@ -64,9 +65,9 @@ class Pair:
 def pairs(
     seed: int, count: int, mix: dict[str, float] | None = None, plain: float = 0.6, weight: int = 3
 ) -> Iterator[Pair]:
-    """`count` pairs from a seed; `plain` is the share whose captions are in GenEval's exact
-    grammar, `weight` how often a relation or a binding is the change where it can be, against 1 for
-    the class and 2 for colour and number."""
+    """``count`` pairs from a seed; ``plain`` is the share whose captions are in GenEval's exact
+    grammar, ``weight`` how often a relation or a binding is the change where it can be, against
+    1 for the class and 2 for colour and number."""
     rng = random.Random(seed)
     kinds, weights = zip(*(mix or MIX).items(), strict=True)
     for _ in range(count):
@@ -97,9 +98,9 @@ def pairs(
 def batch(
     seed: int, count: int, mix: dict[str, float] | None = None, weight: int = 3
 ) -> tuple[npt.NDArray[np.uint8], list[str], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """`count` pairs, first and second pictures alternating: images [2 count, 64, 64, 3], captions,
-    truth [2 count, 4, 6], and a table [2 count, 2 count] that is True where two *different*
-    pictures have equal facts (so neither is a negative of the other)."""
+    """``count`` pairs, first and second pictures alternating: images [2 count, 64, 64, 3],
+    captions, truth [2 count, 4, 6], and a table [2 count, 2 count] that is True where two
+    *different* pictures have equal facts (so neither is a negative of the other)."""
     found = [
         picture
         for pair in pairs(seed, count, mix, weight=weight)
@@ -146,7 +147,7 @@ def _possible(groups: tuple[Group, ...], relation: str | None, weight: int) -> l
 def _changed(
     rng: random.Random, groups: tuple[Group, ...], relation: str | None, change: str
 ) -> tuple[tuple[Group, ...], str | None]:
-    """Facts that differ from the given ones in `change` alone."""
+    """Facts that differ from the given ones in ``change`` alone."""
     result = list(groups)
     place = rng.randrange(len(groups))
     old = groups[place]

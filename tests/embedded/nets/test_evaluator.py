@@ -1,5 +1,5 @@
 """The latent evaluator: its parts against plain arithmetic, its training repeated to the bit, the
-shipped model, and choices on `emoji`."""
+shipped model, and choices on ``emoji``."""
 
 from __future__ import annotations
 

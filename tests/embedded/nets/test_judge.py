@@ -36,7 +36,7 @@ def one_thread():
 
 
 def at_least(count: int, bar: float) -> int:
-    """Successes of `count` below which a rate of `bar` is refuted at one in ten thousand."""
+    """Successes of ``count`` below which a rate of ``bar`` is refuted at one in ten thousand."""
     return int(binom.ppf(1e-4, count, bar))
 
 
