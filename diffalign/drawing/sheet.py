@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from io import BytesIO
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image, ImageDraw, ImageFont
-
-from diffalign.tasks.geneval.verdict import Detection
 
 # an image with a smaller longest side is enlarged to at least this, in pixels
 SMALLEST = 128
@@ -48,6 +46,19 @@ _BOXES = (
     "#4455cc",
     "#8a5a00",
 )
+
+
+class Detection(Protocol):
+    """An object that a detector saw, as ``diffalign.tasks.geneval.verdict`` describes it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def box(self) -> tuple[float, float, float, float]: ...
+    @property
+    def colour(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
