@@ -28,12 +28,12 @@ def peaks(heat: Tensor, count: int, reach: int = 2) -> tuple[Tensor, Tensor]:
     for ``count``; the judge's 16 x 16 maps always have eleven, one more than GenEval's grammar can
     count.
     """
-    left = heat.detach().clone()
+    rest = heat.detach().clone()
     rows, columns = [], []
     for _ in range(count):
-        place = int(left.argmax())
-        y, x = divmod(place, left.shape[1])
-        left[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = float("-inf")
+        place = int(rest.argmax())
+        y, x = divmod(place, rest.shape[1])
+        rest[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = float("-inf")
         rows.append(y)
         columns.append(x)
     return torch.tensor(rows, device=heat.device), torch.tensor(columns, device=heat.device)
@@ -63,7 +63,7 @@ def soft_verdict(
     scores, of their colour among the ten and of their relation to every peak of the target; each
     exclude clause adds the log of one minus the score of its last peak.
     """
-    heat, found, total = maps.heat[index], [], maps.heat.new_zeros(())
+    heat, boxes, total = maps.heat[index], [], maps.heat.new_zeros(())
     for clause in metadata["include"]:
         plane = heat[OBJECTS.index(clause["class"])]
         y, x = peaks(plane, clause["count"])
@@ -76,11 +76,11 @@ def soft_verdict(
         box = maps.box[index, :, y, x]
         # Cells and box units are made alike: sizes are in half image sides (32 of 64 pixels), a map
         # has ``side`` cells.
-        found.append(torch.cat([centre * (2 / side) + box[:2], box[2:]]))
+        boxes.append(torch.cat([centre * (2 / side) + box[:2], box[2:]]))
         if "position" in clause:
             relation, target = clause["position"]
-            for a in found[-1].T:
-                for b in found[target].T:
+            for a in boxes[-1].T:
+                for b in boxes[target].T:
                     total = total + soft_relation(a, b, relation, position_threshold)
     for clause in metadata.get("exclude", []):
         plane = heat[OBJECTS.index(clause["class"])]
@@ -113,9 +113,9 @@ class EmojiJudge(BaseReward):
             record = parse_prompt(prompt)
             if record is None:
                 raise ValueError(
-                    "emoji-judge: the prompt must be in GenEval's grammar, like 'a photo of two "
-                    "dogs' or 'a photo of a red car and a "
-                    f"blue cat'; got {prompt!r}. Use the reward 'emoji-clip' for free text."
+                    "emoji-judge: prompts must be in GenEval's grammar, like 'a photo of two dogs' "
+                    f"or 'a photo of a red car and a blue cat'; got {prompt!r}. Use the reward "
+                    "'emoji-clip' for free text."
                 )
             records.append(record)
         maps = self.judge.maps(images)

@@ -139,11 +139,11 @@ class AuditJudge:
             score, reach = chance[b, k, y, x], edges[b, :, y, x].T * SPAN
             boxes = torch.cat([centres[y, x] - reach[:, :2], centres[y, x] + reach[:, 2:]], dim=1)
             colour = colours[b, : len(COLOURS), y, x].argmax(0)
-            found: list[tuple[int, Tensor, Detection]] = []
+            detections: list[tuple[int, Tensor, Detection]] = []
             for i in score.argsort(descending=True).tolist():
                 if all(
                     kind != int(k[i]) or _overlap(box, boxes[i]) <= self.overlap
-                    for kind, box, _ in found
+                    for kind, box, _ in detections
                 ):
                     x1, y1, x2, y2 = (boxes[i] * scale).tolist()
                     answer = Detection(
@@ -152,8 +152,8 @@ class AuditJudge:
                         (x1, y1, x2, y2),
                         COLOURS[int(colour[i])],
                     )
-                    found.append((int(k[i]), boxes[i], answer))
-            answers.append([detection for _, _, detection in found])
+                    detections.append((int(k[i]), boxes[i], answer))
+            answers.append([detection for _, _, detection in detections])
         return answers
 
 

@@ -134,8 +134,8 @@ class EvaluatorNet(nn.Module):
         x = self.read(words)
         for layer in self.words:
             x = layer(x, cells, mask)
-        kept = mask[:, :, None].to(x.dtype)
-        result: Tensor = self.score((x * kept).sum(1) / kept.sum(1)).squeeze(1).float()
+        weight = mask[:, :, None].to(x.dtype)
+        result: Tensor = self.score((x * weight).sum(1) / weight.sum(1)).squeeze(1).float()
         return result
 
     def forward(self, latents: Tensor, sigma: Tensor, words: Tensor, mask: Tensor) -> Tensor:
@@ -226,12 +226,12 @@ def alignment(context: Context) -> LatentEvaluator:
     facts = json.loads((folder / "config.json").read_text())
     for part in ("vae", "text_encoder"):
         module = getattr(context.pipe, part, None)
-        found = model_hash(module) if module is not None else "none"
-        if found != facts[part]:
+        actual = model_hash(module) if module is not None else "none"
+        if actual != facts[part]:
             raise UnsupportedModel(
                 f"emoji-alignment reads latents and prompts of da.load('emoji') only; the {part} "
                 f"of this {context.pipeline} is another one "
-                f"(hash {found}, expected {facts[part]}). Use evaluators=('reward:NAME',), which "
+                f"(hash {actual}, expected {facts[part]}). Use evaluators=('reward:NAME',), which "
                 "decodes, or train one for this model."
             )
     return LatentEvaluator(_loaded(folder), context.pipe, context.prompts)

@@ -34,12 +34,13 @@ are 8 cells wide."""
 
 @dataclass(frozen=True)
 class Maps:
-    """What the network says per cell: ``heat`` [B, 80, 16, 16] logits of an object's centre,
-    ``box`` [B, 4, 16, 16] (offset of the centre from the cell's centre, then width and height,
-    in units of 32 pixels), ``colour`` [B, 11, 16, 16] logits (ten colours and native)."""
+    """What the network says about each cell."""
 
+    # [B, 80, 16, 16] logits of an object's centre
     heat: Tensor
+    # [B, 4, 16, 16]: offset of the centre from the cell's, width and height, in units of 32 pixels
     box: Tensor
+    # [B, 11, 16, 16] logits of the ten colours and native
     colour: Tensor
 
 
@@ -147,7 +148,9 @@ class Judge:
             answers[b].append(
                 Detection(OBJECTS[k], float(heat[b, k, y, x]), (x1, y1, x2, y2), colour)
             )
-        return [sorted(found, key=lambda detection: -detection.score) for found in answers]
+        return [
+            sorted(detections, key=lambda detection: -detection.score) for detections in answers
+        ]
 
 
 def load_judge(folder: Path) -> Judge:

@@ -26,10 +26,10 @@ def contrast(
         F.cross_entropy(masked, target) + F.cross_entropy(torch.cat([masked.T, extra], 1), target)
     ) / 2
     partner = target ^ 1
-    own = logits.diagonal()
+    true = logits.diagonal()
     choice = (
-        F.softplus(logits[target, partner] - own).mean()
-        + F.softplus(logits[partner, target] - own).mean()
+        F.softplus(logits[target, partner] - true).mean()
+        + F.softplus(logits[partner, target] - true).mean()
     )
     return both, choice / 2
 

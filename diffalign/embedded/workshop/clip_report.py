@@ -2,7 +2,7 @@
 [--samples FILE]`` prints JSON.
 
 On held-out pairs of scenes that differ in one fact: how often the true caption beats the other one,
-overall and for each kind of change. On generated pictures with verdicts (``embedded.samples``): the
+overall and for each kind of change. On generated pictures with verdicts (``workshop.samples``): the
 area under the ROC curve of the score within each prompt, averaged over the prompts that have both
 right and wrong pictures.
 """
@@ -39,12 +39,12 @@ def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
 
 
 @torch.no_grad()
-def choice_figures(clip: Clip, found: Sequence[Pair], batch: int = 128) -> dict[str, float]:
+def choice_figures(clip: Clip, pairs: Sequence[Pair], batch: int = 128) -> dict[str, float]:
     """Share of pictures whose own caption is strictly nearer than the partner's: "all" and per
     change. Both pictures of a pair count."""
     wins: dict[str, list[bool]] = {change: [] for change in ("all", *CHANGES)}
-    for start in range(0, len(found), batch):
-        part = found[start : start + batch]
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
         pictures = np.stack(
             [picture.image for pair in part for picture in (pair.first, pair.second)]
         )

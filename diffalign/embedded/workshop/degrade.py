@@ -24,7 +24,7 @@ def _uniform(rng: torch.Generator, size: int, low: float, high: float) -> Tensor
     return low + (high - low) * torch.rand(size, 1, 1, 1, generator=rng)
 
 
-def _chosen(rng: torch.Generator, size: int, share: float) -> Tensor:
+def _some(rng: torch.Generator, size: int, share: float) -> Tensor:
     return (torch.rand(size, 1, 1, 1, generator=rng) < share).float()
 
 
@@ -37,7 +37,7 @@ def blurred(images: Tensor, rng: torch.Generator, share: float = 0.3) -> Tensor:
     soft = F.pad(images, (3, 3, 3, 3), mode="replicate")
     soft = F.conv2d(soft, kernel.view(1, 1, 1, 7).expand(3, 1, 1, 7), groups=3)
     soft = F.conv2d(soft, kernel.view(1, 1, 7, 1).expand(3, 1, 7, 1), groups=3)
-    weight = _uniform(rng, len(images), 0.0, 1.0) * _chosen(rng, len(images), share)
+    weight = _uniform(rng, len(images), 0.0, 1.0) * _some(rng, len(images), share)
     return images + weight * (soft - images)
 
 
@@ -54,7 +54,7 @@ def noisy(
     white = torch.randn(images.shape, generator=rng) * _uniform(rng, size, 0.0, fine)
     low = torch.randn(size, 3, 8, 8, generator=rng) * _uniform(rng, size, 0.0, coarse)
     smooth = F.interpolate(low, size=images.shape[2:], mode="bilinear", align_corners=False)
-    return images + (white + smooth) * _chosen(rng, size, share)
+    return images + (white + smooth) * _some(rng, size, share)
 
 
 def moved(
@@ -63,7 +63,7 @@ def moved(
     """A share of the images enlarged by .9 to 1.12 and shifted by up to 3 pixels, with their boxes
     float [B, 4, 4] (x1, y1, x2, y2)."""
     size, side = len(images), images.shape[3]
-    pick = _chosen(rng, size, share).view(size, 1)
+    pick = _some(rng, size, share).view(size, 1)
     zoom = 1 + (_uniform(rng, size, -0.1, 0.12).view(size, 1)) * pick
     shift = (6 * torch.rand(size, 2, generator=rng) - 3) * pick
     theta = torch.zeros(size, 2, 3)

@@ -116,13 +116,13 @@ def report(
     seed."""
     scenes = list(World().scenes(seed, count))
     answers = detections(judge, scenes, vae, spread)
-    asked = [i for i, scene in enumerate(scenes) if scene.tag]
+    tagged = [i for i, scene in enumerate(scenes) if scene.tag]
     wrong = list(World().wrong(seed + 1, count))
     answers_wrong = detections(judge, [scene for scene, _ in wrong], vae, spread)
     figures = {
         "detection": detection_figures(scenes, answers, judge.thresholds.threshold),
         "correct on true prompts": verdict_figures(
-            [scenes[i].metadata() for i in asked], [answers[i] for i in asked], judge.thresholds
+            [scenes[i].metadata() for i in tagged], [answers[i] for i in tagged], judge.thresholds
         ),
         "correct on wrong prompts": verdict_figures(
             [record for _, record in wrong], answers_wrong, judge.thresholds
@@ -144,15 +144,15 @@ def sweep(
     ways = ((None, 0.0), (vae, spread))
     answers = [detections(judge, scenes, *way) for way in ways]
     fooled = [detections(judge, [scene for scene, _ in wrong], *way) for way in ways]
-    asked = [i for i, scene in enumerate(scenes) if scene.tag]
-    records = [scenes[i].metadata() for i in asked]
+    tagged = [i for i, scene in enumerate(scenes) if scene.tag]
+    records = [scenes[i].metadata() for i in tagged]
     rows = []
     for step in range(2, 15):
         value = step / 20
         limits = Thresholds(threshold=value, counting_threshold=value)
         row = detection_figures(scenes * 2, answers[0] + answers[1], value)
         right = verdict_figures(
-            records * 2, [answer[i] for answer in answers for i in asked], limits
+            records * 2, [answer[i] for answer in answers for i in tagged], limits
         )
         row |= {"true": right["all"], "true counting": right.get("counting", math.nan)}
         row["wrong"] = verdict_figures(

@@ -43,22 +43,25 @@ FOCUS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One scene of a pair: picture, caption and facts, and truth rows int64 [4, 6] as in
-    ``World.arrays``."""
+    """One scene of a pair."""
 
+    # uint8 [64, 64, 3]
     image: npt.NDArray[np.uint8]
     caption: str
+    # int64 [4, 6] as in ``World.arrays``
     truth: npt.NDArray[np.int64]
+    # the facts that the caption states
     groups: tuple[Group, ...]
     relation: str | None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures and the fact in which they differ, one of ``CHANGES``."""
+    """Two pictures that differ in one fact."""
 
     first: Picture
     second: Picture
+    # which fact, one of ``CHANGES``
     change: str
 
 
@@ -101,17 +104,17 @@ def batch(
     """``count`` pairs, first and second pictures alternating: images [2 count, 64, 64, 3],
     captions, truth [2 count, 4, 6], and a table [2 count, 2 count] that is True where two
     *different* pictures have equal facts (so neither is a negative of the other)."""
-    found = [
+    pictures = [
         picture
         for pair in pairs(seed, count, mix, weight=weight)
         for picture in (pair.first, pair.second)
     ]
-    keys = [_key(picture) for picture in found]
+    keys = [_key(picture) for picture in pictures]
     same = np.array([[i != j and a == b for j, b in enumerate(keys)] for i, a in enumerate(keys)])
     return (
-        np.stack([p.image for p in found]),
-        [p.caption for p in found],
-        np.stack([p.truth for p in found]),
+        np.stack([p.image for p in pictures]),
+        [p.caption for p in pictures],
+        np.stack([p.truth for p in pictures]),
         same,
     )
 
@@ -129,19 +132,19 @@ def _total(groups: tuple[Group, ...]) -> int:
 def _possible(groups: tuple[Group, ...], relation: str | None, weight: int) -> list[str]:
     """Changes that these facts allow; the more specific ones several times, because every scene
     allows another class."""
-    found = ["class"]
+    changes = ["class"]
     coloured = groups[0].colour != NATIVE
     if coloured:
-        found += ["colour"] * 2
+        changes += ["colour"] * 2
     if max(group.count for group in groups) > 1 or len(groups) == 1:
-        found += ["count"] * 2
+        changes += ["count"] * 2
     if relation:
-        found += ["relation"] * weight
+        changes += ["relation"] * weight
     if len(groups) == 2 and (
         groups[0].colour != groups[1].colour or groups[0].count != groups[1].count
     ):
-        found += ["binding"] * weight
-    return found
+        changes += ["binding"] * weight
+    return changes
 
 
 def _changed(

@@ -28,11 +28,13 @@ from diffalign.tasks.geneval.verdict import verdict
 
 @dataclass(frozen=True)
 class Samples:
-    """``images`` uint8 [P, n, 3, 64, 64] of ``captions`` [P], and whether each is ``right``,
-    bool [P, n]."""
+    """Generated pictures with verdicts."""
 
+    # uint8 [P, n, 3, 64, 64]
     images: Tensor
+    # P of them
     captions: tuple[str, ...]
+    # whether each picture is, bool [P, n]
     right: Tensor
 
     def groups(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
@@ -47,11 +49,11 @@ class Samples:
                 "Samples must hold a prompt with right and wrong pictures; there is none. Generate "
                 "more pictures per prompt."
             )
-        chosen = mixed[torch.randint(len(mixed), (count,), generator=rng)]
+        turns = mixed[torch.randint(len(mixed), (count,), generator=rng)]
         return (
-            self.images[chosen].float() / 255,
-            [self.captions[i] for i in chosen.tolist()],
-            self.right[chosen],
+            self.images[turns].float() / 255,
+            [self.captions[i] for i in turns.tolist()],
+            self.right[turns],
         )
 
     @staticmethod
@@ -116,15 +118,15 @@ def generate(
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
         rng = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        found = pipe(
+        batch_images = pipe(
             part, num_inference_steps=steps, guidance_scale=scale, generator=rng, output_type="pt"
         ).images.clamp(0, 1)
-        answers = judge.detect(found)
+        answers = judge.detect(batch_images)
         right += [
             verdict(records[caption], answer, judge.thresholds).correct
             for caption, answer in zip(part, answers, strict=True)
         ]
-        pictures.append((found * 255).round().byte())
+        pictures.append((batch_images * 255).round().byte())
     shape = (len(records), images)
     return Samples(
         torch.cat(pictures).reshape(*shape, *pictures[0].shape[1:]),

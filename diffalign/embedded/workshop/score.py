@@ -26,14 +26,14 @@ from diffalign.embedded.workshop.training import load_state
 from diffalign.tasks.geneval.verdict import TAGS, prompts, verdict
 
 
-def chosen(count: int) -> list[dict[str, Any]]:
+def spread_prompts(count: int) -> list[dict[str, Any]]:
     """``count`` official prompts (a multiple of six), evenly spaced within each category, as
     metadata records."""
     each = count // len(TAGS)
     records: list[dict[str, Any]] = []
     for tag in TAGS:
-        own = [dict(record) for record in prompts() if record["tag"] == tag]
-        records += [own[i * len(own) // each] for i in range(each)]
+        official = [dict(record) for record in prompts() if record["tag"] == tag]
+        records += [official[i * len(official) // each] for i in range(each)]
     return records
 
 
@@ -61,10 +61,10 @@ def score(
             output_type="pt",
         ).images
         images.append(output)
-        found = judge.detect(output)
+        answers = judge.detect(output)
         correct += [
-            verdict(record, seen, judge.thresholds).correct
-            for record, seen in zip(part, found, strict=True)
+            verdict(record, answer, judge.thresholds).correct
+            for record, answer in zip(part, answers, strict=True)
         ]
     return torch.cat(images), correct
 
@@ -121,7 +121,7 @@ def main() -> None:
         raise ValueError(f"--out must hold a training state; {path} is none. Train first.")
     pipe = export(path, options.vae, options.out / "tokenizer", None, averaged=not options.raw)
     pipe.set_progress_bar_config(disable=True)
-    records = chosen(options.prompts)
+    records = spread_prompts(options.prompts)
     for scale in options.scale:
         start = time.monotonic()
         images, correct = score(pipe, records, scale, options.steps, options.seed)

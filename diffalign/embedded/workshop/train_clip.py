@@ -68,23 +68,23 @@ def damaged(
     With ``vae`` half of the clean ones take a round trip, and half of the copies are spoilt in its
     latent space.
     """
-    turns = torch.randperm(len(clean), generator=rng)[:count]
-    spoilt, _ = corrupt(clean[turns], truth[turns], rng, share=1.0)
+    sources = torch.randperm(len(clean), generator=rng)[:count]
+    spoilt, _ = corrupt(clean[sources], truth[sources], rng, share=1.0)
     if vae is not None:
-        half = len(turns) // 2
-        spoilt[:half] = morph(vae, clean[turns[:half]], truth[turns[:half]], rng)
+        half = len(sources) // 2
+        spoilt[:half] = morph(vae, clean[sources[:half]], truth[sources[:half]], rng)
         through = torch.randperm(len(clean), generator=rng)[: len(clean) // 2]
         clean[through] = round_trip(vae, clean[through], rng, SPREAD)
     pictures = torch.cat([clean, spoilt])
-    boxes = torch.cat([truth[..., 2:], truth[turns][..., 2:]]).float()
+    boxes = torch.cat([truth[..., 2:], truth[sources][..., 2:]]).float()
     pictures, boxes = moved(pictures, boxes, rng, share=0.3)
     pictures = noisy(blurred(pictures, rng), rng, share=0.4, fine=0.08, coarse=0.06).clamp(0, 1)
-    return pictures, boxes, turns
+    return pictures, boxes, sources
 
 
 class ClipTrainer(ModulesTrainer):
     """The state of a run. ``options`` needs seed, pairs, spoilt and the updates of the three
-    phases; ``vae`` serves phases two and three, ``samples`` (see ``embedded.samples``) phase
+    phases; ``vae`` serves phases two and three, ``samples`` (see ``workshop.samples``) phase
     three."""
 
     plain_attention = True
@@ -143,18 +143,21 @@ class ClipTrainer(ModulesTrainer):
             torch.from_numpy(rows),
         )
         if self.phase > 0 and self.vae is None:
-            raise ValueError("Phases two and three need the autoencoder of emoji; pass --vae FOLDER.")
+            raise ValueError(
+                "Phases two and three need the autoencoder of emoji; pass --vae FOLDER."
+            )
         vae = self.vae if self.phase > 0 else None
-        pictures, boxes, turns = damaged(clean, truth, self.options.spoilt, rng, vae)
+        pictures, boxes, sources = damaged(clean, truth, self.options.spoilt, rng, vae)
         ids = torch.tensor([encode(self.vocab, caption) for caption in captions])
         located = torch.cat([truth[..., :2].float(), boxes[: len(clean)]], dim=2)
-        return pictures, ids, located, torch.from_numpy(same), turns
+        return pictures, ids, located, torch.from_numpy(same), sources
 
     def images(self, pictures: Tensor) -> Tensor:
         """Embeddings [B, 192] before normalisation."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
         with torch.autocast("cpu", torch.bfloat16):
-            return self.model.encode_image((pictures - mean) / std).float()  # type: ignore[no-any-return]
+            embedding: Tensor = self.model.encode_image((pictures - mean) / std).float()
+        return embedding
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted parts of the loss of the next step."""
@@ -174,14 +177,14 @@ class ClipTrainer(ModulesTrainer):
             per_patch[..., split:].transpose(1, 2), colour
         )
         presence, numbers = scene_truth(truth)
-        found, counted = self.heads(embedding[:size])
-        listed = F.binary_cross_entropy_with_logits(found, presence, reduction="sum") / size
+        listing, counted = self.heads(embedding[:size])
+        listed = F.binary_cross_entropy_with_logits(listing, presence, reduction="sum") / size
         # Numbers are asked of the classes in the scene and of one absent class each; all 80 would
         # drown the few that matter.
         present = numbers > 0
         absent = F.one_hot((numbers.argmax(1) + 37) % len(OBJECTS), len(OBJECTS)).bool() & ~present
-        asked = present | absent
-        counts = F.cross_entropy(counted[asked], numbers[asked])
+        queried = present | absent
+        counts = F.cross_entropy(counted[queried], numbers[queried])
         parts = {
             "contrast": both,
             "choice": choice,

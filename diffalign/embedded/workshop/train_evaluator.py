@@ -5,7 +5,7 @@ Pairs of scenes that differ in one fact are rendered, encoded by the autoencoder
 noised to one level of its schedule a pair; the true caption has to win against the partner's
 caption, a caption of another pair, the partner's latents and a spoilt picture, and readers of
 class, colour and corner on every cell keep the trunk honest. From update ``--from`` on, latents on
-the sampler's own way (``embedded.trajectories``), right above wrong within their prompt, teach what
+the sampler's own way (``workshop.trajectories``), right above wrong within their prompt, teach what
 a weight that is too small or too large does. Verdicts come from the second judge; the first is
 never used, so that it can measure. Text encoder and autoencoder are frozen. One process, one
 thread.
@@ -129,8 +129,8 @@ class EvaluatorTrainer(ModulesTrainer):
             torch.from_numpy(rows),
         )
         size, partner = len(images), torch.arange(len(images)) ^ 1
-        chosen = torch.randperm(size, generator=rng)[: options.spoilt]
-        spoilt, _ = corrupt(images[chosen], truth[chosen], rng, share=1.0)
+        sources = torch.randperm(size, generator=rng)[: options.spoilt]
+        spoilt, _ = corrupt(images[sources], truth[sources], rng, share=1.0)
         clean = self.latents(torch.cat([images, spoilt]))
         # one level and one noise a pair: what tells the two pictures apart is then the picture
         place = (
@@ -143,7 +143,7 @@ class EvaluatorTrainer(ModulesTrainer):
             2, dim=0
         )
         cells = self.look(
-            clean, torch.cat([noise, noise[chosen]]), torch.cat([times, times[chosen]])
+            clean, torch.cat([noise, noise[sources]]), torch.cat([times, times[sources]])
         )
         words, mask = self.states(
             torch.tensor([encode(self.vocab, caption) for caption in captions])
@@ -151,16 +151,16 @@ class EvaluatorTrainer(ModulesTrainer):
         stranger = (torch.arange(size) + 2) % size  # a neighbouring level, another scene
         turns = torch.cat([torch.arange(size), partner, stranger])
         pictures = torch.cat([torch.arange(size).repeat(3), torch.arange(size, len(clean))])
-        asked = torch.cat([turns, chosen])
-        scores = self.compare(cells[pictures], (words[asked], mask[asked]))
-        own, other, strange, broken = torch.split(scores, [size, size, size, len(chosen)])
+        texts = torch.cat([turns, sources])
+        scores = self.compare(cells[pictures], (words[texts], mask[texts]))
+        true, other, strange, broken = torch.split(scores, [size, size, size, len(sources)])
         strange = strange[~torch.from_numpy(same)[torch.arange(size), stranger]]
         parts = {
-            "caption": F.softplus(other - own).mean(),
-            "picture": F.softplus(other[partner] - own).mean(),
-            "spoilt": 0.3 * F.softplus(broken - own[chosen]).mean(),
+            "caption": F.softplus(other - true).mean(),
+            "picture": F.softplus(other[partner] - true).mean(),
+            "spoilt": 0.3 * F.softplus(broken - true[sources]).mean(),
             "truth": 0.2
-            * (F.softplus(-own).mean() + F.softplus(other).mean() + F.softplus(strange).mean()),
+            * (F.softplus(-true).mean() + F.softplus(other).mean() + F.softplus(strange).mean()),
         }
         kind, colour, corner = torch.split(
             self.readers(cells[:size].float()), [len(OBJECTS) + 1, len(COLOURS) + 2, 1], dim=2
@@ -183,19 +183,19 @@ class EvaluatorTrainer(ModulesTrainer):
             )
         rng, known = step_generator(self.options.seed, 1, self.done), self.trajectories
         mixed = known.mixed()
-        chosen = mixed[torch.randint(len(mixed), (GROUPS,), generator=rng)]
+        turns = mixed[torch.randint(len(mixed), (GROUPS,), generator=rng)]
         at = torch.randint(len(known.sigmas), (GROUPS,), generator=rng)
-        latents, sigma = known.latents[chosen, :, at].float(), known.sigmas[at]
+        latents, sigma = known.latents[turns, :, at].float(), known.sigmas[at]
         count = latents.shape[1]
         words, mask = self.states(
-            Samples.ids([known.captions[i] for i in chosen.tolist()], self.vocab)
+            Samples.ids([known.captions[i] for i in turns.tolist()], self.vocab)
         )
         with torch.autocast("cpu", torch.bfloat16):
             cells = self.net.look(latents.flatten(0, 1), sigma.repeat_interleave(count))
         scores = self.compare(
             cells, (words.repeat_interleave(count, 0), mask.repeat_interleave(count, 0))
         ).view(GROUPS, count)
-        return ranked(scores, known.right[chosen])
+        return ranked(scores, known.right[turns])
 
     def rate(self) -> float:
         """Learning rate of the next update."""

@@ -120,13 +120,12 @@ class FlatAdam:
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of one run.
-
-    ``shared`` fp32 [size, parameters] lives in shared memory; a team of one has none.
-    """
+    """One of the processes of a run."""
 
     rank: int = 0
+    # of them
     size: int = 1
+    # fp32 [size, parameters] in shared memory; None for a team of one
     shared: Tensor | None = None
     barrier: Barrier | None = None
 
@@ -165,7 +164,8 @@ def launch(work: Callable[..., None], size: int, parameters: int, arguments: Seq
     context = torch.multiprocessing.get_context("spawn")
     shared = torch.zeros(size, parameters).share_memory_()  # type: ignore[no-untyped-call]
     barrier = context.Barrier(size)
-    torch.multiprocessing.spawn(_member, (work, size, shared, barrier, arguments), nprocs=size)  # type: ignore[attr-defined, no-untyped-call]
+    start: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+    start(_member, (work, size, shared, barrier, arguments), nprocs=size)
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:

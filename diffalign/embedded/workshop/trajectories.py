@@ -28,14 +28,17 @@ SCALES = (1.0, 1.0, 1.5, 2.0, 4.0, 8.0)
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Latents after each of S sampler steps, fp16 [P, n, S, C, 8, 8], of ``captions`` [P]; their
-    noise levels ``sigmas`` [S], as ``StepInfo`` counts them; ``scales`` [n]; whether each
-    picture is ``right``, bool [P, n]."""
+    """Sampled latents with the verdicts on their pictures."""
 
+    # after each of S sampler steps, fp16 [P, n, S, C, 8, 8]
     latents: Tensor
+    # P of them
     captions: tuple[str, ...]
+    # whether each picture is, bool [P, n]
     right: Tensor
+    # noise levels of the steps [S], as ``StepInfo`` counts them
     sigmas: Tensor
+    # guidance scales of the n pictures
     scales: tuple[float, ...]
 
     def mixed(self) -> Tensor:
@@ -43,13 +46,13 @@ class Trajectories:
 
         ValueError if there are none.
         """
-        found = (self.right.any(1) & ~self.right.all(1)).nonzero().flatten()
-        if not len(found):
+        mixed = (self.right.any(1) & ~self.right.all(1)).nonzero().flatten()
+        if not len(mixed):
             raise ValueError(
                 "Trajectories must hold a prompt with right and wrong pictures; there is none. "
                 "Generate more prompts."
             )
-        return found
+        return mixed
 
     def save(self, path: Path) -> None:
         """Write to one file."""
@@ -138,8 +141,8 @@ def generate(
 def prompts(seed: int, count: int, exclude: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """``count`` captions of the world's stream without the official ones and without ``exclude`` ->
     metadata."""
-    found = training_prompts(seed, count + len(exclude))
-    return dict([item for item in found.items() if item[0] not in exclude][:count])
+    captions = training_prompts(seed, count + len(exclude))
+    return dict([item for item in captions.items() if item[0] not in exclude][:count])
 
 
 def main() -> None:

@@ -53,10 +53,11 @@ SIDES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """``count`` objects of one name and one colour (``NATIVE``: the caption names no colour)."""
+    """Objects of one name and one colour."""
 
     name: str
     count: int = 1
+    # ``NATIVE``: the caption names no colour
     colour: str = NATIVE
 
 

@@ -53,23 +53,27 @@ HELD_OUT = range(1_000_000, 1_001_000)
 
 @dataclass(frozen=True)
 class Object:
-    """GenEval's name, the box (x1, y1, x2, y2) of the visible pixels with x2, y2 exclusive, and one
-    of ten colours or "native"."""
+    """One object of a scene."""
 
+    # GenEval's
     name: str
+    # (x1, y1, x2, y2) of the visible pixels, x2 and y2 exclusive
     box: tuple[int, int, int, int]
+    # one of ten, or "native"
     colour: str
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture uint8 [64, 64, 3] with its caption and truth; ``groups`` and ``relation`` are
-    the facts that the caption states."""
+    """A picture with its caption and truth."""
 
+    # uint8 [64, 64, 3]
     image: npt.NDArray[np.uint8]
     caption: str
     objects: tuple[Object, ...]
+    # one of ``KINDS``
     kind: str
+    # the facts that the caption states
     groups: tuple[Group, ...]
     relation: str | None
 
@@ -166,13 +170,14 @@ def _blend() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:
 
 @dataclass(frozen=True)
 class World:
-    """A stream of scenes with the given mixture of kinds.
+    """A stream of scenes.
 
-    ``plain`` is the share of captions in GenEval's exact grammar; the others are paraphrases.
-    Errors: ValueError for unknown kinds, negative weights or a mixture without weight.
+    Raises: ValueError for unknown kinds, negative weights or a mixture without weight.
     """
 
+    # kind of scene -> weight
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
+    # share of captions in GenEval's exact grammar; the others are paraphrases
     plain: float = 0.6
 
     def __post_init__(self) -> None:

@@ -51,16 +51,16 @@ def merges(words: list[str]) -> list[tuple[str, str]]:
     (measured), which would renumber all words.
     """
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    found = []
+    pairs = []
     while any(len(piece) > 1 for piece in pieces):
         counts = Counter(pair for piece in pieces for pair in itertools.pairwise(piece))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
-        found.append(best)
+        pairs.append(best)
         for piece in pieces:
             for k in range(len(piece) - 1, 0, -1):
                 if k < len(piece) and (piece[k - 1], piece[k]) == best:
                     piece[k - 1 : k + 1] = ["".join(best)]
-    return found
+    return pairs
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
