@@ -43,6 +43,15 @@ def ranked(scores: Tensor, right: Tensor) -> Tensor:
     return F.softplus(margin[right[:, :, None] & ~right[:, None, :]]).mean()
 
 
+def number_loss(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Cross entropy of ``logits`` [B, 80, K] and ``numbers`` [B, 80], for the classes in a scene
+    and one absent class; all 80 would drown the few that matter."""
+    present = numbers > 0
+    absent = F.one_hot((numbers.argmax(1) + 37) % len(OBJECTS), len(OBJECTS)).bool() & ~present
+    questions = present | absent
+    return F.cross_entropy(logits[questions], numbers[questions])
+
+
 def patch_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
     """Truth float [B, 4, 6] to class and colour of each of the 64 patches, int64 [B, 64], row by
     row; 80 and 11 are background."""

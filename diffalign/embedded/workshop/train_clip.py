@@ -31,6 +31,7 @@ from diffalign.embedded.nets.clip import MEAN, STD, build_clip, model_config
 from diffalign.embedded.workshop import training
 from diffalign.embedded.workshop.clip_loss import (
     contrast,
+    number_loss,
     patch_truth,
     place_truth,
     ranked,
@@ -179,18 +180,12 @@ class ClipTrainer(ModulesTrainer):
         presence, numbers = scene_truth(truth)
         listing, counted = self.heads(embedding[:size])
         listed = F.binary_cross_entropy_with_logits(listing, presence, reduction="sum") / size
-        # Numbers are asked of the classes in the scene and of one absent class each; all 80 would
-        # drown the few that matter.
-        present = numbers > 0
-        absent = F.one_hot((numbers.argmax(1) + 37) % len(OBJECTS), len(OBJECTS)).bool() & ~present
-        queried = present | absent
-        counts = F.cross_entropy(counted[queried], numbers[queried])
         parts = {
             "contrast": both,
             "choice": choice,
             "patches": 0.5 * dense,
             "objects": 0.1 * listed,
-            "numbers": 0.3 * counts,
+            "numbers": 0.3 * number_loss(counted, numbers),
         }
         if self.focused:
             parts["objects"] = 0.5 * listed
