@@ -13,15 +13,13 @@ Everything is resumable: finished prompts are read from the folder.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 import torch
-from results import images, write
+from advice import SAVING
+from results import UNITS, Estimate, Row, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.drawing.chart import Curve, chart
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare
 
@@ -30,8 +28,6 @@ CANDIDATES = (
     *(("x0", t) for t in (0.95, 0.96, 0.965, 0.97, 0.98, 0.99)),
 )
 """(space, threshold); .991 is the published one."""
-SAVING = 0.25
-TOLERANCE = 0.02  # the lower end of the paired interval must stay above minus this
 
 
 def main() -> None:
@@ -55,90 +51,61 @@ def main() -> None:
         base = run(cfg, "tuning")
         tuned = {}
         for space, t in CANDIDATES:
-            made = da.AdaptiveGuidance(scale, threshold=t, space=space)
-            tuned[made] = run(Config(f"AG {space} {t:g}", (made,), steps=steps), "tuning")
-        # of the thresholds that save a quarter, the best on the tuning prompts, the cheaper of
-        # equals; the evidence set has no say
-        cheap = {
-            made: m
-            for made, m in tuned.items()
-            if m.mean("nfe") <= (1.0 - SAVING) * base.mean("nfe")
-        }
-        chosen = max(
-            cheap, key=lambda made: (round(cheap[made].score().mean, 9), -cheap[made].mean("nfe"))
-        )
+            rule = da.AdaptiveGuidance(scale, threshold=t, space=space)
+            tuned[rule] = run(Config(f"AG {space} {t:g}", (rule,), steps=steps), "tuning")
+        choice = best_saver(tuned, base)
 
         plain = run(cfg, "evidence")
-        ours = run(Config(tuned[chosen].config.name, (chosen,), steps=steps), "evidence")
-        guided = round(ours.mean("nfe")) - steps  # guided steps that cost the same
-        first = run(
-            Config(
-                f"first {100 * guided / steps:g}%",
-                (da.IntervalCFG(scale, stop=guided / steps),),
-                steps=steps,
-            ),
-            "evidence",
-        )
+        ours = run(Config(tuned[choice].config.name, (choice,), steps=steps), "evidence")
+        share = (round(ours.mean("nfe")) - steps) / steps  # of guided steps that cost the same
+        early = da.IntervalCFG(scale, stop=share)
+        first = run(Config(f"first {100 * share:g}%", (early,), steps=steps), "evidence")
         off = run(Config("CFG 1", (da.CFG(1.0),), steps=steps), "evidence")
 
-    rows: list[dict[str, Any]] = []
-    for kind, runs, reference in (
-        ("tuning", [base, *tuned.values()], base),
-        ("evidence", [plain, ours, first, off], plain),
-    ):
-        for m in runs:
-            score, against = m.score(), compare(m, reference)
-            rows.append(
-                {
-                    "set": kind,
-                    "method": m.config.name,
-                    "NFE": m.mean("nfe"),
-                    "seconds": m.mean("seconds"),
-                    "score": score.mean,
-                }
-                | {
-                    "low": score.low,
-                    "high": score.high,
-                    "vs CFG": against.mean,
-                    "vs low": against.low,
-                    "vs high": against.high,
-                }
-                | m.tags()
-            )
-    saved = 1.0 - ours.mean("nfe") / plain.mean("nfe")
-    holds = saved >= SAVING and compare(ours, plain).low > -TOLERANCE
-    verdict = (
-        f"AdaptiveGuidance(threshold={chosen.threshold:g}, space={chosen.space!r}): "
-        f"{100 * saved:.0f}% fewer NFE, difference to CFG "
+    rows = [row("tuning", base, base)]
+    rows += [row("tuning", m, base, rule.space, rule.threshold) for rule, m in tuned.items()]
+    rows += [row("evidence", plain, plain)]
+    rows += [row("evidence", ours, plain, choice.space, choice.threshold)]
+    rows += [row("evidence", m, plain) for m in (first, off)]
+    facts = {
+        "plain": plain.config.name,
+        "ours": ours.config.name,
+        "first": first.config.name,
+        "threshold": choice.threshold,
+        "space": choice.space,
+        "ours vs first": Estimate.of(compare(ours, first)),
+    }
+    save("adaptive", rows, options, UNITS | {"vs CFG": "difference of score"}, facts)
+
+
+def best_saver(tuned: dict[da.AdaptiveGuidance, Measured], base: Measured) -> da.AdaptiveGuidance:
+    """Of the thresholds that save enough, the best on the tuning prompts, the cheaper of equals.
+
+    The evidence set has no say.
+    """
+    cheap = {
+        rule: m for rule, m in tuned.items() if m.mean("nfe") <= (1.0 - SAVING) * base.mean("nfe")
+    }
+    return max(
+        cheap, key=lambda rule: (round(cheap[rule].score().mean, 9), -cheap[rule].mean("nfe"))
     )
-    verdict += f"{compare(ours, plain)}; to CFG for the first {100 * guided / steps:g}% of the steps {compare(ours, first)}; bar "
-    verdict += "held" if holds else "missed"
-    write("adaptive", rows, options, title=f"AdaptiveGuidance on emoji, {steps} steps\n\n{verdict}")
-    curves = [
-        *(
-            Curve(
-                f"AG in {space}, tuning",
-                sorted(
-                    (m.mean("nfe"), m.score().mean)
-                    for made, m in tuned.items()
-                    if made.space == space
-                ),
-            )
-            for space in ("eps", "x0")
-        ),
-        *(
-            Curve(
-                f"{m.config.name}, evidence",
-                [(m.mean("nfe"), m.score().mean)],
-                low=[m.score().low],
-                high=[m.score().high],
-            )
-            for m in (plain, ours, first)
-        ),
-    ]
-    chart(
-        curves, title="GenEval verdicts against cost", x_label="NFE per image", y_label="score"
-    ).save(Path(options.output) / "adaptive.png")
+
+
+def row(
+    kind: str,
+    run: Measured,
+    reference: Measured,
+    space: str | None = None,
+    threshold: float | None = None,
+) -> Row:
+    """A run on one set of prompts, beside CFG on the same."""
+    facts = quality(run)
+    return (
+        {"set": kind, "method": facts.pop("method"), "space": space, "threshold": threshold}
+        | facts
+        | {"vs CFG": Estimate.of(compare(run, reference))}
+        | run.tags()
+    )
 
 
 if __name__ == "__main__":

@@ -12,16 +12,15 @@ evidence set beside a CFG sweep, whose images benchmarks/guidance.py shares.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import negation
 import torch
-from results import images, write
+from results import UNITS, Estimate, Row, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.embedded import load
-from diffalign.eval.evidence import Config, compare
+from diffalign.eval.evidence import Config, Measured, compare
 
 
 def main() -> None:
@@ -47,60 +46,37 @@ def main() -> None:
             negation.study(pipe, judge, options, bar)
         if options.only == "negation":
             return
-        done: dict[tuple[float, float], Any] = {}
-        for cfg, strengths in (
-            (1.0, (0.0, 0.5, 1.0, 2.0)),
-            (scale, (0.0, 0.5, 1.0, 2.0)),
-            (2.0, (0.0,)),
-            (3.0, (0.0,)),
-        ):
-            for strength in strengths:
+        runs: dict[tuple[float, float], Measured] = {}
+        for cfg in (1.0, scale, 2.0, 3.0):
+            for strength in (0.0, 0.5, 1.0, 2.0) if cfg in (1.0, scale) else (0.0,):
                 name = f"CFG {cfg:g}" + (f" PLADIS {strength:g}" if strength else "")
                 tools = (da.CFG(cfg), da.PLADIS(strength)) if strength else (da.CFG(cfg),)
-                done[cfg, strength] = images(
-                    bar,
-                    pipe,
-                    judge,
-                    Config(name, tools, steps=options.steps),
-                    options.evidence_folder,
-                    clip=clip,
+                config = Config(name, tools, steps=options.steps)
+                runs[cfg, strength] = images(
+                    bar, pipe, judge, config, options.evidence_folder, clip=clip
                 )
-    best = max(
-        (m for (_, strength), m in done.items() if not strength), key=lambda m: m.score().mean
-    )
-    table = [
-        {
-            "method": m.config.name,
-            "NFE": m.mean("nfe"),
-            "seconds": m.mean("seconds"),
-            "score": m.score().mean,
-        }
+    plain = [run for (_, strength), run in runs.items() if not strength]
+    best = max(plain, key=lambda run: run.score().mean)
+    rows: list[Row] = [
+        quality(run)
         | {
-            "95%": f"{m.score().low:.3f}-{m.score().high:.3f}",
-            "vs the same CFG": str(compare(m, done[cfg, 0.0])),
+            "vs the same CFG": Estimate.of(compare(run, runs[cfg, 0.0])),
+            "vs best": Estimate.of(compare(run, best)),
+            "CLIP": run.mean("clip"),
         }
-        | {
-            f"vs best of the sweep ({best.config.name})": str(compare(m, best)),
-            "CLIP": m.mean("clip"),
-        }
-        | m.tags()
-        for (cfg, _), m in done.items()
+        | run.tags()
+        for (cfg, _), run in runs.items()
     ]
-    for row, ((cfg, strength), m) in zip(table, done.items(), strict=True):
-        if (cfg, strength) == (scale, da.PLADIS().strength):
-            gain = compare(m, done[cfg, 0.0])
-            said = (
-                "Use it"
-                if gain.low > 0.0
-                else "Leave it off"
-                if gain.high < 0.0
-                else "No difference shown"
-            )
-            row |= {
-                "technique": "pladis",
-                "advice": f"{said} against the same CFG without it (strength {strength:g}, the default).",
-            }
-    write("pladis", table, options, title="PLADIS on emoji: 200 GenEval prompts x 2 seeds")
+    default = da.PLADIS().strength
+    facts = {
+        "best": best.config.name,
+        "default": runs[scale, default].config.name,
+        "strength": default,
+        "prompts": 200,
+        "seeds": 2,
+    }
+    differences = dict.fromkeys(("vs the same CFG", "vs best"), "difference of score")
+    save("pladis", rows, options, UNITS | differences, facts)
 
 
 if __name__ == "__main__":

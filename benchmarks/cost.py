@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import write
+from results import UNITS, Row, save
 from rich.progress import track
 
 import diffalign as da
@@ -80,6 +80,13 @@ CASES: list[tuple[str, str, tuple[Any, ...], float | None]] = [
     ("interception, CFG", "plain 2 rows", (da.CFG(), Caught()), None),
     ("PLADIS, CFG", "plain 2 rows", (da.CFG(), da.PLADIS()), 1.25),
 ]
+COLUMNS = {
+    "seconds per image": "processor seconds",
+    "NFE": UNITS["NFE"],
+    "ratio": "time beside the plain run, median over rounds",
+    "bar": "largest ratio allowed",
+    "of it interception": "share of the plain run's time",
+}
 PLAIN_RUNS = 4  # in each round, since every ratio of the round has their mean below the line
 PER_ROW = ("ScheduledCFG", "BetaCFG", "IntervalCFG", "AdaptiveGuidance", "LinearAG")
 """Rules that evaluate fewer rows: their time is compared per evaluated row."""
@@ -135,7 +142,7 @@ def main() -> None:
         if round_:  # the first warms up
             for name, times in found.items():
                 seen[name].append((statistics.mean(seconds for seconds, _ in times), times[0][1]))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     caught: dict[str, float] = {}
     for name, beside, _, bar in CASES:
         pairs = list(zip(seen[name], seen[beside], strict=True))
@@ -164,17 +171,8 @@ def main() -> None:
                 if name.startswith(("NAG", "PLADIS"))
                 else None
             }
-            | {"held": "–" if bar is None else "yes" if ratio <= bar else "no"}
         )
-    write(
-        "cost",
-        rows,
-        options,
-        title=(
-            f"Time on emoji, B = {options.batch}, {options.steps} steps, latents only, median of "
-            f"{options.runs} rounds"
-        ),
-    )
+    save("cost", rows, options, COLUMNS)
 
 
 if __name__ == "__main__":

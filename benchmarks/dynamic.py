@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import images, write
+from results import UNITS, Estimate, Row, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.drawing.chart import Curve, chart
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, seed_of
 from diffalign.tasks.geneval.verdict import prompts
@@ -38,6 +37,13 @@ SETTINGS = (
     (WIDE, 0.3),
 )  # candidates, first progress with a choice
 LATENT, DECODED = "emoji-alignment", "reward:emoji-clip"
+
+
+COLUMNS = UNITS | {
+    "processor time / CFG": "ratio of processor seconds",
+    "wall / CFG": "ratio of wall seconds",
+    "vs CFG": "difference of score",
+}
 
 
 def weights(
@@ -63,10 +69,10 @@ def weights(
                 output_type="latent",
             )
         parts.append(np.array(session.report().extras["unet"]["chosen"]))
-    chosen: list[list[float]] = np.concatenate(parts, axis=1).tolist()
+    values: list[list[float]] = np.concatenate(parts, axis=1).tolist()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"settings": settings, "chosen": chosen}) + "\n")
-    return chosen
+    file.write_text(json.dumps({"settings": settings, "chosen": values}) + "\n")
+    return values
 
 
 def cost(
@@ -88,23 +94,18 @@ def cost(
         return time.process_time() - processor, time.perf_counter() - began
 
     once(other)
-    found: list[tuple[float, float]] = []
+    ratios: list[tuple[float, float]] = []
     for i in range(runs):
         pair = [once(t) for t in ((plain, other) if i % 2 else (other, plain))]
         a, b = pair if i % 2 else pair[::-1]
-        found.append((b[0] / a[0], b[1] / a[1]))
-    return statistics.median(f[0] for f in found), statistics.median(f[1] for f in found)
+        ratios.append((b[0] / a[0], b[1] / a[1]))
+    return statistics.median(r[0] for r in ratios), statistics.median(r[1] for r in ratios)
 
 
-def plot(chosen: Any, file: Path) -> None:
-    """Weights ``[steps, images]`` by step."""
-    low, middle, high = np.quantile(chosen, (0.1, 0.5, 0.9), axis=1).tolist()
-    values = {"10%": low, "90%": high, "mean": chosen.mean(1).tolist(), "median": middle}
-    title = f"Weights chosen by the latent evaluator on emoji, {chosen.shape[1]} images"
-    curves = [Curve(label, list(enumerate(column))) for label, column in values.items()]
-    chart(curves, title=title, x_label="step (0 is the noisiest)", y_label="guidance weight").save(
-        file
-    )
+def shares(values: Any) -> dict[str, Any]:
+    """Weights ``[steps, images]`` by step: their mean, and the share of images with each."""
+    each = {f"{w:g}": (values == w).mean(1).tolist() for w in np.unique(values)}
+    return {"images": values.shape[1], "mean": values.mean(1).tolist(), "shares": each}
 
 
 def main() -> None:
@@ -144,56 +145,40 @@ def main() -> None:
         ours = [run(config, "evidence") for config in configs]
 
     latent = configs[0].techniques[0]
-    chosen = np.array(
-        weights(pipe, latent, Path(options.runs_folder) / "dynamic-weights.json", steps=steps)
-    )
-    ratios = [
-        cost(pipe, cfg.techniques[0], config.techniques[0], steps=steps, runs=runs)
-        for config, runs in zip(configs, (9, 3))
-    ]
+    file = Path(options.runs_folder) / "dynamic-weights.json"
+    values = np.array(weights(pipe, latent, file, steps=steps))
+    ratios = {
+        config.name: cost(pipe, cfg.techniques[0], config.techniques[0], steps=steps, runs=runs)
+        for config, runs in zip(configs, (9, 3), strict=True)
+    }
+    rows = [row("tuning", m, base) for m in (base, *tuned)]
+    rows += [row("evidence", m, plain, ratios.get(m.config.name)) for m in (plain, *ours)]
+    facts = {
+        "plain": plain.config.name,
+        "latent": ours[0].config.name,
+        "decoded": ours[1].config.name,
+        "candidates": list(best[0]),
+        "start": best[1],
+        "latent vs decoded": Estimate.of(compare(*ours)),
+        "weights": shares(values),
+    }
+    save("dynamic", rows, options, COLUMNS, facts)
 
-    rows: list[dict[str, Any]] = []
-    cpu = {m.config.name: ratio for m, ratio in zip(ours, ratios)}
-    for kind, runs, reference in (
-        ("tuning", [base, *tuned], base),
-        ("evidence", [plain, *ours], plain),
-    ):
-        for m in runs:
-            score, against, ratio = (
-                m.score(),
-                compare(m, reference),
-                cpu.get(m.config.name) if kind == "evidence" else None,
-            )
-            rows.append(
-                {
-                    "set": kind,
-                    "method": m.config.name,
-                    "NFE": m.mean("nfe"),
-                    "seconds": m.mean("seconds"),
-                }
-                | {
-                    "processor time / CFG": ratio and ratio[0],
-                    "wall / CFG": ratio and ratio[1],
-                    "score": score.mean,
-                }
-                | {
-                    "low": score.low,
-                    "high": score.high,
-                    "vs CFG": against.mean,
-                    "vs low": against.low,
-                    "vs high": against.high,
-                }
-                | m.tags()
-            )
-    verdict = (
-        f"candidates {best[0]} from progress {best[1]:g} on, chosen on the tuning prompts. On the "
-        f"evidence set, against CFG {scale:g}: "
+
+def row(
+    kind: str, run: Measured, reference: Measured, ratio: tuple[float, float] | None = None
+) -> Row:
+    """A run on one set of prompts, beside CFG on the same."""
+    facts = quality(run)
+    score = facts.pop("score")
+    processor, wall = ratio or (None, None)
+    return (
+        {"set": kind}
+        | facts
+        | {"processor time / CFG": processor, "wall / CFG": wall, "score": score}
+        | {"vs CFG": Estimate.of(compare(run, reference))}
+        | run.tags()
     )
-    for name, m, ratio in zip(("latent evaluator", "emoji-clip through the decoder"), ours, ratios):
-        verdict += f"{name} {compare(m, plain)} at {ratio[0]:.2f} times the processor time; "
-    verdict += f"latent against decoded {compare(ours[0], ours[1])}"
-    write("dynamic", rows, options, title=f"DynamicCFG on emoji, {steps} steps\n\n{verdict}")
-    plot(chosen, Path(options.output) / "dynamic.png")
 
 
 if __name__ == "__main__":

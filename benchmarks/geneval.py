@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import write
+from results import Estimate, Row, save
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.embedded import load
-from diffalign.eval.evidence import Config, measure, tag_of
+from diffalign.eval.evidence import Config, Measured, measure, tag_of
 from diffalign.eval.statistics import interval
 from diffalign.tasks.geneval.verdict import TAGS, parse_prompt, prompts, verdict
+
+COLUMNS = {
+    "score": "share of correct images; overall is the unweighted mean of the tags",
+    "second judge agrees": "share of images with the same verdict by emoji-judge-audit",
+}
 
 
 def main() -> None:
@@ -35,18 +40,18 @@ def main() -> None:
     pipe, judge, audit = load("emoji"), load("emoji-judge"), load("emoji-judge-audit")
 
     def second(images: torch.Tensor, texts: Any) -> torch.Tensor:
-        said = [
-            verdict(m, seen, audit.thresholds).correct
-            for m, seen in zip(map(parse_prompt, texts), audit.detect(images))
+        verdicts = [
+            verdict(m, objects, audit.thresholds).correct
+            for m, objects in zip(map(parse_prompt, texts), audit.detect(images))
             if m
         ]
-        return torch.tensor(said, dtype=torch.float32)
+        return torch.tensor(verdicts, dtype=torch.float32)
 
     config = Config(f"CFG {options.scale:g}", (da.CFG(options.scale),), steps=options.steps)
     folder = Path(options.runs_folder) / f"{options.scale:g}-{options.steps}"
     with Progress() as bar:
         task = bar.add_task(config.name, total=4 * len(prompts()))
-        done = measure(
+        run = measure(
             pipe,
             judge,
             config,
@@ -56,40 +61,32 @@ def main() -> None:
             scorers={"audit": second},
             progress=lambda n: bar.advance(task, n),
         )
-    rows: list[dict[str, Any]] = []
-    for tag in TAGS:
-        records = [r for r in done.records if tag_of(r["prompt_id"]) == tag]
+    facts = {
+        "prompts": len(prompts()),
+        "samples": 4,
+        "seconds per image": run.mean("seconds"),
+    }
+    save("geneval", table(run), options, COLUMNS, facts)
+
+
+def table(run: Measured) -> list[Row]:
+    """A row for each tag and one for all."""
+    values = run.per_prompt()
+    rows: list[Row] = []
+    for tag in (*TAGS, "overall"):
+        records = [r for r in run.records if tag in ("overall", tag_of(r["prompt_id"]))]
         ids = sorted({r["prompt_id"] for r in records})
-        values = done.per_prompt()
-        score = interval([values[n] for n in ids], [tag] * len(ids))
+        part = interval([values[n] for n in ids], [tag] * len(ids))
         agree = sum(r["correct"] == bool(r["audit"]) for r in records) / len(records)
         rows.append(
             {
                 "tag": tag,
                 "images": len(records),
-                "score": score.mean,
-                "low": score.low,
-                "high": score.high,
+                "score": Estimate.of(run.score() if tag == "overall" else part),
                 "second judge agrees": agree,
             }
         )
-    overall = done.score()
-    agree = sum(r["correct"] == bool(r["audit"]) for r in done.records) / len(done.records)
-    rows.append(
-        {
-            "tag": "overall",
-            "images": len(done.records),
-            "score": overall.mean,
-            "low": overall.low,
-            "high": overall.high,
-        }
-    )
-    rows[-1] |= {"second judge agrees": agree}
-    title = (
-        f"emoji on GenEval: 553 prompts x 4, CFG {options.scale:g}, {options.steps} steps, "
-        f"{done.mean('seconds'):.2f} s per image"
-    )
-    write("geneval", rows, options, title=title)
+    return rows
 
 
 if __name__ == "__main__":

@@ -14,20 +14,17 @@ import argparse
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from results import images, write
+from results import UNITS, Estimate, Row, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.core.registry import name_of
-from diffalign.drawing.chart import Curve, chart
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare
 
-TOLERANCE = 0.02
 SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
 STEPS = (10, 15, 25, 30)
 STRONG = 3.0
@@ -35,24 +32,33 @@ STRONG = 3.0
 must show what they repair."""
 
 
+COLUMNS = UNITS | {
+    "scale": "guidance scale",
+    "vs CFG at its scale": "difference of score",
+    "vs best": "difference of score",
+    "Holm p": 'p value of "vs best", Holm-corrected over the table',
+    "vs equal NFE": "difference of score",
+    "diversity": "mean absolute pixel difference between the images of a prompt, in [0, 1]",
+    "effective scale": "length of the update, in conditional minus unconditional predictions",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row of the table.
-
-    ``scale``: of the CFG that stands at the same scale; ``technique``: its public name, None for a
-    baseline.
-    """
+    """One row of the table."""
 
     config: Config
+    # of the CFG that stands at the same scale
     scale: float
+    # its public name, None for a baseline
     technique: str | None = None
 
 
 def entries(scale: float, steps: int) -> list[Entry]:
     """The sweep, plain CFG at other costs, CFG for a part of the steps, and every rule at ``scale``
     and most at ``STRONG``."""
-    made = [Entry(Config(f"CFG {s:g}", (da.CFG(s),), steps=steps), s) for s in SWEEP]
-    made += [
+    plain = [Entry(Config(f"CFG {s:g}", (da.CFG(s),), steps=steps), s) for s in SWEEP]
+    plain += [
         Entry(Config(f"CFG {scale:g}, {n} steps", (da.CFG(scale),), steps=n), scale) for n in STEPS
     ]
     once: list[tuple[str, Any]] = [
@@ -63,10 +69,8 @@ def entries(scale: float, steps: int) -> list[Entry]:
         ("dynamic, latent evaluator", da.DynamicCFG(scale, evaluators=("emoji-alignment",))),
         ("CFG++ .6", da.CFGPlusPlus(0.6)),
         ("CFG++ .8", da.CFGPlusPlus(0.8)),
-        (
-            "beta 10",
-            da.BetaCFG(10.0),
-        ),  # its scale is a norm; this one guides about as strongly as the others
+        # its scale is a norm; this one guides about as strongly as the others
+        ("beta 10", da.BetaCFG(10.0)),
     ]
     both: list[tuple[str, Callable[[float], Any]]] = [
         ("interval 20-80%", lambda s: da.IntervalCFG(s, start=0.2, stop=0.8)),
@@ -84,7 +88,7 @@ def entries(scale: float, steps: int) -> list[Entry]:
     rules = [(name, rule, scale) for name, rule in once] + [
         (f"{name} {s:g}", rule(s), s) for s in (scale, STRONG) for name, rule in both
     ]
-    return made + [
+    return plain + [
         Entry(Config(name, (rule,), steps=steps), s, name_of(rule)) for name, rule, s in rules
     ]
 
@@ -92,25 +96,6 @@ def entries(scale: float, steps: int) -> list[Entry]:
 LAYER = 1
 """The one block that skip-layer guidance leaves out: the second of the U-Net's, from its first
 third."""
-
-
-def sentence(row: dict[str, Any]) -> str:
-    """What a user of a model like this one can do with it, from the row's figures alone."""
-    best, same, saved = row["best"], row["same"], 1.0 - row["NFE"] / row["best_nfe"]
-    if best.low > 0.0:
-        return f"Use it: {best.mean:+.3f} over the best plain scale."
-    if same.low > 0.0:
-        beside = f"{best.mean:+.3f} against the best plain scale"
-        return f"Use it where the scale may be too strong: {same.mean:+.3f} over plain guidance at the same scale, {beside}."
-    if saved >= 0.1 and best.low > -TOLERANCE:
-        return f"Use it to save {100 * saved:.0f}% of the evaluations; a loss above {TOLERANCE:g} is excluded at 95%."
-    if best.high < 0.0:
-        return f"Leave it off: {best.mean:+.3f} against the best plain scale."
-    if saved >= 0.1:
-        return f"It saves {100 * saved:.0f}%, and may cost up to {-best.low:.3f}: look at your own prompts first."
-    return "No difference from the best plain scale was shown" + (
-        f"; it costs {-100 * saved:.0f}% more." if saved < -0.1 else "."
-    )
 
 
 def holm(values: dict[str, float]) -> dict[str, float]:
@@ -141,98 +126,55 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     pipe, judge = load("emoji"), load("emoji-judge")
     clip = da.rewards.load("emoji-clip")
-    chosen = [
-        e
-        for e in entries(options.scale, options.steps)
-        if fnmatch.fnmatch(e.config.name, options.only)
+    selection = [
+        entry
+        for entry in entries(options.scale, options.steps)
+        if fnmatch.fnmatch(entry.config.name, options.only)
     ]
     runs: dict[str, Measured] = {}
     with Progress() as bar:
-        for entry in chosen:
+        for entry in selection:
             runs[entry.config.name] = images(
                 bar, pipe, judge, entry.config, options.runs_folder, clip=clip
             )
     if options.only != "*":
         return
     best = max((runs[f"CFG {s:g}"] for s in SWEEP), key=lambda m: m.score().mean)
-    against = {n: compare(m, best) for n, m in runs.items()}
-    adjusted = holm({n: value.p for n, value in against.items() if n != best.config.name})
-    plain = [runs[e.config.name] for e in chosen if e.technique is None]
-    rows: list[dict[str, Any]] = []
-    for entry in chosen:
-        m, score = runs[entry.config.name], runs[entry.config.name].score()
-        same = compare(m, runs[f"CFG {entry.scale:g}"])
+    rows = compared(selection, runs, best)
+    facts = {"best": best.config.name, "comparisons": len(rows) - 1, "prompts": 200, "seeds": 2}
+    save("guidance", rows, options, COLUMNS, facts)
+
+
+def compared(selection: list[Entry], runs: dict[str, Measured], best: Measured) -> list[Row]:
+    """Every run beside its three baselines."""
+    against = {name: compare(run, best) for name, run in runs.items()}
+    adjusted = holm({name: v.p for name, v in against.items() if name != best.config.name})
+    plain = [runs[entry.config.name] for entry in selection if entry.technique is None]
+    rows: list[Row] = []
+    for entry in selection:
+        name = entry.config.name
+        run, nfe = runs[name], runs[name].mean("nfe")
         equal = max(
-            (r for r in plain if abs(r.mean("nfe") - m.mean("nfe")) <= 0.1 * m.mean("nfe")),
-            key=lambda r: r.score().mean,
+            (other for other in plain if abs(other.mean("nfe") - nfe) <= 0.1 * nfe),
+            key=lambda other: other.score().mean,
             default=best,
         )
-        facts = {
-            "best": against[m.config.name],
-            "same": same,
-            "best_nfe": best.mean("nfe"),
-            "NFE": m.mean("nfe"),
-        }
         rows.append(
-            {
-                "method": m.config.name,
-                "technique": entry.technique,
-                "NFE": m.mean("nfe"),
-                "seconds": m.mean("seconds"),
-            }
+            {"method": name, "technique": entry.technique, "scale": entry.scale}
+            | quality(run)
             | {
-                "score": score.mean,
-                "95%": f"{score.low:.3f}-{score.high:.3f}",
-                "vs CFG at its scale": str(same),
+                "vs CFG at its scale": Estimate.of(compare(run, runs[f"CFG {entry.scale:g}"])),
+                "vs best": Estimate.of(against[name]),
+                "Holm p": adjusted.get(name),
+                "vs equal NFE": Estimate.of(compare(run, equal)),
+                "equal NFE": equal.config.name,
+                "CLIP": run.mean("clip"),
+                "diversity": run.mean("spread"),
+                "effective scale": run.mean("scale"),
             }
-            | {
-                f"vs best ({best.config.name})": str(against[m.config.name]),
-                "Holm p": adjusted.get(m.config.name),
-            }
-            | {
-                "vs equal NFE": f"{compare(m, equal)} ({equal.config.name})",
-                "CLIP": m.mean("clip"),
-                "diversity": m.mean("spread"),
-            }
-            | {"effective scale": m.mean("scale")}
-            | m.tags()
-            | {"advice": sentence(facts) if entry.technique else None}
+            | run.tags()
         )
-    write(
-        "guidance",
-        rows,
-        options,
-        title=f"Guidance on emoji: 200 GenEval prompts x 2 seeds, {len(runs) - 1} comparisons",
-    )
-    sweep = sorted((m.mean("scale"), m.score().mean) for m in (runs[f"CFG {s:g}"] for s in SWEEP))
-    rules = [runs[e.config.name] for e in chosen if e.technique]
-    chart(
-        [
-            Curve("CFG sweep", sweep),
-            *(Curve(m.config.name, [(m.mean("scale"), m.score().mean)], line=False) for m in rules),
-        ],
-        title="Verdicts against effective scale",
-        x_label="effective scale",
-        names=True,
-        size=(1200, 760),
-    ).save(Path(options.output) / "guidance-scale.png")
-    steps = sorted(
-        (m.mean("nfe"), m.score().mean)
-        for m in (
-            runs[f"CFG {options.scale:g}"],
-            *(runs[f"CFG {options.scale:g}, {n} steps"] for n in STEPS),
-        )
-    )
-    chart(
-        [
-            Curve(f"CFG {options.scale:g}, 10 to 30 steps", steps),
-            *(Curve(m.config.name, [(m.mean("nfe"), m.score().mean)], line=False) for m in rules),
-        ],
-        title="Verdicts against cost",
-        x_label="NFE per image",
-        names=True,
-        size=(1200, 760),
-    ).save(Path(options.output) / "guidance-cost.png")
+    return rows
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import entmax
 import torch
-from results import write
+from results import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,6 +38,11 @@ class Setting(TypedDict):
 
 NAG: Setting = {"scale": 5.0, "tau": 2.5, "alpha": 0.25}
 STRENGTH = 2.0
+COLUMNS = {
+    "... ms": "milliseconds",
+    "... / published": "ratio of times",
+    "error ...": "largest error beside float64, over the largest true value",
+}
 CPU_SHARE = 16  # a CPU gets this fraction of the image tokens
 CHECKED = 64  # image tokens that are compared with the float64 truth
 AHEAD = 4_000_000  # clock cycles, 2 ms
@@ -298,16 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
             for row in (nag_row, pladis_row)
             for model, layer in layers.items()
         ]
-    what = f"run on a GPU: times in {options.dtype}" if gpu else "run on a CPU: ratios in float32"
-    if options.share > 1:
-        what += f", 1/{options.share} of the image tokens"
-    write(
-        f"kernels_{options.device}",
-        rows,
-        public,
-        f"Attention kernels, {what}; {'median' if gpu else 'best'} of {options.runs} runs, seed "
-        f"{options.seed}",
-    )
+    save(f"kernels_{options.device}", rows, public, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,28 @@ from typing import Any
 
 import torch
 from PIL import Image
-from results import write
+from results import UNITS, Estimate, Row, save
 from rich.progress import Progress
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 import diffalign as da
-from diffalign.drawing.chart import Curve, chart
 from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.eval.evidence import fingerprint, read_lines, seed_of
 from diffalign.eval.statistics import interval
 from diffalign.tasks.geneval.verdict import keep, prompts
 
 SAMPLES, BATCH, STEPS = 2, 16, 20
-CHECKED = 3.0  # CFG at this scale has its strength measured all the same, to check the measure
+# CFG at this scale has its strength measured all the same, to check the measure
+CHECKED = 3.0
+COLUMNS = UNITS | {
+    "effective strength": "1 is nothing negated, the scale is CFG with the negative prompt",
+    "off the line": "part of the prediction that no scale gives",
+    "gone": "share of images",
+    "other kept": "share of images",
+    "gone and kept": "share of images",
+    "gone and kept, difference": "difference of share to CFG's negative prompt at equal strength",
+}
 Record = dict[str, Any]
 
 
@@ -258,99 +266,22 @@ def bootstrap(records: list[Record], key: str, base: list[Record] | None = None)
 
 def row(
     kind: str, way: Way, records: list[Record], matched: tuple[Way, list[Record]] | None
-) -> dict[str, Any]:
+) -> Row:
     """``matched``: CFG's negative prompt at the same effective strength."""
-    found: dict[str, Any] = {
+    facts: Row = {
         "negated": kind,
         "method": way.name,
         "NFE": mean(records, "nfe"),
         "effective strength": mean(records, "strength"),
+        "off the line": mean(records, "off"),
     }
-    found["off the line"] = mean(records, "off")
     for key, head in (("gone", "gone"), ("kept", "other kept"), ("both", "gone and kept")):
-        value = bootstrap(records, key)
-        found |= {head: value.mean, f"{head} 95%": f"[{value.low:.3f}, {value.high:.3f}]"}
-    found["CFG's negative prompt at equal strength"] = matched and matched[0].name
-    found["gone and kept, difference"] = matched and str(bootstrap(records, "both", matched[1]))
-    return found | {"seconds": mean(records, "seconds")}
-
-
-def advise(rows: list[dict[str, Any]]) -> None:
-    """A sentence for objects and one for colours, in the row of NAG's best way for objects, from
-    the table's figures alone."""
-    said, place = [], None
-    for kind, what in (
-        ("object", "Removes a negated object and keeps the other"),
-        ("colour", "A negated colour"),
-    ):
-        mine = [r for r in rows if r["negated"] == kind]
-        ours = max(
-            (r for r in mine if r["method"].startswith("NAG")), key=lambda r: r["gone and kept"]
-        )
-        place = place or ours
-        equal = next(
-            r for r in mine if r["method"] == ours["CFG's negative prompt at equal strength"]
-        )
-        best = max((r for r in mine if "negative" in r["method"]), key=lambda r: r["gone and kept"])
-        n, o, e, b = (f"{100 * r['gone and kept']:.0f}%" for r in (mine[0], ours, equal, best))
-        said.append(
-            f"{what} in {o} at {ours['NFE']:.0f} NFE without guidance ({ours['method']}; nothing: "
-            f"{n}); CFG's negative prompt: {e} at "
-            f"equal strength, {b} at most ({best['method'].removesuffix(' negative')}), both at "
-            f"{best['NFE']:.0f} NFE."
-        )
-    assert place is not None
-    place |= {"technique": "nag", "advice": " ".join(said)}
-
-
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Share of images without what was negated, the rest kept, by effective strength: objects
-    above, colours below."""
-    pictures = []
-    for kind, many in (("object", "objects"), ("colour", "colours")):
-        mine = [r for r in rows if r["negated"] == kind]
-        nags = [r for r in mine if r["method"].startswith("NAG")]
-        groups = {"NAG, 20 NFE": [r for r in nags if "every" not in r["method"]]}
-        groups["NAG at every step"] = [r for r in nags if "every" in r["method"]]
-        groups["negative prompt, 40 NFE"] = [
-            r for r in mine if "negative" in r["method"] and "," not in r["method"]
-        ]
-        groups["negative prompt, 20 NFE"] = [
-            r for r in mine if "negative" in r["method"] and "," in r["method"]
-        ]
-        groups["CFG with NAG, 40 NFE"] = [
-            r for r in mine if "CFG" in r["method"] and "NAG" in r["method"]
-        ]
-        groups["CFG, nothing negated"] = [
-            r for r in mine if r["method"].startswith("CFG") and len(r["method"].split()) == 2
-        ]
-        curves = []
-        for label, group in groups.items():
-            group = sorted(group, key=lambda r: r["effective strength"])
-            low, high = zip(
-                *(map(float, r["gone and kept 95%"].strip("[]").split(", ")) for r in group)
-            )
-            curves.append(
-                Curve(
-                    label,
-                    [(r["effective strength"], r["gone and kept"]) for r in group],
-                    low=low,
-                    high=high,
-                )
-            )
-        title = f"Negated {many}: share of images without it that keep the rest, with 95% intervals"
-        pictures.append(
-            chart(
-                curves,
-                title=title,
-                x_label="effective strength of the negative text (1: none)",
-                y_label="share",
-            )
-        )
-    page = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)), "white")
-    for i, picture in enumerate(pictures):
-        page.paste(picture, (0, i * pictures[0].height))
-    page.save(file)
+        facts[head] = Estimate.of(bootstrap(records, key))
+    facts["CFG's negative prompt at equal strength"] = matched and matched[0].name
+    facts["gone and kept, difference"] = matched and Estimate.of(
+        bootstrap(records, "both", matched[1])
+    )
+    return facts | {"seconds": mean(records, "seconds")}
 
 
 def sheet(
@@ -439,18 +370,8 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
         for kind in cases
         for way in ways[kind]
     ]
-    advise(rows)
-    title = (
-        f"What was negated is gone, the other object is kept: {len(cases['object'])} images for "
-        f"objects, {len(cases['colour'])} for colours"
-    )
-    write("negation", rows, options, title=f"{title}; emoji, {STEPS} steps")
-    with (Path(options.output) / "negation.md").open("a") as page:
-        page.write(
-            "\n![Share by effective strength](negation.png)\n\n![The same noise under four "
-            "ways](negation-images.png)\n"
-        )
-    plot(rows, Path(options.output) / "negation.png")
+    facts = {f"{kind} images": len(each) for kind, each in cases.items()}
+    save("negation", rows, options, COLUMNS, facts)
     strongest = max(
         (way for way in nags if way.cfg == 1), key=lambda way: mean(results["object", way], "both")
     )

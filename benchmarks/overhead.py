@@ -17,12 +17,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from results import write
+from results import save
 
 import diffalign as da
 from diffalign.families import FAMILIES
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_unet_pipeline
 
+COLUMNS = {
+    "native_s": "wall seconds of a run",
+    "session_s": "wall seconds of a run",
+    "wall_ratio": "session / native",
+    "cpu_ratio": "session / native, processor time",
+    "cpu_ms_per_step": "processor milliseconds that the session adds to a step",
+}
 PIPELINES = [
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
@@ -112,12 +119,7 @@ def main() -> None:
         for batch in (1, 2, 8):
             few = paired(tiny_pipeline(name), name, batch, 4, max(options.runs // 2, 3))
             rows.append({"network": f"tiny {name}", "batch": batch} | few)
-    write(
-        "overhead",
-        rows,
-        options,
-        title="Session overhead: plain CFG through a session against native CFG",
-    )
+    save("overhead", rows, options, COLUMNS)
 
 
 if __name__ == "__main__":

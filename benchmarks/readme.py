@@ -8,65 +8,61 @@ Every figure comes from a JSON file in benchmarks/results; a technique without o
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+
+import advice
+from results import FOLDER, Result, Row, read
 
 import diffalign as da
 from diffalign.cli.techniques import describe
 from diffalign.core.registry import BUILTIN
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = FOLDER
 SECTION = re.compile(r"(<!-- techniques: .*? -->\n).*?(<!-- end of techniques -->)", flags=re.S)
 ELSEWHERE = {"cfg-zero-star": "not on `emoji`: flow models only"}
 
 
-def results(name: str) -> list[dict[str, Any]]:
-    """The rows of a result file; none where it was not run."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+def stored(name: str) -> Result | None:
+    """A result; None where it was not measured."""
+    return read(name, RESULTS) if (RESULTS / f"{name}.json").exists() else None
 
 
 def measured(name: str) -> str:
     """What was measured of a technique, in one cell."""
     if name in ELSEWHERE:
         return ELSEWHERE[name]
+    file = {"nag": "negation", "pladis": "pladis"}.get(name, "guidance")
+    result = stored(file)
+    if result is None:
+        return "not measured yet"
+    if name == "nag":
+        return advice.negation(result)
+    if name == "pladis":
+        return told(result.row(result.facts["default"]), advice.pladis(result))
     if name == "cfg":
-        plain = [row for row in results("guidance") if re.fullmatch(r"CFG [\d.]+", row["method"])]
-        if plain:
-            best, off = (
-                max(plain, key=lambda row: row["score"]),
-                next(row for row in plain if row["method"] == "CFG 1"),
-            )
-            scale = best["method"].removeprefix("CFG ")
-            return f"best of the sweep: {best['score']:.3f} at scale {scale}; {off['score']:.3f} without guidance"
-    for file in ("guidance", "negation", "pladis"):
-        rows = [row for row in results(file) if row.get("technique") == name]
-        if rows:
-            row = rows[0]
-            against = next(
-                (
-                    value.partition(" (")[0]
-                    for key, value in row.items()
-                    if key.startswith("vs best")
-                ),
-                "",
-            )
-            said = (
-                f"{row['method']}: {against}, {round(row['NFE'], 1):g} NFE. {row['advice']}"
-                if against
-                else row["advice"]
-            )
-            repairs = [
-                f" {other['method']}: {other['advice']}"
-                for other in rows[1:]
-                if "too strong" in other["advice"]
-            ]
-            return said + "".join(repairs)
-    return "not measured yet"
+        best, off = (
+            result.row(method)["score"].value for method in (result.facts["best"], "CFG 1")
+        )
+        scale = result.facts["best"].removeprefix("CFG ")
+        return f"best of the sweep: {best:.3f} at scale {scale}; {off:.3f} without guidance"
+    rows = [row for row in result.rows if row["technique"] == name]
+    if not rows:
+        return "not measured yet"
+    sentences = [advice.guidance(row, result) for row in rows]
+    repairs = [
+        f" {row['method']}: {sentence}"
+        for row, sentence in zip(rows[1:], sentences[1:], strict=True)
+        if "too strong" in sentence
+    ]
+    return told(rows[0], sentences[0]) + "".join(repairs)
+
+
+def told(row: Row, sentence: str) -> str:
+    """A row beside the best plain scale, and what follows from it."""
+    return f"{row['method']}: {row['vs best']:+.3f}, {round(row['NFE'], 1):g} NFE. {sentence}"
 
 
 def row_of(name: str) -> str:
@@ -77,7 +73,8 @@ def row_of(name: str) -> str:
     test = test if (ROOT / test).is_file() else str(Path(test).parent)
     facts = describe(name, da.techniques()[name])
     cost = facts["cost"].partition(". ")[0].rstrip(".")
-    return f"| `{name}` | {facts['paper']} | {cost} | {measured(name)} | [code]({source}) [test]({test}) |"
+    links = f"[code]({source}) [test]({test})"
+    return f"| `{name}` | {facts['paper']} | {cost} | {measured(name)} | {links} |"
 
 
 def render(text: str) -> str:

@@ -1,5 +1,8 @@
-"""What benchmarks share: rows as JSON and Markdown with everything needed to read or repeat them,
-and images of the evidence set."""
+"""Results as numbers: a JSON file for each question, with everything needed to read or repeat it.
+
+An estimate is stored as ``{"value": ..., "low": ..., "high": ..., "n": ...}``. ``pages.py`` makes
+sentences, tables and plots of the numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,66 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
 
 from diffalign.eval.evidence import Config, Measured, evidence_prompts, measure, tuning_prompts
+from diffalign.eval.statistics import Interval
+
+FOLDER = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    # prompts that the bootstrap resampled
+    n: int
+
+    @classmethod
+    def of(cls, interval: Interval) -> Estimate:
+        return cls(interval.mean, interval.low, interval.high, interval.prompts)
+
+    def __format__(self, spec: str) -> str:
+        """``spec`` formats each of the three numbers: ``f"{estimate:+.3f}"``."""
+        value, low, high = (format(x, spec) for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one benchmark measured."""
+
+    rows: Sequence[Row]
+    # unit or meaning of a column by name; "difference of ..." is printed with its sign
+    units: dict[str, str]
+    # numbers and names that belong to no row
+    facts: dict[str, Any] = field(default_factory=dict)
+    # the command line
+    options: dict[str, Any] = field(default_factory=dict)
+    # device, versions, commit and command
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, method: str, **others: Any) -> Row:
+        """The row of a method."""
+        wanted = {"method": method} | others
+        return next(row for row in self.rows if all(row[k] == v for k, v in wanted.items()))
 
 
 def environment(device: str) -> dict[str, Any]:
     """Device, versions and commit of this run; ``device`` is where it ran, not what the machine
     has."""
+    import torch
+
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -48,34 +97,43 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table; floats to four significant digits, absent values as a dash."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+def save(
+    name: str,
+    rows: Sequence[Row],
+    options: Namespace,
+    units: dict[str, str],
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Write ``<output>/<name>.json`` with the environment of this run, then its page and plots."""
+    import pages
 
-    def cell(value: Any) -> str:
-        return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(cell(row.get(key)) for key in keys) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def write(name: str, rows: Sequence[dict[str, Any]], options: Namespace, title: str) -> None:
-    """``<output>/<name>.json`` and ``.md``; the table also goes to standard output."""
+    where = environment(getattr(options, "device", "cpu"))
+    result = Result(rows, units, facts or {}, vars(options), where)
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    env = environment(getattr(options, "device", "cpu"))
-    (folder / f"{name}.json").write_text(
-        json.dumps({"environment": env, "options": vars(options), "rows": list(rows)}, indent=1)
-        + "\n"
-    )
-    text = (
-        f"# {title}\n\n{table(rows)}\n\n{env['device']}; torch {env['versions']['torch']}, "
-        f"diffusers {env['versions']['diffusers']}; "
-    )
-    text += f"commit {env['commit']}; `{env['command']}`\n"
-    (folder / f"{name}.md").write_text(text)
-    print(text)
+    write(folder / f"{name}.json", result)
+    print(pages.publish(name, folder))
+
+
+def write(path: Path, result: Result) -> None:
+    """One JSON file, one row of it a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {f.name: getattr(result, f.name) for f in fields(result)}
+    lines = [json.dumps(row, default=asdict) for row in parts.pop("rows")]
+    order = ("environment", "options", "units", "facts")
+    head = "".join(f' "{key}": {json.dumps(parts[key], default=asdict)},\n' for key in order)
+    path.write_text("{\n" + head + ' "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
+
+
+def _estimate(value: dict[str, Any]) -> Any:
+    return Estimate(**value) if value.keys() == {f.name for f in fields(Estimate)} else value
+
+
+def read(name: str, folder: Path = FOLDER) -> Result:
+    """What ``save`` wrote.
+
+    Raises: OSError where the benchmark was not run.
+    """
+    return Result(**json.loads((folder / f"{name}.json").read_text(), object_hook=_estimate))
 
 
 def images(
@@ -92,7 +150,7 @@ def images(
     ids = {"tuning": tuning_prompts, "evidence": evidence_prompts}[kind]()
     task = bar.add_task(f"{kind}: {config.name}", total=2 * len(ids))
     place = Path(folder) / kind / re.sub(r"[^\w.-]+", "-", config.name)
-    done = measure(
+    run = measure(
         pipe,
         judge,
         config,
@@ -102,4 +160,23 @@ def images(
         progress=lambda n: bar.advance(task, n),
     )
     bar.update(task, completed=2 * len(ids))
-    return done
+    return run
+
+
+def quality(run: Measured) -> Row:
+    """Name, cost and score of a run: the first columns of most tables."""
+    return {
+        "method": run.config.name,
+        "NFE": run.mean("nfe"),
+        "seconds": run.mean("seconds"),
+        "score": Estimate.of(run.score()),
+    }
+
+
+# columns that several tables have
+UNITS = {
+    "NFE": "denoiser evaluations per image",
+    "seconds": "processor seconds per image",
+    "score": "share of correct images, mean over GenEval's six tags",
+    "CLIP": "cosine of image and prompt by emoji-clip",
+}

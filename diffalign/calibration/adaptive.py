@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffalign.calibration.curves import Curves, eight_bits, record
 from diffalign.core import Tensor
-from diffalign.drawing.chart import Curve, chart
+from diffalign.drawing.charts import Curve, line_chart, stacked
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
 from diffalign.guidance.adaptive_guidance import AdaptiveGuidance
@@ -71,13 +71,14 @@ class Calibration:
             torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), dim=0
         ).tolist()
         last = len(median) - 1
-        upper = chart(
+        upper = line_chart(
             [
                 Curve(
                     "median cosine, 10 to 90% of the images",
                     list(enumerate(median)),
                     low=low,
                     high=high,
+                    band=True,
                 ),
                 Curve(
                     f"threshold {self.threshold:g}", [(0, self.threshold), (last, self.threshold)]
@@ -88,6 +89,7 @@ class Calibration:
                 f"images, space {self.when['space']}"
             ),
             x_label="step",
+            y_label="cosine",
         )
         most = self.curves.saving(-1.0)
         thresholds = sorted({self.curves.threshold_for(most * i / 24) for i in range(25)})
@@ -95,18 +97,16 @@ class Calibration:
         def cost(threshold: float) -> tuple[float, float]:
             return threshold, float(self.curves.nfe(threshold).double().mean())
 
-        lower = chart(
+        lower = line_chart(
             [
                 Curve("NFE per image", [cost(threshold) for threshold in thresholds]),
                 Curve("chosen", [cost(self.threshold)]),
             ],
             title="Cost of each threshold",
             x_label="threshold",
+            y_label="NFE per image",
         )
-        both = Image.new("RGB", (upper.width, upper.height + lower.height))
-        both.paste(upper, (0, 0))
-        both.paste(lower, (0, upper.height))
-        return both
+        return stacked([upper, lower])
 
 
 def check_saving(saving: float, steps: int, order: int = 1, minimum: int = 2) -> None:

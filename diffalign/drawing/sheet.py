@@ -1,26 +1,22 @@
-"""Contact sheets: a labelled grid of images for comparisons and reports, and settings inside saved
-PNG files.
+"""Contact sheets: a labelled grid of images for comparisons and reports.
 
-A sheet looks the same everywhere: its fonts travel with the package. The built-in fonts cover
-Latin, Greek and Cyrillic; pass ``font=`` for another script. Pillow only.
+``measure`` says where everything stands, ``paint`` draws it. A sheet looks the same everywhere: its
+fonts travel with the package. They cover Latin, Greek and Cyrillic; pass ``font=`` for another
+script. Pillow only.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from io import BytesIO
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffalign.drawing.png import read_settings, save_png
-from diffalign.tasks.geneval.verdict import Detection
-
-__all__ = ["Cell", "contact_sheet", "read_settings", "save_png"]
-
-SMALLEST = 128  # px: below this, an image is enlarged
+# an image with a smaller longest side is enlarged to at least this, in pixels
+SMALLEST = 128
 Font = ImageFont.FreeTypeFont
 _THEMES = {
     "light": {
@@ -39,6 +35,7 @@ _THEMES = {
     },
 }
 _GOOD, _BAD = "#2a9d5c", "#d8453b"
+# white text is legible on each
 _BOXES = (
     "#0072b2",
     "#b3541e",
@@ -48,19 +45,158 @@ _BOXES = (
     "#5d6b00",
     "#4455cc",
     "#8a5a00",
-)  # white text is legible on each
+)
+
+
+class Detection(Protocol):
+    """An object that a detector saw, as ``diffalign.tasks.geneval.verdict`` describes it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def box(self) -> tuple[float, float, float, float]: ...
+    @property
+    def colour(self) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One picture of a sheet: ``caption`` below it, for ``correct`` a frame around it and a mark
-    beside the caption (True green tick, False red cross, None nothing), and ``boxes`` in pixels of
-    ``image``, drawn with colour, class and score."""
+    """One picture of a sheet."""
 
     image: Image.Image
+    # text below the picture
     caption: str = ""
+    # True: green frame and a tick beside the caption; False: red frame and a cross; None: neither
     correct: bool | None = None
+    # in pixels of ``image``, drawn with colour, class and score
     boxes: Sequence[Detection] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What a sheet shows; checked when it is built."""
+
+    # [row][column], None is an empty cell
+    cells: Sequence[Sequence[Cell | None]]
+    # labels on the left and above; none, or one for each
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    title: str = ""
+    footer: str = ""
+    # longest side of a picture, in pixels
+    size: int = 256
+    theme: str = "light"
+    # TrueType file, None is the built-in font
+    font: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.theme not in _THEMES:
+            raise ValueError(f"theme must be one of {', '.join(_THEMES)}; got {self.theme!r}.")
+        if self.size < SMALLEST:
+            raise ValueError(
+                f"size must be at least {SMALLEST} pixels, below which labels are not legible; got "
+                f"{self.size}."
+            )
+        lengths = [len(row) for row in self.cells]
+        if not lengths or not lengths[0] or len(set(lengths)) != 1:
+            raise ValueError(
+                f"images must be rows of equal, positive length; got lengths {lengths}. Fill gaps "
+                "with None."
+            )
+        for name, labels, count in (
+            ("rows", self.rows, len(lengths)),
+            ("columns", self.columns, lengths[0]),
+        ):
+            if labels and (isinstance(labels, str) or len(labels) != count):
+                raise ValueError(
+                    f"{name} must hold {count} labels for this grid or none; got {labels!r}."
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Wrapped text at its place; a line of a font of n pixels is 1.35 n high."""
+
+    lines: list[str]
+    font: Font
+    color: str
+    x: float = 0
+    y: float = 0
+
+    @property
+    def step(self) -> int:
+        return round(1.35 * self.font.size)
+
+    @property
+    def height(self) -> int:
+        return self.step * len(self.lines)
+
+    @property
+    def width(self) -> int:
+        return max((round(self.font.getlength(line) + 0.5) for line in self.lines), default=0)
+
+    def at(self, x: float, y: float) -> "Text":
+        """The same text elsewhere."""
+        return Text(self.lines, self.font, self.color, x, y)
+
+
+class Place(NamedTuple):
+    """Where a cell stands, in pixels of the page."""
+
+    cell: Cell | None
+    # the picture, or the empty cell: left, top, width, height
+    x: int
+    y: int
+    width: int
+    height: int
+    # upper left corner of the mark beside the caption
+    mark: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything of a sheet stands, in pixels."""
+
+    # width and height of the page
+    size: tuple[int, int]
+    places: tuple[Place, ...]
+    texts: tuple[Text, ...]
+    # width of a verdict's frame, side of its mark
+    edge: int
+    mark: int
+    # of the names at detections
+    font: Font
+    theme: str
+
+
+def contact_sheet(
+    images: Sequence[Sequence[Image.Image | Cell | None]],
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    *,
+    title: str = "",
+    footer: str = "",
+    size: int = 256,
+    theme: Literal["light", "dark"] = "light",
+    font: str | None = None,
+) -> Image.Image:
+    """A labelled grid: ``images[row][column]``, row labels (prompts) on the left, column labels
+    (techniques) above.
+
+    A cell is a picture, a ``Cell`` or None (left empty). Pictures larger than ``size`` pixels are
+    reduced, smaller ones enlarged by a whole factor up to ``size`` and at least to 128. Labels wrap
+    and nothing is cut off. ``font`` is a TrueType file for scripts that the built-in font lacks.
+    Returns an RGB image.
+
+    Raises: ValueError for an empty or ragged grid, labels that do not match it, an unknown theme or
+    ``size`` < 128; OSError for a font that cannot be read.
+    """
+    cells = [
+        [Cell(item) if isinstance(item, Image.Image) else item for item in row] for row in images
+    ]
+    return paint(measure(Grid(cells, rows, columns, title, footer, size, theme, font)))
 
 
 @cache
@@ -97,63 +233,176 @@ def wrap(text: str, font: Font, width: float) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """Wrapped text with its size in pixels; a line of n pixels size takes 1.35 n."""
-
-    lines: list[str]
-    font: Font
-    color: str
-
-    @property
-    def height(self) -> int:
-        return round(1.35 * self.font.size) * len(self.lines)
-
-    @property
-    def width(self) -> int:
-        return max((round(self.font.getlength(line) + 0.5) for line in self.lines), default=0)
-
-    def draw(self, on: ImageDraw.ImageDraw, x: float, y: float) -> None:
-        step = round(1.35 * self.font.size)
-        for number, line in enumerate(self.lines):
-            on.text(
-                (x, y + number * step + step / 2),
-                line,
-                font=self.font,
-                fill=self.color,
-                anchor="lm",
-            )
-
-
-def _shown(image: Image.Image, size: int, page: str) -> Image.Image:
-    """The picture as it appears: longest side at most ``size``; a small one enlarged by a whole
-    factor, so that pixels stay pixels."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, page), image.convert("RGBA"))
-    image = image.convert("RGB")
+def shown_size(image: Image.Image, size: int) -> tuple[int, int]:
+    """Width and height at which a picture appears: longest side at most ``size``; a small one
+    enlarged by a whole factor, so that pixels stay pixels."""
     side = max(image.size)
     if side > size:
         scale = size / side
-        return image.resize(
-            (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
-            Image.Resampling.LANCZOS,
-        )
+        return max(1, round(image.width * scale)), max(1, round(image.height * scale))
     factor = max(size // side, -(-SMALLEST // side))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return image.width * factor, image.height * factor
 
 
-def _draw_boxes(shown: Image.Image, cell: Cell, font: Font) -> None:
-    pen = ImageDraw.Draw(shown)
-    scale_x, scale_y = shown.width / cell.image.width, shown.height / cell.image.height
+class _Measure:
+    """Fonts and distances of a sheet, all from the width of its pictures."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.sizes = [
+            [shown_size(cell.image, grid.size) if cell else None for cell in row]
+            for row in grid.cells
+        ]
+        pictures = [size for line in self.sizes for size in line if size]
+        self.width = max((width for width, _ in pictures), default=grid.size)
+        # of the pictures of each row
+        self.heights = [
+            max((size[1] for size in line if size), default=self.width) for line in self.sizes
+        ]
+        em = self.em = min(max(round(self.width / 17), 12), 20)
+        self.gap, self.margin = max(em // 2, 2 * self.edge + 4), round(1.5 * em)
+        color = _THEMES[grid.theme]
+        labels = [
+            self.text(label, 0, color["text"], round(0.9 * self.width)) for label in grid.rows
+        ]
+        room = max(label.width for label in labels) + round(1.2 * em) if labels else 0
+        self.left = self.margin + room
+        columns = len(grid.cells[0])
+        self.page = self.left + columns * (self.width + self.gap) - self.gap + self.margin
+        inner = self.page - 2 * self.margin
+        self.head = self.text(grid.title, round(0.4 * em), color["text"], inner, bold=True)
+        self.foot = self.text(grid.footer, -1, color["muted"], inner)
+        self.rows = labels
+        self.columns = [
+            self.text(label, 0, color["text"], self.width, bold=True) for label in grid.columns
+        ]
+        self.captions = [[self.caption(cell) for cell in row] for row in grid.cells]
+
+    @property
+    def edge(self) -> int:
+        """Width of a verdict's frame."""
+        return max(self.em // 4, 3)
+
+    @property
+    def mark(self) -> int:
+        """Side of a verdict's mark."""
+        return round(1.4 * self.em)
+
+    def text(self, text: str, larger: int, color: str, width: int, bold: bool = False) -> Text:
+        font = _font(self.em + larger, bold, self.grid.font)
+        return Text(wrap(text, font, width), font, color)
+
+    def caption(self, cell: Cell | None) -> Text:
+        beside = 0 if cell is None or cell.correct is None else self.mark + self.em // 3
+        caption = cell.caption if cell else ""
+        return self.text(caption, -1, _THEMES[self.grid.theme]["muted"], self.width - beside)
+
+    def row_heights(self) -> list[int]:
+        """Of each row: its pictures with what stands below them, or its label."""
+        result = []
+        for i, (cells, texts) in enumerate(zip(self.grid.cells, self.captions, strict=True)):
+            below = max(
+                max(text.height, 0 if cell is None or cell.correct is None else self.mark)
+                for cell, text in zip(cells, texts, strict=True)
+            )
+            height = self.heights[i] + self.edge + (below + self.em // 3 if below else 0)
+            result.append(max(height, self.rows[i].height if self.rows else 0))
+        return result
+
+    def row(self, i: int, y: int) -> Iterator[Place | Text]:
+        """Places and captions of a row whose pictures begin at ``y``."""
+        under = y + self.heights[i] + self.edge + self.em // 3
+        for column, cell in enumerate(self.grid.cells[i]):
+            x = self.left + column * (self.width + self.gap)
+            size = self.sizes[i][column]
+            if cell is None or size is None:
+                yield Place(None, x, y, self.width, self.heights[i])
+                continue
+            left, top = x + (self.width - size[0]) // 2, y + (self.heights[i] - size[1]) // 2
+            yield Place(cell, left, top, *size, (x + self.width - self.mark, under))
+            yield self.captions[i][column].at(x, under)
+
+
+def measure(grid: Grid) -> Layout:
+    """Where everything of ``grid`` stands. Pure: no pixel is read or drawn."""
+    m = _Measure(grid)
+    em = m.em
+    parts: list[Place | Text] = [m.head.at(m.margin, m.margin)]
+    y = m.margin + (m.head.height + em // 2 if m.head.lines else 0)
+    if m.columns:
+        y += max(label.height for label in m.columns) + em // 2 + m.edge
+    for column, label in enumerate(m.columns):  # bottom-aligned: each stands on its column
+        x = m.left + column * (m.width + m.gap)
+        parts.append(label.at(x, y - em // 2 - m.edge - label.height))
+    heights = m.row_heights()
+    for i, height in enumerate(heights):
+        if m.rows:
+            label = m.rows[i]
+            parts.append(label.at(m.margin, y + max(m.heights[i] - label.height, 0) // 2))
+        parts += m.row(i, y)
+        y += height + m.gap + em // 2
+    y += (m.foot.height + em if m.foot.lines else 0) + m.margin - m.gap - em // 2
+    parts.append(m.foot.at(m.margin, y - m.margin - m.foot.height))
+    return Layout(
+        size=(m.page, y),
+        places=tuple(part for part in parts if isinstance(part, Place)),
+        texts=tuple(part for part in parts if isinstance(part, Text)),
+        edge=m.edge,
+        mark=m.mark,
+        font=_font(max(em - 3, 10), False, grid.font),
+        theme=grid.theme,
+    )
+
+
+def paint(layout: Layout) -> Image.Image:
+    """The sheet as an RGB image."""
+    color = _THEMES[layout.theme]
+    page = Image.new("RGB", layout.size, color["page"])
+    pen = ImageDraw.Draw(page)
+    for place in layout.places:
+        x, y, width, height = place.x, place.y, place.width, place.height
+        if place.cell is None:
+            corners = (x, y, x + width - 1, y + height - 1)
+            pen.rectangle(corners, fill=color["empty"], outline=color["line"])
+            continue
+        picture = _scaled(place.cell.image, (width, height), color["page"])
+        _draw_boxes(picture, place.cell, layout.font)
+        page.paste(picture, (x, y))
+        if place.cell.correct is not None:
+            edge = layout.edge
+            outside = (x - edge, y - edge, x + width - 1 + edge, y + height - 1 + edge)
+            outline = _GOOD if place.cell.correct else _BAD
+            pen.rectangle(outside, outline=outline, width=edge)
+            mark = _mark(place.cell.correct, layout.mark)
+            page.paste(mark, place.mark, mark)
+    for text in layout.texts:
+        for number, line in enumerate(text.lines):
+            y_middle = text.y + number * text.step + text.step / 2
+            pen.text((text.x, y_middle), line, font=text.font, fill=text.color, anchor="lm")
+    return page
+
+
+def _scaled(image: Image.Image, size: tuple[int, int], page: str) -> Image.Image:
+    """The picture at this size, on the colour of the page where it is transparent."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, page), image.convert("RGBA"))
+    smaller = size[0] < image.width or size[1] < image.height
+    method = Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
+    return image.convert("RGB").resize(size, method)
+
+
+def _draw_boxes(picture: Image.Image, cell: Cell, font: Font) -> None:
+    pen = ImageDraw.Draw(picture)
+    scale_x, scale_y = picture.width / cell.image.width, picture.height / cell.image.height
     names = list(dict.fromkeys(box.name for box in cell.boxes))
     for box in cell.boxes:
         color = _BOXES[names.index(box.name) % len(_BOXES)]
-        x1, x2 = sorted(min(max(x * scale_x, 0), shown.width - 1) for x in box.box[::2])
-        y1, y2 = sorted(min(max(y * scale_y, 0), shown.height - 1) for y in box.box[1::2])
+        x1, x2 = sorted(min(max(x * scale_x, 0), picture.width - 1) for x in box.box[::2])
+        y1, y2 = sorted(min(max(y * scale_y, 0), picture.height - 1) for y in box.box[1::2])
         pen.rectangle((x1, y1, x2, y2), outline=color, width=2)
         text = f"{box.colour + ' ' if box.colour else ''}{box.name} {box.score:.2f}"
         width, height = font.getlength(text) + 6, round(1.3 * font.size)
-        left = min(x1, max(shown.width - width, 0))
+        left = min(x1, max(picture.width - width, 0))
         top = y1 - height if y1 >= height else y1
         pen.rectangle((left, top, left + width, top + height), fill=color)
         pen.text((left + 3, top + height / 2), text, font=font, fill="white", anchor="lm")
@@ -175,162 +424,3 @@ def _mark(correct: bool, size: int) -> Image.Image:
     for stroke in strokes:
         pen.line([(x * n, y * n) for x, y in stroke], fill="white", width=n // 9, joint="curve")
     return mark.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def contact_sheet(
-    images: Sequence[Sequence[Image.Image | Cell | None]],
-    rows: Sequence[str] = (),
-    columns: Sequence[str] = (),
-    *,
-    title: str = "",
-    footer: str = "",
-    size: int = 256,
-    theme: Literal["light", "dark"] = "light",
-    font: str | None = None,
-) -> Image.Image:
-    """A labelled grid: ``images[row][column]``, row labels (prompts) on the left, column labels
-    (techniques) above.
-
-    A cell is a picture, a ``Cell`` or None (left empty). Pictures larger than ``size`` pixels are
-    reduced, smaller ones enlarged by a whole factor up to ``size`` and at least to 128. Labels wrap
-    and nothing is cut off. ``font`` is a TrueType file for scripts that the built-in font lacks.
-    Returns an RGB image.
-
-    Raises: ValueError for an empty or ragged grid, labels that do not match it, an unknown theme or
-    ``size`` < 128; OSError for a font that cannot be read.
-    """
-    if theme not in _THEMES:
-        raise ValueError(f"theme must be one of {', '.join(_THEMES)}; got {theme!r}.")
-    if size < SMALLEST:
-        raise ValueError(
-            f"size must be at least {SMALLEST} pixels, below which labels are not legible; got "
-            f"{size}."
-        )
-    if not images or not images[0] or len({len(row) for row in images}) != 1:
-        raise ValueError(
-            "images must be rows of equal, positive length; got lengths "
-            f"{[len(row) for row in images]}. Fill gaps with None."
-        )
-    for name, labels, count in (("rows", rows, len(images)), ("columns", columns, len(images[0]))):
-        if labels and (isinstance(labels, str) or len(labels) != count):
-            raise ValueError(
-                f"{name} must hold {count} labels for this grid or none; got {labels!r}."
-            )
-    color = _THEMES[theme]
-    grid = [
-        [Cell(item) if isinstance(item, Image.Image) else item for item in row] for row in images
-    ]
-    shown = [
-        [_shown(cell.image, size, color["page"]) if cell else None for cell in row] for row in grid
-    ]
-    pictures = [picture for line in shown for picture in line if picture]
-    width = max((picture.width for picture in pictures), default=size)
-    heights = [
-        max((picture.height for picture in line if picture), default=width) for line in shown
-    ]
-    em = min(max(round(width / 17), 12), 20)
-    regular, small, bold, large = (
-        _font(n, b, font)
-        for n, b in ((em, False), (em - 1, False), (em, True), (round(1.4 * em), True))
-    )
-    tiny = _font(max(em - 3, 10), False, font)
-    edge, mark_size = max(em // 4, 3), round(1.4 * em)
-    gap, margin = max(em // 2, 2 * edge + 4), round(1.5 * em)
-
-    row_labels = [
-        _Text(wrap(label, regular, round(0.9 * width)), regular, color["text"]) for label in rows
-    ]
-    left = margin + (
-        max(label.width for label in row_labels) + round(1.2 * em) if row_labels else 0
-    )
-    page_width = left + len(grid[0]) * (width + gap) - gap + margin
-    head = _Text(wrap(title, large, page_width - 2 * margin), large, color["text"])
-    foot = _Text(wrap(footer, small, page_width - 2 * margin), small, color["muted"])
-    column_labels = [_Text(wrap(label, bold, width), bold, color["text"]) for label in columns]
-    captions = [
-        [
-            _Text(
-                wrap(
-                    cell.caption,
-                    small,
-                    width - (0 if cell.correct is None else mark_size + em // 3),
-                )
-                if cell
-                else [],
-                small,
-                color["muted"],
-            )
-            for cell in row
-        ]
-        for row in grid
-    ]
-    feet = [
-        max(
-            max(text.height, 0 if cell is None or cell.correct is None else mark_size)
-            for cell, text in zip(*pair)
-        )
-        for pair in zip(grid, captions)
-    ]
-    below = [edge + (foot + em // 3 if foot else 0) for foot in feet]
-    tall = [
-        max(height + extra, row_labels[i].height if row_labels else 0)
-        for i, (height, extra) in enumerate(zip(heights, below))
-    ]
-    labels_height = max((label.height for label in column_labels), default=0) + (
-        em // 2 + edge if column_labels else 0
-    )
-    top = margin + (head.height + em // 2 if head.lines else 0)
-    page_height = (
-        top
-        + labels_height
-        + sum(tall)
-        + (gap + em // 2) * (len(tall) - 1)
-        + (foot.height + em if foot.lines else 0)
-        + margin
-    )
-
-    page = Image.new("RGB", (page_width, page_height), color["page"])
-    pen = ImageDraw.Draw(page)
-    head.draw(pen, margin, margin)
-    for column, label in enumerate(
-        column_labels
-    ):  # bottom-aligned, so that each stands on its column
-        label.draw(
-            pen, left + column * (width + gap), top + labels_height - em // 2 - edge - label.height
-        )
-    y = top + labels_height
-    for row, cells in enumerate(grid):
-        if row_labels:
-            row_labels[row].draw(
-                pen, margin, y + max(heights[row] - row_labels[row].height, 0) // 2
-            )
-        for column, cell in enumerate(cells):
-            x, picture = left + column * (width + gap), shown[row][column]
-            if cell is None or picture is None:
-                pen.rectangle(
-                    (x, y, x + width - 1, y + heights[row] - 1),
-                    fill=color["empty"],
-                    outline=color["line"],
-                )
-                continue
-            _draw_boxes(picture, cell, tiny)
-            px, py = x + (width - picture.width) // 2, y + (heights[row] - picture.height) // 2
-            page.paste(picture, (px, py))
-            under = y + heights[row] + edge + em // 3
-            captions[row][column].draw(pen, x, under)
-            if cell.correct is not None:
-                outside = (
-                    px - edge,
-                    py - edge,
-                    px + picture.width - 1 + edge,
-                    py + picture.height - 1 + edge,
-                )
-                pen.rectangle(outside, outline=_GOOD if cell.correct else _BAD, width=edge)
-                page.paste(
-                    _mark(cell.correct, mark_size),
-                    (x + width - mark_size, under),
-                    _mark(cell.correct, mark_size),
-                )
-        y += tall[row] + gap + em // 2
-    foot.draw(pen, margin, page_height - margin - foot.height)
-    return page

@@ -1,4 +1,4 @@
-"""Rewards: how well an image fits its prompt. `load(name)` gives one, `available()` lists them.
+"""Rewards: how well an image fits its prompt. ``load(name)`` gives one, ``available()`` lists them.
 Importing this loads no model."""
 
 from diffalign.core import Reward

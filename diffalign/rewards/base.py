@@ -19,13 +19,11 @@ from torch import Tensor
 from diffalign.core import Reward
 from diffalign.core.errors import nearest
 
-__all__ = ["BUILTIN", "BaseReward", "RewardInfo", "available", "load"]
-
 
 class BaseReward(ABC):
-    """A reward that checks its arguments; subclasses write `score`. `differentiable`: gradients
-    flow to the images."""
+    """A reward that checks its arguments; subclasses write ``score``."""
 
+    # gradients flow to the images
     differentiable: bool = False
     name: str = "reward"
 
@@ -52,7 +50,7 @@ class BaseReward(ABC):
             )
         if len(prompts) != len(images):
             raise ValueError(
-                f"{self.name}: expected one prompt per image; got {len(images)} images and "
+                f"{self.name}: prompts must be one per image; got {len(images)} images and "
                 f"{len(prompts)} prompts."
             )
         return self.score(images, prompts)
@@ -64,10 +62,12 @@ class BaseReward(ABC):
 
 @dataclass(frozen=True, slots=True)
 class RewardInfo:
-    """A reward by name: what it is in one line, and whether gradients flow to the images."""
+    """A reward by name."""
 
     name: str
+    # what it is, in one line
     description: str
+    # gradients flow to the images
     differentiable: bool
 
 
@@ -88,17 +88,15 @@ BUILTIN: dict[str, tuple[str, str, bool]] = {
 
 
 def available() -> tuple[RewardInfo, ...]:
-    """Every reward that `load` knows, the package's own first; those of other packages are named
+    """Every reward that ``load`` knows, the package's own first; those of other packages are named
     but not imported."""
-    own = tuple(RewardInfo(name, text, gradient) for name, (_, text, gradient) in BUILTIN.items())
-    return own + tuple(
-        RewardInfo(entry.name, f"from {entry.value}", False)
-        for entry in entry_points(group="diffalign.rewards")
-    )
+    builtin = (RewardInfo(name, text, gradient) for name, (_, text, gradient) in BUILTIN.items())
+    plugins = entry_points(group="diffalign.rewards")
+    return (*builtin, *(RewardInfo(entry.name, f"from {entry.value}", False) for entry in plugins))
 
 
 def load(name: str, **options: Any) -> Reward:
-    """The reward `name`, on the CPU; `options` go to its constructor.
+    """The reward ``name``, on the CPU; ``options`` go to its constructor.
 
     Raises: ValueError for an unknown name (with the nearest ones), for a name that two packages
     claim, and for missing model files.
@@ -110,8 +108,8 @@ def load(name: str, **options: Any) -> Reward:
             "taken; it must choose another name."
         )
     if name in plugins:
-        make: Callable[..., Reward] = plugins[name].load()
-        return make(**options)
+        plugin: Callable[..., Reward] = plugins[name].load()
+        return plugin(**options)
     if name not in BUILTIN:
         raise ValueError(
             f"Unknown reward {name!r}. Nearest: {nearest(name, [*BUILTIN, *plugins])}."

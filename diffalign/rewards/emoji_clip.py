@@ -1,5 +1,5 @@
-"""`emoji-clip` as a reward: cosine of image and prompt in the embedded dual encoder (the CLIP score
-of Hessel et al. 2021, arXiv:2104.08718, without its factor and its cut at zero)."""
+"""``emoji-clip`` as a reward: cosine of image and prompt in the embedded dual encoder (the CLIP
+score of Hessel et al. 2021, arXiv:2104.08718, without its factor and its cut at zero)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from diffalign.rewards.base import BaseReward
 if TYPE_CHECKING:
     from diffalign.embedded.nets.clip import Clip
 
-__all__ = ["EmojiClip"]
-
 
 class EmojiClip(BaseReward):
     """Cosine in [-1, 1] between image and prompt, for 64 x 64 scenes of the embedded world; other
     sizes are resized with antialiasing.
 
-    Differentiable. `model` is a loaded `emoji-clip`, None loads the embedded one. Meaningful for
-    objects, colours, numbers and relations that the world knows; any text is accepted. Cost: about
-    4 ms an image on one core, three times that with gradient.
+    Differentiable. ``model`` is a loaded ``emoji-clip``, None loads the embedded one. Meaningful
+    for objects, colours, numbers and relations that the world knows; any text is accepted. Cost:
+    about 4 ms an image on one core, three times that with gradient.
     """
 
     differentiable = True

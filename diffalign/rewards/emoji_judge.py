@@ -1,6 +1,6 @@
-"""`emoji-judge` as a reward: a smooth version of GenEval's verdict (Ghosh, Hajishirzi, Schmidt
+"""``emoji-judge`` as a reward: a smooth version of GenEval's verdict (Ghosh, Hajishirzi, Schmidt
 2023, arXiv:2310.11513), read from the judge's maps before any threshold. What is optimised with it
-must be judged by another model, such as `emoji-judge-audit`."""
+must be judged by another model, such as ``emoji-judge-audit``."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from diffalign.tasks.geneval.verdict import parse_prompt
 if TYPE_CHECKING:
     from diffalign.embedded.nets.judge import Judge, Maps
 
-__all__ = ["EmojiJudge", "peaks", "soft_relation", "soft_verdict"]
-
 SHARP = 10.0
 """Slope of the relation's logistic function per unit of GenEval's normalised offset."""
 
 
 def peaks(heat: Tensor, count: int, reach: int = 2) -> tuple[Tensor, Tensor]:
-    """Rows and columns [count] of the largest values of `heat` [H, W], no two closer than `reach`
-    cells in both axes: take the largest, strike out its neighbourhood, repeat. Needs room for
-    `count`; the judge's 16 x 16 maps always have eleven, one more than GenEval's grammar can count.
+    """Rows and columns [count] of the largest values of ``heat`` [H, W], no two closer than
+    ``reach`` cells in both axes: take the largest, strike out its neighbourhood, repeat. Needs room
+    for ``count``; the judge's 16 x 16 maps always have eleven, one more than GenEval's grammar can
+    count.
     """
-    left = heat.detach().clone()
+    rest = heat.detach().clone()
     rows, columns = [], []
     for _ in range(count):
-        place = int(left.argmax())
-        y, x = divmod(place, left.shape[1])
-        left[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = float("-inf")
+        place = int(rest.argmax())
+        y, x = divmod(place, rest.shape[1])
+        rest[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = float("-inf")
         rows.append(y)
         columns.append(x)
     return torch.tensor(rows, device=heat.device), torch.tensor(columns, device=heat.device)
 
 
 def soft_relation(a: Tensor, b: Tensor, relation: str, threshold: float = 0.1) -> Tensor:
-    """Log of a logistic function of how far box `a` (cx, cy, w, h) is beyond GenEval's border of "a
-    <relation> b"; log .5 on the border.
+    """Log of a logistic function of how far box ``a`` (cx, cy, w, h) is beyond GenEval's border of
+    "a <relation> b"; log .5 on the border.
 
-    As in the rule, the offset of the centres is shrunk by `threshold` times the sizes and divided
+    As in the rule, the offset of the centres is shrunk by ``threshold`` times the sizes and divided
     by its unshrunk length.
     """
     offset = a[:2] - b[:2]
@@ -58,13 +57,13 @@ def soft_verdict(
     maps: Maps, index: int, metadata: Mapping[str, Any], position_threshold: float = 0.1
 ) -> Tensor:
     """Log-probability, if all answers of the judge were independent, that the verdict on image
-    `index` is "correct": a scalar <= 0.
+    ``index`` is "correct": a scalar <= 0.
 
-    Each include clause takes the `count` best peaks of its class and adds the logs of their scores,
-    of their colour among the ten and of their relation to every peak of the target; each exclude
-    clause adds the log of one minus the score of its last peak.
+    Each include clause takes the ``count`` best peaks of its class and adds the logs of their
+    scores, of their colour among the ten and of their relation to every peak of the target; each
+    exclude clause adds the log of one minus the score of its last peak.
     """
-    heat, found, total = maps.heat[index], [], maps.heat.new_zeros(())
+    heat, boxes, total = maps.heat[index], [], maps.heat.new_zeros(())
     for clause in metadata["include"]:
         plane = heat[OBJECTS.index(clause["class"])]
         y, x = peaks(plane, clause["count"])
@@ -76,12 +75,12 @@ def soft_verdict(
         centre = torch.stack([x, y]).to(heat.dtype) + 0.5
         box = maps.box[index, :, y, x]
         # Cells and box units are made alike: sizes are in half image sides (32 of 64 pixels), a map
-        # has `side` cells.
-        found.append(torch.cat([centre * (2 / side) + box[:2], box[2:]]))
+        # has ``side`` cells.
+        boxes.append(torch.cat([centre * (2 / side) + box[:2], box[2:]]))
         if "position" in clause:
             relation, target = clause["position"]
-            for a in found[-1].T:
-                for b in found[target].T:
+            for a in boxes[-1].T:
+                for b in boxes[target].T:
                     total = total + soft_relation(a, b, relation, position_threshold)
     for clause in metadata.get("exclude", []):
         plane = heat[OBJECTS.index(clause["class"])]
@@ -93,9 +92,9 @@ def soft_verdict(
 class EmojiJudge(BaseReward):
     """Log-probability of GenEval's verdict "correct", at most 0, for prompts in GenEval's grammar.
 
-    Differentiable. `judge` is a loaded `emoji-judge`, None loads the embedded one. Cost: about 3 ms
-    an image on one core, three times that with gradient. Raises ValueError for a prompt outside the
-    grammar: this reward has no opinion on free text.
+    Differentiable. ``judge`` is a loaded ``emoji-judge``, None loads the embedded one. Cost: about
+    3 ms an image on one core, three times that with gradient. Raises ValueError for a prompt
+    outside the grammar: this reward has no opinion on free text.
     """
 
     differentiable = True
@@ -114,9 +113,9 @@ class EmojiJudge(BaseReward):
             record = parse_prompt(prompt)
             if record is None:
                 raise ValueError(
-                    "emoji-judge: the prompt must be in GenEval's grammar, like 'a photo of two "
-                    "dogs' or 'a photo of a red car and a "
-                    f"blue cat'; got {prompt!r}. Use the reward 'emoji-clip' for free text."
+                    "emoji-judge: prompts must be in GenEval's grammar, like 'a photo of two dogs' "
+                    f"or 'a photo of a red car and a blue cat'; got {prompt!r}. Use the reward "
+                    "'emoji-clip' for free text."
                 )
             records.append(record)
         maps = self.judge.maps(images)

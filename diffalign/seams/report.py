@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.core.registry import plain
-from diffalign.drawing.chart import Curve, chart
+from diffalign.drawing.charts import Curve, line_chart
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class Report:
         given."""
         if not any(value is not None for value in self.scale):
             raise ValueError("Nothing to plot: no step of this run evaluated both branches.")
-        image = chart(
+        image = line_chart(
             [
                 Curve(
                     "effective scale", [(i, v) for i, v in enumerate(self.scale) if v is not None]
@@ -101,6 +101,8 @@ class Report:
             ],
             title=f"{self.pipeline}: {self.nfe:g} NFE per image (CFG: {self.nfe_cfg:g})",
             x_label="step",
+            y_label="effective scale",
+            right_label="cosine of the branches",
         )
         if path is not None:
             image.save(path)

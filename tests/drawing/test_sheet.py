@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, ImageFont
 
 from diffalign.drawing import png, sheet
-from diffalign.drawing.sheet import Cell, contact_sheet, read_settings, save_png
+from diffalign.drawing.png import read_settings, save_png
+from diffalign.drawing.sheet import Cell, Grid, contact_sheet, measure, paint
 from diffalign.tasks.geneval.verdict import Detection
 
 GREEN, RED = (42, 157, 92), (216, 69, 59)
@@ -32,7 +33,7 @@ def count(image, color):
 
 
 def find(page, picture):
-    """Top-left corner where ``picture`` stands in ``page`` pixel by pixel, found by its first row."""
+    """Top-left corner where ``picture`` stands in ``page``, found by its first row."""
     page, picture = np.asarray(page), np.asarray(picture)
     height, width = picture.shape[:2]
     for y in range(page.shape[0] - height + 1):
@@ -42,10 +43,6 @@ def find(page, picture):
             ).all():
                 return x, y
     return None
-
-
-# --- pictures
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,10 +102,6 @@ def test_inputs_are_not_changed():
     before = image.tobytes()
     contact_sheet([[Cell(image, "x", True, [Detection("dog", 0.5, (0, 0, 99, 99))])]], ["r"], ["c"])
     assert image.tobytes() == before
-
-
-# --- labels
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def blank(**options):
@@ -174,9 +167,7 @@ def test_built_in_font_has_the_characters_that_reports_use():
 
 
 def test_font_option(tmp_path):
-    data = (
-        sheet.files("diffalign.eval") / "data" / "fonts" / "DejaVuSans-Bold-subset.ttf"
-    ).read_bytes()
+    data = (sheet.files("diffalign.drawing") / "fonts" / "DejaVuSans-Bold-subset.ttf").read_bytes()
     (tmp_path / "other.ttf").write_bytes(data)
     assert (
         blank(rows=["cfg"], font=str(tmp_path / "other.ttf")).tobytes()
@@ -184,10 +175,6 @@ def test_font_option(tmp_path):
     )
     with pytest.raises(OSError, match="resource"):
         blank(rows=["cfg"], font=str(tmp_path / "absent.ttf"))
-
-
-# --- verdicts and boxes
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_verdict_frame_and_mark():
@@ -259,6 +246,25 @@ def test_text_is_legible_by_the_web_guideline():
     assert all(contrast("#ffffff", color) > 4.5 for color in sheet._BOXES)
 
 
+def test_a_layout_by_hand():
+    """The widest picture is 4 x 40 pixels: em 12, edge 3, gap 10, margin 18. Smaller ones stand in
+    the middle of their cells."""
+    pictures = [[Cell(noise(128), "c", True), None], [Cell(noise(64)), Cell(noise(40))]]
+    layout = measure(Grid(pictures, columns=("a", "b"), size=128))
+    first, empty, second, small = layout.places
+    assert (layout.edge, layout.mark) == (3, 17)
+    label = round(1.35 * 12) + 12 // 2 + 3
+    assert first[1:5] == (18 + 16, 18 + label, 128, 128)
+    assert empty == (None, 18 + 160 + 10, 18 + label, 160, 128, (0, 0))
+    assert first.mark == (18 + 160 - 17, first.y + 128 + 3 + 4)
+    below = 128 + 3 + 17 + 12 // 3
+    assert small[1:5] == (empty.x, first.y + below + 10 + 6, 160, 160)
+    assert second[1:5] == (18 + 16, small.y + 16, 128, 128)
+    assert layout.size == (18 + 2 * 160 + 10 + 18, small.y + 160 + 3 + 18)
+    assert [text.lines for text in layout.texts] == [[], ["a"], ["b"], ["c"], [], [], []]
+    assert paint(layout).size == layout.size
+
+
 def test_empty_cells():
     page = contact_sheet([[noise(128), None]], size=128)
     assert count(page, tuple(bytes.fromhex(sheet._THEMES["light"]["empty"][1:]))) == 126**2
@@ -281,10 +287,6 @@ def test_empty_cells():
 def test_bad_arguments(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         contact_sheet(*arguments, **options)
-
-
-# --- settings in PNG files
-# --------------------------------------------------------------------------------------------------------------
 
 
 def test_settings_round_trip(tmp_path):
@@ -364,7 +366,7 @@ def test_files_without_settings(tmp_path):
 
 
 def test_fonts_travel_with_their_licence():
-    folder = sheet.files("diffalign.eval") / "data" / "fonts"
+    folder = sheet.files("diffalign.drawing") / "fonts"
     assert b"Bitstream Vera Fonts Copyright" in (folder / "LICENSE").read_bytes()
     assert b"DejaVu Sans" in (folder / "NOTICE").read_bytes()
     sheets = {

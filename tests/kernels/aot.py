@@ -113,7 +113,8 @@ def _pladis(size: int, tile: int, plan: tiles.Plan, dtype: str, arch: int) -> It
                         types[name] = kind
                     else:
                         constants[name] = None
-                form = f"{'sparsemax' if sparsemax else 'entmax'}{' bias' if bias else ''}{' joint' if anchored else ''}"
+                form = "sparsemax" if sparsemax else "entmax"
+                form += " bias" * bool(bias) + " joint" * bool(anchored)
                 name = f"pladis D{size} K{tile} {form} {dtype} sm_{arch}"
                 yield Job(name, pladis.kernel(), types, constants, plan.warps, arch)
 
@@ -134,7 +135,7 @@ def build(job: Job) -> Any:
 
 
 def compiled(job: Job) -> dict[str, int]:
-    """Registers, spilled and shared bytes of one binary, and the widest global loads its PTX uses."""
+    """Registers, spilled and shared bytes of one binary, and its PTX's widest global loads."""
     binary = build(job)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

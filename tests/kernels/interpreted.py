@@ -9,6 +9,7 @@ float16 only: bfloat16 arithmetic is wrong in the interpreter.
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -260,7 +261,8 @@ def traffic(run: Callable[[], Tensor]) -> dict[str, int]:
 def traffic_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
     for norm in ("l1", "l2"):
         pos, neg = (normal(rng, 2, 3, 200, dtype=torch.float16) for _ in range(2))
-        counts = traffic(lambda: nag_triton.nag(pos, neg, scale=5, tau=2.5, alpha=0.25, norm=norm))  # noqa: B023
+        settings = {"scale": 5, "tau": 2.5, "alpha": 0.25, "norm": norm}
+        counts = traffic(partial(nag_triton.nag, pos, neg, **settings))
         yield {"name": f"traffic nag {norm}", "elements": pos.numel(), **counts}
     q, k, v = (normal(rng, 1, 2, n, 40, dtype=torch.float16) for n in (16, 77, 77))
     counts = traffic(lambda: pladis_triton.pladis(q, k, v, strength=2.0))

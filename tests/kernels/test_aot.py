@@ -121,6 +121,6 @@ def test_a_real_call_launches_what_was_compiled_ahead_of_time():
 def test_the_whole_table_is_what_the_compiler_gives(table, part):
     """Every binary again, in eight parts for the workers.
 
-    `aot.py --write` renews the table after a change of kernel or Triton.
+    ``aot.py --write`` renews the table after a change of kernel or Triton.
     """
     compile_again(table, tuple(table["configurations"])[part::8])

@@ -1,4 +1,4 @@
-"""The kernel benchmark says where it ran, compares before it times, and times every form it names."""
+"""The kernel benchmark says where it ran, compares before it times, and times every form."""
 
 import json
 import os

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.drawing.chart import Curve, chart, ticks
 from diffalign.seams.denoiser import branch_log
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -107,13 +106,6 @@ def test_plot_has_both_curves(pipe, tmp_path):
 
 def test_an_empty_report_says_so(pipe):
     assert "no generation has finished yet" in str(da.apply(pipe, da.CFG()).report())
-
-
-def test_chart_axes():
-    assert ticks(0.0, 1.0) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert ticks(-3.0, 11.0)[0] <= -3.0 < 11.0 <= ticks(-3.0, 11.0)[-1]
-    with pytest.raises(ValueError, match="at least one curve"):
-        chart([Curve("none", [])])
 
 
 def test_adaptive_guidance_synchronises_once_per_decision(pipe, monkeypatch):

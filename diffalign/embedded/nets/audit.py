@@ -1,10 +1,10 @@
-"""`emoji-judge-audit`: a second detector, of another architecture, head and seed, that only checks
-whether the first one is fooled.
+"""``emoji-judge-audit``: a second detector, of another architecture, head and seed, that only
+checks whether the first one is fooled.
 
 A small transformer over an 8 x 8 grid that classifies every cell and regresses box edges from it,
 without anchors or heat-map peaks (in the manner of Tian et al., "FCOS: Fully Convolutional
 One-Stage Object Detection", 2019, arXiv:1904.01355); overlapping answers are merged by suppression.
-It shares no layer type above the stem, no target and no loss with `emoji-judge`.
+It shares no layer type above the stem, no target and no loss with ``emoji-judge``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from torch.nn import functional as F
 from diffalign.embedded.nets.judge import SIDE, SPAN, checked
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
-
-__all__ = ["AuditJudge", "AuditNet", "audit_loss", "cell_targets", "load_audit"]
 
 STEP = 8
 """Pixels of a cell."""
@@ -113,8 +111,8 @@ def audit_loss(output: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 class AuditJudge:
-    """Detections of a trained network, for comparison only; `thresholds` belong to
-    `geneval.verdict`."""
+    """Detections of a trained network, for comparison only; ``thresholds`` belong to
+    ``geneval.verdict``."""
 
     def __init__(
         self, net: AuditNet, thresholds: Thresholds, floor: float = 0.05, overlap: float = 0.4
@@ -128,8 +126,8 @@ class AuditJudge:
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[list[Detection]]:
-        """As `Judge.detect`. Score: probability of the class in the best cell; answers of one class
-        that overlap by more than `overlap` (intersection over union) are one object."""
+        """As ``Judge.detect``. Score: probability of the class in the best cell; answers of one
+        class that overlap by more than ``overlap`` (intersection over union) are one object."""
         output = self.net(checked(images, "emoji-judge-audit"))
         kinds, edges, colours = torch.split(output, [len(OBJECTS) + 1, 4, len(COLOURS) + 1], dim=1)
         chance = kinds.softmax(1)[:, : len(OBJECTS)]
@@ -141,11 +139,11 @@ class AuditJudge:
             score, reach = chance[b, k, y, x], edges[b, :, y, x].T * SPAN
             boxes = torch.cat([centres[y, x] - reach[:, :2], centres[y, x] + reach[:, 2:]], dim=1)
             colour = colours[b, : len(COLOURS), y, x].argmax(0)
-            found: list[tuple[int, Tensor, Detection]] = []
+            detections: list[tuple[int, Tensor, Detection]] = []
             for i in score.argsort(descending=True).tolist():
                 if all(
                     kind != int(k[i]) or _overlap(box, boxes[i]) <= self.overlap
-                    for kind, box, _ in found
+                    for kind, box, _ in detections
                 ):
                     x1, y1, x2, y2 = (boxes[i] * scale).tolist()
                     answer = Detection(
@@ -154,8 +152,8 @@ class AuditJudge:
                         (x1, y1, x2, y2),
                         COLOURS[int(colour[i])],
                     )
-                    found.append((int(k[i]), boxes[i], answer))
-            answers.append([detection for _, _, detection in found])
+                    detections.append((int(k[i]), boxes[i], answer))
+            answers.append([detection for _, _, detection in detections])
         return answers
 
 
@@ -168,7 +166,7 @@ def _overlap(a: Tensor, b: Tensor) -> float:
 
 
 def load_audit(folder: Path) -> AuditJudge:
-    """The second judge saved in `folder` in fp32 on the CPU."""
+    """The second judge saved in ``folder`` in fp32 on the CPU."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     net = AuditNet(**config["net"])
     net.load_state_dict(

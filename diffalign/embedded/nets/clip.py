@@ -1,7 +1,7 @@
-"""`emoji-clip`: an open_clip dual encoder of 64 x 64 scenes and captions.
+"""``emoji-clip``: an open_clip dual encoder of 64 x 64 scenes and captions.
 
-The folder is one that open_clip loads by itself (`open_clip.create_model("local-dir:FOLDER")`,
-`open_clip.get_tokenizer` likewise); the extra file `heads.safetensors` holds linear readers of
+The folder is one that open_clip loads by itself (``open_clip.create_model("local-dir:FOLDER")``,
+``open_clip.get_tokenizer`` likewise); the extra file ``heads.safetensors`` holds linear readers of
 objects, colours and numbers from the same image embedding. 3.1 M parameters.
 """
 
@@ -20,14 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffalign.embedded.nets.judge import checked
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 
-__all__ = ["CONTEXT", "Clip", "Heads", "build_clip", "load_clip", "model_config"]
-
 CONTEXT = 24
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def model_config(vocabulary: int) -> dict[str, Any]:
-    """The `model_cfg` of open_clip for a tokenizer with `vocabulary` entries whose end token is 1."""
+    """The ``model_cfg`` of open_clip for a tokenizer with ``vocabulary`` entries whose end token
+    is 1."""
     return {
         "embed_dim": 192,
         "vision_cfg": {
@@ -54,8 +53,8 @@ def model_config(vocabulary: int) -> dict[str, Any]:
 
 
 class Heads(nn.Module):
-    """Linear readers of the image embedding [B, 192] before normalisation: `pairs` [B, 80, 11]
-    logits that an object of this class and colour (native last) is there, `numbers` [B, 80, 5]
+    """Linear readers of the image embedding [B, 192] before normalisation: ``pairs`` [B, 80, 11]
+    logits that an object of this class and colour (native last) is there, ``numbers`` [B, 80, 5]
     logits of the number of objects of the class, 0 to 4."""
 
     def __init__(self, width: int = 192) -> None:
@@ -72,8 +71,8 @@ class Heads(nn.Module):
 
 
 def build_clip(vocabulary: int, seed: int) -> tuple[Any, Heads]:
-    """The untrained open_clip model and heads in fp32; initial weights from `seed` without touching
-    the global generator."""
+    """The untrained open_clip model and heads in fp32; initial weights from ``seed`` without
+    touching the global generator."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     config = model_config(vocabulary)
@@ -88,7 +87,7 @@ def build_clip(vocabulary: int, seed: int) -> tuple[Any, Heads]:
 
 
 class Clip:
-    """A trained `emoji-clip`. `model` and `tokenizer` are open_clip's own objects."""
+    """A trained ``emoji-clip``. ``model`` and ``tokenizer`` are open_clip's own objects."""
 
     def __init__(self, model: Any, tokenizer: Any, heads: Heads) -> None:
         self.model, self.tokenizer, self.heads = (
@@ -126,7 +125,7 @@ class Clip:
         """
         if len(images) != len(captions):
             raise ValueError(
-                f"emoji-clip: expected one caption per image; got {len(images)} images and "
+                f"emoji-clip needs one caption per image; got {len(images)} images and "
                 f"{len(captions)} captions."
             )
         return (self.image(images) * self.text(captions)).sum(-1)
@@ -139,7 +138,7 @@ class Clip:
 
 
 def load_clip(folder: Path) -> Clip:
-    """The dual encoder saved in `folder`, in fp32 on the CPU, loaded by open_clip."""
+    """The dual encoder saved in ``folder``, in fp32 on the CPU, loaded by open_clip."""
     import open_clip
 
     with torch.random.fork_rng(devices=[]):

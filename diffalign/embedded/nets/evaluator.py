@@ -1,11 +1,11 @@
-"""`emoji-evaluator`: how well *noisy latents* of `emoji` fit a prompt, for choices made while
+"""``emoji-evaluator``: how well *noisy latents* of ``emoji`` fit a prompt, for choices made while
 sampling (``DynamicCFG``).
 
 After the alignment evaluator of Papalampidi et al. 2025 (arXiv:2509.16131), on a small scale.
 Residual convolutions, told the noise level, read the 8 x 8 latent cells; then each word of the
-prompt, as the frozen text encoder of `emoji` states it, looks at the cells and at the other words.
-The look is a sum with sigmoid weights instead of an average with softmax weights (Ramapuram et al.
-2024, arXiv:2409.04431), because a sum can count. 0.9 M parameters.
+prompt, as the frozen text encoder of ``emoji`` states it, looks at the cells and at the other
+words. The look is a sum with sigmoid weights instead of an average with softmax weights (Ramapuram
+et al. 2024, arXiv:2409.04431), because a sum can count. 0.9 M parameters.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torch.nn import functional as F
 
 from diffalign.core import Context, UnsupportedModel
 from diffalign.embedded.load import FOLDER
-
-__all__ = ["EvaluatorNet", "LatentEvaluator", "alignment", "load_evaluator", "word_mask"]
 
 LEVELS = 16
 """Cosines that describe a noise level."""
@@ -98,7 +96,7 @@ class EvaluatorNet(nn.Module):
     logit that the latents show the prompt.
 
     Latents are in the denoiser's scaling ``alpha * x0 + s * eps``; ``words`` are last hidden states
-    of the text encoder of `emoji`.
+    of the text encoder of ``emoji``.
     """
 
     def __init__(
@@ -136,8 +134,8 @@ class EvaluatorNet(nn.Module):
         x = self.read(words)
         for layer in self.words:
             x = layer(x, cells, mask)
-        kept = mask[:, :, None].to(x.dtype)
-        result: Tensor = self.score((x * kept).sum(1) / kept.sum(1)).squeeze(1).float()
+        weight = mask[:, :, None].to(x.dtype)
+        result: Tensor = self.score((x * weight).sum(1) / weight.sum(1)).squeeze(1).float()
         return result
 
     def forward(self, latents: Tensor, sigma: Tensor, words: Tensor, mask: Tensor) -> Tensor:
@@ -153,8 +151,8 @@ class LatentEvaluator:
     """An ``Evaluator`` of ``DynamicCFG`` for one run: the net, and the prompts as one text per
     image.
 
-    Cost: with five candidates about a quarter of a CFG step of `emoji` (one CPU thread, 16 images:
-    ``benchmarks/dynamic.py``).
+    Cost: with five candidates about a quarter of a CFG step of ``emoji`` (one CPU thread, 16
+    images: ``benchmarks/dynamic.py``).
     """
 
     sees: Literal["x0", "next"] = "next"
@@ -207,7 +205,7 @@ class LatentEvaluator:
 
 
 def load_evaluator(folder: Path) -> EvaluatorNet:
-    """The net saved in `folder`, in fp32 on the CPU."""
+    """The net saved in ``folder``, in fp32 on the CPU."""
     net = EvaluatorNet(**json.loads((folder / "config.json").read_text())["net"])
     net.load_state_dict(
         {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
@@ -219,7 +217,7 @@ def alignment(context: Context) -> LatentEvaluator:
     """The evaluator that ``DynamicCFG`` knows as "emoji-alignment", for the call that ``context``
     describes.
 
-    Raises ``UnsupportedModel`` unless autoencoder and text encoder are those of `emoji`: a latent
+    Raises ``UnsupportedModel`` unless autoencoder and text encoder are those of ``emoji``: a latent
     evaluator belongs to one latent space.
     """
     from diffalign.core.identity import model_hash
@@ -228,12 +226,12 @@ def alignment(context: Context) -> LatentEvaluator:
     facts = json.loads((folder / "config.json").read_text())
     for part in ("vae", "text_encoder"):
         module = getattr(context.pipe, part, None)
-        found = model_hash(module) if module is not None else "none"
-        if found != facts[part]:
+        actual = model_hash(module) if module is not None else "none"
+        if actual != facts[part]:
             raise UnsupportedModel(
                 f"emoji-alignment reads latents and prompts of da.load('emoji') only; the {part} "
                 f"of this {context.pipeline} is another one "
-                f"(hash {found}, expected {facts[part]}). Use evaluators=('reward:NAME',), which "
+                f"(hash {actual}, expected {facts[part]}). Use evaluators=('reward:NAME',), which "
                 "decodes, or train one for this model."
             )
     return LatentEvaluator(_loaded(folder), context.pipe, context.prompts)

@@ -1,8 +1,9 @@
-"""`emoji-judge`: a detector of the embedded world's objects, and its answers as GenEval detections.
+"""``emoji-judge``: a detector of the embedded world's objects, and its answers as GenEval
+detections.
 
 A heat-map detector in the manner of Zhou, Wang and Krähenbühl, "Objects as Points" (2019,
 arXiv:1904.07850): one 16 x 16 map per class whose peaks are object centres, with box and colour
-read at the peak. Everything before the peaks is differentiable (`maps`), so the same network can
+read at the peak. Everything before the peaks is differentiable (``maps``), so the same network can
 serve as a reward; as a judge it must not be what was optimised. 1.0 M parameters; about 1 ms an
 image on one core.
 """
@@ -23,8 +24,6 @@ from torch.nn import functional as F
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
 
-__all__ = ["SIDE", "STRIDE", "Judge", "JudgeNet", "Maps", "checked", "load_judge"]
-
 SIDE, STRIDE, SPAN = 64, 4, 32
 """Side of the images, pixels of a cell of the maps, and the unit of box sides, in pixels."""
 
@@ -35,12 +34,13 @@ are 8 cells wide."""
 
 @dataclass(frozen=True)
 class Maps:
-    """What the network says per cell: `heat` [B, 80, 16, 16] logits of an object's centre, `box`
-    [B, 4, 16, 16] (offset of the centre from the cell's centre, then width and height, in units of
-    32 pixels), `colour` [B, 11, 16, 16] logits (ten colours and native)."""
+    """What the network says about each cell."""
 
+    # [B, 80, 16, 16] logits of an object's centre
     heat: Tensor
+    # [B, 4, 16, 16]: offset of the centre from the cell's, width and height, in units of 32 pixels
     box: Tensor
+    # [B, 11, 16, 16] logits of the ten colours and native
     colour: Tensor
 
 
@@ -58,8 +58,8 @@ class _Block(nn.Module):
 
 
 class JudgeNet(nn.Module):
-    """Images [B, 3, 64, 64] in [0, 1] to `Maps`; initial weights from `seed` without touching the
-    global generator."""
+    """Images [B, 3, 64, 64] in [0, 1] to ``Maps``; initial weights from ``seed`` without
+    touching the global generator."""
 
     def __init__(
         self,
@@ -118,8 +118,8 @@ def checked(images: Tensor, owner: str) -> Tensor:
 class Judge:
     """Detections of a trained network, with the thresholds at which its verdicts are to be read.
 
-    `thresholds` were chosen once on validation scenes (see the model card); hand them to
-    `geneval.verdict`. Detections below `floor` are not returned.
+    ``thresholds`` were chosen once on validation scenes (see the model card); hand them to
+    ``geneval.verdict``. Detections below ``floor`` are not returned.
     """
 
     def __init__(self, net: JudgeNet, thresholds: Thresholds, floor: float = 0.05) -> None:
@@ -148,11 +148,13 @@ class Judge:
             answers[b].append(
                 Detection(OBJECTS[k], float(heat[b, k, y, x]), (x1, y1, x2, y2), colour)
             )
-        return [sorted(found, key=lambda detection: -detection.score) for found in answers]
+        return [
+            sorted(detections, key=lambda detection: -detection.score) for detections in answers
+        ]
 
 
 def load_judge(folder: Path) -> Judge:
-    """The judge saved in `folder` (config.json, model.safetensors) in fp32 on the CPU."""
+    """The judge saved in ``folder`` (config.json, model.safetensors) in fp32 on the CPU."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     net = JudgeNet(**config["net"])
     weights = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Parts of the loss of `emoji-clip` and the targets of its readers."""
+"""Parts of the loss of ``emoji-clip`` and the targets of its readers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 
-__all__ = ["contrast", "patch_truth", "place_truth", "scene_truth"]
-
 
 def contrast(
     images: Tensor, texts: Tensor, spoilt: Tensor, scale: Tensor, same: Tensor
@@ -17,7 +15,7 @@ def contrast(
     """InfoNCE of unit embeddings [2P, D] of pictures and captions, mean of both directions, and the
     two-way choice within the pairs.
 
-    `spoilt` [C, D] are pictures that match none of the captions; `same` [2P, 2P] marks pictures
+    ``spoilt`` [C, D] are pictures that match none of the captions; ``same`` [2P, 2P] marks pictures
     with equal facts, which are no negatives.
     """
     logits = scale * images @ texts.T
@@ -28,12 +26,30 @@ def contrast(
         F.cross_entropy(masked, target) + F.cross_entropy(torch.cat([masked.T, extra], 1), target)
     ) / 2
     partner = target ^ 1
-    own = logits.diagonal()
+    true = logits.diagonal()
     choice = (
-        F.softplus(logits[target, partner] - own).mean()
-        + F.softplus(logits[partner, target] - own).mean()
+        F.softplus(logits[target, partner] - true).mean()
+        + F.softplus(logits[partner, target] - true).mean()
     )
     return both, choice / 2
+
+
+def ranked(scores: Tensor, right: Tensor) -> Tensor:
+    """Right above wrong within each group: mean softplus of wrong minus right over all such pairs.
+
+    ``scores`` [G, n] of n pictures a group, ``right`` bool [G, n].
+    """
+    margin = scores[:, None, :] - scores[:, :, None]  # [group, right, wrong]
+    return F.softplus(margin[right[:, :, None] & ~right[:, None, :]]).mean()
+
+
+def number_loss(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Cross entropy of ``logits`` [B, 80, K] and ``numbers`` [B, 80], for the classes in a scene
+    and one absent class; all 80 would drown the few that matter."""
+    present = numbers > 0
+    absent = F.one_hot((numbers.argmax(1) + 37) % len(OBJECTS), len(OBJECTS)).bool() & ~present
+    questions = present | absent
+    return F.cross_entropy(logits[questions], numbers[questions])
 
 
 def patch_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +65,7 @@ def patch_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scene_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Truth [B, 4, 6] to the targets of `Heads`: presence float [B, 80, 11] and numbers int64 [B,
+    """Truth [B, 4, 6] to the targets of ``Heads``: presence float [B, 80, 11] and numbers int64 [B,
     80]."""
     size = len(truth)
     presence, numbers = (

@@ -1,8 +1,8 @@
-"""How good `emoji-clip` is: `python -m diffalign.embedded.workshop.clip_report [--count 2000]
-[--samples FILE]` prints JSON.
+"""How good ``emoji-clip`` is: ``python -m diffalign.embedded.workshop.clip_report [--count 2000]
+[--samples FILE]`` prints JSON.
 
 On held-out pairs of scenes that differ in one fact: how often the true caption beats the other one,
-overall and for each kind of change. On generated pictures with verdicts (`embedded.samples`): the
+overall and for each kind of change. On generated pictures with verdicts (``workshop.samples``): the
 area under the ROC curve of the score within each prompt, averaged over the prompts that have both
 right and wrong pictures.
 """
@@ -23,8 +23,6 @@ from diffalign.embedded.workshop.pairs import CHANGES, Pair, pairs
 from diffalign.embedded.workshop.samples import Samples
 from diffalign.embedded.world.scenes import DEFAULT_MIX, HELD_OUT
 
-__all__ = ["auc", "choice_figures", "main", "within_prompt"]
-
 
 def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
     """Chance that a right picture scores above a wrong one, ties half (Mann-Whitney).
@@ -35,18 +33,18 @@ def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
     bad = [score for score, answer in zip(scores, right, strict=True) if not answer]
     if not good or not bad:
         raise ValueError(
-            f"auc: expected right and wrong pictures, got {len(good)} right and {len(bad)} wrong"
+            f"auc needs right and wrong pictures; got {len(good)} right and {len(bad)} wrong."
         )
     return sum((g > b) + 0.5 * (g == b) for g in good for b in bad) / (len(good) * len(bad))
 
 
 @torch.no_grad()
-def choice_figures(clip: Clip, found: Sequence[Pair], batch: int = 128) -> dict[str, float]:
+def choice_figures(clip: Clip, pairs: Sequence[Pair], batch: int = 128) -> dict[str, float]:
     """Share of pictures whose own caption is strictly nearer than the partner's: "all" and per
     change. Both pictures of a pair count."""
     wins: dict[str, list[bool]] = {change: [] for change in ("all", *CHANGES)}
-    for start in range(0, len(found), batch):
-        part = found[start : start + batch]
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
         pictures = np.stack(
             [picture.image for pair in part for picture in (pair.first, pair.second)]
         )

@@ -1,10 +1,10 @@
 """Damage for the training of judges: what generated pictures look like when they are nearly right,
 and when they are wrong.
 
-Two kinds. *Tolerable* damage (`blurred`, `noisy`, `moved`, a noisy round trip through the
-autoencoder) leaves the truth as it is. *Corruption* (`corrupt`) destroys the shape of some objects
-but not their palette, so they no longer count as objects: without such examples a judge is content
-with the right colours in the right place. All randomness comes from the given generator.
+Two kinds. *Tolerable* damage (``blurred``, ``noisy``, ``moved``, a noisy round trip through the
+autoencoder) leaves the truth as it is. *Corruption* (``corrupt``) destroys the shape of some
+objects but not their palette, so they no longer count as objects: without such examples a judge is
+content with the right colours in the right place. All randomness comes from the given generator.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 from diffalign.embedded.world.scenes import CELL
 
-__all__ = ["blurred", "corrupt", "morph", "moved", "noisy", "round_trip"]
-
 PATCH = 8
 
 
@@ -26,7 +24,7 @@ def _uniform(rng: torch.Generator, size: int, low: float, high: float) -> Tensor
     return low + (high - low) * torch.rand(size, 1, 1, 1, generator=rng)
 
 
-def _chosen(rng: torch.Generator, size: int, share: float) -> Tensor:
+def _some(rng: torch.Generator, size: int, share: float) -> Tensor:
     return (torch.rand(size, 1, 1, 1, generator=rng) < share).float()
 
 
@@ -39,7 +37,7 @@ def blurred(images: Tensor, rng: torch.Generator, share: float = 0.3) -> Tensor:
     soft = F.pad(images, (3, 3, 3, 3), mode="replicate")
     soft = F.conv2d(soft, kernel.view(1, 1, 1, 7).expand(3, 1, 1, 7), groups=3)
     soft = F.conv2d(soft, kernel.view(1, 1, 7, 1).expand(3, 1, 7, 1), groups=3)
-    weight = _uniform(rng, len(images), 0.0, 1.0) * _chosen(rng, len(images), share)
+    weight = _uniform(rng, len(images), 0.0, 1.0) * _some(rng, len(images), share)
     return images + weight * (soft - images)
 
 
@@ -50,13 +48,13 @@ def noisy(
     fine: float = 0.12,
     coarse: float = 0.08,
 ) -> Tensor:
-    """A share of the images with white noise up to `fine` and smooth noise (8 x 8, enlarged) up to
-    `coarse`, in units of the range."""
+    """A share of the images with white noise up to ``fine`` and smooth noise (8 x 8, enlarged)
+    up to ``coarse``, in units of the range."""
     size = len(images)
     white = torch.randn(images.shape, generator=rng) * _uniform(rng, size, 0.0, fine)
     low = torch.randn(size, 3, 8, 8, generator=rng) * _uniform(rng, size, 0.0, coarse)
     smooth = F.interpolate(low, size=images.shape[2:], mode="bilinear", align_corners=False)
-    return images + (white + smooth) * _chosen(rng, size, share)
+    return images + (white + smooth) * _some(rng, size, share)
 
 
 def moved(
@@ -65,7 +63,7 @@ def moved(
     """A share of the images enlarged by .9 to 1.12 and shifted by up to 3 pixels, with their boxes
     float [B, 4, 4] (x1, y1, x2, y2)."""
     size, side = len(images), images.shape[3]
-    pick = _chosen(rng, size, share).view(size, 1)
+    pick = _some(rng, size, share).view(size, 1)
     zoom = 1 + (_uniform(rng, size, -0.1, 0.12).view(size, 1)) * pick
     shift = (6 * torch.rand(size, 2, generator=rng) - 3) * pick
     theta = torch.zeros(size, 2, 3)
@@ -88,7 +86,7 @@ def corrupt(
     """In a share of the images one object loses its shape, in one of three ways; its truth row is
     set to -1 (it is no object any more).
 
-    `truth` int64 [B, 4, 6] as `World.arrays` gives it. Ways: the 8 x 8 patches of its cell are
+    ``truth`` int64 [B, 4, 6] as ``World.arrays`` gives it. Ways: the 8 x 8 patches of its cell are
     shuffled; the cell becomes a smooth blob of its palette; or, where the scene holds another
     class, the lower halves of the two objects are exchanged (then both are lost).
     """
@@ -149,8 +147,8 @@ def round_trip(
     vae: Any, images: Tensor, rng: torch.Generator, spread: float, *, exact: bool = False
 ) -> Tensor:
     """Images in [0, 1] encoded, disturbed by latent noise, decoded and clamped. The noise has a
-    standard deviation of `spread` (`exact`), or one drawn per image from 0 to `spread`, where the
-    latents have one of about 1."""
+    standard deviation of ``spread`` (``exact``), or one drawn per image from 0 to ``spread``,
+    where the latents have one of about 1."""
     dtype = next(vae.parameters()).dtype
     latents = vae.encoder((images * 2 - 1).to(dtype)).float()
     latents = latents + torch.randn(latents.shape, generator=rng) * (
@@ -164,7 +162,7 @@ def round_trip(
 def morph(vae: Any, images: Tensor, truth: Tensor, rng: torch.Generator) -> Tensor:
     """Each image with one object spoilt in the latent space, decoded: its latent cells are mixed
     half and half with those of an object of the next image, or flooded with noise of 1 to 2
-    standard deviations. This is how generators fail. Shapes as in `corrupt`."""
+    standard deviations. This is how generators fail. Shapes as in ``corrupt``."""
     dtype = next(vae.parameters()).dtype
     latents = vae.encoder((images * 2 - 1).to(dtype)).float()
     spoilt = latents.clone()

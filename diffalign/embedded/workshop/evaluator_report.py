@@ -1,10 +1,10 @@
-"""How good `emoji-evaluator` is: `python -m diffalign.embedded.workshop.evaluator_report [--count
-600] [--trajectories FILE]` prints JSON.
+"""How good ``emoji-evaluator`` is: ``python -m diffalign.embedded.workshop.evaluator_report
+[--count 600] [--trajectories FILE]`` prints JSON.
 
 On held-out pairs of scenes that differ in one fact, noised: how often the true caption beats the
 other one, by noise level and by kind of change. On sampled latents with verdicts of the second
-judge (`embedded.trajectories`, other prompts than in training): the area under the ROC curve of the
-score within each prompt by sampler step; and the mean score at each guidance scale against the
+judge (``workshop.trajectories``, other prompts than in training): the area under the ROC curve of
+the score within each prompt by sampler step; and the mean score at each guidance scale against the
 share of right pictures.
 """
 
@@ -27,21 +27,19 @@ from diffalign.embedded.workshop.pairs import CHANGES, Pair, pairs
 from diffalign.embedded.workshop.trajectories import Trajectories
 from diffalign.embedded.world.scenes import DEFAULT_MIX, HELD_OUT
 
-__all__ = ["choice_by_level", "main", "within_prompts"]
-
 TIMES = (949, 799, 649, 499, 349, 199, 49)
 """Timesteps at which held-out scenes are judged."""
 
 
 @torch.no_grad()
 def choice_by_level(
-    net: Any, pipe: Any, found: Sequence[Pair], times: Sequence[int] = TIMES, seed: int = 0
+    net: Any, pipe: Any, pairs: Sequence[Pair], times: Sequence[int] = TIMES, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Share of latents whose own caption scores strictly above the partner's: timestep -> "all" and
     per change."""
-    pictures = [picture for pair in found for picture in (pair.first, pair.second)]
+    pictures = [picture for pair in pairs for picture in (pair.first, pair.second)]
     judge = LatentEvaluator(net, pipe, [picture.caption for picture in pictures])
-    changes, own = [pair.change for pair in found for _ in range(2)], np.arange(len(pictures))
+    changes, places = [pair.change for pair in pairs for _ in range(2)], np.arange(len(pictures))
     images = (
         torch.from_numpy(np.stack([picture.image for picture in pictures]))
         .permute(0, 3, 1, 2)
@@ -57,10 +55,10 @@ def choice_by_level(
             torch.cat(
                 [
                     judge.score(noisy[part], spread / signal, rows[part].tolist())
-                    for part in np.array_split(own, len(own) // 256 + 1)
+                    for part in np.array_split(places, len(places) // 256 + 1)
                 ]
             )
-            for rows in (own, own ^ 1)
+            for rows in (places, places ^ 1)
         ]
         wins = (scores[0] > scores[1]).tolist()
         answer[str(time)] = {"all": sum(wins) / len(wins)} | {

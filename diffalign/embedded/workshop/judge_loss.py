@@ -1,4 +1,4 @@
-"""The loss of `emoji-judge`: penalty-reduced focal loss on the heat-maps, L1 on the boxes,
+"""The loss of ``emoji-judge``: penalty-reduced focal loss on the heat-maps, L1 on the boxes,
 cross-entropy on the colours.
 
 Law and Deng, "CornerNet: Detecting Objects as Paired Keypoints" (2018, arXiv:1808.01244), eq. 1, as
@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.embedded.nets.judge import SPAN, STRIDE, Maps
-
-__all__ = ["heat_targets", "judge_loss"]
 
 SIGMA = 1.0
 """Width of a target peak in cells; objects are 8 cells wide."""

@@ -1,5 +1,5 @@
-"""How good a judge is: `python -m diffalign.embedded.workshop.judge_report --model emoji-judge
-[--vae FOLDER] [--count 2000]` prints JSON.
+"""How good a judge is: ``python -m diffalign.embedded.workshop.judge_report --model emoji-judge
+[--vae FOLDER] [--count 2000]`` prints JSON.
 
 Scenes are the world's held-out ones. Figures: precision and recall (right class, intersection over
 union >= .5, at the judge's threshold), mean overlap, share of right colours among matched tinted
@@ -24,8 +24,6 @@ from diffalign.embedded.workshop.degrade import round_trip
 from diffalign.embedded.world.scenes import HELD_OUT, Scene, World
 from diffalign.embedded.world.vocabulary import NATIVE
 from diffalign.tasks.geneval.verdict import Detection, Thresholds, verdict
-
-__all__ = ["Detector", "detection_figures", "main", "report", "verdict_figures"]
 
 
 class Detector(Protocol):
@@ -90,8 +88,8 @@ def verdict_figures(
 def detections(
     judge: Detector, scenes: Sequence[Scene], vae: Any | None, spread: float, batch: int = 64
 ) -> list[list[Detection]]:
-    """The judge's answers on the scenes, or on their round trips through `vae` with latent noise of
-    exactly `spread` deviations."""
+    """The judge's answers on the scenes, or on their round trips through ``vae`` with latent
+    noise of exactly ``spread`` deviations."""
     answers: list[list[Detection]] = []
     rng = torch.Generator().manual_seed(5)
     for start in range(0, len(scenes), batch):
@@ -114,16 +112,17 @@ def report(
     spread: float = 0.0,
     seed: int = HELD_OUT[0],
 ) -> dict[str, Any]:
-    """All figures on `count` scenes from `seed` and as many wrong prompts from the next seed."""
+    """All figures on ``count`` scenes from ``seed`` and as many wrong prompts from the next
+    seed."""
     scenes = list(World().scenes(seed, count))
     answers = detections(judge, scenes, vae, spread)
-    asked = [i for i, scene in enumerate(scenes) if scene.tag]
+    tagged = [i for i, scene in enumerate(scenes) if scene.tag]
     wrong = list(World().wrong(seed + 1, count))
     answers_wrong = detections(judge, [scene for scene, _ in wrong], vae, spread)
     figures = {
         "detection": detection_figures(scenes, answers, judge.thresholds.threshold),
         "correct on true prompts": verdict_figures(
-            [scenes[i].metadata() for i in asked], [answers[i] for i in asked], judge.thresholds
+            [scenes[i].metadata() for i in tagged], [answers[i] for i in tagged], judge.thresholds
         ),
         "correct on wrong prompts": verdict_figures(
             [record for _, record in wrong], answers_wrong, judge.thresholds
@@ -139,21 +138,21 @@ def sweep(
     judge: Detector, count: int, vae: Any, spread: float, seed: int
 ) -> list[dict[str, float]]:
     """How the figures depend on the thresholds, on half renderings and half noisy round trips of
-    `count` validation scenes each; how the shipped thresholds were chosen. Both thresholds take the
-    same value in a row."""
+    ``count`` validation scenes each; how the shipped thresholds were chosen. Both thresholds
+    take the same value in a row."""
     scenes, wrong = list(World().scenes(seed, count)), list(World().wrong(seed + 1, count))
     ways = ((None, 0.0), (vae, spread))
     answers = [detections(judge, scenes, *way) for way in ways]
     fooled = [detections(judge, [scene for scene, _ in wrong], *way) for way in ways]
-    asked = [i for i, scene in enumerate(scenes) if scene.tag]
-    records = [scenes[i].metadata() for i in asked]
+    tagged = [i for i, scene in enumerate(scenes) if scene.tag]
+    records = [scenes[i].metadata() for i in tagged]
     rows = []
     for step in range(2, 15):
         value = step / 20
         limits = Thresholds(threshold=value, counting_threshold=value)
         row = detection_figures(scenes * 2, answers[0] + answers[1], value)
         right = verdict_figures(
-            records * 2, [answer[i] for answer in answers for i in asked], limits
+            records * 2, [answer[i] for answer in answers for i in tagged], limits
         )
         row |= {"true": right["all"], "true counting": right.get("counting", math.nan)}
         row["wrong"] = verdict_figures(

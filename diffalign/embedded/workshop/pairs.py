@@ -1,5 +1,5 @@
 """Pairs of scenes that differ in one fact, for the contrastive training and the test of
-`emoji-clip`.
+``emoji-clip``.
 
 Both scenes of a pair have the same background and, where the fact allows, the same layout; each
 one's caption is a hard negative for the other, and each picture a hard negative for the other's
@@ -19,54 +19,58 @@ from diffalign.embedded.world import scenes as w
 from diffalign.embedded.world.captions import Group, geneval, paraphrase
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, RELATIONS
 
-__all__ = ["CHANGES", "FOCUS", "MIX", "Pair", "Picture", "batch", "pairs"]
-
 CHANGES = ("class", "colour", "count", "relation", "binding")
-"""What can differ. `class`, `colour` and `count` change one group; `relation` replaces the
-relation; `binding` exchanges two groups' colours or numbers and keeps every word of the caption."""
+"""What can differ. ``class``, ``colour`` and ``count`` change one group; ``relation`` replaces
+the relation; ``binding`` exchanges two groups' colours or numbers and keeps every word of the
+caption."""
 
 MIX: dict[str, float] = {
-    "single": 0.08, "colour": 0.12, "two": 0.13, "count": 0.15, "position": 0.17, "two_coloured": 0.22,
-    "count_coloured": 0.03, "position_coloured": 0.04, "numbers": 0.04, "three": 0.02,
+    "single": 0.08, "colour": 0.12, "two": 0.13, "count": 0.15, "position": 0.17,
+    "two_coloured": 0.22, "count_coloured": 0.03, "position_coloured": 0.04, "numbers": 0.04,
+    "three": 0.02,
 }  # fmt: skip
 """Kinds of scene in training; more of those in which a word has to find its object than in
-`world.DEFAULT_MIX`."""
+``world.DEFAULT_MIX``."""
 
 
 FOCUS: dict[str, float] = {
-    "single": 0.03, "colour": 0.06, "two": 0.06, "count": 0.08, "position": 0.32, "two_coloured": 0.27,
-    "count_coloured": 0.02, "position_coloured": 0.08, "numbers": 0.06, "three": 0.02,
+    "single": 0.03, "colour": 0.06, "two": 0.06, "count": 0.08, "position": 0.32,
+    "two_coloured": 0.27, "count_coloured": 0.02, "position_coloured": 0.08, "numbers": 0.06,
+    "three": 0.02,
 }  # fmt: skip
 """The mixture once objects, colours and numbers are known: relation and binding."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One scene of a pair: picture, caption and facts, and truth rows int64 [4, 6] as in
-    `World.arrays`."""
+    """One scene of a pair."""
 
+    # uint8 [64, 64, 3]
     image: npt.NDArray[np.uint8]
     caption: str
+    # int64 [4, 6] as in ``World.arrays``
     truth: npt.NDArray[np.int64]
+    # the facts that the caption states
     groups: tuple[Group, ...]
     relation: str | None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures and the fact in which they differ, one of `CHANGES`."""
+    """Two pictures that differ in one fact."""
 
     first: Picture
     second: Picture
+    # which fact, one of ``CHANGES``
     change: str
 
 
 def pairs(
     seed: int, count: int, mix: dict[str, float] | None = None, plain: float = 0.6, weight: int = 3
 ) -> Iterator[Pair]:
-    """`count` pairs from a seed; `plain` is the share whose captions are in GenEval's exact
-    grammar, `weight` how often a relation or a binding is the change where it can be, against 1 for
-    the class and 2 for colour and number."""
+    """``count`` pairs from a seed; ``plain`` is the share whose captions are in GenEval's exact
+    grammar, ``weight`` how often a relation or a binding is the change where it can be, against
+    1 for the class and 2 for colour and number."""
     rng = random.Random(seed)
     kinds, weights = zip(*(mix or MIX).items(), strict=True)
     for _ in range(count):
@@ -97,20 +101,20 @@ def pairs(
 def batch(
     seed: int, count: int, mix: dict[str, float] | None = None, weight: int = 3
 ) -> tuple[npt.NDArray[np.uint8], list[str], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """`count` pairs, first and second pictures alternating: images [2 count, 64, 64, 3], captions,
-    truth [2 count, 4, 6], and a table [2 count, 2 count] that is True where two *different*
-    pictures have equal facts (so neither is a negative of the other)."""
-    found = [
+    """``count`` pairs, first and second pictures alternating: images [2 count, 64, 64, 3],
+    captions, truth [2 count, 4, 6], and a table [2 count, 2 count] that is True where two
+    *different* pictures have equal facts (so neither is a negative of the other)."""
+    pictures = [
         picture
         for pair in pairs(seed, count, mix, weight=weight)
         for picture in (pair.first, pair.second)
     ]
-    keys = [_key(picture) for picture in found]
+    keys = [_key(picture) for picture in pictures]
     same = np.array([[i != j and a == b for j, b in enumerate(keys)] for i, a in enumerate(keys)])
     return (
-        np.stack([p.image for p in found]),
-        [p.caption for p in found],
-        np.stack([p.truth for p in found]),
+        np.stack([p.image for p in pictures]),
+        [p.caption for p in pictures],
+        np.stack([p.truth for p in pictures]),
         same,
     )
 
@@ -128,25 +132,25 @@ def _total(groups: tuple[Group, ...]) -> int:
 def _possible(groups: tuple[Group, ...], relation: str | None, weight: int) -> list[str]:
     """Changes that these facts allow; the more specific ones several times, because every scene
     allows another class."""
-    found = ["class"]
+    changes = ["class"]
     coloured = groups[0].colour != NATIVE
     if coloured:
-        found += ["colour"] * 2
+        changes += ["colour"] * 2
     if max(group.count for group in groups) > 1 or len(groups) == 1:
-        found += ["count"] * 2
+        changes += ["count"] * 2
     if relation:
-        found += ["relation"] * weight
+        changes += ["relation"] * weight
     if len(groups) == 2 and (
         groups[0].colour != groups[1].colour or groups[0].count != groups[1].count
     ):
-        found += ["binding"] * weight
-    return found
+        changes += ["binding"] * weight
+    return changes
 
 
 def _changed(
     rng: random.Random, groups: tuple[Group, ...], relation: str | None, change: str
 ) -> tuple[tuple[Group, ...], str | None]:
-    """Facts that differ from the given ones in `change` alone."""
+    """Facts that differ from the given ones in ``change`` alone."""
     result = list(groups)
     place = rng.randrange(len(groups))
     old = groups[place]

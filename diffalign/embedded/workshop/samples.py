@@ -1,9 +1,9 @@
-"""Generated pictures with verdicts, for the third phase of `emoji-clip`: `python -m
+"""Generated pictures with verdicts, for the third phase of ``emoji-clip``: `python -m
 diffalign.embedded.workshop.samples --pipeline FOLDER --out FILE [--prompts 400] [--images 8]
 [--official]`.
 
 For training, prompts are drawn from the world's own stream, not from GenEval's official list, and
-verdicts come from the second judge. With `--official` the prompts are official ones and the
+verdicts come from the second judge. With ``--official`` the prompts are official ones and the
 verdicts the first judge's: that is the test.
 """
 
@@ -25,19 +25,20 @@ from diffalign.embedded.world.tokens import encode
 from diffalign.tasks.geneval.verdict import prompts as official
 from diffalign.tasks.geneval.verdict import verdict
 
-__all__ = ["Samples", "generate", "official_prompts", "training_prompts"]
-
 
 @dataclass(frozen=True)
 class Samples:
-    """`images` uint8 [P, n, 3, 64, 64] of `captions` [P], and whether each is `right`, bool [P, n]."""
+    """Generated pictures with verdicts."""
 
+    # uint8 [P, n, 3, 64, 64]
     images: Tensor
+    # P of them
     captions: tuple[str, ...]
+    # whether each picture is, bool [P, n]
     right: Tensor
 
     def groups(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
-        """`count` prompts that have both right and wrong pictures: float images [count, n, 3, 64,
+        """``count`` prompts that have both right and wrong pictures: float images [count, n, 3, 64,
         64] in [0, 1], captions and verdicts.
 
         ValueError if no prompt has both.
@@ -45,14 +46,14 @@ class Samples:
         mixed = (self.right.any(1) & ~self.right.all(1)).nonzero().flatten()
         if not len(mixed):
             raise ValueError(
-                "samples: expected a prompt with right and wrong pictures, found none; generate "
-                "more pictures per prompt"
+                "Samples must hold a prompt with right and wrong pictures; there is none. Generate "
+                "more pictures per prompt."
             )
-        chosen = mixed[torch.randint(len(mixed), (count,), generator=rng)]
+        turns = mixed[torch.randint(len(mixed), (count,), generator=rng)]
         return (
-            self.images[chosen].float() / 255,
-            [self.captions[i] for i in chosen.tolist()],
-            self.right[chosen],
+            self.images[turns].float() / 255,
+            [self.captions[i] for i in turns.tolist()],
+            self.right[turns],
         )
 
     @staticmethod
@@ -69,13 +70,13 @@ class Samples:
 
     @classmethod
     def load(cls, path: Path) -> Samples:
-        """Inverse of `save`."""
+        """Inverse of ``save``."""
         table = torch.load(path, weights_only=True)
         return cls(table["images"], tuple(json.loads(table["captions"])), table["right"])
 
 
 def training_prompts(seed: int, count: int) -> dict[str, dict[str, Any]]:
-    """`count` different captions of the world that are not official prompts -> metadata."""
+    """``count`` different captions of the world that are not official prompts -> metadata."""
     known = {record["prompt"] for record in official()}
     records: dict[str, dict[str, Any]] = {}
     for scene in World().scenes(seed, 20 * count):
@@ -89,7 +90,7 @@ def training_prompts(seed: int, count: int) -> dict[str, dict[str, Any]]:
 
 
 def official_prompts(count: int) -> dict[str, dict[str, Any]]:
-    """`count` official prompts, spread evenly over the list -> metadata."""
+    """``count`` official prompts, spread evenly over the list -> metadata."""
     table = official()
     return {
         str(table[i]["prompt"]): dict(table[i])
@@ -108,24 +109,24 @@ def generate(
     steps: int = 20,
     batch: int = 16,
 ) -> Samples:
-    """`images` pictures for each caption of `records`, with the judge's verdicts.
+    """``images`` pictures for each caption of ``records``, with the judge's verdicts.
 
-    Cost: `2 * steps` denoiser rows a picture.
+    Cost: ``2 * steps`` denoiser rows a picture.
     """
     captions = [caption for caption in records for _ in range(images)]
     pictures, right = [], []
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
         rng = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        found = pipe(
+        batch_images = pipe(
             part, num_inference_steps=steps, guidance_scale=scale, generator=rng, output_type="pt"
         ).images.clamp(0, 1)
-        answers = judge.detect(found)
+        answers = judge.detect(batch_images)
         right += [
             verdict(records[caption], answer, judge.thresholds).correct
             for caption, answer in zip(part, answers, strict=True)
         ]
-        pictures.append((found * 255).round().byte())
+        pictures.append((batch_images * 255).round().byte())
     shape = (len(records), images)
     return Samples(
         torch.cat(pictures).reshape(*shape, *pictures[0].shape[1:]),

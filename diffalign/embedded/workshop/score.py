@@ -1,10 +1,10 @@
-"""Judge a training state of `emoji` on official GenEval prompts: `python -m
-diffalign.embedded.workshop.score --out runs/emoji [--prompts 120]`.
+"""Judge a training state of ``emoji`` on official GenEval prompts: ``python -m
+diffalign.embedded.workshop.score --out runs/emoji [--prompts 120]``.
 
 Evenly spaced prompts of each category, one image each, DDIM with 20 steps; verdicts by GenEval's
 rules on the embedded judge's detections. One JSON line with the category scores is appended to
-`scores.jsonl`, and a grid of the pictures is written beside it. With 20 prompts a category a score
-has a standard error of up to .11: this follows a run, it is not the published figure.
+``scores.jsonl``, and a grid of the pictures is written beside it. With 20 prompts a category a
+score has a standard error of up to .11: this follows a run, it is not the published figure.
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ from diffalign.embedded.workshop.train_denoiser import STATE, export
 from diffalign.embedded.workshop.training import load_state
 from diffalign.tasks.geneval.verdict import TAGS, prompts, verdict
 
-__all__ = ["chosen", "grid", "score"]
 
-
-def chosen(count: int) -> list[dict[str, Any]]:
-    """`count` official prompts (a multiple of six), evenly spaced within each category, as metadata
-    records."""
+def spread_prompts(count: int) -> list[dict[str, Any]]:
+    """``count`` official prompts (a multiple of six), evenly spaced within each category, as
+    metadata records."""
     each = count // len(TAGS)
     records: list[dict[str, Any]] = []
     for tag in TAGS:
-        own = [dict(record) for record in prompts() if record["tag"] == tag]
-        records += [own[i * len(own) // each] for i in range(each)]
+        official = [dict(record) for record in prompts() if record["tag"] == tag]
+        records += [official[i * len(official) // each] for i in range(each)]
     return records
 
 
@@ -63,10 +61,10 @@ def score(
             output_type="pt",
         ).images
         images.append(output)
-        found = judge.detect(output)
+        answers = judge.detect(output)
         correct += [
-            verdict(record, seen, judge.thresholds).correct
-            for record, seen in zip(part, found, strict=True)
+            verdict(record, answer, judge.thresholds).correct
+            for record, answer in zip(part, answers, strict=True)
         ]
     return torch.cat(images), correct
 
@@ -120,10 +118,10 @@ def main() -> None:
     path = options.out / STATE.format(rank=0)
     state = load_state(path)
     if state is None:
-        raise ValueError(f"out: expected a training state, found nothing at {path}; train first")
+        raise ValueError(f"--out must hold a training state; {path} is none. Train first.")
     pipe = export(path, options.vae, options.out / "tokenizer", None, averaged=not options.raw)
     pipe.set_progress_bar_config(disable=True)
-    records = chosen(options.prompts)
+    records = spread_prompts(options.prompts)
     for scale in options.scale:
         start = time.monotonic()
         images, correct = score(pipe, records, scale, options.steps, options.seed)

@@ -1,16 +1,16 @@
-"""Train `emoji-clip`: `python -m diffalign.embedded.workshop.train_clip --out FOLDER --tokenizer
-FOLDER [--vae FOLDER] [--samples FILE] [--resume]`.
+"""Train ``emoji-clip``: ``python -m diffalign.embedded.workshop.train_clip --out FOLDER --tokenizer
+FOLDER [--vae FOLDER] [--samples FILE] [--resume]``.
 
 Symmetric InfoNCE (Radford et al., "Learning Transferable Visual Models From Natural Language
 Supervision", 2021, arXiv:2103.00020) over pairs of scenes that differ in one fact, plus a two-way
 choice within each pair, plus pictures with one spoilt object as further negatives of their
 captions, plus readers of class and colour on every patch and of objects and numbers on the
-embedding. From update `--focus` on most pairs differ in a relation or a binding, and the embedding
-must also tell where each class is: a caption can then hold a relation as a difference of places,
-and a binding as a sum of class-and-colour pairs. Three phases: renderings; round trips through the
-autoencoder of `emoji` and objects spoilt in its latent space; generated pictures with verdicts of
-the *second* judge, ranked within their prompt. The first judge is never used, so that it can
-measure what this reward is worth.
+embedding. From update ``--focus`` on most pairs differ in a relation or a binding, and the
+embedding must also tell where each class is: a caption can then hold a relation as a difference of
+places, and a binding as a sum of class-and-colour pairs. Three phases: renderings; round trips
+through the autoencoder of ``emoji`` and objects spoilt in its latent space; generated pictures with
+verdicts of the *second* judge, ranked within their prompt. The first judge is never used, so that
+it can measure what this reward is worth.
 """
 
 from __future__ import annotations
@@ -26,17 +26,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.embedded.nets.clip import MEAN, STD, build_clip, model_config
 from diffalign.embedded.workshop import training
-from diffalign.embedded.workshop.clip_loss import contrast, patch_truth, place_truth, scene_truth
+from diffalign.embedded.workshop.clip_loss import (
+    contrast,
+    number_loss,
+    patch_truth,
+    place_truth,
+    ranked,
+    scene_truth,
+)
 from diffalign.embedded.workshop.degrade import blurred, corrupt, morph, moved, noisy, round_trip
 from diffalign.embedded.workshop.pairs import FOCUS, batch
 from diffalign.embedded.workshop.samples import Samples
 from diffalign.embedded.workshop.train_judge import load_vae
 from diffalign.embedded.workshop.training import (
     STATE,
+    Course,
+    ModulesTrainer,
     cosine,
     load_state,
     step_generator,
@@ -46,17 +54,41 @@ from diffalign.embedded.workshop.training import (
 from diffalign.embedded.world.tokens import encode
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 
-__all__ = ["ClipTrainer", "export", "parser"]
-
 PEAK = 1e-3
 SPREAD = 0.5
 GROUPS = 4
 """Prompts of generated pictures in a step of the third phase."""
 
 
-class ClipTrainer:
-    """The state of a run. `options` needs seed, pairs, spoilt and the updates of the three phases;
-    `vae` serves phases two and three, `samples` (see `embedded.samples`) phase three."""
+def damaged(
+    clean: Tensor, truth: Tensor, count: int, rng: torch.Generator, vae: Any | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures as the reward meets them: ``clean`` [N, 3, 64, 64] and ``count`` copies with one
+    object spoilt, shifted, blurred and noisy; their boxes; and which pictures were copied.
+
+    With ``vae`` half of the clean ones take a round trip, and half of the copies are spoilt in its
+    latent space.
+    """
+    sources = torch.randperm(len(clean), generator=rng)[:count]
+    spoilt, _ = corrupt(clean[sources], truth[sources], rng, share=1.0)
+    if vae is not None:
+        half = len(sources) // 2
+        spoilt[:half] = morph(vae, clean[sources[:half]], truth[sources[:half]], rng)
+        through = torch.randperm(len(clean), generator=rng)[: len(clean) // 2]
+        clean[through] = round_trip(vae, clean[through], rng, SPREAD)
+    pictures = torch.cat([clean, spoilt])
+    boxes = torch.cat([truth[..., 2:], truth[sources][..., 2:]]).float()
+    pictures, boxes = moved(pictures, boxes, rng, share=0.3)
+    pictures = noisy(blurred(pictures, rng), rng, share=0.4, fine=0.08, coarse=0.06).clamp(0, 1)
+    return pictures, boxes, sources
+
+
+class ClipTrainer(ModulesTrainer):
+    """The state of a run. ``options`` needs seed, pairs, spoilt and the updates of the three
+    phases; ``vae`` serves phases two and three, ``samples`` (see ``workshop.samples``) phase
+    three."""
+
+    plain_attention = True
 
     def __init__(
         self,
@@ -73,14 +105,14 @@ class ClipTrainer:
                 model_config(0)["vision_cfg"]["width"], len(OBJECTS) + 1 + len(COLOURS) + 2
             )
             self.places = nn.Linear(model_config(0)["embed_dim"], 2 * len(OBJECTS))
-        self.modules = nn.ModuleList([self.model, self.heads, self.patches, self.places]).train()
-        early = [p for module in self.modules[:3] for p in module.parameters()]
+        modules = nn.ModuleList([self.model, self.heads, self.patches, self.places]).train()
+        early = [p for module in modules[:3] for p in module.parameters()]
         groups = [
             {"params": [p for p in early if p.ndim > 1], "weight_decay": 0.05},
             {"params": [p for p in early if p.ndim <= 1], "weight_decay": 0.0},
             {"params": list(self.places.parameters()), "weight_decay": 0.05},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), fused=True)
+        super().__init__(modules, torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), fused=True))
         self.tokens: list[Tensor] = []
         self.model.visual.transformer.register_forward_hook(
             lambda _, __, output: self.tokens.append(output)
@@ -88,7 +120,6 @@ class ClipTrainer:
         self.ends = np.cumsum(
             [options.updates, options.vae_updates, options.sample_updates]
         ).tolist()
-        self.done = 0
 
     @property
     def phase(self) -> int:
@@ -112,30 +143,22 @@ class ClipTrainer:
             torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255,
             torch.from_numpy(rows),
         )
-        chosen = torch.randperm(len(clean), generator=rng)[: self.options.spoilt]
-        spoilt, _ = corrupt(clean[chosen], truth[chosen], rng, share=1.0)
-        if self.phase > 0:
-            if self.vae is None:
-                raise ValueError(
-                    "vae: phases two and three need the autoencoder of `emoji`; pass --vae FOLDER"
-                )
-            half = len(chosen) // 2
-            spoilt[:half] = morph(self.vae, clean[chosen[:half]], truth[chosen[:half]], rng)
-            through = torch.randperm(len(clean), generator=rng)[: len(clean) // 2]
-            clean[through] = round_trip(self.vae, clean[through], rng, SPREAD)
-        pictures = torch.cat([clean, spoilt])
-        boxes = torch.cat([truth[..., 2:], truth[chosen][..., 2:]]).float()
-        pictures, boxes = moved(pictures, boxes, rng, share=0.3)
-        pictures = noisy(blurred(pictures, rng), rng, share=0.4, fine=0.08, coarse=0.06).clamp(0, 1)
+        if self.phase > 0 and self.vae is None:
+            raise ValueError(
+                "Phases two and three need the autoencoder of emoji; pass --vae FOLDER."
+            )
+        vae = self.vae if self.phase > 0 else None
+        pictures, boxes, sources = damaged(clean, truth, self.options.spoilt, rng, vae)
         ids = torch.tensor([encode(self.vocab, caption) for caption in captions])
         located = torch.cat([truth[..., :2].float(), boxes[: len(clean)]], dim=2)
-        return pictures, ids, located, torch.from_numpy(same), chosen
+        return pictures, ids, located, torch.from_numpy(same), sources
 
     def images(self, pictures: Tensor) -> Tensor:
         """Embeddings [B, 192] before normalisation."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
         with torch.autocast("cpu", torch.bfloat16):
-            return self.model.encode_image((pictures - mean) / std).float()  # type: ignore[no-any-return]
+            embedding: Tensor = self.model.encode_image((pictures - mean) / std).float()
+        return embedding
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted parts of the loss of the next step."""
@@ -155,20 +178,14 @@ class ClipTrainer:
             per_patch[..., split:].transpose(1, 2), colour
         )
         presence, numbers = scene_truth(truth)
-        found, counted = self.heads(embedding[:size])
-        listed = F.binary_cross_entropy_with_logits(found, presence, reduction="sum") / size
-        # Numbers are asked of the classes in the scene and of one absent class each; all 80 would
-        # drown the few that matter.
-        present = numbers > 0
-        absent = F.one_hot((numbers.argmax(1) + 37) % len(OBJECTS), len(OBJECTS)).bool() & ~present
-        asked = present | absent
-        counts = F.cross_entropy(counted[asked], numbers[asked])
+        listing, counted = self.heads(embedding[:size])
+        listed = F.binary_cross_entropy_with_logits(listing, presence, reduction="sum") / size
         parts = {
             "contrast": both,
             "choice": choice,
             "patches": 0.5 * dense,
             "objects": 0.1 * listed,
-            "numbers": 0.3 * counts,
+            "numbers": 0.3 * number_loss(counted, numbers),
         }
         if self.focused:
             parts["objects"] = 0.5 * listed
@@ -182,9 +199,9 @@ class ClipTrainer:
 
     def ranking(self, scale: Tensor) -> Tensor:
         """Right above wrong pictures of the same prompt: mean softplus over all such pairs of
-        `GROUPS` prompts."""
+        ``GROUPS`` prompts."""
         if self.samples is None:
-            raise ValueError("samples: phase three needs generated pictures; pass --samples FILE")
+            raise ValueError("Phase three needs generated pictures; pass --samples FILE.")
         rng = step_generator(self.options.seed, 1, self.done)
         pictures, captions, right = self.samples.groups(GROUPS, rng)
         scores = F.normalize(self.images(pictures.flatten(0, 1)), dim=-1).view(
@@ -195,28 +212,11 @@ class ClipTrainer:
                 self.model.encode_text(self.samples.ids(captions, self.vocab)).float(), dim=-1
             )
         similarity = scale * torch.einsum("gnd,gd->gn", scores, words)
-        margin = similarity[:, None, :] - similarity[:, :, None]  # [g, right, wrong]
-        counted = right[:, :, None] & ~right[:, None, :]
-        return F.softplus(margin[counted]).mean()
+        return ranked(similarity, right)
 
-    def step(self) -> dict[str, float]:
-        """One update; returns the parts of the loss."""
-        with sdpa_kernel(SDPBackend.MATH):
-            parts = self.losses()
-            total = torch.stack(list(parts.values())).sum()
-            self.optimizer.zero_grad()
-            total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0, error_if_nonfinite=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
-        self.optimizer.step()
+    def settle(self) -> None:
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=4.0)
-        self.done += 1
-        return {
-            "loss": float(total.detach()),
-            **{name: float(value.detach()) for name, value in parts.items()},
-        }
 
     def rate(self) -> float:
         """Learning rate of the next update: constant in phase one after the warm-up, one cosine
@@ -233,29 +233,13 @@ class ClipTrainer:
             )
         return cosine(self.done - first, last - first, 0.7 * PEAK, warm=50, hold=0.3)
 
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-        return {
-            "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "done": self.done,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
-        self.modules.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done = int(state["done"])
-
 
 def export(options: argparse.Namespace) -> None:
-    """Write the saved state to `options.export` as fp16 safetensors in open_clip's form, with
+    """Write the saved state to ``options.export`` as fp16 safetensors in open_clip's form, with
     tokenizer, training record and log."""
     state, folder = load_state(options.out / STATE), options.export
     if state is None:
-        raise ValueError(
-            f"out: expected a training state in {options.out}, found none; train first"
-        )
+        raise ValueError(f"--out must hold a training state; {options.out} has none. Train first.")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(options.tokenizer)
     tokenizer.save_pretrained(folder)
@@ -285,25 +269,19 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def run(options: argparse.Namespace, vae: Any | None, samples: Any | None) -> None:
-    """Train to the end of the third phase; a state every `options.save` updates."""
+    """Train to the end of the third phase; a state every ``options.save`` updates."""
     trainer = ClipTrainer(options, _tokenizer(options.tokenizer).get_vocab(), vae, samples)
     names = ("seed", "pairs", "spoilt", "focus", "updates", "vae_updates", "sample_updates")
     header = {"model": "emoji-clip"} | {key: getattr(options, key) for key in names}
-    train(
-        trainer,
-        options,
-        header,
-        end=trainer.ends[-1],
-        samples=2 * options.pairs + options.spoilt,
-        save=options.save,
-    )
+    samples = 2 * options.pairs + options.spoilt
+    train(trainer, options, header, Course(trainer.ends[-1], samples, options.save))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = training.parser(__doc__, seed=31, save=50)
     result.add_argument(
-        "--tokenizer", type=Path, required=True, help="folder of the tokenizer of `emoji`"
+        "--tokenizer", type=Path, required=True, help="folder of the tokenizer of emoji"
     )
     result.add_argument(
         "--vae", type=Path, help="folder of the autoencoder; needed from phase two on"
@@ -311,7 +289,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--samples",
         type=Path,
-        help="generated pictures (see `embedded.samples`); needed in phase three",
+        help="generated pictures, written by diffalign.embedded.workshop.samples; for phase three",
     )
     result.add_argument("--pairs", type=int, default=32)
     result.add_argument("--spoilt", type=int, default=16)

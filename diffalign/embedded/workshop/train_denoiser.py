@@ -1,11 +1,11 @@
-"""Train the text-to-image model `emoji`: `python -m diffalign.embedded.workshop.train_denoiser
---vae FOLDER --out FOLDER [--resume]`.
+"""Train the text-to-image model ``emoji``: ``python -m diffalign.embedded.workshop.train_denoiser
+--vae FOLDER --out FOLDER [--resume]``.
 
-A `UNet2DConditionModel` over 8 x 8 x 16 latents and a `CLIPTextModel`, both from scratch,
+A ``UNet2DConditionModel`` over 8 x 8 x 16 latents and a ``CLIPTextModel``, both from scratch,
 v-prediction (Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", 2022,
 arXiv:2202.00512, appendix D). Scenes are rendered and encoded on the fly; early batches hold mostly
-single objects, so that shapes are learnt before compositions. `--export` writes the averaged
-weights of a saved state as a `StableDiffusionPipeline` folder in fp16.
+single objects, so that shapes are learnt before compositions. ``--export`` writes the averaged
+weights of a saved state as a ``StableDiffusionPipeline`` folder in fp16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -23,20 +22,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffalign.embedded.workshop.train_vae import CHANNELS, pixels
 from diffalign.embedded.workshop.training import (
+    Course,
     FlatAdam,
-    Log,
     Team,
     cosine,
     launch,
     load_state,
-    save_state,
     step_generator,
     step_seed,
+    train,
 )
 from diffalign.embedded.world.scenes import DEFAULT_MIX, World
 from diffalign.embedded.world.tokens import LENGTH, encode, tokenizer_in
-
-__all__ = ["DenoiserTrainer", "build", "curriculum", "export", "pipeline", "scheduler"]
 
 SYNCHRONISE = 8
 STATE = "state-{rank}.pt"
@@ -53,7 +50,7 @@ EASY = {
 def build(
     seed: int, vocabulary: int, channels: int = CHANNELS
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """The untrained networks in fp32; initial weights from `seed` without touching the global
+    """The untrained networks in fp32; initial weights from ``seed`` without touching the global
     generator. 11.2 M and 1.3 M parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -100,8 +97,8 @@ def scheduler() -> DDIMScheduler:
 
 
 def curriculum(place: float) -> dict[str, float]:
-    """Mixture of kinds at `place` in [0, 1] of the curriculum: `EASY` for the first half, then
-    linearly to `DEFAULT_MIX`."""
+    """Mixture of kinds at ``place`` in [0, 1] of the curriculum: ``EASY`` for the first half, then
+    linearly to ``DEFAULT_MIX``."""
     share = min(1.0, max(0.0, 2 * place - 1))
     return {
         kind: (1 - share) * EASY.get(kind, 0.0) + share * weight
@@ -112,8 +109,8 @@ def curriculum(place: float) -> dict[str, float]:
 class DenoiserTrainer:
     """The state of one process.
 
-    `options` needs seed, batch, rate, updates, decay_from, curriculum (update at which it ends) and
-    decay.
+    ``options`` needs seed, batch, rate, updates, decay_from, curriculum (update at which it ends)
+    and decay.
     """
 
     def __init__(
@@ -190,57 +187,29 @@ class DenoiserTrainer:
         return {"flat": self.flat.state(), "ema": self.ema, "done": self.done}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
+        """Inverse of ``state``."""
         self.flat.load(state["flat"])
         self.ema.copy_(state["ema"])
         self.done = int(state["done"])
 
 
 def run(team: Team, options: argparse.Namespace) -> None:
-    """Train until `options.updates`; a state every `options.save` updates."""
+    """Train until ``options.updates``; a state every ``options.save`` updates."""
     torch.set_num_threads(1)
     vae = AutoencoderTiny.from_pretrained(options.vae)
     tokenizer = CLIPTokenizer.from_pretrained(options.out / "tokenizer")
     trainer = DenoiserTrainer(team, options, vae, tokenizer.get_vocab())
-    seconds = 0.0
-    if options.resume:
-        own, first = (load_state(options.out / STATE.format(rank=rank)) for rank in (team.rank, 0))
-        # A member that is new, or was stopped between two saves, starts from the first member's
-        # state.
-        state = (
-            own
-            if own is not None
-            and first is not None
-            and own["trainer"]["done"] == first["trainer"]["done"]
-            else first
-        )
-        if state is not None:
-            trainer.load(state["trainer"])
-            seconds = state["seconds"]
-    header = {
-        "model": "emoji",
-        "start": trainer.done,
-        **{key: str(value) for key, value in vars(options).items()},
-    }
-    log = Log(options.out / f"log-{team.rank}.jsonl", header, seconds)
-    window: list[dict[str, float]] = []
-    while trainer.done < options.updates:
-        window.append(trainer.step())
-        if trainer.done % options.window == 0:
-            means = {
-                key: round(float(np.mean([entry[key] for entry in window])), 5) for key in window[0]
-            }
-            samples = trainer.done * options.batch * team.size
-            log.write(
-                {"updates": trainer.done, "samples": samples, "rate": round(trainer.rate(), 7)}
-                | means
-            )
-            window = []
-        if trainer.done % options.save == 0 or trainer.done == options.updates:
-            save_state(
-                options.out / STATE.format(rank=team.rank),
-                {"trainer": trainer.state(), "seconds": log.seconds},
-            )
+    header = {"model": "emoji", **{key: str(value) for key, value in vars(options).items()}}
+    course = Course(
+        end=options.updates,
+        samples=options.batch * team.size,
+        save=options.save,
+        window=options.window,
+        early=0,
+        state=STATE,
+        log="log-{rank}.jsonl",
+    )
+    train(trainer, options, header, course, team.rank, lambda: {"rate": round(trainer.rate(), 7)})
 
 
 def pipeline(
@@ -262,11 +231,13 @@ def pipeline(
 def export(
     state: Path, vae: Path, tokenizer: Path, out: Path | None, *, averaged: bool = True
 ) -> StableDiffusionPipeline:
-    """The pipeline of a saved state in fp32; with `out` also written there as fp16 safetensors.
-    `averaged` chooses the EMA weights."""
+    """The pipeline of a saved state in fp32; with ``out`` also written there as fp16 safetensors.
+    ``averaged`` chooses the EMA weights."""
     saved = load_state(state)
     if saved is None:
-        raise ValueError(f"state: expected a training state, found nothing at {state}; train first")
+        raise ValueError(
+            f"export(state=...) must be a training state; {state} is none. Train first."
+        )
     words = CLIPTokenizer.from_pretrained(tokenizer)
     autoencoder = AutoencoderTiny.from_pretrained(vae)
     unet, text = build(0, len(words.get_vocab()), autoencoder.config.latent_channels)

@@ -1,13 +1,14 @@
-"""Train `emoji-evaluator`: `python -m diffalign.embedded.workshop.train_evaluator --out FOLDER
---trajectories FILE [--pipeline FOLDER] [--resume]`.
+"""Train ``emoji-evaluator``: ``python -m diffalign.embedded.workshop.train_evaluator --out FOLDER
+--trajectories FILE [--pipeline FOLDER] [--resume]``.
 
-Pairs of scenes that differ in one fact are rendered, encoded by the autoencoder of `emoji` and
+Pairs of scenes that differ in one fact are rendered, encoded by the autoencoder of ``emoji`` and
 noised to one level of its schedule a pair; the true caption has to win against the partner's
 caption, a caption of another pair, the partner's latents and a spoilt picture, and readers of
-class, colour and corner on every cell keep the trunk honest. From update `--from` on, latents on
-the sampler's own way (`embedded.trajectories`), right above wrong within their prompt, teach what a
-weight that is too small or too large does. Verdicts come from the second judge; the first is never
-used, so that it can measure. Text encoder and autoencoder are frozen. One process, one thread.
+class, colour and corner on every cell keep the trunk honest. From update ``--from`` on, latents on
+the sampler's own way (``workshop.trajectories``), right above wrong within their prompt, teach what
+a weight that is too small or too large does. Verdicts come from the second judge; the first is
+never used, so that it can measure. Text encoder and autoencoder are frozen. One process, one
+thread.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.embedded.load import FOLDER
 from diffalign.embedded.nets.evaluator import EvaluatorNet, word_mask
 from diffalign.embedded.workshop import training
+from diffalign.embedded.workshop.clip_loss import ranked
 from diffalign.embedded.workshop.degrade import corrupt
 from diffalign.embedded.workshop.pairs import FOCUS, MIX, batch
 from diffalign.embedded.workshop.samples import Samples
 from diffalign.embedded.workshop.train_vae import cell_truth
 from diffalign.embedded.workshop.training import (
     STATE,
+    Course,
+    ModulesTrainer,
     cosine,
     load_state,
     step_generator,
@@ -44,18 +47,18 @@ from diffalign.embedded.world.scenes import CELL, GRID
 from diffalign.embedded.world.tokens import encode
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 
-__all__ = ["EvaluatorTrainer", "corners", "export", "parser"]
-
 PEAK = 2e-3
 GROUPS = 6
 """Prompts of sampled latents in a step."""
 
 
-class EvaluatorTrainer:
-    """The state of a run of `pipe`, which is `emoji`.
+class EvaluatorTrainer(ModulesTrainer):
+    """The state of a run of ``pipe``, which is ``emoji``.
 
-    `options` needs seed, pairs, spoilt, updates, begin (when `trajectories` join).
+    ``options`` needs seed, pairs, spoilt, updates, begin (when ``trajectories`` join).
     """
+
+    plain_attention = True
 
     def __init__(
         self, options: argparse.Namespace, pipe: Any, trajectories: Trajectories | None = None
@@ -75,17 +78,16 @@ class EvaluatorTrainer:
             self.readers = nn.Linear(
                 self.net.place.shape[1], len(OBJECTS) + 1 + len(COLOURS) + 2 + 1
             )
-        self.modules = nn.ModuleList([self.net, self.readers]).train()
-        weights = [p for p in self.modules.parameters() if p.ndim > 1]
-        others = [p for p in self.modules.parameters() if p.ndim <= 1]
+        modules = nn.ModuleList([self.net, self.readers]).train()
+        weights = [p for p in modules.parameters() if p.ndim > 1]
+        others = [p for p in modules.parameters() if p.ndim <= 1]
         groups = [
             {"params": weights, "weight_decay": 0.05},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), fused=True)
+        super().__init__(modules, torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), fused=True))
         cumulative = pipe.scheduler.alphas_cumprod
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
-        self.done = 0
 
     @torch.no_grad()
     def states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +99,7 @@ class EvaluatorTrainer:
             return self.text(ids).last_hidden_state[:, :longest].float(), mask[:, :longest]
 
     def look(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Cells of latents noised to `times` [B]."""
+        """Cells of latents noised to ``times`` [B]."""
         signal, spread = (table[times].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
         with torch.autocast("cpu", torch.bfloat16):
             return self.net.look(
@@ -112,9 +114,8 @@ class EvaluatorTrainer:
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, 64, 64] in [0, 1] -> latents in fp32."""
-        return self.encoder(
-            (images * 2 - 1).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        ).float()  # type: ignore[no-any-return]
+        pixels = (images * 2 - 1).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        return self.encoder(pixels).float()  # type: ignore[no-any-return]
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted parts of the loss of the next step."""
@@ -128,8 +129,8 @@ class EvaluatorTrainer:
             torch.from_numpy(rows),
         )
         size, partner = len(images), torch.arange(len(images)) ^ 1
-        chosen = torch.randperm(size, generator=rng)[: options.spoilt]
-        spoilt, _ = corrupt(images[chosen], truth[chosen], rng, share=1.0)
+        sources = torch.randperm(size, generator=rng)[: options.spoilt]
+        spoilt, _ = corrupt(images[sources], truth[sources], rng, share=1.0)
         clean = self.latents(torch.cat([images, spoilt]))
         # one level and one noise a pair: what tells the two pictures apart is then the picture
         place = (
@@ -142,7 +143,7 @@ class EvaluatorTrainer:
             2, dim=0
         )
         cells = self.look(
-            clean, torch.cat([noise, noise[chosen]]), torch.cat([times, times[chosen]])
+            clean, torch.cat([noise, noise[sources]]), torch.cat([times, times[sources]])
         )
         words, mask = self.states(
             torch.tensor([encode(self.vocab, caption) for caption in captions])
@@ -150,16 +151,16 @@ class EvaluatorTrainer:
         stranger = (torch.arange(size) + 2) % size  # a neighbouring level, another scene
         turns = torch.cat([torch.arange(size), partner, stranger])
         pictures = torch.cat([torch.arange(size).repeat(3), torch.arange(size, len(clean))])
-        asked = torch.cat([turns, chosen])
-        scores = self.compare(cells[pictures], (words[asked], mask[asked]))
-        own, other, strange, broken = torch.split(scores, [size, size, size, len(chosen)])
+        texts = torch.cat([turns, sources])
+        scores = self.compare(cells[pictures], (words[texts], mask[texts]))
+        true, other, strange, broken = torch.split(scores, [size, size, size, len(sources)])
         strange = strange[~torch.from_numpy(same)[torch.arange(size), stranger]]
         parts = {
-            "caption": F.softplus(other - own).mean(),
-            "picture": F.softplus(other[partner] - own).mean(),
-            "spoilt": 0.3 * F.softplus(broken - own[chosen]).mean(),
+            "caption": F.softplus(other - true).mean(),
+            "picture": F.softplus(other[partner] - true).mean(),
+            "spoilt": 0.3 * F.softplus(broken - true[sources]).mean(),
             "truth": 0.2
-            * (F.softplus(-own).mean() + F.softplus(other).mean() + F.softplus(strange).mean()),
+            * (F.softplus(-true).mean() + F.softplus(other).mean() + F.softplus(strange).mean()),
         }
         kind, colour, corner = torch.split(
             self.readers(cells[:size].float()), [len(OBJECTS) + 1, len(COLOURS) + 2, 1], dim=2
@@ -175,66 +176,34 @@ class EvaluatorTrainer:
 
     def ranking(self) -> Tensor:
         """Right above wrong latents of the same prompt and step: mean softplus over all such pairs
-        of `GROUPS` prompts."""
+        of ``GROUPS`` prompts."""
         if self.trajectories is None:
             raise ValueError(
-                "trajectories: expected sampled latents from update `--from` on; pass "
-                "--trajectories FILE"
+                "Updates from --from on need sampled latents; pass --trajectories FILE."
             )
         rng, known = step_generator(self.options.seed, 1, self.done), self.trajectories
         mixed = known.mixed()
-        chosen = mixed[torch.randint(len(mixed), (GROUPS,), generator=rng)]
+        turns = mixed[torch.randint(len(mixed), (GROUPS,), generator=rng)]
         at = torch.randint(len(known.sigmas), (GROUPS,), generator=rng)
-        latents, sigma = known.latents[chosen, :, at].float(), known.sigmas[at]
+        latents, sigma = known.latents[turns, :, at].float(), known.sigmas[at]
         count = latents.shape[1]
         words, mask = self.states(
-            Samples.ids([known.captions[i] for i in chosen.tolist()], self.vocab)
+            Samples.ids([known.captions[i] for i in turns.tolist()], self.vocab)
         )
         with torch.autocast("cpu", torch.bfloat16):
             cells = self.net.look(latents.flatten(0, 1), sigma.repeat_interleave(count))
         scores = self.compare(
             cells, (words.repeat_interleave(count, 0), mask.repeat_interleave(count, 0))
         ).view(GROUPS, count)
-        margin = scores[:, None, :] - scores[:, :, None]  # [group, right, wrong]
-        right = known.right[chosen]
-        return F.softplus(margin[right[:, :, None] & ~right[:, None, :]]).mean()
+        return ranked(scores, known.right[turns])
 
-    def step(self) -> dict[str, float]:
-        """One update; returns the parts of the loss."""
-        with sdpa_kernel(SDPBackend.MATH):
-            parts = self.losses()
-            total = torch.stack(list(parts.values())).sum()
-            self.optimizer.zero_grad()
-            total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0, error_if_nonfinite=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine(
-                self.done, self.options.updates, PEAK, warm=100, hold=0.4, floor=0.01
-            )
-        self.optimizer.step()
-        self.done += 1
-        return {
-            "loss": float(total.detach()),
-            **{name: float(value.detach()) for name, value in parts.items()},
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-        return {
-            "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "done": self.done,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
-        self.modules.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done = int(state["done"])
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+        return cosine(self.done, self.options.updates, PEAK, warm=100, hold=0.4, floor=0.01)
 
 
 def corners(truth: Any) -> Tensor:
-    """Truth int64 [B, 4, 6] of `pairs` -> 1 on the upper left cell of each object, float [B, 64];
+    """Truth int64 [B, 4, 6] of ``pairs`` -> 1 on the upper left cell of each object, float [B, 64];
     their number is the objects'."""
     marks = torch.zeros(len(truth), 8, 8)
     for index, rows in enumerate(truth):
@@ -255,15 +224,13 @@ def _pipeline(folder: Path) -> Any:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the saved state to `options.export` as fp16 safetensors with its log, and the hashes of
-    the parts of `emoji` it belongs to."""
+    """Write the saved state to ``options.export`` as fp16 safetensors with its log, and the
+    hashes of the parts of ``emoji`` it belongs to."""
     from diffalign.core.identity import model_hash
 
     state, folder = load_state(options.out / STATE), options.export
     if state is None:
-        raise ValueError(
-            f"out: expected a training state in {options.out}, found none; train first"
-        )
+        raise ValueError(f"--out must hold a training state; {options.out} has none. Train first.")
     pipe = _pipeline(options.pipeline)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -287,29 +254,23 @@ def export(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, pipe: Any, trajectories: Trajectories | None) -> None:
-    """Train to `options.updates`; a state every `options.save` updates."""
+    """Train to ``options.updates``; a state every ``options.save`` updates."""
     header = {"model": "emoji-evaluator"} | {
         key: getattr(options, key) for key in ("seed", "pairs", "spoilt", "updates", "begin")
     }
     trainer = EvaluatorTrainer(options, pipe, trajectories)
-    train(
-        trainer,
-        options,
-        header,
-        end=options.updates,
-        samples=2 * options.pairs + options.spoilt,
-        save=options.save,
-    )
+    samples = 2 * options.pairs + options.spoilt
+    train(trainer, options, header, Course(options.updates, samples, options.save))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = training.parser(__doc__, seed=61, save=100)
-    result.add_argument("--pipeline", type=Path, default=FOLDER / "emoji", help="folder of `emoji`")
+    result.add_argument("--pipeline", type=Path, default=FOLDER / "emoji", help="folder of emoji")
     result.add_argument(
         "--trajectories",
         type=Path,
-        help="sampled latents with verdicts; needed from update `--from` on",
+        help="sampled latents with verdicts; needed from update --from on",
     )
     result.add_argument("--pairs", type=int, default=24)
     result.add_argument("--spoilt", type=int, default=8)

@@ -1,11 +1,11 @@
-"""Train a judge: `python -m diffalign.embedded.workshop.train_judge --model emoji-judge --out
-FOLDER --vae FOLDER [--resume] [--export FOLDER]`.
+"""Train a judge: ``python -m diffalign.embedded.workshop.train_judge --model emoji-judge --out
+FOLDER --vae FOLDER [--resume] [--export FOLDER]``.
 
-Scenes are rendered on the fly, damaged as in `degrade`, and in the second phase half of them also
-pass a noisy round trip through the autoencoder of `emoji`, because that is what generated pictures
-are made of. The first phase needs no autoencoder. One process, one thread, bf16 arithmetic over
-fp32 weights. Cost: about 200 scenes a second of processor time in the first phase, half of that in
-the second.
+Scenes are rendered on the fly, damaged as in ``degrade``, and in the second phase half of them also
+pass a noisy round trip through the autoencoder of ``emoji``, because that is what generated
+pictures are made of. The first phase needs no autoencoder. One process, one thread, bf16 arithmetic
+over fp32 weights. Cost: about 200 scenes a second of processor time in the first phase, half of
+that in the second.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from diffalign.embedded.workshop.degrade import blurred, corrupt, moved, noisy, 
 from diffalign.embedded.workshop.judge_loss import judge_loss
 from diffalign.embedded.workshop.training import (
     STATE,
+    Course,
+    ModulesTrainer,
     cosine,
     load_state,
     step_generator,
@@ -34,8 +36,6 @@ from diffalign.embedded.workshop.training import (
     train,
 )
 from diffalign.embedded.world.scenes import World
-
-__all__ = ["JudgeTrainer", "build", "export", "parser", "thresholds"]
 
 MIX = {
     "three": 0.2,
@@ -58,27 +58,30 @@ KINDS: dict[str, tuple[type[nn.Module], Any, dict[str, Any], float]] = {
 
 
 def build(model: str, seed: int) -> nn.Module:
-    """The untrained network in fp32, initial weights from `seed`."""
+    """The untrained network in fp32, initial weights from ``seed``."""
     network: Any = KINDS[model][0]
     net: nn.Module = network(seed=seed).to(memory_format=torch.channels_last)
     return net
 
 
-class JudgeTrainer:
+class JudgeTrainer(ModulesTrainer):
     """The state of a run.
 
-    `options` needs model, seed, batch, updates and vae_updates; `vae` (bf16) is used by the second
-    phase only.
+    ``options`` needs model, seed, batch, updates and vae_updates; ``vae`` (bf16) is used by the
+    second phase only.
     """
+
+    clip, part = 5.0, "net"
 
     def __init__(self, options: argparse.Namespace, vae: Any | None = None) -> None:
         self.options, self.vae = options, vae
         self.net = build(options.model, options.seed).train()
         self.loss, self.peak = KINDS[options.model][1], KINDS[options.model][3]
-        self.optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=self.peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True
         )
-        self.world, self.done = World(MIX), 0
+        super().__init__(self.net, optimizer)
+        self.world = World(MIX)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Damaged images [B, 3, 64, 64] and truth float [B, 4, 6] (class -1: no object) of the next
@@ -92,7 +95,7 @@ class JudgeTrainer:
         if self.done >= self.options.updates:
             if self.vae is None:
                 raise ValueError(
-                    "vae: the second phase needs the autoencoder of `emoji`; pass --vae FOLDER"
+                    "The second phase needs the autoencoder of emoji; pass --vae FOLDER."
                 )
             half = len(pictures) // 2
             pictures[:half] = round_trip(self.vae, pictures[:half], rng, SPREAD)
@@ -102,23 +105,13 @@ class JudgeTrainer:
             [truth[..., :2].float(), boxes], dim=2
         )
 
-    def step(self) -> dict[str, float]:
-        """One update; returns the parts of the loss."""
+    def losses(self) -> dict[str, Tensor]:
+        """The weighted parts of the loss of the next step."""
         images, truth = self.batch()
         with torch.autocast("cpu", torch.bfloat16):
             output = self.net(images)
         parts: dict[str, Tensor] = self.loss(output, truth)
-        total = torch.stack(list(parts.values())).sum()
-        self.optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.net.parameters(), 5.0, error_if_nonfinite=True)
-        self.optimizer.param_groups[0]["lr"] = self.rate()
-        self.optimizer.step()
-        self.done += 1
-        return {
-            "loss": float(total.detach()),
-            **{name: float(value.detach()) for name, value in parts.items()},
-        }
+        return parts
 
     def rate(self) -> float:
         """Learning rate of the next update: one cosine a phase, the second from .6 of the peak."""
@@ -126,20 +119,6 @@ class JudgeTrainer:
         if self.done < first:
             return cosine(self.done, first, self.peak, warm=100, hold=0.3)
         return cosine(self.done - first, second, 0.6 * self.peak, warm=50, hold=0.2, floor=0.01)
-
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-        return {
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "done": self.done,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done = int(state["done"])
 
 
 def load_vae(folder: Path) -> Any:
@@ -160,12 +139,10 @@ def thresholds(model: str) -> dict[str, float]:
 
 def export(options: argparse.Namespace) -> None:
     """Write the saved state as fp16 safetensors with config, training record and log to
-    `options.export`."""
+    ``options.export``."""
     state = load_state(options.out / STATE)
     if state is None:
-        raise ValueError(
-            f"out: expected a training state in {options.out}, found none; train first"
-        )
+        raise ValueError(f"--out must hold a training state; {options.out} has none. Train first.")
     options.export.mkdir(parents=True, exist_ok=True)
     weights = {
         k: v.half().contiguous() if v.is_floating_point() else v
@@ -189,19 +166,13 @@ def export(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, vae: Any | None) -> None:
-    """Train until `updates + vae_updates`."""
+    """Train until ``updates + vae_updates``."""
     header = {
         key: getattr(options, key) for key in ("model", "seed", "batch", "updates", "vae_updates")
     }
     end = options.updates + options.vae_updates
-    train(
-        JudgeTrainer(options, vae),
-        options,
-        header,
-        end=end,
-        samples=options.batch,
-        save=options.save,
-    )
+    course = Course(end=end, samples=options.batch, save=options.save)
+    train(JudgeTrainer(options, vae), options, header, course)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,11 +1,11 @@
-"""Train the autoencoder of `emoji`: `python -m diffalign.embedded.workshop.train_vae --out FOLDER
-[--resume]`.
+"""Train the autoencoder of ``emoji``: ``python -m diffalign.embedded.workshop.train_vae --out
+FOLDER [--resume]``.
 
-A diffusers `AutoencoderTiny`, 64 x 64 x 3 pixels to 8 x 8 x 16 latents. The latent has to be easy
+A diffusers ``AutoencoderTiny``, 64 x 64 x 3 pixels to 8 x 8 x 16 latents. The latent has to be easy
 for a denoiser, so
 - its channels have mean 0 and variance 1 (batch normalisation without affine, folded into the
   encoder's last convolution at the end),
-- the decoder always sees it with Gaussian noise of up to `NOISE` standard deviations: near-miss
+- the decoder always sees it with Gaussian noise of up to ``NOISE`` standard deviations: near-miss
   latents decode to clean pictures,
 - weak linear heads read class and colour from every noisy cell, so that both are linear in the
   latent. Second phase: encoder frozen, decoder alone. Cost: about 8 minutes of two cores.
@@ -25,20 +25,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.embedded.workshop.training import (
+    Course,
     FlatAdam,
-    Log,
     Team,
     cosine,
     launch,
-    load_state,
-    save_state,
     step_generator,
     step_seed,
+    train,
 )
 from diffalign.embedded.world.scenes import CELL, GRID, SIZE, World
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
-
-__all__ = ["CHANNELS", "VaeTrainer", "build", "cell_truth", "fold", "pixels"]
 
 CHANNELS = 16
 NOISE = 0.6
@@ -51,7 +48,7 @@ STATE = "vae-state-{rank}.pt"
 
 
 def build(seed: int, channels: int = CHANNELS) -> AutoencoderTiny:
-    """The untrained autoencoder in fp32; initial weights from `seed` without touching the global
+    """The untrained autoencoder in fp32; initial weights from ``seed`` without touching the global
     generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,7 +68,7 @@ def pixels(images: npt.NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
 
 
 def cell_truth(truth: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Truth [B, 4, 6] of `World.arrays` -> class and colour of each latent cell, int64 [B, 8, 8];
+    """Truth [B, 4, 6] of ``World.arrays`` -> class and colour of each latent cell, int64 [B, 8, 8];
     80 and 11 are background."""
     side, reach = SIZE // GRID, CELL // GRID
     classes = torch.full((len(truth), side, side), len(OBJECTS))
@@ -88,8 +85,8 @@ def cell_truth(truth: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold(vae: AutoencoderTiny, norm: nn.BatchNorm2d) -> None:
-    """Fold the running statistics of `norm` (fp32) into the encoder's last convolution, so that its
-    output is standardised."""
+    """Fold the running statistics of ``norm`` (fp32) into the encoder's last convolution, so
+    that its output is standardised."""
     last = vae.encoder.layers[-1]
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -101,7 +98,7 @@ def fold(vae: AutoencoderTiny, norm: nn.BatchNorm2d) -> None:
 class VaeTrainer:
     """The state of one process.
 
-    `updates` and `decoder_updates` are the lengths of the two phases.
+    ``updates`` and ``decoder_updates`` are the lengths of the two phases.
     """
 
     def __init__(
@@ -205,7 +202,7 @@ class VaeTrainer:
         }
 
     def load(self, state: dict[str, object]) -> None:
-        """Inverse of `state`."""
+        """Inverse of ``state``."""
         self.flat.load(state["flat"])  # type: ignore[arg-type]
         self.norm.load_state_dict(state["norm"])  # type: ignore[arg-type]
         self.done = int(state["done"])  # type: ignore[call-overload]
@@ -226,7 +223,7 @@ class VaeTrainer:
 
 
 def run(team: Team, options: argparse.Namespace) -> None:
-    """Train to the end and save the autoencoder in `options.out`."""
+    """Train to the end and save the autoencoder in ``options.out``."""
     torch.set_num_threads(1)
     trainer = VaeTrainer(
         team,
@@ -236,33 +233,20 @@ def run(team: Team, options: argparse.Namespace) -> None:
         options.heads,
         options.channels,
     )
-    path = options.out / STATE.format(rank=team.rank)
-    seconds = 0.0
-    if options.resume and (state := load_state(path)) is not None:
-        trainer.load(state["trainer"])
-        seconds = state["seconds"]
-    log = Log(
-        options.out / f"vae-log-{team.rank}.jsonl",
-        {"model": "emoji-vae", **{k: str(v) for k, v in vars(options).items()}},
-        seconds,
+    course = Course(
+        end=options.updates + options.decoder_updates,
+        samples=BATCH * team.size,
+        save=1_000,
+        window=100,
+        early=0,
+        state=STATE,
+        log="vae-log-{rank}.jsonl",
     )
-    window: list[dict[str, float]] = []
-    while trainer.done < options.updates + options.decoder_updates:
-        window.append(trainer.step())
-        if trainer.done % 100 == 0:
-            means = {
-                key: round(float(np.mean([entry[key] for entry in window])), 5) for key in window[0]
-            }
-            log.write(
-                {"updates": trainer.done, "samples": trainer.done * BATCH * team.size} | means
-            )
-            window = []
-        if trainer.done % 1000 == 0:
-            save_state(path, {"trainer": trainer.state(), "seconds": log.seconds})
-    save_state(path, {"trainer": trainer.state(), "seconds": log.seconds})
+    header = {"model": "emoji-vae", **{key: str(value) for key, value in vars(options).items()}}
+    seconds = train(trainer, options, header, course, team.rank)
     if team.rank == 0:
         trainer.export().save_pretrained(options.out / "vae")
-        (options.out / "vae-done.json").write_text(json.dumps({"seconds": round(log.seconds)}))
+        (options.out / "vae-done.json").write_text(json.dumps({"seconds": round(seconds)}))
 
 
 def main() -> None:

@@ -16,39 +16,25 @@ import json
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-
-__all__ = [
-    "STATE",
-    "FlatAdam",
-    "Log",
-    "Team",
-    "Trainer",
-    "code_hash",
-    "cosine",
-    "launch",
-    "load_state",
-    "parser",
-    "save_state",
-    "step_generator",
-    "step_seed",
-    "train",
-]
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class FlatAdam:
     """AdamW over one flat fp32 vector; the modules' parameters become bf16 views of a flat working
     copy.
 
-    `channels_last` stores 4-d weights in that memory format. `groups` is not needed: decay applies
-    to all weights alike.
+    ``channels_last`` stores 4-d weights in that memory format. ``groups`` is not needed: decay
+    applies to all weights alike.
     """
 
     def __init__(
@@ -86,14 +72,14 @@ class FlatAdam:
         return flat.view(like.shape)
 
     def step(self, rate: float, clip: float = 1.0) -> float:
-        """One update from the gradients of the working copy, clipped to norm `clip`; returns the
+        """One update from the gradients of the working copy, clipped to norm ``clip``; returns the
         norm before clipping and zeroes them."""
         gradient = self.gradient.float()
         norm = float(gradient.norm())
         if not math.isfinite(norm):
             raise RuntimeError(
-                f"gradient: expected a finite norm, got {norm}; lower the learning rate or resume "
-                "from the last state"
+                f"The norm of the gradient must be finite; got {norm}. Lower the learning rate or "
+                "resume from the last state."
             )
         if norm > clip:
             gradient.mul_(clip / norm)
@@ -111,7 +97,7 @@ class FlatAdam:
 
     @torch.no_grad()
     def write(self, vector: Tensor) -> None:
-        """Put `vector` (flat fp32, for instance an average) into the parameters as fp32 tensors,
+        """Put ``vector`` (flat fp32, for instance an average) into the parameters as fp32 tensors,
         for saving or sampling."""
         offset = 0
         for p in self.parameters:
@@ -126,7 +112,7 @@ class FlatAdam:
         return {"master": self.master.data, "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
+        """Inverse of ``state``."""
         self.master.data.copy_(state["master"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.publish()
@@ -134,20 +120,19 @@ class FlatAdam:
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of one run.
-
-    `shared` fp32 [size, parameters] lives in shared memory; a team of one has none.
-    """
+    """One of the processes of a run."""
 
     rank: int = 0
+    # of them
     size: int = 1
+    # fp32 [size, parameters] in shared memory; None for a team of one
     shared: Tensor | None = None
     barrier: Barrier | None = None
 
     @torch.no_grad()
     def average(self, weights: Tensor) -> None:
-        """Replace `weights` (no longer than a row of `shared`) by the mean over the processes, in
-        place; waits at most 30 minutes."""
+        """Replace ``weights`` (no longer than a row of ``shared``) by the mean over the
+        processes, in place; waits at most 30 minutes."""
         if self.shared is None or self.barrier is None:
             return
         table = self.shared[:, : weights.numel()]
@@ -169,9 +154,9 @@ def _member(
 
 
 def launch(work: Callable[..., None], size: int, parameters: int, arguments: Sequence[Any]) -> None:
-    """Run `work(team, *arguments)` in `size` processes (in this one if size is 1).
+    """Run ``work(team, *arguments)`` in ``size`` processes (in this one if size is 1).
 
-    `parameters`: length of the averaged vector.
+    ``parameters``: length of the averaged vector.
     """
     if size == 1:
         work(Team(), *arguments)
@@ -179,7 +164,8 @@ def launch(work: Callable[..., None], size: int, parameters: int, arguments: Seq
     context = torch.multiprocessing.get_context("spawn")
     shared = torch.zeros(size, parameters).share_memory_()  # type: ignore[no-untyped-call]
     barrier = context.Barrier(size)
-    torch.multiprocessing.spawn(_member, (work, size, shared, barrier, arguments), nprocs=size)  # type: ignore[attr-defined, no-untyped-call]
+    start: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+    start(_member, (work, size, shared, barrier, arguments), nprocs=size)
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:
@@ -197,8 +183,8 @@ def step_generator(seed: int, rank: int, step: int) -> torch.Generator:
 def cosine(
     step: int, total: int, peak: float, *, warm: int, hold: float = 0.0, floor: float = 0.02
 ) -> float:
-    """Learning rate: linear warm-up, constant until `hold` of the run, then half a cosine down to
-    `floor` times the peak."""
+    """Learning rate: linear warm-up, constant until ``hold`` of the run, then half a cosine down to
+    ``floor`` times the peak."""
     if step < warm:
         return peak * (step + 1) / warm
     start = max(warm, int(hold * total))
@@ -211,15 +197,15 @@ def cosine(
 def code_hash() -> str:
     """SHA-256 (first 16 digits) over the Python files and data of the embedded world and its
     training, in path order."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.glob("data/*.png")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("world/data/*.png")]):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 class Log:
-    """A JSON-lines file: one header a start, one record a window of steps. `seconds` adds up over
+    """A JSON-lines file: one header a start, one record a window of steps. ``seconds`` adds up over
     resumed runs."""
 
     def __init__(self, path: Path, header: dict[str, Any], seconds: float = 0.0) -> None:
@@ -247,16 +233,16 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """The state at `path`, or None where there is none."""
+    """The state at ``path``, or None where there is none."""
     return cast(dict[str, Any], torch.load(path, weights_only=True)) if path.exists() else None
 
 
 STATE = "state.pt"
-"""Where `train` keeps the state of a run, below its folder."""
+"""Where ``train`` keeps the state of a run, below its folder."""
 
 
 class Trainer(Protocol):
-    """A run of one process: `done` updates so far, one more update, and everything that a resumed
+    """A run of one process: ``done`` updates so far, one more update, and everything that a resumed
     run needs."""
 
     done: int
@@ -266,36 +252,127 @@ class Trainer(Protocol):
     def load(self, state: dict[str, Any]) -> None: ...
 
 
+class ModulesTrainer(ABC):
+    """A run of modules under one optimiser: the loss is a sum of named parts."""
+
+    # largest norm of the gradient
+    clip: ClassVar[float] = 1.0
+    # name of the modules in the state
+    part: ClassVar[str] = "modules"
+    # attention is computed in its plain form
+    plain_attention: ClassVar[bool] = False
+
+    def __init__(self, modules: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.modules, self.optimizer, self.done = modules, optimizer, 0
+
+    @abstractmethod
+    def losses(self) -> dict[str, Tensor]:
+        """The weighted parts of the loss of the next step."""
+
+    @abstractmethod
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+
+    def settle(self) -> None:  # noqa: B027
+        """What follows an update; nothing by default."""
+
+    def step(self) -> dict[str, float]:
+        """One update; returns the loss and its parts."""
+        with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
+            parts = self.losses()
+            total = torch.stack(list(parts.values())).sum()
+            self.optimizer.zero_grad()
+            total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.modules.parameters(), self.clip, error_if_nonfinite=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        self.optimizer.step()
+        self.settle()
+        self.done += 1
+        return {
+            "loss": float(total.detach()),
+            **{name: float(value.detach()) for name, value in parts.items()},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {
+            self.part: self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "done": self.done,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state``."""
+        self.modules.load_state_dict(state[self.part])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done = int(state["done"])
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How long a training runs, and what it leaves in its folder."""
+
+    # updates at its end
+    end: int
+    # pictures an update, of all processes
+    samples: int
+    # updates from state to state
+    save: int
+    # updates that a log record averages; each of the first ``early`` has a record of its own
+    window: int = 50
+    early: int = 20
+    # names of the files, with ``{rank}`` where each process has its own
+    state: str = STATE
+    log: str = "log.jsonl"
+
+
+def latest(folder: Path, name: str, rank: int) -> dict[str, Any] | None:
+    """The saved state of a process, or None.
+
+    A process that is new, or was stopped between two saves, starts from the first one's state.
+    """
+    first = load_state(folder / name.format(rank=0))
+    mine = load_state(folder / name.format(rank=rank)) if rank else first
+    if mine is None or first is None or mine["trainer"]["done"] != first["trainer"]["done"]:
+        return first
+    return mine
+
+
 def train(
     trainer: Trainer,
     options: argparse.Namespace,
     header: dict[str, Any],
-    *,
-    end: int,
-    samples: int,
-    save: int,
-) -> None:
-    """Train until `end` updates: a log record for each of the first 20 updates and for every 50
-    after, a state every `save` updates.
+    course: Course,
+    rank: int = 0,
+    facts: Callable[[], dict[str, float]] = dict,
+) -> float:
+    """Train to the end of ``course``; returns the seconds that it took, over all runs.
 
-    `samples`: pictures an update. `header`: what the log says of the run. With `options.resume` the
-    state in `options.out` is taken up.
+    ``header``: what the log says of the run; ``facts``: what each record says beside the losses.
+    With ``options.resume`` the state in ``options.out`` is taken up.
     """
     seconds = 0.0
-    if options.resume and (state := load_state(options.out / STATE)) is not None:
+    if options.resume and (state := latest(options.out, course.state, rank)) is not None:
         trainer.load(state["trainer"])
         seconds = state["seconds"]
-    log = Log(options.out / "log.jsonl", header | {"start": trainer.done}, seconds)
+    path = options.out / course.log.format(rank=rank)
+    log = Log(path, header | {"start": trainer.done}, seconds)
     window: list[dict[str, float]] = []
-    while trainer.done < end:
+    while trainer.done < course.end:
         window.append(trainer.step())
-        if trainer.done <= 20 or trainer.done % 50 == 0:
-            seen = {key: [entry[key] for entry in window if key in entry] for key in window[-1]}
-            means = {key: round(sum(values) / len(values), 5) for key, values in seen.items()}
-            log.write({"updates": trainer.done, "samples": trainer.done * samples} | means)
+        if trainer.done <= course.early or trainer.done % course.window == 0:
+            values = {key: [entry[key] for entry in window if key in entry] for key in window[-1]}
+            means = {key: round(sum(column) / len(column), 5) for key, column in values.items()}
+            record = {"updates": trainer.done, "samples": trainer.done * course.samples}
+            log.write(record | facts() | means)
             window = []
-        if trainer.done % save == 0 or trainer.done == end:
-            save_state(options.out / STATE, {"trainer": trainer.state(), "seconds": log.seconds})
+        if trainer.done % course.save == 0 or trainer.done == course.end:
+            save_state(
+                options.out / course.state.format(rank=rank),
+                {"trainer": trainer.state(), "seconds": log.seconds},
+            )
+    return log.seconds
 
 
 def parser(description: str | None, seed: int, save: int) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Trajectories of `emoji` with verdicts, for the training of `emoji-evaluator`: `python -m
+"""Trajectories of ``emoji`` with verdicts, for the training of ``emoji-evaluator``: `python -m
 diffalign.embedded.workshop.trajectories --out FILE [--pipeline FOLDER] [--prompts 240] [--seed 51]
 [--exclude FILE]`.
 
@@ -22,22 +22,23 @@ from torch import Tensor
 from diffalign.embedded.workshop.samples import training_prompts
 from diffalign.tasks.geneval.verdict import verdict
 
-__all__ = ["SCALES", "Trajectories", "generate"]
-
 SCALES = (1.0, 1.0, 1.5, 2.0, 4.0, 8.0)
 """Guidance scale of each picture of a prompt; even places share one noise, odd places another."""
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Latents after each of S sampler steps, fp16 [P, n, S, C, 8, 8], of `captions` [P]; their
-    noise levels `sigmas` [S], as `StepInfo` counts them; `scales` [n]; whether each picture is
-    `right`, bool [P, n]."""
+    """Sampled latents with the verdicts on their pictures."""
 
+    # after each of S sampler steps, fp16 [P, n, S, C, 8, 8]
     latents: Tensor
+    # P of them
     captions: tuple[str, ...]
+    # whether each picture is, bool [P, n]
     right: Tensor
+    # noise levels of the steps [S], as ``StepInfo`` counts them
     sigmas: Tensor
+    # guidance scales of the n pictures
     scales: tuple[float, ...]
 
     def mixed(self) -> Tensor:
@@ -45,13 +46,13 @@ class Trajectories:
 
         ValueError if there are none.
         """
-        found = (self.right.any(1) & ~self.right.all(1)).nonzero().flatten()
-        if not len(found):
+        mixed = (self.right.any(1) & ~self.right.all(1)).nonzero().flatten()
+        if not len(mixed):
             raise ValueError(
-                "trajectories: expected a prompt with right and wrong pictures, found none; "
-                "generate more prompts"
+                "Trajectories must hold a prompt with right and wrong pictures; there is none. "
+                "Generate more prompts."
             )
-        return found
+        return mixed
 
     def save(self, path: Path) -> None:
         """Write to one file."""
@@ -66,7 +67,7 @@ class Trajectories:
 
     @classmethod
     def load(cls, path: Path) -> Trajectories:
-        """Inverse of `save`."""
+        """Inverse of ``save``."""
         table = torch.load(path, weights_only=True)
         scales = tuple(json.loads(table["scales"]))
         return cls(
@@ -87,9 +88,9 @@ def generate(
     steps: int = 20,
     batch: int = 32,
 ) -> Trajectories:
-    """One picture of each caption of `records` at each of `SCALES`.
+    """One picture of each caption of ``records`` at each of ``SCALES``.
 
-    Cost: about 1.8 * `steps` denoiser rows a picture, and its decoding.
+    Cost: about 1.8 * ``steps`` denoiser rows a picture, and its decoding.
     """
     captions = list(records)
     columns, verdicts = [], []
@@ -138,10 +139,10 @@ def generate(
 
 
 def prompts(seed: int, count: int, exclude: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """`count` captions of the world's stream without the official ones and without `exclude` ->
+    """``count`` captions of the world's stream without the official ones and without ``exclude`` ->
     metadata."""
-    found = training_prompts(seed, count + len(exclude))
-    return dict([item for item in found.items() if item[0] not in exclude][:count])
+    captions = training_prompts(seed, count + len(exclude))
+    return dict([item for item in captions.items() if item[0] not in exclude][:count])
 
 
 def main() -> None:

@@ -12,20 +12,22 @@ from dataclasses import dataclass
 
 from diffalign.embedded.world.vocabulary import NATIVE, NUMBERS, OPPOSITE, article, plural
 
-__all__ = ["Group", "geneval", "paraphrase", "words"]
-
 SYNONYMS: dict[str, tuple[str, ...]] = {
-    "person": ("man", "woman", "girl", "boy", "child"), "bicycle": ("bike",), "motorcycle": ("motorbike",), "airplane": ("plane",),
-    "couch": ("sofa",), "tv": ("television",), "cell phone": ("phone", "smartphone"), "cup": ("mug",), "handbag": ("bag", "purse"),
-    "backpack": ("bag",), "refrigerator": ("fridge",), "donut": ("doughnut",), "dining table": ("table", "desk"),
-    "computer mouse": ("mouse",), "computer keyboard": ("keyboard",), "tv remote": ("remote",), "potted plant": ("plant",),
-    "sports ball": ("ball",), "boat": ("ship",), "bird": ("pigeon",), "tie": ("necktie",), "hair drier": ("hair dryer",),
+    "person": ("man", "woman", "girl", "boy", "child"), "bicycle": ("bike",),
+    "motorcycle": ("motorbike",), "airplane": ("plane",), "couch": ("sofa",), "tv": ("television",),
+    "cell phone": ("phone", "smartphone"), "cup": ("mug",), "handbag": ("bag", "purse"),
+    "backpack": ("bag",), "refrigerator": ("fridge",), "donut": ("doughnut",),
+    "dining table": ("table", "desk"), "computer mouse": ("mouse",),
+    "computer keyboard": ("keyboard",), "tv remote": ("remote",), "potted plant": ("plant",),
+    "sports ball": ("ball",), "boat": ("ship",), "bird": ("pigeon",), "tie": ("necktie",),
+    "hair drier": ("hair dryer",),
 }  # fmt: skip
 """Other words for an object; each belongs to one object except "bag"."""
 
 PLURALS: dict[str, str] = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "bench": "benches", "knife": "knives", "sheep": "sheep",
-    "skis": "skis", "toothbrush": "toothbrushes", "sandwich": "sandwiches", "couch": "couches", "broccoli": "broccoli",
+    "person": "people", "man": "men", "woman": "women", "child": "children", "bench": "benches",
+    "knife": "knives", "sheep": "sheep", "skis": "skis", "toothbrush": "toothbrushes",
+    "sandwich": "sandwiches", "couch": "couches", "broccoli": "broccoli",
     "computer mouse": "computer mice", "mouse": "mice", "scissors": "scissors",
 }  # fmt: skip
 """Proper plurals that the mechanical rule gets wrong."""
@@ -51,10 +53,11 @@ SIDES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """`count` objects of one name and one colour (`NATIVE`: the caption names no colour)."""
+    """Objects of one name and one colour."""
 
     name: str
     count: int = 1
+    # ``NATIVE``: the caption names no colour
     colour: str = NATIVE
 
 
@@ -71,7 +74,7 @@ def geneval(groups: tuple[Group, ...], relation: str | None) -> str:
 
 
 def paraphrase(rng: random.Random, groups: tuple[Group, ...], relation: str | None) -> str:
-    """A free wording of the same facts. Draws from `rng`; at most 16 words."""
+    """A free wording of the same facts. Draws from ``rng``; at most 16 words."""
     phrases = []
     for group in groups:
         name = group.name

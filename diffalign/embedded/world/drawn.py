@@ -1,7 +1,7 @@
 """Simple drawings of the 12 GenEval objects for which Noto Color Emoji has no glyph.
 
-Each function paints on a 128 x 128 canvas through `Pen`, which supersamples by four. They are only
-needed to rebuild the glyph atlas.
+Each function paints on a 128 x 128 canvas through ``Pen``, which supersamples by four. They are
+only needed to rebuild the glyph atlas.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
-__all__ = ["DRAWINGS", "draw"]
-
 Box = tuple[float, float, float, float]
 _SUPERSAMPLE = 4
 
 
 class Pen:
-    """Drawing primitives in units of a 128 x 128 canvas; a colour is `#rrggbb`."""
+    """Drawing primitives in units of a 128 x 128 canvas; a colour is ``#rrggbb``."""
 
     def __init__(self) -> None:
         self.image = Image.new("RGBA", (128 * _SUPERSAMPLE, 128 * _SUPERSAMPLE), (0, 0, 0, 0))
@@ -189,7 +187,7 @@ DRAWINGS: dict[str, Callable[[Pen], None]] = {
 
 
 def draw(name: str) -> Image.Image:
-    """The drawing of `name` as a 128 x 128 RGBA image.
+    """The drawing of ``name`` as a 128 x 128 RGBA image.
 
     Raises KeyError for an object that is a font glyph.
     """

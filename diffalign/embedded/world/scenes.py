@@ -23,8 +23,6 @@ from diffalign.embedded.world.captions import Group, geneval, paraphrase
 from diffalign.embedded.world.glyphs import sprites
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, OPPOSITE, RELATIONS
 
-__all__ = ["CELL", "DEFAULT_MIX", "GRID", "HELD_OUT", "KINDS", "SIZE", "Object", "Scene", "World"]
-
 SIZE, CELL, GRID = 64, 32, 8
 """Side of an image, side of an object's cell and step of the layout, in pixels."""
 
@@ -43,8 +41,9 @@ KINDS: dict[str, str | None] = {
 """Kind of scene -> the GenEval category whose prompts it illustrates, or None."""
 
 DEFAULT_MIX: dict[str, float] = {
-    "single": 0.12, "colour": 0.16, "two": 0.18, "count": 0.16, "position": 0.15, "two_coloured": 0.14,
-    "count_coloured": 0.02, "position_coloured": 0.02, "numbers": 0.03, "three": 0.02,
+    "single": 0.12, "colour": 0.16, "two": 0.18, "count": 0.16, "position": 0.15,
+    "two_coloured": 0.14, "count_coloured": 0.02, "position_coloured": 0.02, "numbers": 0.03,
+    "three": 0.02,
 }  # fmt: skip
 """The shipped mixture of kinds; weights need not add up to one."""
 
@@ -54,23 +53,27 @@ HELD_OUT = range(1_000_000, 1_001_000)
 
 @dataclass(frozen=True)
 class Object:
-    """GenEval's name, the box (x1, y1, x2, y2) of the visible pixels with x2, y2 exclusive, and one
-    of ten colours or "native"."""
+    """One object of a scene."""
 
+    # GenEval's
     name: str
+    # (x1, y1, x2, y2) of the visible pixels, x2 and y2 exclusive
     box: tuple[int, int, int, int]
+    # one of ten, or "native"
     colour: str
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture uint8 [64, 64, 3] with its caption and truth; `groups` and `relation` are the facts
-    that the caption states."""
+    """A picture with its caption and truth."""
 
+    # uint8 [64, 64, 3]
     image: npt.NDArray[np.uint8]
     caption: str
     objects: tuple[Object, ...]
+    # one of ``KINDS``
     kind: str
+    # the facts that the caption states
     groups: tuple[Group, ...]
     relation: str | None
 
@@ -83,12 +86,12 @@ class Scene:
         """The GenEval metadata record of these facts; its prompt is in GenEval's grammar even where
         the caption is a paraphrase.
 
-        Raises ValueError for kinds outside GenEval's six categories (`tag` is None).
+        Raises ValueError for kinds outside GenEval's six categories (``tag`` is None).
         """
         if self.tag is None:
             raise ValueError(
-                f"metadata: expected a kind with a GenEval category, got {self.kind!r}; test "
-                "`scene.tag` first"
+                f"A scene of kind {self.kind!r} has no GenEval category; test scene.tag before "
+                "metadata."
             )
         return _metadata(self.tag, self.groups, self.relation)
 
@@ -115,7 +118,7 @@ def _disjoint(first: tuple[int, int], second: tuple[int, int]) -> bool:
 
 @functools.cache
 def _layouts(count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """All ordered placements (x, y of the cells' corners) of `count` disjoint cells."""
+    """All ordered placements (x, y of the cells' corners) of ``count`` disjoint cells."""
     steps = range(0, SIZE - CELL + 1, GRID)
     places = tuple(itertools.product(steps, steps))
     partial: list[tuple[tuple[int, int], ...]] = [()]
@@ -167,28 +170,32 @@ def _blend() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:
 
 @dataclass(frozen=True)
 class World:
-    """A stream of scenes with the given mixture of kinds.
+    """A stream of scenes.
 
-    `plain` is the share of captions in GenEval's exact grammar; the others are paraphrases. Errors:
-    ValueError for unknown kinds, negative weights or a mixture without weight.
+    Raises: ValueError for unknown kinds, negative weights or a mixture without weight.
     """
 
+    # kind of scene -> weight
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
+    # share of captions in GenEval's exact grammar; the others are paraphrases
     plain: float = 0.6
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.mix) - set(KINDS)):
             raise ValueError(
-                f"mix: expected kinds among {', '.join(KINDS)}; got {', '.join(unknown)}"
+                f"World(mix=...) must hold kinds among {', '.join(KINDS)}; got "
+                f"{', '.join(unknown)}."
             )
         if min(self.mix.values(), default=0.0) < 0 or sum(self.mix.values()) <= 0:
-            raise ValueError(f"mix: expected weights >= 0 with a positive sum, got {self.mix}")
+            raise ValueError(
+                f"World(mix=...) must have weights >= 0 with a positive sum; got {self.mix}."
+            )
         if not 0 <= self.plain <= 1:
-            raise ValueError(f"plain: expected a share in [0, 1], got {self.plain}")
+            raise ValueError(f"World(plain=...) must be a share in [0, 1]; got {self.plain}.")
 
     def scenes(self, seed: int, count: int) -> Iterator[Scene]:
-        """`count` scenes; scene i depends on `seed` and i's predecessors only, so a longer stream
-        begins like a shorter one."""
+        """``count`` scenes; scene i depends on ``seed`` and i's predecessors only, so a longer
+        stream begins like a shorter one."""
         rng = random.Random(seed)
         kinds, weights = list(self.mix), list(self.mix.values())
         for _ in range(count):
@@ -220,11 +227,11 @@ class World:
 
         Changes: another class, another number, another colour, the opposite relation, exchanged
         colours. Scenes of kinds without GenEval category are skipped, so the stream still has
-        `count` pairs. ValueError if the mixture has no GenEval kind.
+        ``count`` pairs. ValueError if the mixture has no GenEval kind.
         """
         if not any(weight > 0 and KINDS[kind] for kind, weight in self.mix.items()):
             raise ValueError(
-                f"mix: expected at least one kind with a GenEval category, got {self.mix}"
+                f"World(mix=...) must hold a kind with a GenEval category; got {self.mix}."
             )
         world = World(
             {kind: weight for kind, weight in self.mix.items() if KINDS[kind]}, self.plain

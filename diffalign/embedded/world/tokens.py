@@ -1,8 +1,8 @@
 """The tokenizer of the embedded models: byte-level BPE in CLIP's form in which every word of the
 world's grammar is one token.
 
-Other words fall back to bytes, so any prompt can be encoded. `transformers.CLIPTokenizer` loads it
-without our code.
+Other words fall back to bytes, so any prompt can be encoded. ``transformers.CLIPTokenizer`` loads
+it without our code.
 """
 
 from __future__ import annotations
@@ -16,16 +16,6 @@ from transformers import CLIPTokenizer
 
 from diffalign.embedded.world import captions
 from diffalign.embedded.world.vocabulary import COLOURS, NUMBERS, OBJECTS, plural
-
-__all__ = [
-    "LENGTH",
-    "SHIPPED",
-    "build_tokenizer",
-    "encode",
-    "grammar_words",
-    "merges",
-    "tokenizer_in",
-]
 
 LENGTH = 24
 """Tokens of a prompt, start and end included; the grammar needs at most 17."""
@@ -57,24 +47,24 @@ def merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair merges that make each word one symbol: always the most frequent pair, the
     alphabetically first among equals.
 
-    Written out because the trainer of `tokenizers` breaks ties differently in every process
+    Written out because the trainer of ``tokenizers`` breaks ties differently in every process
     (measured), which would renumber all words.
     """
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    found = []
+    pairs = []
     while any(len(piece) > 1 for piece in pieces):
         counts = Counter(pair for piece in pieces for pair in itertools.pairwise(piece))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
-        found.append(best)
+        pairs.append(best)
         for piece in pieces:
             for k in range(len(piece) - 1, 0, -1):
                 if k < len(piece) and (piece[k - 1], piece[k]) == best:
                     piece[k - 1 : k + 1] = ["".join(best)]
-    return found
+    return pairs
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Train the merges on the word list, write the tokenizer to `folder` and return it; the same
+    """Train the merges on the word list, write the tokenizer to ``folder`` and return it; the same
     files every time.
 
     Raises RuntimeError if a grammar word is not one token.
@@ -92,7 +82,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=LENGTH)
     if broken := [word for word in grammar_words() if len(tokenizer(word)["input_ids"]) != 3]:
         raise RuntimeError(
-            f"tokenizer: expected one token for each grammar word; not so for {', '.join(broken)}"
+            f"The tokenizer must have one token for each grammar word; not for {', '.join(broken)}."
         )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -109,7 +99,7 @@ def tokenizer_in(folder: Path) -> CLIPTokenizer:
 
 
 def encode(vocab: dict[str, int], caption: str) -> list[int]:
-    """Token ids of a caption made of grammar words, padded to `LENGTH` with the end token; equals
+    """Token ids of a caption made of grammar words, padded to ``LENGTH`` with the end token; equals
     the tokenizer's own answer."""
     ids = [0, *(vocab[word + "</w>"] for word in captions.words(caption)), 1]
     return ids + [1] * (LENGTH - len(ids))

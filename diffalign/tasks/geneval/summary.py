@@ -10,12 +10,14 @@ from diffalign.tasks.geneval.prompts import TAGS, prompts
 
 @dataclass(frozen=True, slots=True)
 class TagScore:
-    """Of one tag: number of ``images`` and of distinct ``prompts``, share of correct images, share
-    of prompts with any correct image."""
+    """Of one tag."""
 
     images: int
+    # distinct ones
     prompts: int
+    # share of images
     correct_images: float
+    # share of prompts with any correct image
     correct_prompts: float
 
 
@@ -23,19 +25,22 @@ class TagScore:
 class Summary:
     """The official summary, shares in [0, 1].
 
-    ``overall`` is the unweighted mean of the six tags' image accuracies, GenEval's number, and None
-    unless every official prompt has exactly ``images_per_prompt`` results; ``incomplete`` then says
-    what is missing. ``mean_of_tags`` is the same mean over the tags present, whatever they hold,
-    and must not be called GenEval's overall.
+    GenEval's number is ``overall``; ``mean_of_tags`` must not be called so.
     """
 
     tags: dict[str, TagScore]
     images: int
+    # distinct ones
     prompts: int
     correct_images: float
+    # share of prompts with any correct image
     correct_prompts: float
+    # mean of the image accuracies of the tags present, whatever they hold
     mean_of_tags: float
+    # unweighted mean of the six tags' image accuracies; None unless every official prompt has
+    # exactly ``images_per_prompt`` results
     overall: float | None
+    # what is missing for the overall, "" if nothing
     incomplete: str
     images_per_prompt: int
 

@@ -53,37 +53,38 @@ Box = tuple[float, float, float, float]
 class Detection:
     """One detected object, before any threshold.
 
-    ``name`` is one of GenEval's class names; ``score`` in [0, 1]; ``box`` = (x1, y1, x2, y2) in
-    pixels, y downwards, it may leave the image; ``colour`` is the classifier's answer, one of
-    ``COLORS``, or None if it was not asked (only colour clauses need it).
-
-    Raises: TypeError or ValueError for anything else.
+    Raises: TypeError or ValueError for values of another kind.
     """
 
+    # one of GenEval's class names
     name: str
+    # in [0, 1]
     score: float
+    # (x1, y1, x2, y2) in pixels, y downwards; it may leave the image
     box: Box
+    # the classifier's answer, one of ``COLORS``; None if it was not asked (only colour clauses
+    # need it)
     colour: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise TypeError(
-                f"Detection.name must be a class name; got {self.name!r}. Map detector classes by "
-                "index, see class_names()."
+                f"Detection(name=...) must be a class name; got {self.name!r}. Map the classes of "
+                "a detector by index, see class_names()."
             )
         if not 0.0 <= self.score <= 1.0:
             raise ValueError(
-                f"Detection.score must be in [0, 1]; got {self.score!r} for {self.name!r}. Pass a "
-                "probability, not a logit."
+                f"Detection(score=...) must be in [0, 1]; got {self.score!r} for {self.name!r}. "
+                "Pass a probability, not a logit."
             )
         if len(self.box) != 4 or not all(math.isfinite(value) for value in self.box):
             raise ValueError(
-                "Detection.box must be four finite pixel values (x1, y1, x2, y2); got "
+                "Detection(box=...) must be four finite pixel values (x1, y1, x2, y2); got "
                 f"{self.box!r} for {self.name!r}."
             )
         if self.colour is not None and self.colour not in COLORS:
             raise ValueError(
-                f"Detection.colour must be None or one of {', '.join(COLORS)}; got "
+                f"Detection(colour=...) must be None or one of {', '.join(COLORS)}; got "
                 f"{self.colour!r} for {self.name!r}."
             )
 
@@ -93,34 +94,36 @@ class Thresholds:
     """The options of the official evaluator under its own names; the defaults are the official
     values.
 
-    An object is kept if its score is strictly above ``threshold`` (``counting_threshold`` for the
-    tag ``counting``), at most ``max_objects`` per class, boxes of one class overlapping by IoU >=
-    ``max_overlap`` suppressed (1 is off). ``position_threshold`` is the share of the two box sizes
-    by which an offset is shrunk before it counts as a relation.
+    Raises: ValueError for a value out of range.
     """
 
+    # an object is kept if its score is strictly above it
     threshold: float = 0.3
+    # the same for the tag ``counting``
     counting_threshold: float = 0.9
+    # most objects of a class
     max_objects: int = 16
+    # boxes of one class with this intersection over union or more are one object; 1 is off
     max_overlap: float = 1.0
+    # share of the two box sizes by which an offset is shrunk before it counts as a relation
     position_threshold: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("threshold", "counting_threshold", "max_overlap"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"Thresholds.{name} must be in [0, 1]; got {value!r}.")
+                raise ValueError(f"Thresholds({name}=...) must be in [0, 1]; got {value!r}.")
         if (
             isinstance(self.max_objects, bool)
             or not isinstance(self.max_objects, int)
             or self.max_objects < 1
         ):
             raise ValueError(
-                f"Thresholds.max_objects must be an integer >= 1; got {self.max_objects!r}."
+                f"Thresholds(max_objects=...) must be an integer >= 1; got {self.max_objects!r}."
             )
         if not 0.0 <= self.position_threshold < math.inf:
             raise ValueError(
-                "Thresholds.position_threshold must be finite and >= 0; got "
+                "Thresholds(position_threshold=...) must be finite and >= 0; got "
                 f"{self.position_threshold!r}."
             )
 
@@ -130,11 +133,12 @@ OFFICIAL = Thresholds()
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``correct``; ``reason``, one line per failed clause, empty if correct; ``kept``, class ->
-    indices of the detections, best first."""
+    """What GenEval says of one image."""
 
     correct: bool
+    # one line for each failed clause, empty if correct
     reason: str
+    # class -> indices of the detections above the thresholds, best first
     kept: dict[str, list[int]] = field(hash=False)
 
 
@@ -149,13 +153,15 @@ class _Clause:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """How a clause ended: ``failed`` is "" (passed), "count", "color", "target" or "pair"; ``hits``
-    objects of the wanted colour."""
+    """How a clause ended."""
 
     clause: _Clause
-    found: list[Detection]
+    # the objects that it looked at
+    objects: list[Detection]
+    # "" (passed), "count", "color", "target" or "pair"
     failed: str = ""
     reason: str = ""
+    # objects of the colour it asks for
     hits: int = 0
 
 
@@ -287,17 +293,17 @@ def _judge(
 ) -> _Outcome:
     """One include clause: number, then colour, then position. ``exact``: the number must be met
     exactly and all objects are looked at."""
-    found = pool if exact else pool[: clause.count]
+    objects = pool if exact else pool[: clause.count]
     sign, hits = "==" if exact else ">=", 0
-    if len(found) != clause.count:
+    if len(objects) != clause.count:
         return _Outcome(
             clause,
-            found,
+            objects,
             "count",
-            f"expected {clause.name}{sign}{clause.count}, found {len(found)}",
+            f"expected {clause.name}{sign}{clause.count}, found {len(objects)}",
         )
     if clause.color is not None:
-        colours = [object.colour for object in found]
+        colours = [object.colour for object in objects]
         if None in colours:
             raise ValueError(
                 f"The clause '{clause.color} {clause.name}' needs the colour of every "
@@ -306,31 +312,31 @@ def _judge(
             )
         hits = colours.count(clause.color)
         if hits < clause.count:
-            seen = ", ".join(f"{colours.count(c)} {c}" for c in COLORS if c in colours)
+            others = ", ".join(f"{colours.count(c)} {c}" for c in COLORS if c in colours)
             reason = (
                 f"expected {clause.color} {clause.name}{sign}{clause.count}, found {hits} "
-                f"{clause.color}; and {seen}"
+                f"{clause.color}; and {others}"
             )
-            return _Outcome(clause, found, "color", reason, hits)
+            return _Outcome(clause, objects, "color", reason, hits)
     if clause.relation is not None:
         target = earlier[clause.target]
         if target.failed:
             return _Outcome(
                 clause,
-                found,
+                objects,
                 "target",
                 f"no target for {clause.name} to be {clause.relation}",
                 hits,
             )
-        for subject, other in product(found, target.found):
+        for subject, other in product(objects, target.objects):
             true = relations(subject.box, other.box, thresholds.position_threshold)
             if clause.relation not in true:
                 reason = (
                     f"expected {clause.name} {clause.relation} target, found {' and '.join(true)} "
                     "target"
                 )
-                return _Outcome(clause, found, "pair", reason, hits)
-    return _Outcome(clause, found, hits=hits)
+                return _Outcome(clause, objects, "pair", reason, hits)
+    return _Outcome(clause, objects, hits=hits)
 
 
 def _outcomes(
@@ -364,9 +370,9 @@ def verdict(
     outcomes, kept = _outcomes(metadata, detections, thresholds, exact=False)
     reasons = [outcome.reason for outcome in outcomes if outcome.failed]
     for clause in _clauses(metadata, "exclude"):
-        found = len(kept.get(clause.name, []))
-        if found >= clause.count:
-            reasons.append(f"expected {clause.name}<{clause.count}, found {found}")
+        number = len(kept.get(clause.name, []))
+        if number >= clause.count:
+            reasons.append(f"expected {clause.name}<{clause.count}, found {number}")
     return Verdict(not reasons, "\n".join(reasons), kept)
 
 
@@ -403,7 +409,7 @@ def dense_reward(
     terms: list[float] = []
     for outcome in _outcomes(metadata, detections, thresholds, exact=True)[0]:
         clause = outcome.clause
-        terms.append(1 - abs(clause.count - len(outcome.found)) / clause.count)
+        terms.append(1 - abs(clause.count - len(outcome.objects)) / clause.count)
         if outcome.failed == "count":
             terms += [0.0] if clause.color or clause.relation else []
             continue

@@ -1,5 +1,5 @@
 """The latent evaluator: its parts against plain arithmetic, its training repeated to the bit, the
-shipped model, and choices on `emoji`."""
+shipped model, and choices on ``emoji``."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_without_trajectories_the_second_half_says_what_it_needs(pipe) -> None:
     options = parser().parse_args(["--out", "unused", "--from", "0"])
     with pytest.raises(ValueError, match="pass --trajectories FILE"):
         EvaluatorTrainer(options, load("emoji")).ranking()
-    with pytest.raises(ValueError, match="found none"):
+    with pytest.raises(ValueError, match="there is none"):
         Trajectories(
             torch.zeros(1), ("a",), torch.tensor([[True, True]]), torch.zeros(1), (1.0, 2.0)
         ).mixed()
@@ -299,8 +299,15 @@ def test_choices_on_emoji_are_the_best_of_plain_steps(pipe, trained) -> None:
             return {}
 
         with da.apply(pipe, technique) as session:
-            pipe(PROMPTS, num_images_per_prompt=2, num_inference_steps=4, generator=generators, output_type="latent",
-                 callback_on_step_end=keep, **options)  # fmt: skip
+            pipe(
+                PROMPTS,
+                num_images_per_prompt=2,
+                num_inference_steps=4,
+                generator=generators,
+                output_type="latent",
+                callback_on_step_end=keep,
+                **options,
+            )
         return states, session.report()
 
     _, report = call(da.DynamicCFG(1.5, candidates=candidates, evaluators=("emoji-alignment",)))

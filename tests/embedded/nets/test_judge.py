@@ -36,7 +36,7 @@ def one_thread():
 
 
 def at_least(count: int, bar: float) -> int:
-    """Successes of `count` below which a rate of `bar` is refuted at one in ten thousand."""
+    """Successes of ``count`` below which a rate of ``bar`` is refuted at one in ten thousand."""
     return int(binom.ppf(1e-4, count, bar))
 
 
@@ -323,6 +323,7 @@ def test_a_resumed_run_repeats_the_bits(model: str) -> None:
 
 
 def test_the_second_phase_asks_for_its_autoencoder() -> None:
-    trainer = JudgeTrainer(options("emoji-judge", updates=0, vae_updates=1))  # type: ignore[arg-type]
+    run = options("emoji-judge", updates=0, vae_updates=1)
+    trainer = JudgeTrainer(run)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass --vae"):
         trainer.step()

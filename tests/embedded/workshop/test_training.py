@@ -2,6 +2,7 @@
 statistics are what they claim."""
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,18 @@ from transformers import CLIPTokenizer
 
 from diffalign.embedded.load import available, load
 from diffalign.embedded.workshop import score, train_denoiser, train_vae
+from diffalign.embedded.workshop.plot import curves, plot
 from diffalign.embedded.workshop.training import (
+    Course,
     FlatAdam,
     Team,
+    code_hash,
     cosine,
+    latest,
     load_state,
     save_state,
     step_seed,
+    train,
 )
 from diffalign.embedded.world.scenes import DEFAULT_MIX, HELD_OUT, World
 from diffalign.embedded.world.tokens import (
@@ -138,6 +144,101 @@ def test_schedule_by_hand() -> None:
     assert cosine(30, 100, 1.0, warm=10, hold=0.5) == 1.0
     assert cosine(75, 100, 1.0, warm=10, hold=0.5) == pytest.approx(0.51)
     assert cosine(100, 100, 1.0, warm=10, hold=0.5) == pytest.approx(0.02)
+
+
+class Counter:
+    """A run whose loss is the number of the update."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def step(self) -> dict[str, float]:
+        self.done += 1
+        return {"loss": float(self.done)}
+
+    def state(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load(self, state: dict[str, int]) -> None:
+        self.done = state["done"]
+
+
+def records(path: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if "header" not in line]
+
+
+def test_the_loop_logs_saves_and_resumes(tmp_path: Path) -> None:
+    """Updates 1 and 2 have a record each, then every fourth with the mean since the last; states at
+    5, 10 and the end; a resumed run goes on from its state."""
+    run = argparse.Namespace(out=tmp_path, resume=False)
+    course = Course(end=7, samples=3, save=5, window=4, early=2)
+    saved = []
+    first = Counter()
+    train(
+        first, run, {"model": "x"}, course, facts=lambda: saved.append(first.done) or {"rate": 0.5}
+    )
+    assert saved == [1, 2, 4]
+    expected = [(1, 3, 1.0), (2, 6, 2.0), (4, 12, 3.5)]
+    lines = records(tmp_path / "log.jsonl")
+    assert [(r["updates"], r["samples"], r["loss"]) for r in lines] == expected
+    assert list(lines[0]) == ["updates", "samples", "rate", "loss", "seconds"]
+    state = load_state(tmp_path / "state.pt")
+    assert state is not None
+    assert state["trainer"] == {"done": 7}
+    run.resume = True
+    second = Counter()
+    train(second, run, {"model": "x"}, Course(end=9, samples=3, save=5, window=4, early=2))
+    assert second.done == 9
+    assert records(tmp_path / "log.jsonl")[-1]["loss"] == 8.0
+    header = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[4])["header"]
+    assert (header["model"], header["start"]) == ("x", 7)
+
+
+def test_a_new_or_lagging_member_starts_from_the_first_ones_state(tmp_path: Path) -> None:
+    def save(rank: int, done: int) -> None:
+        save_state(tmp_path / f"s-{rank}.pt", {"trainer": {"done": done, "rank": rank}})
+
+    def rank_of(rank: int) -> int | None:
+        state = latest(tmp_path, "s-{rank}.pt", rank)
+        return None if state is None else int(state["trainer"]["rank"])
+
+    assert rank_of(0) is rank_of(1) is None
+    save(0, 8)
+    assert rank_of(1) == 0
+    save(1, 8)
+    assert rank_of(1) == 1
+    save(0, 16)
+    assert rank_of(1) == 0
+    assert rank_of(0) == 0
+
+
+def test_the_code_hash_knows_world_nets_and_workshop(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    whole = Path.read_bytes
+
+    def listen(path: Path) -> bytes:
+        read.append(path.as_posix())
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", listen)
+    assert code_hash() == code_hash()
+    ends = ("world/scenes.py", "nets/judge.py", "workshop/training.py", "world/data/glyphs.png")
+    assert all(any(name.endswith(end) for name in read) for end in ends)
+
+
+def test_a_log_is_drawn(tmp_path: Path) -> None:
+    """Losses by update on a logarithmic axis; early records, zeros and what is no loss are left
+    out."""
+    lines = [{"header": {}}, {"updates": 10, "loss": 9.0}]
+    lines += [
+        {"updates": n, "samples": 1, "seconds": 1.0, "rate": 1.0, "loss": 1 / n, "b": 0}
+        for n in (50, 100)
+    ]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curves(log) == {"loss": [(50, 0.02), (100, 0.01)]}
+    assert plot("emoji", log).size == (900, 480)
 
 
 def test_training_seeds_never_hit_the_held_out_ones() -> None:
@@ -271,7 +372,7 @@ def test_unknown_names_list_the_nearest() -> None:
 
 
 def test_scored_prompts_are_official_and_even() -> None:
-    records = score.chosen(24)
+    records = score.spread_prompts(24)
     assert [record["tag"] for record in records] == [tag for tag in TAGS for _ in range(4)]
     assert {record["prompt"] for record in records} <= {record["prompt"] for record in prompts()}
     assert len({record["prompt"] for record in records}) == 24

@@ -42,10 +42,6 @@ def case_detections(case):
     ]
 
 
-# --- the official answers
-# -------------------------------------------------------------------------------------------------------------
-
-
 def test_all_700_official_answers():
     assert len(ORACLE) == 700
     wrong = []
@@ -99,10 +95,6 @@ def test_official_summary_figures():
     assert total.overall is None
 
 
-# --- relations
-# ------------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
@@ -138,10 +130,6 @@ def test_relations_without_shrinking_and_mirrored():
         assert sorted(opposite[name] for name in relations(a, b)) == list(relations(b, a))
 
 
-# --- keeping
-# --------------------------------------------------------------------------------------------------------------------------
-
-
 def test_threshold_is_strict_and_float32():
     float32 = struct.unpack("f", struct.pack("f", 0.3))[0]
     above = struct.unpack("f", struct.pack("I", struct.unpack("I", struct.pack("f", 0.3))[0] + 1))[
@@ -173,10 +161,6 @@ def test_global_random_state_is_untouched():
     before = random.getstate()
     verdict(geneval.prompts()[0], [seen("bench")])
     assert random.getstate() == before
-
-
-# --- consequences of the rules
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_only_counting_cares_about_extra_objects():
@@ -242,10 +226,6 @@ def test_sixteen_objects_are_the_most():
     assert result.reason == "expected dog>=17, found 16"
 
 
-# --- variants under their own names
-# -----------------------------------------------------------------------------------------------------
-
-
 def test_strict_counts_all_and_ignores_exclude():
     one, two = (
         [seen("dog", colour="red")],
@@ -309,10 +289,6 @@ def test_strict_implies_official_without_exclude():
     assert strict > 100
 
 
-# --- summary
-# --------------------------------------------------------------------------------------------------------------------------
-
-
 def full_run(correct, images=4):
     return [
         geneval.result_line(f"{i:05}/{k}.png", m, [], geneval.Verdict(correct(i, m, k), "", {}))
@@ -373,10 +349,6 @@ def test_result_line_is_the_official_form():
         "a photo of a bench",
         True,
     )
-
-
-# --- prompts and grammar
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_packaged_files_are_the_official_ones():
@@ -503,10 +475,6 @@ def test_parse_prompt_of_positions():
 )
 def test_parse_prompt_refuses_other_text(text):
     assert parse_prompt(text) is None
-
-
-# --- errors and imports
-# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

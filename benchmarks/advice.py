@@ -1,0 +1,118 @@
+"""What a reader can do with a result, in sentences made of its numbers alone."""
+
+from __future__ import annotations
+
+from results import Estimate, Result, Row
+
+# the largest loss of score that counts as none
+TOLERANCE = 0.02
+# share of the evaluations that AdaptiveGuidance must save
+SAVING = 0.25
+
+
+def guidance(row: Row, result: Result) -> str:
+    """Whether a rule is of use on a model like this one."""
+    best: Estimate = row["vs best"]
+    same: Estimate = row["vs CFG at its scale"]
+    saved = 1.0 - row["NFE"] / result.row(result.facts["best"])["NFE"]
+    if best.low > 0.0:
+        return f"Use it: {best.value:+.3f} over the best plain scale."
+    if same.low > 0.0:
+        return (
+            f"Use it where the scale may be too strong: {same.value:+.3f} over plain guidance at "
+            f"the same scale, {best.value:+.3f} against the best plain scale."
+        )
+    if saved >= 0.1 and best.low > -TOLERANCE:
+        return (
+            f"Use it to save {100 * saved:.0f}% of the evaluations; a loss above {TOLERANCE:g} is "
+            "excluded at 95%."
+        )
+    if best.high < 0.0:
+        return f"Leave it off: {best.value:+.3f} against the best plain scale."
+    if saved >= 0.1:
+        return (
+            f"It saves {100 * saved:.0f}%, and may cost up to {-best.low:.3f}: look at your own "
+            "prompts first."
+        )
+    more = f"; it costs {-100 * saved:.0f}% more." if saved < -0.1 else "."
+    return f"No difference from the best plain scale was shown{more}"
+
+
+def adaptive(result: Result) -> str:
+    """What AdaptiveGuidance saves, and whether the loss stays within the tolerance."""
+    facts = result.facts
+    ours, plain, first = (
+        result.row(facts[key], set="evidence") for key in ("ours", "plain", "first")
+    )
+    saved = 1.0 - ours["NFE"] / plain["NFE"]
+    holds = saved >= SAVING and ours["vs CFG"].low > -TOLERANCE
+    share = 100 * (first["NFE"] / result.options["steps"] - 1.0)
+    return (
+        f"AdaptiveGuidance(threshold={facts['threshold']:g}, space={facts['space']!r}): "
+        f"{100 * saved:.0f}% fewer NFE, difference to CFG {ours['vs CFG']:+.3f}; to CFG for the "
+        f"first {share:g}% of the steps {facts['ours vs first']:+.3f}; bar "
+        f"{'held' if holds else 'missed'}"
+    )
+
+
+def dynamic(result: Result) -> str:
+    """What a weight chosen per image and step gains, and what it costs in time."""
+    facts = result.facts
+    parts = []
+    for text, key in (
+        ("latent evaluator", "latent"),
+        ("emoji-clip through the decoder", "decoded"),
+    ):
+        row = result.row(facts[key], set="evidence")
+        ratio = row["processor time / CFG"]
+        parts.append(f"{text} {row['vs CFG']:+.3f} at {ratio:.2f} times the processor time")
+    parts.append(f"latent against decoded {facts['latent vs decoded']:+.3f}")
+    return (
+        f"candidates {tuple(facts['candidates'])} from progress {facts['start']:g} on, chosen on "
+        f"the tuning prompts. On the evidence set, against {facts['plain']}: {'; '.join(parts)}"
+    )
+
+
+def negation(result: Result) -> str:
+    """A sentence for objects and one for colours, about NAG's best way for each."""
+    sentences = []
+    for kind, what in (
+        ("object", "Removes a negated object and keeps the other"),
+        ("colour", "A negated colour"),
+    ):
+        rows = [row for row in result.rows if row["negated"] == kind]
+        ours = _best([row for row in rows if row["method"].startswith("NAG")])
+        best = _best([row for row in rows if "negative" in row["method"]])
+        name = ours["CFG's negative prompt at equal strength"]
+        equal = next(row for row in rows if row["method"] == name)
+        shares = [
+            f"{100 * row['gone and kept'].value:.0f}%" for row in (rows[0], ours, equal, best)
+        ]
+        sentences.append(
+            f"{what} in {shares[1]} at {ours['NFE']:.0f} NFE without guidance ({ours['method']}; "
+            f"nothing: {shares[0]}); CFG's negative prompt: {shares[2]} at equal strength, "
+            f"{shares[3]} at most ({best['method'].removesuffix(' negative')}), both at "
+            f"{best['NFE']:.0f} NFE."
+        )
+    return " ".join(sentences)
+
+
+def _best(rows: list[Row]) -> Row:
+    return max(rows, key=lambda row: row["gone and kept"].value)
+
+
+def pladis(result: Result) -> str:
+    """Whether PLADIS with its default strength is of use beside guidance."""
+    facts = result.facts
+    gain: Estimate = result.row(facts["default"])["vs the same CFG"]
+    verdict = (
+        "Use it" if gain.low > 0.0 else "Leave it off" if gain.high < 0.0 else "No difference shown"
+    )
+    return (
+        f"{verdict} against the same CFG without it (strength {facts['strength']:g}, the default)."
+    )
+
+
+def bar_held(row: Row) -> str:
+    """Whether a technique stays within its bar for time."""
+    return "–" if row["bar"] is None else "yes" if row["ratio"] <= row["bar"] else "no"

@@ -1,0 +1,336 @@
+"""The pages of the results: tables, sentences and plots, made of the stored numbers.
+
+python benchmarks/pages.py [--check] [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import advice
+from PIL import Image
+from results import FOLDER, Estimate, Result, Row, read
+
+from diffalign.drawing.charts import Curve, line_chart, stacked
+
+# columns that say which rows belong together, and are no figures
+HIDDEN = ("scale", "space", "threshold", "n")
+
+
+def cell(value: Any, unit: str = "") -> str:
+    """An estimate to three decimals, another number to four significant digits, nothing a dash."""
+    if isinstance(value, Estimate):
+        return format(value, "+.3f" if unit.startswith("difference") else ".3f")
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "–" if value is None else str(value)
+
+
+def table(rows: Sequence[Row], units: dict[str, str]) -> str:
+    """Rows as a Markdown table."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in HIDDEN]
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    for row in rows:
+        cells = (cell(row.get(key), units.get(key, "")) for key in keys)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page(result: Result, title: str, *paragraphs: str, rows: Sequence[Row] = ()) -> str:
+    """A page: title, paragraphs, table, what the columns mean, and how it was measured."""
+    rows = rows or result.rows
+    columns = {key for row in rows for key in row} - set(HIDDEN)
+    meanings = [f"{k}: {v}" for k, v in result.units.items() if k in columns or "..." in k]
+    if any(isinstance(value, Estimate) for row in rows for value in row.values()):
+        meanings.append("in brackets: 95% bootstrap interval over prompts")
+    where = result.environment
+    made = (
+        f"{where['device']}; torch {where['versions']['torch']}, "
+        f"diffusers {where['versions']['diffusers']}; commit {where['commit']}; "
+        f"`{where['command']}`"
+    )
+    parts = [f"# {title}", *paragraphs, table(rows, result.units), "; ".join(meanings) + ".", made]
+    return "\n\n".join(parts) + "\n"
+
+
+def guidance(result: Result) -> str:
+    facts = result.facts
+    rows = [
+        row | {"advice": advice.guidance(row, result) if row["technique"] else None}
+        for row in result.rows
+    ]
+    title = (
+        f"Guidance on emoji: {facts['prompts']} GenEval prompts x {facts['seeds']} seeds, "
+        f"{facts['comparisons']} comparisons"
+    )
+    text = (
+        f"Best of the CFG sweep: {facts['best']}. Plots: [against cost](guidance-cost.png), "
+        "[against effective scale](guidance-scale.png)."
+    )
+    return page(result, title, text, rows=rows)
+
+
+def adaptive(result: Result) -> str:
+    title = f"AdaptiveGuidance on emoji, {result.options['steps']} steps"
+    return page(result, title, advice.adaptive(result), "![Score against cost](adaptive.png)")
+
+
+def dynamic(result: Result) -> str:
+    title = f"DynamicCFG on emoji, {result.options['steps']} steps"
+    return page(result, title, advice.dynamic(result), "![Weights by step](dynamic.png)")
+
+
+def geneval(result: Result) -> str:
+    facts, options = result.facts, result.options
+    return page(
+        result,
+        f"emoji on GenEval: {facts['prompts']} prompts x {facts['samples']}, CFG "
+        f"{options['scale']:g}, {options['steps']} steps, {facts['seconds per image']:.2f} s per "
+        "image",
+    )
+
+
+def negation(result: Result) -> str:
+    facts = result.facts
+    return page(
+        result,
+        "What was negated is gone, the other object is kept: "
+        f"{facts['object images']} images for objects, {facts['colour images']} for colours; "
+        f"emoji, {result.options['steps']} steps",
+        advice.negation(result),
+        "![Share by effective strength](negation.png)",
+        "![The same noise under four ways](negation-images.png)",
+    )
+
+
+def pladis(result: Result) -> str:
+    facts = result.facts
+    title = f"PLADIS on emoji: {facts['prompts']} GenEval prompts x {facts['seeds']} seeds"
+    text = f"{facts['default']}: {advice.pladis(result)} Best of the CFG sweep: {facts['best']}."
+    return page(result, title, text)
+
+
+def cost(result: Result) -> str:
+    options = result.options
+    return page(
+        result,
+        f"Time on emoji, B = {options['batch']}, {options['steps']} steps, latents only, median of "
+        f"{options['runs']} rounds",
+        rows=[row | {"held": advice.bar_held(row)} for row in result.rows],
+    )
+
+
+def overhead(result: Result) -> str:
+    return page(result, "Session overhead: plain CFG through a session against native CFG")
+
+
+def kernels(result: Result) -> str:
+    options = result.options
+    gpu = options["device"] == "cuda"
+    what = (
+        f"run on a GPU: times in {options['dtype']}"
+        if gpu
+        else f"run on a CPU: ratios in {options['dtype']}"
+    )
+    share = f", 1/{options['share']} of the image tokens" if options["share"] > 1 else ""
+    return page(
+        result,
+        f"Attention kernels, {what}{share}; {'median' if gpu else 'best'} of {options['runs']} "
+        f"runs, seed {options['seed']}",
+    )
+
+
+def plot_guidance(result: Result) -> dict[str, Image.Image]:
+    """Score against effective scale and against cost, with plain CFG as a line."""
+    best = result.facts["best"]
+    plain = [row for row in result.rows if not row["technique"]]
+    sweep = [row for row in plain if "," not in row["method"]]
+    steps = [row for row in plain if row["method"].startswith(f"{best},")] + [result.row(best)]
+    scales, counts = (
+        [row[key] for row in rows] for key, rows in (("scale", sweep), ("NFE", steps))
+    )
+    return {
+        "guidance-scale": _beside(
+            Curve(
+                f"plain CFG, scale {min(scales):g} to {max(scales):g}",
+                sorted((row["effective scale"], row["score"].value) for row in sweep),
+            ),
+            result,
+            "effective scale",
+        ),
+        "guidance-cost": _beside(
+            Curve(
+                f"plain {best}, {min(counts) / 2:g} to {max(counts) / 2:g} steps",
+                sorted((row["NFE"], row["score"].value) for row in steps),
+            ),
+            result,
+            "NFE",
+        ),
+    }
+
+
+def _beside(plain: Curve, result: Result, key: str) -> Image.Image:
+    """Every rule as a named point beside a curve of plain CFG."""
+    rules = [row for row in result.rows if row["technique"]]
+    curves = [plain]
+    for scale in sorted({row["scale"] for row in rules}):
+        group = [row for row in rules if row["scale"] == scale]
+        curves.append(
+            Curve(
+                f"rules at scale {scale:g}",
+                [(row[key], row["score"].value) for row in group],
+                names=[row["method"].removesuffix(f" {scale:g}") for row in group],
+                line=False,
+            )
+        )
+    label = "effective scale" if key == "effective scale" else "NFE per image"
+    return line_chart(
+        curves,
+        title=f"GenEval score against {label}",
+        x_label=label,
+        y_label="score",
+        log="x" if key == "effective scale" else "",
+        size=(1200, 900),
+    )
+
+
+def plot_adaptive(result: Result) -> dict[str, Image.Image]:
+    """Score against cost: every threshold on the tuning prompts, the chosen one on the others."""
+    curves = []
+    for space in ("eps", "x0"):
+        rows = [row for row in result.rows if row["set"] == "tuning" and row["space"] == space]
+        points = sorted((row["NFE"], row["score"].value) for row in rows)
+        curves.append(Curve(f"AG in {space}, tuning", points))
+    for key in ("plain", "ours", "first"):
+        row = result.row(result.facts[key], set="evidence")
+        score = row["score"]
+        curves.append(
+            Curve(
+                f"{row['method']}, evidence",
+                [(row["NFE"], score.value)],
+                low=[score.low],
+                high=[score.high],
+            )
+        )
+    chart = line_chart(
+        curves, title="GenEval verdicts against cost", x_label="NFE per image", y_label="score"
+    )
+    return {"adaptive": chart}
+
+
+def plot_dynamic(result: Result) -> dict[str, Image.Image]:
+    """Weights that the latent evaluator chose, by step."""
+    weights = result.facts["weights"]
+    curves = [
+        Curve(f"weight {weight}", list(enumerate(shares)))
+        for weight, shares in weights["shares"].items()
+    ]
+    curves.append(Curve("mean weight", list(enumerate(weights["mean"])), right=True))
+    chart = line_chart(
+        curves,
+        title=f"Weights chosen by the latent evaluator on emoji, {weights['images']} images",
+        x_label="step (0 is the noisiest)",
+        y_label="share of images",
+        right_label="mean weight",
+    )
+    return {"dynamic": chart}
+
+
+def negation_groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Label -> the rows of one way to negate, for one kind of thing."""
+    nag = [row for row in rows if row["method"].startswith("NAG")]
+    negative = [row for row in rows if "negative" in row["method"]]
+    plain = [row for row in rows if row["method"].startswith("CFG")]
+    return {
+        "NAG, 20 NFE": [row for row in nag if "every" not in row["method"]],
+        "NAG at every step": [row for row in nag if "every" in row["method"]],
+        "negative prompt, 40 NFE": [row for row in negative if "," not in row["method"]],
+        "negative prompt, 20 NFE": [row for row in negative if "," in row["method"]],
+        "CFG with NAG, 40 NFE": [row for row in plain if "NAG" in row["method"]],
+        "CFG, nothing negated": [row for row in plain if len(row["method"].split()) == 2],
+    }
+
+
+def plot_negation(result: Result) -> dict[str, Image.Image]:
+    """Share of images without what was negated, the rest kept, by effective strength: objects
+    above, colours below."""
+    pictures = []
+    for kind, many in (("object", "objects"), ("colour", "colours")):
+        curves = []
+        rows = [row for row in result.rows if row["negated"] == kind]
+        for label, group in negation_groups(rows).items():
+            group = sorted(group, key=lambda row: row["effective strength"])
+            shares = [row["gone and kept"] for row in group]
+            curves.append(
+                Curve(
+                    label,
+                    [(r["effective strength"], s.value) for r, s in zip(group, shares)],
+                    low=[share.low for share in shares],
+                    high=[share.high for share in shares],
+                )
+            )
+        pictures.append(
+            line_chart(
+                curves,
+                title=f"Negated {many}: share of images without it that keep the rest",
+                x_label="effective strength of the negative text (1: none)",
+                y_label="share, 95% interval",
+                log="x",
+            )
+        )
+    return {"negation": stacked(pictures)}
+
+
+PAGES: dict[str, Callable[[Result], str]] = {
+    "guidance": guidance,
+    "adaptive": adaptive,
+    "dynamic": dynamic,
+    "geneval": geneval,
+    "negation": negation,
+    "pladis": pladis,
+    "cost": cost,
+    "overhead": overhead,
+    "kernels_cpu": kernels,
+    "kernels_cuda": kernels,
+}
+PLOTS: dict[str, Callable[[Result], dict[str, Image.Image]]] = {
+    "guidance": plot_guidance,
+    "adaptive": plot_adaptive,
+    "dynamic": plot_dynamic,
+    "negation": plot_negation,
+}
+
+
+def publish(name: str, folder: Path = FOLDER) -> str:
+    """Write the page and the plots of a result beside its numbers; returns the page."""
+    result = read(name, folder)
+    text = PAGES[name](result)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    for plot, picture in PLOTS[name](result).items() if name in PLOTS else ():
+        picture.save(folder / f"{plot}.png", optimize=True)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="results to write; all by default")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail when a page is not its numbers'"
+    )
+    options = parser.parse_args()
+    names = options.names or [name for name in PAGES if (FOLDER / f"{name}.json").exists()]
+    for name in names:
+        if not options.check:
+            publish(name)
+        elif PAGES[name](read(name)) != (FOLDER / f"{name}.md").read_text(encoding="utf-8"):
+            sys.exit(f"{name}.md is not what its numbers say; run python benchmarks/pages.py")
+
+
+if __name__ == "__main__":
+    main()
