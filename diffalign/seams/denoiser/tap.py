@@ -26,6 +26,7 @@ from diffalign.core import (
     UnsupportedModel,
 )
 from diffalign.core.window import Windowed, never_acted
+from diffalign.families import Family
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.branches import OneBatch, way_of
 from diffalign.seams.denoiser.call import PipelineCall, Step, pipeline_call
@@ -56,13 +57,10 @@ class Generation:
 
     def __init__(self, pipe: Any, plan: Plan, meter: Meter, start: Start | None = None) -> None:
         family = plan.family
-        self.pipe, self.family, self.plan, self.meter, self.start = pipe, family, plan, meter, start
+        self.pipe, self.plan, self.meter, self.start = pipe, plan, meter, start
         self.record = Record(plan.resolved)
         self.clock = Clock(pipe.scheduler, family.mix, family.sigma)
-        # the pipeline computes c + k (c - u) or u + s (c - u) with a placeholder scale; k is the
-        # weight of (c - u) that the algebraic answer must undo
-        self.undo_weight = family.placeholder - 1.0 + family.offset
-        self.loop = ClosedLoop(pipe, family, self.clock, self.undo_weight)
+        self.loop = ClosedLoop(pipe, family, self.clock)
         self.evaluator = Evaluator(family, meter)
         self.way = way_of(family.mode, plan.opened, bool(plan.guidances))
         self.parametrisation = space.parametrisation_of(family, pipe.scheduler)
@@ -73,6 +71,11 @@ class Generation:
         self.seen: slice | None = None
         self.step: Step | None = None
         self.cancelled = False
+
+    @property
+    def family(self) -> Family:
+        """What is known of the pipeline."""
+        return self.plan.family
 
     # -- one guided step ---------------------------------------------------------------------------
 
