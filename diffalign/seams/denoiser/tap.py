@@ -148,17 +148,14 @@ class Generation:
         if any(not p.conditioned for p in preds):
             self.record.guided_steps.add(info.index)
         guided, self.states[name] = space.combined(guidance, preds, info, self.states[name])
-        cond, uncond = preds.get(COND), preds.get(UNCOND)
-        if cond is not None and uncond is not None:
-            rows = next(p.rows for p in preds if p == UNCOND)
-            guided = self._with_options(guided, cond, rows)
-            if info.evaluation == 0:
-                self._log(guidance, step, (cond, uncond, guided), rows)
         if self.seen is not None:
-            tokens = next(iter(whole.values())).shape[1]
-            full = guided.new_zeros((len(guided), tokens, *guided.shape[2:]))
-            full[:, self.seen] = guided
-            guided = full
+            guided = self._with_dropped(guidance, step, guided)
+        if COND in whole and UNCOND in whole:
+            rows = next(p.rows for p in whole if p == UNCOND)
+            guided = self._with_options(guided, whole[COND], rows)
+            if info.evaluation == 0:
+                shown = guided if self.seen is None else guided[:, self.seen]
+                self._log(guidance, step, (preds[COND], preds[UNCOND], shown), rows)
         step.guided = guided
         return guided
 
@@ -246,6 +243,22 @@ class Generation:
                 f"guidance was switched on (the denoiser got {call.rows} rows). Is this model "
                 "distilled? Then there is nothing to guide; use NAG."
             )
+
+    def _with_dropped(self, guidance: Guidance[Any], step: Step, guided: Tensor) -> Tensor:
+        """``guided`` beside the tokens that the pipeline drops.
+
+        Those are mixed plainly, because the pipeline's own rescaling counts them.
+        """
+        preds = step.preds
+        plain = next(iter(preds.values()))
+        if COND in preds and UNCOND in preds and len(preds[COND]) == len(preds[UNCOND]):
+            scale = guidance.asked_scale
+            plain = step.info.mix(preds[COND], preds[UNCOND], 1.0 if scale is None else scale)
+        whole = guided.new_zeros((len(guided), *plain.shape[1:]))
+        if len(plain) == len(guided):
+            whole.copy_(plain)
+        whole[:, self.seen] = guided
+        return whole
 
     def _with_options(self, guided: Tensor, cond: Tensor, rows: tuple[int, ...] | None) -> Tensor:
         """``guided`` after the pipeline's own changes (rescale, renorm, cap) to its guided rows."""
