@@ -143,7 +143,7 @@ class Registry(Generic[T]):
         name, _, rest = part.partition(":")
         if not name.strip():
             raise ValueError(
-                f"The text {text!r} names no {self.noun} in one part; write name:key=value+name2. "
+                f"{self.noun.capitalize()} {text!r} has an empty part; write name:key=value+name2. "
                 f"{self.advice}".rstrip()
             )
         options: dict[str, str] = {}
