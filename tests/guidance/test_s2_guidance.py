@@ -74,7 +74,6 @@ def call(pipe, technique, name, variant="", **options):
 
 
 # Formula
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_combine_is_equation_4():
@@ -180,7 +179,6 @@ def test_skip_layer_guidance_is_sd3s_own(dtype):
 
 
 # Off switches
-# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "variant"), PIPELINES.items())
@@ -243,7 +241,6 @@ def test_a_block_that_is_the_identity_and_no_block_at_all():
 
 
 # Masks
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 def resolved(technique, steps=10):
@@ -291,7 +288,6 @@ def test_masks_change_the_image_but_never_its_generator():
 
 
 # Windows and arguments
-# ----------------------------------------------------------------------------------------------------------
 
 
 def guided_steps(technique, count):
@@ -388,7 +384,6 @@ def test_a_list_of_layers_is_one_pass():
 
 
 # With the rest of a pipeline
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_an_exception_in_the_loop_restores_everything():
