@@ -17,7 +17,6 @@ from results import FOLDER, Result, Row, read
 
 import diffalign as da
 from diffalign.cli.techniques import describe
-from diffalign.core.registry import BUILTIN
 
 ROOT = Path(__file__).parents[1]
 RESULTS = FOLDER
@@ -67,7 +66,7 @@ def told(row: Row, sentence: str) -> str:
 
 def row_of(name: str) -> str:
     """The README's row of a technique."""
-    module = BUILTIN[name].partition(":")[0]
+    module = da.techniques()[name].__module__
     source = module.replace(".", "/") + ".py"
     test = f"tests/{Path(source).parent.relative_to('diffalign')}/test_{Path(source).stem}.py"
     test = test if (ROOT / test).is_file() else str(Path(test).parent)
@@ -81,7 +80,7 @@ def render(text: str) -> str:
     """The README with its table written anew."""
     table = (
         "| name | paper | cost | measured on `emoji` | where |\n|---|---|---|---|---|\n"
-        + "".join(row_of(name) + "\n" for name in BUILTIN)
+        + "".join(row_of(name) + "\n" for name in da.techniques())
     )
     if not SECTION.search(text):
         raise ValueError(

@@ -13,7 +13,7 @@ from typer.main import get_command
 
 import diffalign as da
 from diffalign.cli import app
-from diffalign.core.registry import BUILTIN, parse
+from diffalign.core.registry import parse, techniques
 from diffalign.testing.tiny import tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -134,4 +134,4 @@ def test_every_row_names_a_technique():
     names = re.findall(
         r"^\| `([a-z0-9-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M
     )
-    assert set(names) == set(BUILTIN)
+    assert set(names) == set(techniques())
