@@ -261,7 +261,7 @@ def sample(pipe, technique, steps, **more):
     return images, session.report()
 
 
-@pytest.mark.parametrize(("steps", "nfe"), [(20, 25), (50, 63)])
+@pytest.mark.parametrize(("steps", "nfe"), [(20, 25), pytest.param(50, 63, marks=pytest.mark.slow)])
 def test_shipped_policies_are_found_and_cost_what_the_paper_says(emoji, steps, nfe):
     """Half the steps alternate between two evaluations and one, the rest take one: 5 + 20 and 13 +
     50."""
@@ -274,6 +274,7 @@ def test_shipped_policies_are_found_and_cost_what_the_paper_says(emoji, steps, n
     assert policy_at(f"emoji-{steps}").trajectories == 200
 
 
+@pytest.mark.slow
 def test_a_shipped_policy_estimates_and_does_not_only_leave_out(emoji):
     """Nearer to plain guidance than as many guided steps at the start without the estimates, and
     those nearer than none."""

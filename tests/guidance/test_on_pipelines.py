@@ -77,7 +77,13 @@ EQUAL_TO_CONDITIONAL = {
 }
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+QUICK = {"sd", "flux", "sd3", "wan"}
+FAMILY_SAMPLE = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PIPELINES
+]
+
+
+@pytest.fixture(scope="module", params=FAMILY_SAMPLE)
 def pipe(request):
     return tiny_pipeline(PIPELINES[request.param])
 
