@@ -1,70 +1,69 @@
-"""Catalogue, registry and recipes say the same, and every recipe runs."""
+"""Catalogue, registry and recipes say the same, and every recipe runs on the embedded model."""
 
 import re
 import runpy
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 import diffalign as da
-from diffalign.core.registry import techniques
+from diffalign.core.registry import TECHNIQUES, kebab
 from diffalign.testing import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "guidance"
 RECIPES = sorted(FOLDER.glob("*.py"))
-ROW = re.compile(
-    r"^\| \[`([\w-]+)`\]\(([\w.]+)\) \| (.+) \| (.+) \| \[([\w.]+)\]\(([\w./]+)\) \|$", re.M
-)
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+TASK = re.compile(r"^\| [^|]+ \| \[(\w+\.py)\]\(\1\) \| ([^|]+) \|$", re.M)
+ROW = re.compile(r"^\| \[`([\w-]+)`\]\(([\w./]+)\) \| ([^|]+) \|", re.M)
+QUICK = {"save_time", "negative_prompt"}
 
 
 def rows():
-    found = {
-        match[1]: match
-        for match in ROW.finditer((FOLDER / "README.md").read_text(encoding="utf-8"))
-    }
-    assert len(found) == sum(
-        line.startswith("| [`")
-        for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
-    )
-    return found
+    """Name -> target of its link, and paper."""
+    return {name: (target, paper) for name, target, paper in ROW.findall(PAGE)}
 
 
-def guidances():
-    return {name for name, cls in techniques().items() if cls.seam in ("denoiser", "attention")}
+def shown(path):
+    """Classes that a recipe makes, by their names in ``diffalign``."""
+    return set(re.findall(r"da\.([A-Z]\w+)\(", path.read_text(encoding="utf-8")))
 
 
 def test_every_guidance_has_a_row_and_every_row_a_guidance():
-    assert set(rows()) == guidances()
+    listed = {
+        name for name, cls in da.techniques().items() if cls.seam in ("denoiser", "attention")
+    }
+    assert set(rows()) == listed
+    assert len(ROW.findall(PAGE)) == len(listed)
 
 
-def test_every_recipe_has_a_row_and_every_row_a_recipe():
-    assert {match[2] for match in rows().values()} == {path.name for path in RECIPES}
+def test_rows_point_to_the_code_and_name_its_paper():
+    for name, (target, paper) in rows().items():
+        module = da.techniques()[name].__module__
+        path = (FOLDER / target).resolve()
+        assert path == ROOT / Path(*module.split(".")).with_suffix(".py"), name
+        text = path.read_text(encoding="utf-8")
+        assert all(identifier in text for identifier in re.findall(r"\d{4}\.\d{5}", paper)), name
 
 
-def test_rows_point_to_the_code():
-    for name, match in rows().items():
-        module = techniques()[name].__module__
-        assert (FOLDER / match[6]).resolve() == ROOT / Path(*module.split(".")).with_suffix(
-            ".py"
-        ), name
-        identifiers = re.findall(r"\d{4}\.\d{5}", match[3])
-        assert all(
-            identifier
-            in techniques()[name].__doc__ + (FOLDER / match[6]).read_text(encoding="utf-8")
-            for identifier in identifiers
-        )
+def test_every_recipe_has_a_task_and_says_what_it_shows():
+    tasks = dict(TASK.findall(PAGE))
+    assert set(tasks) == {path.name for path in RECIPES}
+    assert 4 <= len(tasks) <= 6
+    for path in RECIPES:
+        assert set(re.findall(r"`(\w+)`", tasks[path.name])) == shown(path), path.name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
 
 
 def test_the_folder_is_not_a_package():
     assert not (FOLDER / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_runs(path, monkeypatch, tmp_path, capsys):
-    """On random weights of the emoji model's kind, which need no files; the technique that the
-    recipe is named after must report."""
+@pytest.fixture
+def models(monkeypatch):
+    """Where the embedded models are not installed, random weights take their place."""
 
     class Brightness:
         differentiable = True
@@ -74,19 +73,27 @@ def test_recipe_runs(path, monkeypatch, tmp_path, capsys):
             assert images.shape[1] == 3
             return images.mean((1, 2, 3))
 
-    def load(name):
-        assert name == "emoji"
+    names = {model.name for model in import_module("diffalign.embedded").available()}
+    if "emoji" not in names:
         pipe = tiny_pipeline("StableDiffusionPipeline", text=True)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        monkeypatch.setattr(da, "load", lambda name: pipe)
+        monkeypatch.setattr(da.rewards, "load", lambda name: Brightness())
 
-    monkeypatch.setattr(da, "load", load)
-    monkeypatch.setattr(da.rewards, "load", lambda name: Brightness())
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.slow) for p in RECIPES],
+    ids=lambda path: path.stem,
+)
+def test_recipe_runs(path, models, monkeypatch, tmp_path, capsys):
+    """It leaves an image named after it, and every technique that it makes reports."""
     monkeypatch.chdir(tmp_path)
     before = torch.get_rng_state()
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
     runpy.run_path(str(path), run_name="__main__")
     assert torch.equal(torch.get_rng_state(), before)
-    said = capsys.readouterr().out
-    assert f"\n{path.stem.replace('_', '-')}(" in said
-    assert "NFE per image" in said
+    printed = capsys.readouterr().out
+    for name in shown(path):
+        assert kebab(name) in TECHNIQUES.names()
+        assert f"\n{kebab(name)}(" in printed
+    assert "NFE per image" in printed
+    assert list(tmp_path.glob(f"{path.stem}*.png"))
