@@ -9,6 +9,7 @@ from diffalign.guidance.cfg_plus_plus import CFGPlusPlus
 from diffalign.guidance.cfg_zero_star import CFGZeroStar
 from diffalign.guidance.dynamic_cfg import DynamicCFG
 from diffalign.guidance.evaluators import DecodedReward, Evaluator
+from diffalign.guidance.fdg import FDG
 from diffalign.guidance.interval_cfg import IntervalCFG
 from diffalign.guidance.linear_ag import LinearAG
 from diffalign.guidance.magnitude_aware import MagnitudeAware
@@ -21,6 +22,7 @@ from diffalign.guidance.tcfg import TCFG
 __all__ = [
     "APG",
     "CFG",
+    "FDG",
     "TCFG",
     "AdaptiveGuidance",
     "BetaCFG",
