@@ -18,7 +18,7 @@ RECIPES = sorted(FOLDER.glob("*.py"))
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 TASK = re.compile(r"^\| [^|]+ \| \[(\w+\.py)\]\(\1\) \| ([^|]+) \|$", re.M)
 ROW = re.compile(r"^\| \[`([\w-]+)`\]\(([\w./]+)\) \| ([^|]+) \|", re.M)
-QUICK = {"save_time", "negative_prompt"}
+QUICK = {"save_time"}
 
 
 def rows():

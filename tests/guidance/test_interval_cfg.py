@@ -94,9 +94,9 @@ def band_grid(lo, hi, top, n):
 
 @pytest.mark.parametrize(("scale", "lo", "hi", "std", "expected"), [
     (3.0, 0.19, 1.61, 0.5, 2.2844),
-    (3.0, 0.19, 1.61, 1.0, 1.9211),
-    (15.0, 0.28, 5.42, 0.5, 11.9978),
-    (15.0, 0.28, 5.42, 1.0, 12.0798),
+    pytest.param(3.0, 0.19, 1.61, 1.0, 1.9211, marks=pytest.mark.slow),
+    pytest.param(15.0, 0.28, 5.42, 0.5, 11.9978, marks=pytest.mark.slow),
+    pytest.param(15.0, 0.28, 5.42, 1.0, 12.0798, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_effective_weight_of_a_band(scale, lo, hi, std, expected):
     top = 80.0

@@ -85,11 +85,16 @@ def pipe():
     return tiny_pipeline(SD, text=True)
 
 
+@pytest.fixture(scope="module")
+def fitted():
+    """A policy of the tiny pipeline, whose weights are the same each time it is made."""
+    return fit_linear_ag(tiny_pipeline(SD, text=True), PROMPTS, scale=3.0, steps=8, batch=4)
+
+
 @pytest.fixture
-def policy(pipe, tmp_path):
-    made = fit_linear_ag(pipe, PROMPTS, scale=3.0, steps=8, batch=4)
-    made.save(tmp_path / "policy")
-    return made, str(tmp_path / "policy")
+def policy(fitted, tmp_path):
+    fitted.save(tmp_path / "policy")
+    return fitted, str(tmp_path / "policy")
 
 
 def call(steps=8, **more):
@@ -261,7 +266,8 @@ def sample(pipe, technique, steps, **more):
     return images, session.report()
 
 
-@pytest.mark.parametrize(("steps", "nfe"), [(20, 25), pytest.param(50, 63, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "nfe"), [(20, 25), (50, 63)])
 def test_shipped_policies_are_found_and_cost_what_the_paper_says(emoji, steps, nfe):
     """Half the steps alternate between two evaluations and one, the rest take one: 5 + 20 and 13 +
     50."""

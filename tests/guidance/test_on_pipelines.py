@@ -77,7 +77,7 @@ EQUAL_TO_CONDITIONAL = {
 }
 
 
-QUICK = {"sd", "flux", "sd3", "wan"}
+QUICK = {"sd", "flux"}
 FAMILY_SAMPLE = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PIPELINES
 ]
