@@ -51,7 +51,6 @@ class _Binding:
             scale=self.scale,
             scale_source="pipeline default",
             steps=steps,
-            batch=0,
         )
 
 
