@@ -20,7 +20,6 @@ from results import FOLDER, Estimate, Result, Row, read
 
 import diffalign as da
 from diffalign.cli.techniques import describe
-from diffalign.core.registry import BUILTIN
 
 ROOT = Path(__file__).parents[1]
 RESULTS = FOLDER
@@ -89,12 +88,12 @@ def _removal() -> str:
 def catalogue() -> str:
     """The table of ``guidance/README.md``: every technique."""
     heads = ["technique", "paper", "cost", "score against best CFG", "NFE", "on `emoji`", "code"]
-    return table(heads, [row_of(name) for name in BUILTIN])
+    return table(heads, [row_of(name) for name in da.techniques()])
 
 
 def row_of(name: str) -> list[str]:
     """The catalogue's row of a technique."""
-    module = BUILTIN[name].partition(":")[0]
+    module = da.techniques()[name].__module__
     source = Path(module.replace(".", "/") + ".py")
     test = Path("tests", source.parent.relative_to("diffalign"), f"test_{source.name}")
     test = test if (ROOT / test).is_file() else test.parent

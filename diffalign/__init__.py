@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from diffalign.core import GuidanceMismatch as GuidanceMismatch
     from diffalign.core import SessionError as SessionError
     from diffalign.core import UnsupportedModel as UnsupportedModel
+    from diffalign.core.registry import register as register
     from diffalign.core.registry import techniques as techniques
     from diffalign.embedded import load as load
     from diffalign.guidance import *  # noqa: F403
@@ -45,7 +46,7 @@ _NAMES = {
         "SessionError",
         "UnsupportedModel",
     ),
-    "diffalign.core.registry": ("techniques",),
+    "diffalign.core.registry": ("register", "techniques"),
     "diffalign.embedded": ("load",),
     "diffalign.seams": (
         "Report",

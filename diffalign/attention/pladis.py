@@ -9,6 +9,7 @@ import torch
 
 from diffalign.core import Tensor, Windowed
 from diffalign.core.checks import check_choice, check_scale
+from diffalign.core.option import check_options
 from diffalign.kernels.pladis import PladisCall, choose, pladis_joint
 from diffalign.seams.attention.base import AttentionTechnique, Site, check_layers, matches
 from diffalign.seams.attention.intercept import put, take
@@ -50,6 +51,7 @@ class PLADIS(Windowed, AttentionTechnique):
             )
         check_choice("PLADIS", "branches", self.branches, ("both", "cond"))
         check_layers("PLADIS", self.layers)
+        check_options(self)
         self.check_window()
 
     @property

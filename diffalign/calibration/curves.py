@@ -9,51 +9,58 @@ needed.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 
-from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel
+from diffalign.core import (
+    CALL,
+    CFG_PASSES,
+    Context,
+    Pass,
+    StepInfo,
+    Tensor,
+    TwoBranches,
+    UnsupportedModel,
+    auto,
+    filled,
+    option,
+)
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
 from diffalign.guidance.adaptive_guidance import agreement
-from diffalign.guidance.base import Guidance
 
 
 @dataclass(frozen=True, slots=True)
-class Recording(Guidance[None]):
-    """Plain CFG that hands each step's ``agreement`` to ``sink(index, cosine [B])``, and None at a
-    solver's second evaluation."""
+class Recording(TwoBranches[None]):
+    """Guides by plain CFG and hands each step's ``agreement`` to ``sink``."""
 
-    scale: float | None
-    space: Literal["eps", "x0"]
-    sink: Callable[[int, Tensor | None], None]
+    scale: float = auto(CALL, "guidance scale")
+    space: Literal["eps", "x0"] = option("eps", "what is compared")
+    sink: Callable[[int, Tensor | None], None] = option(
+        None, "called with the step and a cosine per image, None at a solver's second evaluation"
+    )
 
-    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
-        made, sources = Guidance.resolve(self, context)
-        if made.scale == 1.0:
+    def resolve(self, context: Context) -> Self:
+        technique = filled(self, context)
+        if technique.scale == 1.0:
             raise UnsupportedModel(
                 f"There is nothing to save: {context.pipeline} runs without guidance here. Give a "
                 "scale above 1."
             )
-        return made, sources
+        return technique
 
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
-        return (COND, UNCOND)
+        return CFG_PASSES
 
-    def combine(
-        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
+    def guide(
+        self, cond: Tensor, uncond: Tensor, step: StepInfo, state: None
     ) -> tuple[Tensor, None]:
-        assert self.scale is not None
-        self.sink(
-            step.index,
-            agreement(preds[COND], preds[UNCOND], step, self.space)
-            if step.evaluation == 0
-            else None,
-        )
-        return step.mix(preds[COND], preds[UNCOND], self.scale), None
+        first = step.evaluation == 0
+        self.sink(step.index, agreement(cond, uncond, step, self.space) if first else None)
+        return step.mix(cond, uncond, self.scale), None
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def adaptive_guidance(
 
     target, picture = files_of(options.output)
     check_free(target, picture)
-    request = prepare_measurement(options, Recording(None, space, lambda index, cosine: None))
+    request = prepare_measurement(options, Recording(space=space, sink=lambda index, cosine: None))
     model = request.model
     with checking():
         check_saving(saving, model.steps, int(getattr(model.pipe.scheduler, "order", 1)))

@@ -55,7 +55,7 @@ def linear_ag(
     for path in (facts, weights):
         if path.is_dir():
             raise BadInput(f"--output: {str(path)!r} is a folder.")
-    request = prepare_measurement(options, Trajectories(None, None))
+    request = prepare_measurement(options, Trajectories())
     model = request.model
     try:
         with show.progress(request.calls * model.steps, options.quiet) as bar:

@@ -1,9 +1,7 @@
 """``diffalign techniques``: what can be given to ``--technique``."""
 
-import dataclasses
 import inspect
 import re
-import typing
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +9,7 @@ import typer
 from diffalign.cli import show
 from diffalign.cli.arguments import Json
 from diffalign.cli.problem import BadInput, checking, command
-from diffalign.core.option import options_of, types_of
+from diffalign.core.option import options_of
 
 _NAME = r"[^\W\d_][\w-]*(?:,| and| et al\.)? "
 _PAPER = re.compile(rf"((?![a-z])(?:{_NAME})+\d{{4}}), (arXiv:\d{{4}}\.\d{{4,5}})")
@@ -27,46 +25,18 @@ def paper_of(cls: type) -> str:
     return f"{match[1]}, {match[2]}" if match else ""
 
 
-def type_text(hint: Any) -> str:
-    """An annotation as the command line reads it: "number or none", "eps | x0"."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return " | ".join(map(str, args))
-    if origin is tuple:
-        return f"({', '.join('...' if a is Ellipsis else type_text(a) for a in args)})"
-    if args:
-        return " or ".join(type_text(a) for a in args)
-    names = {float: "number", int: "integer", str: "text", bool: "true | false", type(None): "none"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def default_text(value: Any) -> str:
-    """A default as it is written on the command line."""
-    if isinstance(value, tuple):
-        return f"({','.join(map(default_text, value))})"
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def option_rows(cls: type) -> list[dict[str, str]]:
     """Options of a technique as text: name, type, default ("required" for none), range, meaning."""
-    hints, rows = types_of(cls), []
-    for name, spec in options_of(cls).items():
-        field = next(field for field in dataclasses.fields(cls) if field.name == name)  # type: ignore[arg-type]
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        rows.append(
-            {
-                "name": name.replace("_", "-"),
-                "type": type_text(hints[name]),
-                "default": "required" if default is dataclasses.MISSING else default_text(default),
-                "range": spec.range,
-                "meaning": spec.meaning,
-            }
-        )
-    return rows
+    return [
+        {
+            "name": name.replace("_", "-"),
+            "type": spec.type_text,
+            "default": spec.default_text,
+            "range": spec.range,
+            "meaning": spec.meaning,
+        }
+        for name, spec in options_of(cls).items()
+    ]
 
 
 def describe(name: str, cls: type) -> dict[str, Any]:

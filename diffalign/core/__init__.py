@@ -19,7 +19,7 @@ from diffalign.core.errors import (
     UnsupportedModel,
 )
 from diffalign.core.guidance import Guidance, TwoBranches
-from diffalign.core.option import CALL, auto, option
+from diffalign.core.option import CALL, FLOW, auto, filled, option
 from diffalign.core.reward import Reward
 from diffalign.core.rows import Rows
 from diffalign.core.sampler import Sampler, State
@@ -34,6 +34,7 @@ __all__ = [
     "CALL",
     "CFG_PASSES",
     "COND",
+    "FLOW",
     "UNCOND",
     "Attend",
     "AttentionTechnique",
@@ -62,6 +63,7 @@ __all__ = [
     "UnsupportedModel",
     "Windowed",
     "auto",
+    "filled",
     "linear_mix",
     "option",
 ]

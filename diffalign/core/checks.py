@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
 def check_scale(owner: str, value: float | None, name: str = "scale") -> None:
@@ -36,26 +33,3 @@ def check_choice(owner: str, name: str, value: Any, choices: Collection[str]) ->
         raise ValueError(
             f"{owner}({name}=...) must be one of {', '.join(sorted(choices))}; got {value!r}."
         )
-
-
-def check_shape(x: Tensor, letters: str, **known: int) -> dict[str, int]:
-    """Match ``x.shape`` with e.g.
-
-    ``"B 3 H W"``; digits are fixed sizes, ``known`` binds letters. Returns letter -> size.
-    """
-    parts = letters.split()
-    sizes = dict(known)
-    good = x.ndim == len(parts)
-    for part, size in zip(parts, x.shape):
-        good = good and size == (int(part) if part.isdigit() else sizes.setdefault(part, size))
-    if not good:
-        raise ValueError(
-            f"Expected a tensor of shape [{', '.join(parts)}] with {known or 'any sizes'}; got "
-            f"{list(x.shape)}."
-        )
-    return sizes
-
-
-def rowwise(x: Tensor) -> Tensor:
-    """``[B, ...]`` as ``[B, n]`` in float32: every axis but the rows flattened."""
-    return x.flatten(1).float()

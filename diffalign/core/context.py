@@ -9,7 +9,7 @@ from typing import Any
 from diffalign.core import presets
 from diffalign.core.budget import Meter
 from diffalign.core.identity import model_hash
-from diffalign.core.option import CALL
+from diffalign.core.option import CALL, FLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,9 @@ class Context:
                 else "default of the pipeline"
             )
             return self.scale
+        if source == FLOW:
+            self.sources[name] = f"parametrisation of {self.scheduler}"
+            return self.flow
         technique, _, option = source.partition("/")
         value, self.sources[name] = presets.preset(
             technique, option, self.facts() | options, self.defaults.get(technique, ())

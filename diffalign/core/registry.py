@@ -1,223 +1,218 @@
-"""Techniques by name, for the command line, the app and saved settings. Importing a class never
-needs it.
+"""Things by name: techniques, rewards, methods and more, for the command line, the page and saved
+settings. Importing a class never needs it.
 
-Plugins join by the entry point group ``diffalign.techniques``; each entry loads a technique class.
+A name is that of an exported class in lower case with hyphens. Packages join by an entry point
+group such as ``diffalign.techniques``, notebooks by ``register``.
 """
 
-import dataclasses
-import json
-import math
-import types
-import typing
-from collections.abc import Mapping
-from functools import cache
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from diffalign.core.errors import nearest
+from diffalign.core.option import Option, options_of
+from diffalign.core.technique import Technique
+from diffalign.core.values import converted, plain, split
 
-# name on the command line -> where the class lives; modules are imported when first asked for
-BUILTIN: dict[str, str] = {
-    "cfg": "diffalign.guidance.cfg:CFG",
-    "scheduled-cfg": "diffalign.guidance.scheduled_cfg:ScheduledCFG",
-    "interval-cfg": "diffalign.guidance.interval_cfg:IntervalCFG",
-    "adaptive-guidance": "diffalign.guidance.adaptive_guidance:AdaptiveGuidance",
-    "nag": "diffalign.attention.nag.nag:NAG",
-    "pladis": "diffalign.attention.pladis:PLADIS",
-    "linear-ag": "diffalign.guidance.linear_ag:LinearAG",
-    "dynamic-cfg": "diffalign.guidance.dynamic_cfg:DynamicCFG",
-    "apg": "diffalign.guidance.apg:APG",
-    "cfg-zero-star": "diffalign.guidance.cfg_zero_star:CFGZeroStar",
-    "rescaled-cfg": "diffalign.guidance.rescaled_cfg:RescaledCFG",
-    "tcfg": "diffalign.guidance.tcfg:TCFG",
-    "beta-cfg": "diffalign.guidance.beta_cfg:BetaCFG",
-    "magnitude-aware": "diffalign.guidance.magnitude_aware:MagnitudeAware",
-    "cfg-plus-plus": "diffalign.guidance.cfg_plus_plus:CFGPlusPlus",
-    "s2-guidance": "diffalign.guidance.s2_guidance:S2Guidance",
-    "skip-layer-guidance": "diffalign.guidance.skip_layer_guidance:SkipLayerGuidance",
-}
+T = TypeVar("T")
+Target = str | Callable[..., T]
+"""A class or function, or where it lives as "module:name": imported when it is first asked for."""
 
-# not techniques of their own, so in no list, but named in saved settings
-DOORS: dict[str, str] = {"diffusers-guider": "diffalign.seams.guiders_in:DiffusersGuider"}
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
-@cache
-def plugins() -> dict[str, type]:
-    """Techniques that other packages register; a plugin may not take a built-in name."""
-    found: dict[str, type] = {}
-    for entry in entry_points(group="diffalign.techniques"):
-        if entry.name in BUILTIN:
+def kebab(name: str) -> str:
+    """``"IntervalCFG"`` -> ``"interval-cfg"``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+
+
+class Registry(Generic[T]):
+    """Makers of ``T`` by name, and ``T`` as text, as JSON data and back.
+
+    ``noun``: what it holds, for errors; ``advice``: a sentence that ends "unknown name" errors.
+    ``rooms``: packages whose exports it takes where ``belongs`` says so. ``targets``: further
+    names. ``unlisted``: names that saved settings may hold and no list shows. ``group``: of entry
+    points.
+    """
+
+    def __init__(
+        self,
+        noun: str,
+        group: str,
+        *,
+        rooms: Iterable[str] = (),
+        targets: Mapping[str, Target[T]] | None = None,
+        unlisted: Mapping[str, str] | None = None,
+        belongs: Callable[[Any], bool] = callable,
+        needs: str = "a class or a function",
+        advice: str = "",
+    ) -> None:
+        self.noun, self.group, self.rooms = noun, group, tuple(rooms)
+        self.targets: dict[str, Target[T]] = dict(targets or {})
+        self.unlisted = dict(unlisted or {})
+        self.registered: dict[str, Target[T]] = {}
+        self.belongs, self.needs, self.advice = belongs, needs, advice
+
+    @cached_property
+    def plugins(self) -> dict[str, str]:
+        """What other packages bring, not imported yet; they may not take a name of ours."""
+        entries = {entry.name: entry.value for entry in entry_points(group=self.group)}
+        for name in sorted(entries.keys() & self._ours().keys()):
             raise ValueError(
-                f"The plugin {entry.value!r} registers {entry.name!r}, which is taken; it must "
-                "choose another name."
+                f"The plugin {entries[name]!r} registers the {self.noun} {name!r}, which is taken; "
+                "it must choose another name."
             )
-        found[entry.name] = entry.load()
-    return found
+        return entries
 
+    def _ours(self) -> dict[str, Target[T]]:
+        exports: dict[str, Target[T]] = {}
+        for room in self.rooms:
+            module = import_module(room)
+            for export in module.__all__:
+                value = getattr(module, export)
+                if self.belongs(value):
+                    exports[kebab(export)] = value
+        return exports | self.targets
 
-@cache
-def techniques() -> dict[str, type]:
-    """Every registered technique, plugins included: name -> class."""
-    found: dict[str, type] = {}
-    for name, target in BUILTIN.items():
-        module, _, attribute = target.partition(":")
-        found[name] = getattr(import_module(module), attribute)
-    return found | plugins()
+    def _listed(self) -> dict[str, Target[T]]:
+        return self._ours() | self.plugins | self.registered
 
+    def register(self, name: str, target: Callable[..., T]) -> None:
+        """Give a class of yours a name; a name that you gave before is given anew.
 
-def name_of(technique: object) -> str:
-    """The registered name of a technique, or its class name when it is not registered."""
-    cls = type(technique)
-    target = f"{cls.__module__}:{cls.__qualname__}"
-    named = {known: name for name, known in {**BUILTIN, **DOORS}.items()} | {
-        f"{c.__module__}:{c.__qualname__}": name for name, c in plugins().items()
-    }
-    return named.get(target, cls.__name__)
+        Raises: ValueError for a name that is taken or not in lower case with hyphens, TypeError for
+        a class of another kind.
+        """
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(
+                f"register(name=...) must be in lower case with hyphens, like 'my-{self.noun}'; "
+                f"got {name!r}."
+            )
+        if not self.belongs(target):
+            raise TypeError(f"register({name!r}, ...) takes {self.needs}; got {target!r}.")
+        if name in self._ours() or name in self.plugins or name in self.unlisted:
+            raise ValueError(f"The {self.noun} name {name!r} is taken; choose another.")
+        self.registered[name] = target
 
+    def names(self) -> tuple[str, ...]:
+        """Every name, in alphabetical order."""
+        return tuple(sorted(self._listed()))
 
-def make(name: str, options: Mapping[str, Any]) -> Any:
-    """Build the technique ``name`` from ``options``, values as Python objects or as text; unknown
-    names offer the nearest."""
-    known = techniques()
-    if name in DOORS:
-        module, _, attribute = DOORS[name].partition(":")
-        known = {**known, name: getattr(import_module(module), attribute)}
-    if name not in known:
-        raise ValueError(
-            f"Unknown technique {name!r}. Nearest: {nearest(name, known)}. `diffalign techniques` "
-            "lists all."
-        )
-    cls = known[name]
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in options.items():
-        if key not in fields:
-            raise ValueError(f"{name} has no option {key!r}. Nearest: {nearest(key, fields)}.")
-        values[key] = _convert(value, hints[key], f"{name}:{key}")
-    return cls(**values)
+    def all(self) -> dict[str, Callable[..., T]]:
+        """Name -> class or function, in alphabetical order."""
+        return {name: self.get(name) for name in self.names()}
 
+    def get(self, name: str) -> Callable[..., T]:
+        """The class or function of that name.
 
-def parse(text: str) -> tuple[Any, ...]:
-    """``"name:key=value,key=value+name2"`` -> techniques, in that order."""
-    made = []
-    for part in text.split("+"):
-        name, _, rest = part.strip().partition(":")
+        Raises: ValueError with the nearest names where there is none.
+        """
+        listed = self._listed()
+        target = listed.get(name) or self.unlisted.get(name)
+        if target is None:
+            near = nearest(name, listed)
+            raise ValueError(
+                f"Unknown {self.noun} {name!r}. Nearest: {near}. {self.advice}".rstrip()
+            )
+        return cast("Callable[..., T]", _imported(target) if isinstance(target, str) else target)
+
+    def build(self, name: str, options: Mapping[str, Any]) -> T:
+        """One of them with these options, whose values are Python objects or texts.
+
+        Raises: ValueError for unknown names, with the nearest ones, and for bad values.
+        """
+        cls = self.get(name)
+        known = options_of(cls)
+        values = {}
+        for key, value in options.items():
+            if key not in known:
+                raise ValueError(f"{name} has no option {key!r}. Nearest: {nearest(key, known)}.")
+            values[key] = converted(value, known[key].readable, f"{name}:{key}")
+        return cls(**values)
+
+    def make(self, text: str) -> tuple[T, ...]:
+        """``"name:key=value,key=value+name2"`` -> two of them, in that order."""
+        return tuple(self._part(part.strip(), text) for part in text.split("+"))
+
+    def _part(self, part: str, text: str) -> T:
+        name, _, rest = part.partition(":")
         if not name.strip():
             raise ValueError(
-                f"Technique {text!r} has an empty part; write name:key=value+name2. `diffalign "
-                "methods` lists the names."
+                f"{self.noun.capitalize()} {text!r} has an empty part; write name:key=value+name2. "
+                f"{self.advice}".rstrip()
             )
         options: dict[str, str] = {}
-        for item in filter(None, _split(rest)):
+        for item in filter(None, split(rest)):
             key, equals, value = item.partition("=")
             if not equals:
-                raise ValueError(f"Technique option {item!r} in {text!r} is not key=value.")
+                raise ValueError(f"The {self.noun} option {item!r} in {text!r} is not key=value.")
             options[key.strip().replace("-", "_")] = value.strip()
-        made.append(make(name.strip().lower(), options))
-    return tuple(made)
+        return self.build(name.strip().lower(), options)
+
+    def name_of(self, item: object) -> str:
+        """The name of an object's class, or its class name where it has none here."""
+        cls = type(item)
+        place = f"{cls.__module__}:{cls.__qualname__}"
+        targets = {**self._listed(), **self.unlisted}
+        names = (name for name, target in targets.items() if target is cls or target == place)
+        return next(names, cls.__name__)
+
+    def to_config(self, item: Any) -> dict[str, Any]:
+        """``item`` as JSON data, ``{"name": ..., options}``; ``from_config`` is the inverse."""
+        options = options_of(type(item)).items()
+        saved = {
+            key: _saved(spec, getattr(item, key))
+            for key, spec in options
+            if spec.saved != "omitted"
+        }
+        return {"name": self.name_of(item), **saved}
+
+    def from_config(self, config: Mapping[str, Any]) -> T:
+        """What ``to_config`` wrote down."""
+        options = {key: value for key, value in config.items() if key != "name"}
+        return self.build(config["name"], options)
 
 
-def to_config(technique: Any) -> dict[str, Any]:
-    """A technique as JSON data: ``{"name": ..., fields}``; ``from_config`` is the inverse."""
-    options = {
-        f.name: _saved(f, getattr(technique, f.name))
-        for f in dataclasses.fields(technique)
-        if f.init and getattr(f.metadata.get("option"), "saved", "") != "omitted"
-    }
-    return {"name": name_of(technique), **options}
+def _imported(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
 
 
-def _saved(field: dataclasses.Field[Any], value: Any) -> Any:
-    """An option as JSON data; tensors leave a mark and objects their class name, which the
+def _saved(spec: Option, value: Any) -> Any:
+    """An option as JSON data. Tensors leave a mark and objects their class name, which the
     technique refuses when read back."""
-    if field.metadata.get("objects"):
+    if spec.saved == "objects":
         return [item if isinstance(item, str) else type(item).__name__ for item in value]
-    return (
-        "given as tensors" if value is not None and field.metadata.get("tensors") else plain(value)
-    )
+    return "given as tensors" if value is not None and spec.saved == "tensors" else plain(value)
 
 
-def plain(value: Any) -> Any:
-    """``value`` as strict JSON data: infinity and "not a number" as text, which ``make`` reads
-    back; containers likewise."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _is_technique(value: Any) -> bool:
+    parameters = getattr(value, "__dataclass_params__", None)
+    frozen = parameters is not None and parameters.frozen
+    return isinstance(value, type) and frozen and hasattr(value, "seam")
 
 
-def from_config(config: Mapping[str, Any]) -> Any:
-    return make(config["name"], {key: value for key, value in config.items() if key != "name"})
+TECHNIQUES: Registry[Technique] = Registry(
+    "technique",
+    "diffalign.techniques",
+    rooms=("diffalign.guidance", "diffalign.attention"),
+    unlisted={"diffusers-guider": "diffalign.seams.guiders_in:DiffusersGuider"},
+    belongs=_is_technique,
+    needs="a frozen dataclass that derives from a contract of diffalign.core, such as TwoBranches",
+    advice="`diffalign techniques` lists all.",
+)
+"""The techniques: what ``apply`` takes."""
+
+register = TECHNIQUES.register
+name_of, to_config, from_config = TECHNIQUES.name_of, TECHNIQUES.to_config, TECHNIQUES.from_config
+make, parse = TECHNIQUES.build, TECHNIQUES.make
 
 
-def _split(text: str) -> list[str]:
-    """Split at commas outside brackets and quotes."""
-    parts, depth, quote, start = [], 0, "", 0
-    for i, char in enumerate(text):
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "\"'":
-            quote = char
-        else:
-            depth += (char in "([") - (char in ")]")
-            if char == "," and depth == 0:
-                parts.append(text[start:i])
-                start = i + 1
-    return [*parts, text[start:]]
-
-
-def _items(text: str) -> Any:
-    """``"(1,2)"`` as JSON would read it, ``"(a,b)"`` and ``"a"`` as texts: names need no quotes and
-    one entry no brackets."""
-    try:
-        found = json.loads(text.replace("(", "[").replace(")", "]"))
-    except ValueError:
-        found = [item.strip() for item in _split(text.strip().removeprefix("(").removesuffix(")"))]
-    return found if isinstance(found, list) else [found]
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the annotated type; text is read as the type says, lists become tuples."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (
-            isinstance(value, str) and value.lower() == "none" and type(None) in args
-        ):
-            return None
-        errors = []
-        for option in (a for a in args if a is not type(None)):
-            try:
-                return _convert(value, option, where)
-            except ValueError as error:
-                errors.append(str(error))
-        raise ValueError(errors[0])
-    if origin is typing.Literal:
-        if value in args:
-            return value
-        raise ValueError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}.")
-    if origin is tuple:
-        items = _items(value) if isinstance(value, str) else value
-        inner = args[:1] * len(items) if len(args) == 2 and args[1] is Ellipsis else args
-        if not isinstance(items, list | tuple) or len(inner) != len(items):
-            raise ValueError(f"{where} must be {len(args)} values like (0.2,5.0); got {value!r}.")
-        return tuple(_convert(item, kind, where) for item, kind in zip(items, inner))
-    if hint is str:
-        if isinstance(value, list | tuple):
-            raise ValueError(f"{where} must be a text; got {value!r}.")
-        return value.strip("\"'") if isinstance(value, str) else str(value)
-    if hint is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if str(value).lower() not in known:
-            raise ValueError(f"{where} must be true or false; got {value!r}.")
-        return known[str(value).lower()]
-    if hint in (int, float):
-        try:
-            return hint(value)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{where} must be {'an integer' if hint is int else 'a number'}; got {value!r}."
-            ) from None
-    return value
+def techniques() -> dict[str, type[Technique]]:
+    """Every technique, those of other packages and of yours included: name -> class."""
+    return cast("dict[str, type[Technique]]", TECHNIQUES.all())

@@ -24,6 +24,10 @@ class Technique:
 
     def __post_init__(self) -> None:
         check_options(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError where options contradict each other; each alone is right already."""
 
     @property
     def off(self) -> bool:
@@ -53,8 +57,7 @@ class Technique:
 
         Raises: ``UnsupportedModel`` when it cannot act on this pipeline, scheduler or call.
         """
-        resolved: Self = filled(self, context)
-        return resolved
+        return filled(self, context)
 
     def refuses(self, context: Context) -> str | None:
         """Why it cannot act on this pipeline object, None when it can; asked after ``resolve``."""

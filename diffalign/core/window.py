@@ -1,10 +1,14 @@
 """When a technique acts: a band of noise levels or a part of the steps."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from diffalign.core.errors import warn_once
+from diffalign.core.option import option
 from diffalign.core.types import StepInfo
 
 
@@ -22,17 +26,22 @@ def never_acted(owner: str, levels: Mapping[int, float]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windowed:
-    """Options of techniques that act only for a while. Intervals are half-open.
+    """Options of techniques that act only for a while, as in ``class Mine(Windowed, TwoBranches)``.
 
-    ``sigma=(lo, hi)``: acts while ``lo <= sigma < hi`` (noise levels as in ``StepInfo``).
-    ``start``, ``stop``: fractions of the steps in [0, 1], acts for ``floor(start * S) <= index <
-    floor(stop * S)``. Give one or the other. Where a technique has a default window for the model,
+    A window is a band of noise levels or a part of the steps; intervals are half-open. With
+    ``sigma`` the other two have no say. Where a technique has a default window for the model,
     ``sigma=(0, inf)`` acts at every step.
     """
 
-    sigma: tuple[float, float] | None = None
-    start: float = 0.0
-    stop: float = 1.0
+    sigma: tuple[float, float] | None = option(
+        None, "acts while lo <= noise level < hi, levels as in StepInfo", low=0.0, infinite=True
+    )
+    start: float = option(
+        0.0, "first step that acts, as a fraction of the steps", low=0.0, high=1.0
+    )
+    stop: float = option(
+        1.0, "first step that no longer acts, as a fraction of the steps", low=0.0, high=1.0
+    )
 
     def active(self, step: StepInfo) -> bool:
         """Whether the technique acts at this step."""
@@ -51,25 +60,26 @@ class Windowed:
         first, last = (math.floor(fraction * count + 1e-9) for fraction in (self.start, self.stop))
         return first <= index < last
 
+    def check(self) -> None:
+        """Raise ValueError where options contradict each other; each alone is right already."""
+        self.check_window()
+
     def check_window(self) -> None:
         """Raise ValueError unless the window is one, and not empty."""
         owner = type(self).__name__
-        if self.sigma is not None:
-            if not isinstance(self.sigma, list | tuple):
-                raise TypeError(
-                    f"{owner}(sigma=...) must be two noise levels (lo, hi) or None; got "
-                    f"{self.sigma!r}."
-                )
-            object.__setattr__(self, "sigma", tuple(self.sigma))
-            if (self.start, self.stop) != (0.0, 1.0):
+        if self.sigma is None:
+            if not self.start < self.stop:
                 raise ValueError(
-                    f"{owner} takes sigma=(lo, hi) or start/stop, not both; got "
-                    f"sigma={self.sigma}, {self.start}, {self.stop}."
+                    f"{owner} needs 0 <= start < stop <= 1, as fractions of the steps; got "
+                    f"start={self.start}, stop={self.stop}."
                 )
-            if len(self.sigma) != 2 or not 0.0 <= self.sigma[0] < self.sigma[1]:
-                raise ValueError(f"{owner}(sigma=(lo, hi)) needs 0 <= lo < hi; got {self.sigma}.")
-        elif not 0.0 <= self.start < self.stop <= 1.0:
+            return
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}
+        steps = (self.start, self.stop)
+        if steps not in ((0.0, 1.0), (defaults["start"], defaults["stop"])):
             raise ValueError(
-                f"{owner} needs 0 <= start < stop <= 1, as fractions of the steps; got "
-                f"start={self.start}, stop={self.stop}."
+                f"{owner} takes sigma=(lo, hi) or start/stop, not both; got sigma={self.sigma}, "
+                f"{self.start}, {self.stop}."
             )
+        if not self.sigma[0] < self.sigma[1]:
+            raise ValueError(f"{owner}(sigma=(lo, hi)) needs 0 <= lo < hi; got {self.sigma}.")

@@ -1,8 +1,8 @@
-"""Guidance techniques: one file each. ``base.py`` is the contract, ``cfg.py`` the smallest example."""
+"""Guidance techniques: one file each. ``core/guidance.py`` is the contract, ``cfg.py`` the smallest
+example."""
 
 from diffalign.guidance.adaptive_guidance import AdaptiveGuidance
 from diffalign.guidance.apg import APG
-from diffalign.guidance.base import Guidance
 from diffalign.guidance.beta_cfg import BetaCFG
 from diffalign.guidance.cfg import CFG
 from diffalign.guidance.cfg_plus_plus import CFGPlusPlus
@@ -29,7 +29,6 @@ __all__ = [
     "DecodedReward",
     "DynamicCFG",
     "Evaluator",
-    "Guidance",
     "IntervalCFG",
     "LinearAG",
     "MagnitudeAware",

@@ -1,7 +1,4 @@
-"""Stop guiding each image once its two predictions agree (Castillo et al.
-
-2023, arXiv:2312.12487).
-"""
+"""Stop guiding each image once its two predictions agree."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,17 +7,29 @@ from typing import Any, Literal, Self
 
 import torch
 
-from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel
-from diffalign.core.checks import check_choice, check_scale, rowwise
-from diffalign.core.presets import preset
-from diffalign.guidance.base import Guidance
+from diffalign.core import (
+    CALL,
+    COND,
+    UNCOND,
+    Context,
+    Pass,
+    StepInfo,
+    Tensor,
+    TwoBranches,
+    UnsupportedModel,
+    auto,
+    filled,
+    option,
+)
+from diffalign.guidance.cfg import CFG
+from diffalign.guidance.per_image import rowwise
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveState:
-    """``crossed``: for each image the index of the step at which the cosine reached the threshold,
-    None before."""
+    """When each image latched."""
 
+    # the step at which the image's cosine reached the threshold, None before
     crossed: tuple[int | None, ...]
 
     def select(self, rows: Sequence[int]) -> "AdaptiveState":
@@ -31,7 +40,14 @@ class AdaptiveState:
         """Images that step ``index`` guides: the crossing step is the last one."""
         return tuple(row for row, at in enumerate(self.crossed) if at is None or index <= at)
 
+    def latched(self, rows: Sequence[int], index: int) -> "AdaptiveState":
+        """The state after those images have crossed at step ``index``."""
+        return AdaptiveState(
+            tuple(index if row in rows else at for row, at in enumerate(self.crossed))
+        )
 
+
+@torch.no_grad()
 def agreement(
     cond: Tensor,
     uncond: Tensor,
@@ -49,70 +65,51 @@ def agreement(
 
 
 @dataclass(frozen=True, slots=True)
-class AdaptiveGuidance(Guidance[AdaptiveState]):
-    """CFG until the cosine of the two predictions reaches ``threshold``, the conditional model from
-    the next step on.
+class AdaptiveGuidance(TwoBranches[AdaptiveState]):
+    """Guides each image until its two predictions agree; the conditional model runs from there on.
 
     Castillo et al. 2023, arXiv:2312.12487, section 5: with K guided steps of S an image costs S + K
-    evaluations instead of 2S. ``scale``: 1 is off, None the pipeline's own value. ``threshold``:
-    cosine that latches, in [-1, 1]; above 1 it is plain CFG, None is looked up for the model
-    (``presets.json``, or what ``diffalign calibrate adaptive-guidance`` wrote for yours). A
-    threshold belongs to its ``space``: "eps" compares noise predictions (the paper), "x0" denoised
-    images; None is looked up together with the threshold, and is "eps" beside a threshold of yours.
-    ``min_guided_steps``: no image latches before that many steps (pure noise alone can look like
-    agreement). Each image decides for itself, once per step, over all its values in float32; it
-    never goes back to guidance.
+    evaluations instead of 2S. Two predictions agree when their cosine reaches ``threshold``, over
+    all values of the image in float32. Each image decides for itself, once per step, and never goes
+    back to guidance. ``diffalign calibrate adaptive-guidance`` measures your model's threshold.
     Cost: 2 passes for images still guided, 1 for the others; one device synchronisation per guided
     step.
+    Raises: ``UnsupportedModel`` where the pipeline does not guide and no scale is given.
     """
 
-    scale: float | None = None
+    scale: float = auto(CALL, "1 is off", usual=(1.0, 15.0))
     _: KW_ONLY
-    threshold: float | None = None
-    space: Literal["eps", "x0"] | None = None
-    min_guided_steps: int = 2
-
-    def __post_init__(self) -> None:
-        check_scale("AdaptiveGuidance", self.scale)
-        check_scale("AdaptiveGuidance", self.threshold, "threshold")
-        if self.space is not None:
-            check_choice("AdaptiveGuidance", "space", self.space, ("eps", "x0"))
-        if (
-            isinstance(self.min_guided_steps, bool)
-            or not isinstance(self.min_guided_steps, int)
-            or self.min_guided_steps < 1
-        ):
-            raise ValueError(
-                "AdaptiveGuidance(min_guided_steps=...) must be an integer of at least 1; got "
-                f"{self.min_guided_steps!r}."
-            )
+    space: Literal["eps", "x0"] = auto(
+        "adaptive-guidance/space",
+        "what is compared: noise predictions (eps, as in the paper) or denoised images (x0); eps "
+        "beside a threshold of yours, which belongs to its space",
+    )
+    threshold: float = auto(
+        "adaptive-guidance/threshold",
+        "cosine that ends guidance; above 1 is plain CFG",
+        usual=(0.9, 1.0),
+    )
+    min_guided_steps: int = option(
+        2, "steps before which no image latches: in pure noise alone predictions may agree", low=1
+    )
 
     @property
-    def needs_uncond(self) -> bool:
-        return self.scale != 1.0
+    def cosine_space(self) -> Literal["eps", "x0"]:
+        return self.space or "eps"
 
-    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
-        made, sources = Guidance.resolve(self, context)
-        if self.scale is None and made.scale == 1.0:
+    def resolve(self, context: Context) -> Self:
+        technique = self
+        if self.space is None and self.threshold is not None:
+            technique = dataclasses.replace(self, space="eps")
+            context.sources["space"] = "the threshold is yours"
+        technique = filled(technique, context)
+        if self.scale is None and technique.scale == 1.0:
             raise UnsupportedModel(
                 f"AdaptiveGuidance has nothing to save: {context.pipeline} runs without guidance "
                 "here. Give a scale above 1, "
                 "or leave it out for models whose guidance is distilled."
             )
-        facts = context.facts() | {"scale": made.scale}
-        if made.space is None:
-            space: Any = "eps"
-            source = "the threshold is yours"
-            if made.threshold is None:
-                space, source = preset("adaptive-guidance", "space", facts)
-            made, sources = dataclasses.replace(made, space=space), {**sources, "space": source}
-        if made.threshold is None:
-            value, source = preset("adaptive-guidance", "threshold", {**facts, "space": made.space})
-            made, sources = (
-                dataclasses.replace(made, threshold=value),
-                {**sources, "threshold": source},
-            )
-        return made, sources
+        return technique
 
     def extras(self, state: AdaptiveState) -> dict[str, Any]:
         """``crossed``: for each image the last guided step, None where the threshold was never
@@ -123,40 +120,27 @@ class AdaptiveGuidance(Guidance[AdaptiveState]):
         return AdaptiveState((None,) * batch)
 
     def passes(self, step: StepInfo, state: AdaptiveState) -> tuple[Pass, ...]:
-        guided = state.guided(step.index)
-        if self.scale == 1.0 or not guided:
+        rows = state.guided(step.index)
+        if self.scale == 1.0 or not rows:
             return (COND,)
-        whole = len(guided) == len(state.crossed)
-        return (COND, UNCOND if whole else dataclasses.replace(UNCOND, rows=guided))
+        whole = len(rows) == len(state.crossed)
+        return (COND, UNCOND if whole else dataclasses.replace(UNCOND, rows=rows))
 
     def combine(
         self, preds: Mapping[Pass, Tensor], step: StepInfo, state: AdaptiveState
     ) -> tuple[Tensor, AdaptiveState]:
-        cond, uncond, guided = preds[COND], preds.get(UNCOND), list(state.guided(step.index))
-        if uncond is None or not guided:
+        cond, uncond, rows = preds[COND], preds.get(UNCOND), list(state.guided(step.index))
+        if uncond is None or not rows:
             return cond, state
-        assert self.scale is not None
-        if len(guided) == len(cond):
-            chosen, out = cond, step.mix(cond, uncond, self.scale)
-        else:
-            chosen = cond[guided]
-            mixed = step.mix(chosen, uncond, self.scale)
-            out = cond.to(mixed.dtype, copy=True)
-            out[guided] = mixed
-        if step.evaluation == 0 and step.index + 1 >= self.min_guided_steps:
-            state = self._decide(chosen, uncond, guided, step, state)
-        return out, state
-
-    @torch.no_grad()
-    def _decide(
-        self, cond: Tensor, uncond: Tensor, rows: list[int], step: StepInfo, state: AdaptiveState
-    ) -> AdaptiveState:
-        """Latch the images of ``rows`` whose cosine has reached the threshold."""
-        assert self.threshold is not None
-        if self.threshold > 1.0:
-            return state
-        cosine = agreement(cond, uncond, step, self.space or "eps", rows).tolist()
-        latched = {row for row, value in zip(rows, cosine) if value >= self.threshold}
-        return AdaptiveState(
-            tuple(step.index if row in latched else at for row, at in enumerate(state.crossed))
-        )
+        whole = len(rows) == len(cond)
+        part = cond if whole else cond[rows]
+        guided, _ = CFG(self.scale).guide(part, uncond, step, None)
+        if step.evaluation == 0 and step.index + 1 >= self.min_guided_steps and self.threshold <= 1:
+            cosines = agreement(part, uncond, step, self.cosine_space, rows).tolist()
+            agreeing = [row for row, cosine in zip(rows, cosines) if cosine >= self.threshold]
+            state = state.latched(agreeing, step.index)
+        if whole:
+            return guided, state
+        everyone = cond.to(guided.dtype, copy=True)
+        everyone[rows] = guided
+        return everyone, state

@@ -1,25 +1,23 @@
 """Adaptive projected guidance (Sadat, Hilliges and Weber 2024, arXiv:2410.02416, algorithm 1)."""
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 
-from diffalign.core import COND, UNCOND, Context, Pass, Space, StepInfo, Tensor
-from diffalign.core.checks import check_range, check_scale, rowwise
-from diffalign.core.presets import preset
-from diffalign.guidance.base import Guidance
+from diffalign.core import CALL, Space, StepInfo, Tensor, TwoBranches, auto, option
+from diffalign.guidance.per_image import rowwise
 
 
 @dataclass(frozen=True, slots=True)
 class APGState:
-    """Running difference before step ``index`` (``past``) and after it (``latest``), each ``[B,
-    ...]`` in float32 or None at the start."""
+    """The running difference, as the last step left it."""
 
+    # the last step
     index: int = -1
+    # the running difference before it and after it, [B, ...] in float32 or None at the start
     past: Tensor | None = None
     latest: Tensor | None = None
 
@@ -32,72 +30,46 @@ class APGState:
 
 
 @dataclass(frozen=True, slots=True)
-class APG(Guidance[APGState]):
-    """CFG on denoised images with the part of the update that is parallel to the conditional image
-    weakened (arXiv:2410.02416).
+class APG(TwoBranches[APGState]):
+    """Weakens the part of CFG's update that is parallel to the conditional denoised image.
 
-    ``m <- (cond - uncond) + momentum * m``, capped at norm ``cap``, split along ``cond``; the
-    result is ``cond + (scale - 1) * (orthogonal + eta * parallel)``: high scales without
-    over-saturation. ``scale``: 1 is off, None the pipeline's own value (the paper uses 15 for SDXL,
-    10 for SD 2.1). ``eta``: weight of the parallel part, 1 keeps it. ``cap``: largest norm of an
-    image's difference, ``inf`` for none. ``momentum``: negative values turn against the last steps'
-    direction, 0 is none. ``cap`` and ``momentum`` of None are looked up for the model
-    (``presets.json``). With eta 1, no cap and no momentum it is CFG up to rounding. The momentum is
-    kept before the cap, and a solver's second evaluation of a step starts from the same momentum as
-    its first. Norms are over all values of an image.
+    Sadat, Hilliges and Weber 2024, arXiv:2410.02416, algorithm 1: ``m <- (cond - uncond) + momentum
+    * m``, capped at norm ``cap`` and split along ``cond``; the result is ``cond + (scale - 1) *
+    (orthogonal + eta * parallel)``. High scales then do not over-saturate. With eta 1, no cap and
+    no momentum it is CFG up to rounding. Norms are over all values of an image. The momentum is
+    remembered before the cap, and a solver's second evaluation of a step starts from the same
+    momentum as its first.
     Cost: 2 passes per step and one latent of memory; 1 pass at scale 1.
     """
 
     combine_space: ClassVar[Space] = "x0"
-    scale: float | None = None
+
+    scale: float = auto(
+        CALL, "1 is off; the paper uses 15 for SDXL and 10 for SD 2.1", usual=(1.0, 20.0)
+    )
     _: KW_ONLY
-    eta: float = 0.0
-    cap: float | None = None
-    momentum: float | None = None
-
-    def __post_init__(self) -> None:
-        check_scale("APG", self.scale)
-        check_scale("APG", self.eta, "eta")
-        if self.cap is not None and not self.cap > 0.0:
-            raise ValueError(
-                "APG(cap=...) must be a positive number, inf for no cap, or None for the model's "
-                f"preset; got {self.cap!r}."
-            )
-        if self.momentum is not None:
-            check_range("APG", "momentum", self.momentum, -1.0, 1.0)
-
-    @property
-    def needs_uncond(self) -> bool:
-        return self.scale != 1.0
-
-    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
-        made, sources = Guidance.resolve(self, context)
-        facts = context.facts() | {"scale": made.scale}
-        if made.cap is None:
-            value, sources["cap"] = preset("apg", "cap", facts, context.defaults.get("apg", ()))
-            made = dataclasses.replace(made, cap=math.inf if value == "none" else value)
-        if made.momentum is None:
-            value, sources["momentum"] = preset(
-                "apg", "momentum", facts, context.defaults.get("apg", ())
-            )
-            made = dataclasses.replace(made, momentum=value)
-        return made, sources
+    eta: float = option(0.0, "weight of the parallel part, 1 leaves it as it is", usual=(0.0, 1.0))
+    cap: float = auto(
+        "apg/cap",
+        "largest norm of an image's difference, inf for none",
+        low=0.0,
+        open_low=True,
+        infinite=True,
+        usual=(1.0, 20.0),
+    )
+    momentum: float = auto(
+        "apg/momentum",
+        "share of the last steps' difference, negative turns against it, 0 is none",
+        low=-1.0,
+        high=1.0,
+    )
 
     def init(self, batch: int) -> APGState:
         return APGState()
 
-    def passes(self, step: StepInfo, state: APGState) -> tuple[Pass, ...]:
-        return (COND,) if self.scale == 1.0 else (COND, UNCOND)
-
-    def combine(
-        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: APGState
+    def guide(
+        self, cond: Tensor, uncond: Tensor, step: StepInfo, state: APGState
     ) -> tuple[Tensor, APGState]:
-        cond, uncond = preds[COND], preds.get(UNCOND)
-        if uncond is None:
-            return cond, state
-        assert self.scale is not None
-        assert self.cap is not None
-        assert self.momentum is not None
         past = state.past if state.index == step.index else state.latest
         moved = cond - uncond
         if past is not None and self.momentum != 0.0:

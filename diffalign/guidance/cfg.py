@@ -1,41 +1,54 @@
-"""Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, eq. 6)."""
+"""Classifier-free guidance: the smallest technique, and what techniques with a weight share."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
-from diffalign.core.checks import check_scale
-from diffalign.guidance.base import Guidance
+from diffalign.core import CALL, CFG_PASSES, COND, UNCOND, Pass, StepInfo, Tensor, TwoBranches, auto
+
+
+def passes_at(weight: float) -> tuple[Pass, ...]:
+    """What guidance of this weight needs: one branch where the other has no part in it."""
+    if weight == 1.0:
+        return (COND,)
+    return (UNCOND,) if weight == 0.0 else CFG_PASSES
 
 
 @dataclass(frozen=True, slots=True)
-class CFG(Guidance[None]):
-    """``uncond + scale * (cond - uncond)`` at every step, in the pipeline's own arithmetic:
-    bit-identical to its native guidance.
+class CFG(TwoBranches[None]):
+    """Mixes both predictions at every step: ``uncond + scale * (cond - uncond)``.
 
-    ``scale``: 1 is off (the conditional model), 0 the unconditional model, None the pipeline's own
-    value.
+    Ho and Salimans 2022, arXiv:2207.12598, eq. 6. The arithmetic is the pipeline's own, so the
+    result is bit-identical to its native guidance.
     Cost: 2 passes per step; 1 where ``scale`` is 0 or 1.
     """
 
-    scale: float | None = None
+    scale: float = auto(CALL, "1 is off, 0 the unconditional model", usual=(1.0, 15.0))
 
-    def __post_init__(self) -> None:
-        check_scale("CFG", self.scale)
+    def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
+        return passes_at(self.scale)
+
+    def guide(
+        self, cond: Tensor, uncond: Tensor, step: StepInfo, state: None
+    ) -> tuple[Tensor, None]:
+        return step.mix(cond, uncond, self.scale), None
+
+
+class WeightedCFG(TwoBranches[None]):
+    """Classifier-free guidance whose weight depends on the step; subclasses write ``weight``."""
+
+    __slots__ = ()
 
     @property
     def needs_uncond(self) -> bool:
-        return self.scale != 1.0
+        return True
+
+    def weight(self, step: StepInfo) -> float:
+        """The guidance weight at this step; 1 is the conditional model, 0 the unconditional one."""
+        raise NotImplementedError
 
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
-        if self.scale == 1.0:
-            return (COND,)
-        return (UNCOND,) if self.scale == 0.0 else (COND, UNCOND)
+        return passes_at(self.weight(step))
 
-    def combine(
-        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
+    def guide(
+        self, cond: Tensor, uncond: Tensor, step: StepInfo, state: None
     ) -> tuple[Tensor, None]:
-        if len(preds) == 1:
-            return next(iter(preds.values())), None
-        assert self.scale is not None
-        return step.mix(preds[COND], preds[UNCOND], self.scale), None
+        return step.mix(cond, uncond, self.weight(step)), None

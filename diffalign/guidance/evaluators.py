@@ -5,35 +5,41 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
 from diffalign.core import Context, Meter, Reward, StepInfo, Tensor, UnsupportedModel
-from diffalign.core.errors import nearest
+from diffalign.core.registry import Registry
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """``score(latents [B * K, ...], sigma, rows) -> [B * K]``, higher is better; ``rows[j]`` is the
-    image that latent ``j`` belongs to.
-
-    ``sees``: "x0" for denoised latents (``sigma`` is then the level they were denoised from), or
-    "next" for noisy latents at the next step's noise level ``sigma``, in the denoiser's scaling
-    ``alpha * x0 + s * eps``. An evaluator knows its prompts.
-    """
+    """Scores latents of guidance candidates. An evaluator knows its prompts."""
 
     @property
-    def sees(self) -> Literal["x0", "next"]: ...
-    def score(self, latents: Tensor, sigma: float, rows: Sequence[int]) -> Tensor: ...
+    def sees(self) -> Literal["x0", "next"]:
+        """ "x0" for denoised latents, or "next" for noisy ones as the next step's denoiser gets
+        them: ``alpha * x0 + s * eps``."""
+        ...
+
+    def score(self, latents: Tensor, sigma: float, rows: Sequence[int]) -> Tensor:
+        """Latents [B * K, ...] -> scores [B * K], higher is better.
+
+        ``sigma``: the level they were denoised from, or the next step's. ``rows[j]`` is the image
+        that latent ``j`` belongs to.
+        """
+        ...
 
 
-Factory = Callable[[Context], Evaluator]
-# name -> maker of an evaluator for one call, or where it lives: modules are imported when first
-# asked for. Packages and users add theirs
-EVALUATORS: dict[str, Factory | str] = {
-    "emoji-alignment": "diffalign.embedded.nets.evaluator:alignment"
-}
+EVALUATORS: Registry[Evaluator] = Registry(
+    "evaluator",
+    "diffalign.evaluators",
+    targets={"emoji-alignment": "diffalign.embedded.nets.evaluator:alignment"},
+    advice="Others: reward:NAME for any reward, decoded, or an object with score(latents, sigma, "
+    "rows).",
+)
+"""Functions that make an evaluator for one call, from its ``Context``."""
 REWARD = "reward:"
 
 
@@ -45,22 +51,9 @@ def evaluator_named(name: str, context: Context) -> Evaluator:
     this pipeline.
     """
     if name.startswith(REWARD):
-        reward = _imported("diffalign.rewards:load")(name.removeprefix(REWARD))
+        reward = import_module("diffalign.rewards").load(name.removeprefix(REWARD))
         return DecodedReward(decoder_of(context), reward, context.prompts, context.meter)
-    if name not in EVALUATORS:
-        raise ValueError(
-            f"DynamicCFG knows no evaluator {name!r}. Nearest: {nearest(name, EVALUATORS)}. "
-            "Others: reward:NAME for any reward, decoded, "
-            "or an object with score(latents, sigma, rows)."
-        )
-    maker = EVALUATORS[name]
-    found: Evaluator = (_imported(maker) if isinstance(maker, str) else maker)(context)
-    return found
-
-
-def _imported(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)
+    return EVALUATORS.get(name)(context)
 
 
 def decoder_of(context: Context) -> Callable[[Tensor], Tensor]:
@@ -82,8 +75,8 @@ def decoder_of(context: Context) -> Callable[[Tensor], Tensor]:
                 f"reward:NAME decodes latents [B, C, H, W]; those of {context.pipeline} have "
                 f"shape {list(latents.shape)}."
             )
-        made: Tensor = vae.decode((latents / scaling + shift).to(vae.dtype), return_dict=False)[0]
-        return (made.float() / 2 + 0.5).clamp(0, 1)
+        images: Tensor = vae.decode((latents / scaling + shift).to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
 
     return decode
 

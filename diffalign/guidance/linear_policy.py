@@ -21,26 +21,30 @@ Mode = Literal["guided", "estimated", "conditional"]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a policy was fitted on; it means nothing anywhere else. ``shape``: of one prediction,
-    ``model``: hash of the denoiser."""
+    """What a policy was fitted on; it means nothing anywhere else."""
 
+    # hash of the denoiser
     model: str
+    # class name
     scheduler: str
     steps: int
     scale: float
+    # of one image's prediction
     shape: tuple[int, ...]
     negative_prompt: str
 
-    def check(self, found: Identity, owner: str) -> None:
+    def check(self, here: Identity, owner: str) -> None:
         """Raise ``UnsupportedModel`` naming both identities where they differ."""
-        wrong = [f.name for f in fields(self) if getattr(self, f.name) != getattr(found, f.name)]
-        if wrong:
-            said = ", ".join(
-                f"{n}: fitted {getattr(self, n)!r}, here {getattr(found, n)!r}" for n in wrong
-            )
+        pairs = [(f.name, getattr(self, f.name), getattr(here, f.name)) for f in fields(self)]
+        differences = [
+            f"{name}: fitted {fitted!r}, here {value!r}"
+            for name, fitted, value in pairs
+            if fitted != value
+        ]
+        if differences:
             raise UnsupportedModel(
-                f"{owner} was fitted for another setting ({said}). Fit one for this one: "
-                "diffalign fit linear-ag."
+                f"{owner} was fitted for another setting ({', '.join(differences)}). Fit one for "
+                "this one: diffalign fit linear-ag."
             )
 
 
@@ -73,19 +77,18 @@ def default_plan(steps: int) -> tuple[Mode, ...]:
 
 @dataclass(frozen=True, slots=True)
 class LinearPolicy:
-    """``plan``: one mode per step. ``coefficients``: for each estimated step i, weights of
-    e_c(0..i) then e_n(0..i-1), noise predictions.
-
-    ``r2``: share of the variance of e_n that the estimate explains, per estimated step; ``gain``:
-    share of ``|e_n - e_c|^2``, the part that plain conditional sampling would miss. Both on the
-    fitted trajectories. ``trajectories``: how many.
-    """
+    """Which steps estimate the unconditional noise prediction e_n, and from what."""
 
     identity: Identity
+    # one mode per step
     plan: tuple[Mode, ...]
+    # estimated step i -> weights of e_c(0..i), then of e_n(0..i-1)
     coefficients: dict[int, Tensor]
+    # estimated step -> share of the variance of e_n that the estimate explains
     r2: dict[int, float]
+    # estimated step -> share of |e_n - e_c|^2, what plain conditional sampling would miss
     gain: dict[int, float]
+    # on how many it was fitted
     trajectories: int
 
     def facts(self) -> dict[str, Any]:
@@ -149,6 +152,7 @@ def policy_at(path: str) -> LinearPolicy:
 
 def files_of(path: str | Path) -> tuple[Path, Path]:
     """The two files of a policy, whose ``path`` may be given with either suffix or without."""
-    given = Path(path)
-    base = given.with_suffix("") if given.suffix in (".json", ".safetensors") else given
+    base = Path(path)
+    if base.suffix in (".json", ".safetensors"):
+        base = base.with_suffix("")
     return base.with_name(base.name + ".json"), base.with_name(base.name + ".safetensors")

@@ -1,63 +1,64 @@
-"""S2-Guidance: away from a random sub-network of the same model (Chen et al. 2025,
-arXiv:2508.12880)."""
+"""S2-Guidance: away from a random sub-network of the same model."""
 
-import dataclasses
 import random
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import KW_ONLY, dataclass
+from typing import Self
 
-from diffalign.core import Context, UnsupportedModel
+from diffalign.core import Context, UnsupportedModel, option
 from diffalign.guidance.skipping import SkippedBlocks
 
 
 @dataclass(frozen=True, slots=True)
 class S2Guidance(SkippedBlocks):
-    """CFG plus ``omega * (cond - skipped)``, where ``skipped`` is the conditional model without
-    ``n_drop`` blocks drawn afresh each step.
+    """Adds ``omega * (cond - skipped)`` to CFG, ``skipped`` without blocks that each step draws.
 
     Chen et al. 2025, arXiv:2508.12880, eq. 4 (the appendix, eq. 20, loses a term: its weights sum
-    to 1 - omega). ``scale``: 1 is off for the CFG part, None the pipeline's own value. ``omega``: 0
-    is off; 0.25 in every setting of the paper. ``n_drop``: blocks per step; 1 was best of 0 to 4 on
-    the 24 blocks of SD3.5 (table 4), though the text says about 10%. The window is the central 80%
-    of the steps, as ``start``, ``stop``, or ``sigma=(lo, hi)`` instead. ``blocks``: names,
-    positions or patterns to draw from; None is all but the first, the last and those that drop a
-    stream (the paper excludes "critical" blocks without naming them). ``seed``: of the draw, which
-    never touches the image's generator; equal seeds give equal blocks at each step index, for all
-    images of the batch.
+    to 1 - omega). The default window is the central 80% of the steps. The draw never touches the
+    image's generator; equal seeds give equal blocks at each step index, for all images of the
+    batch.
+    Differs from the paper: it excludes "critical" blocks without naming them; here the first block,
+    the last and those that drop a stream are left in.
     Cost: 3 passes per step inside the window, 2 outside; 2 and 1 at ``scale`` 1.
+    Raises: ``UnsupportedModel`` on models whose blocks are not known.
     """
 
-    push_name: ClassVar[str] = "omega"
-    omega: float = dataclasses.field(default=0.25, kw_only=True)
-    n_drop: int = dataclasses.field(default=1, kw_only=True)
-    seed: int = dataclasses.field(default=0, kw_only=True)
-    blocks: tuple[int | str, ...] | None = dataclasses.field(default=None, kw_only=True)
-    start: float = dataclasses.field(default=0.1, kw_only=True)
-    stop: float = dataclasses.field(default=0.9, kw_only=True)
+    _: KW_ONLY
+    omega: float = option(
+        0.25, "weight of the skipped pass; 0 is off, 0.25 in the paper", usual=(0.0, 1.0)
+    )
+    n_drop: int = option(
+        1,
+        "blocks per step; 1 was best of 0 to 4 on SD3.5 (table 4), though the text says about 10%",
+        low=0,
+        usual=(0, 8),
+    )
+    seed: int = option(0, "seed of the draw")
+    blocks: tuple[int | str, ...] | None = option(
+        None, "names, positions or patterns to draw from; none is all but the edges", nonempty=True
+    )
+    start: float = option(
+        0.1, "first step that acts, as a fraction of the steps", low=0.0, high=1.0
+    )
+    stop: float = option(
+        0.9, "first step that no longer acts, as a fraction of the steps", low=0.0, high=1.0
+    )
 
-    def __post_init__(self) -> None:
-        if isinstance(self.n_drop, bool) or not isinstance(self.n_drop, int) or self.n_drop < 0:
-            raise ValueError(
-                f"S2Guidance(n_drop=...) must be an integer of at least 0; got {self.n_drop!r}."
-            )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"S2Guidance(seed=...) must be an integer; got {self.seed!r}.")
-        if self.blocks is not None and not self.blocks:
-            raise ValueError("S2Guidance(blocks=...) must name at least one block; got ().")
-        SkippedBlocks.__post_init__(self)
+    @property
+    def push(self) -> float:
+        return self.omega
 
-    def chosen(self, index: int) -> tuple[str, ...]:
+    def blocks_at(self, index: int) -> tuple[str, ...]:
         """``n_drop`` distinct blocks, uniformly: a function of the seed and the step alone, so that
         a resumed run draws the same."""
         rng = random.Random(f"{self.seed}/{index}")
         order = sorted(range(len(self.names)), key=lambda _: rng.random())
         return tuple(self.names[i] for i in sorted(order[: self.n_drop]))
 
-    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
-        made, sources = self.with_names(context, "blocks", self.blocks)
-        if self.n_drop > len(made.names):
+    def resolve(self, context: Context) -> Self:
+        resolved = self.with_names(context, "blocks", self.blocks)
+        if self.n_drop > len(resolved.names):
             raise UnsupportedModel(
-                f"S2Guidance(n_drop={self.n_drop}): only {len(made.names)} blocks may be skipped: "
-                f"{', '.join(made.names)}."
+                f"S2Guidance(n_drop={self.n_drop}): only {len(resolved.names)} blocks may be "
+                f"skipped: {', '.join(resolved.names)}."
             )
-        return made, sources
+        return resolved

@@ -1,15 +1,13 @@
-"""Guidance weight as a function of progress (Wang et al. 2024, arXiv:2404.13040)."""
+"""Guidance weight as a function of progress."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from typing import Literal
 
-from diffalign.core import COND, UNCOND, Pass, StepInfo, Tensor
-from diffalign.core.checks import check_choice, check_scale
-from diffalign.guidance.base import Guidance
-from diffalign.guidance.cfg import CFG
+from diffalign.core import CALL, StepInfo, auto, option
+from diffalign.guidance.cfg import WeightedCFG
 
 Shape = Literal[
     "constant", "linear", "cosine", "inverse-linear", "sine", "v", "lambda", "interval", "pcs"
@@ -61,50 +59,52 @@ def table(
 
 
 @dataclass(frozen=True, slots=True)
-class ScheduledCFG(Guidance[None]):
-    """Classifier-free guidance whose weight follows ``shape`` over the steps (Wang et al. 2024,
-    arXiv:2404.13040, section 4).
+class ScheduledCFG(WeightedCFG):
+    """Lets the guidance weight follow ``shape`` over the steps.
 
-    ``scale``: the mean weight; 1 is off, None the pipeline's own value. The paper's omega (``cond +
-    omega (cond - uncond)``) is scale - 1. ``shape``: "linear" and "cosine" increase from 0 to twice
-    the mean, "inverse-linear" and "sine" decrease, "v" and "lambda" have their dip or peak in the
-    middle, "interval" acts in ``band``, "pcs" is ``(1 - cos(pi u^power)) / 2`` with mean 0.5 at
-    power 1. ``power``: of pcs, > 0. ``band``: [a, b) of progress for "interval"; a band that ends
-    at 1 includes the last step. ``ramp``: "excess" scales ``scale - 1``, so that 0 is the
-    conditional model (the paper); "total" scales ``scale`` itself, so that 0 is the unconditional
-    model. ``normalise``: divide by the mean over the steps, so that the mean weight is exact on a
-    finite grid. ``clamp``: lowest weight, in units of ``scale`` (the paper's constant plus 1);
-    raises the mean, which is not renormalised.
+    Wang et al. 2024, arXiv:2404.13040, section 4. The paper's omega (``cond + omega (cond -
+    uncond)``) is scale - 1. "linear" and "cosine" increase from 0 to twice the mean,
+    "inverse-linear" and "sine" decrease, "v" and "lambda" have their dip or peak in the middle,
+    "interval" acts in ``band``, "pcs" is ``(1 - cos(pi u^power)) / 2`` with mean 0.5 at power 1. A
+    ramp of "excess" scales ``scale - 1``, so that 0 is the conditional model (the paper); "total"
+    scales ``scale`` itself, so that 0 is the unconditional model.
     Cost: 2 passes per step; 1 where the weight is exactly 0 or 1 (linear and cosine: the first
     step).
+    Raises: ValueError where ``normalise`` meets a shape without weight on any step.
     """
 
-    scale: float | None = None
+    scale: float = auto(CALL, "the mean weight; 1 is off", usual=(1.0, 15.0))
     _: KW_ONLY
-    shape: Shape = "linear"
-    power: float = 1.0
-    band: tuple[float, float] = (0.0, 1.0)
-    ramp: Literal["excess", "total"] = "excess"
-    normalise: bool = False
-    clamp: float | None = None
+    shape: Shape = option("linear", "the weight over the steps")
+    power: float = option(
+        1.0, "exponent of progress in pcs", low=0.0, open_low=True, usual=(0.1, 4.0)
+    )
+    band: tuple[float, float] = option(
+        (0.0, 1.0),
+        "part [a, b) of progress where interval acts; b = 1 includes the last step",
+        low=0.0,
+        high=1.0,
+    )
+    ramp: Literal["excess", "total"] = option(
+        "excess", "what the shape scales: the scale minus 1, or the scale itself"
+    )
+    normalise: bool = option(
+        False, "divide by the mean over the steps, so that the mean weight is exact"
+    )
+    clamp: float | None = option(
+        None,
+        "lowest weight, in units of scale (the paper's constant plus 1); raises the mean",
+        usual=(0.0, 5.0),
+    )
 
-    def __post_init__(self) -> None:
-        check_scale("ScheduledCFG", self.scale)
-        check_scale("ScheduledCFG", self.clamp, "clamp")
-        check_choice("ScheduledCFG", "shape", self.shape, NAMES)
-        check_choice("ScheduledCFG", "ramp", self.ramp, ("excess", "total"))
-        if not (math.isfinite(self.power) and self.power > 0.0):
-            raise ValueError(
-                f"ScheduledCFG(power=...) must be a positive number; got {self.power!r}."
-            )
-        if len(self.band) != 2 or not 0.0 <= self.band[0] < self.band[1] <= 1.0:
+    def check(self) -> None:
+        if not self.band[0] < self.band[1]:
             raise ValueError(
                 f"ScheduledCFG(band=(a, b)) needs 0 <= a < b <= 1, as progress; got {self.band!r}."
             )
 
     def weights(self, count: int) -> tuple[float, ...]:
         """The guidance weight of each of ``count`` steps; needs a resolved ``scale``."""
-        assert self.scale is not None
         shares = table(self.shape, count, self.power, self.band, self.normalise)
         # scale * f + (1 - f) rather than 1 + (scale - 1) * f: exact at f = 0 and at f = 1
         weights = [
@@ -112,12 +112,5 @@ class ScheduledCFG(Guidance[None]):
         ]
         return tuple(weights if self.clamp is None else [max(self.clamp, w) for w in weights])
 
-    def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
-        return CFG(self.weights(step.count)[step.index]).passes(step, None)
-
-    def combine(
-        self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
-    ) -> tuple[Tensor, None]:
-        if len(preds) == 1:
-            return next(iter(preds.values())), None
-        return step.mix(preds[COND], preds[UNCOND], self.weights(step.count)[step.index]), None
+    def weight(self, step: StepInfo) -> float:
+        return self.weights(step.count)[step.index]

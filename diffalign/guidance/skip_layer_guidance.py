@@ -2,67 +2,75 @@
 SD3.5 medium)."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import KW_ONLY, dataclass
+from typing import Self
 
-from diffalign.core import Context, UnsupportedModel
+from diffalign.core import Context, UnsupportedModel, option
 from diffalign.guidance.skipping import SkippedBlocks
 from diffalign.seams.blocks.sites import select
 
 
 @dataclass(frozen=True, slots=True)
 class SkipLayerGuidance(SkippedBlocks):
-    """CFG plus ``slg_scale * (cond - skipped)``, where ``skipped`` is the conditional model without
-    the blocks ``layers``.
+    """Adds ``slg_scale * (cond - skipped)`` to CFG, ``skipped`` without the blocks ``layers``.
 
     The rule that Stability AI released with SD3.5 medium and diffusers' SD3 pipeline implements;
-    compare spatiotemporal skip guidance (Hyung et al. 2024, arXiv:2411.18664). ``scale``: 1 is off
-    for the CFG part, None the pipeline's own value. ``slg_scale``: 0 is off; 2.8, with ``start``
-    0.01 and ``stop`` 0.2, is what diffusers takes for SD3.5 medium. ``layers``: positions of blocks
-    from 0 in the order in which they run (both stacks of Flux count as one), names, or patterns
-    with ``*``; None is (7, 8, 9) on SD3.5 medium and an error elsewhere, since no other model has
-    published layers. Differs from diffusers: its SD3 pipeline acts for ``start * S < index < stop *
-    S``, so never at step 0; here ``start`` 0 means step 0.
+    compare spatiotemporal skip guidance (Hyung et al. 2024, arXiv:2411.18664).
+    Differs from diffusers: its SD3 pipeline acts for ``start * S < index < stop * S``, so never at
+    step 0; here ``start`` 0 means step 0.
     Cost: 3 passes per step inside the window, 2 outside; 2 and 1 at ``scale`` 1.
+    Raises: ``UnsupportedModel`` on models whose blocks are not known, and without ``layers`` on
+    models other than SD3.5 medium, since no other has published ones.
     """
 
-    push_name: ClassVar[str] = "slg_scale"
-    layers: tuple[int | str, ...] | None = dataclasses.field(default=None, kw_only=True)
-    slg_scale: float = dataclasses.field(default=2.8, kw_only=True)
-    start: float = dataclasses.field(default=0.01, kw_only=True)
-    stop: float = dataclasses.field(default=0.2, kw_only=True)
+    _: KW_ONLY
+    layers: tuple[int | str, ...] | None = option(
+        None,
+        "positions of blocks from 0 in the order in which they run (both stacks of Flux count as "
+        "one), names, or patterns with *; none is (7, 8, 9) on SD3.5 medium",
+        nonempty=True,
+    )
+    slg_scale: float = option(
+        2.8,
+        "weight of the skipped pass; 0 is off, 2.8 is what diffusers takes for SD3.5 medium",
+        usual=(0.0, 5.0),
+    )
+    start: float = option(
+        0.01, "first step that acts, as a fraction of the steps", low=0.0, high=1.0
+    )
+    stop: float = option(
+        0.2, "first step that no longer acts, as a fraction of the steps", low=0.0, high=1.0
+    )
 
-    def __post_init__(self) -> None:
-        if self.layers is not None and not self.layers:
-            raise ValueError("SkipLayerGuidance(layers=...) must name at least one block; got ().")
-        SkippedBlocks.__post_init__(self)
+    @property
+    def push(self) -> float:
+        return self.slg_scale
 
-    def chosen(self, index: int) -> tuple[str, ...]:
+    def blocks_at(self, index: int) -> tuple[str, ...]:
         return self.names
 
-    def resolve(self, context: Context) -> tuple[Self, dict[str, str]]:
-        layers, source = self.layers, ""
-        if layers is None:
-            if context.module is not None:
-                select(
-                    "SkipLayerGuidance", "layers", context.module, ("*",)
-                )  # where no block can be skipped, no layers would help
-            config = getattr(context.module, "config", {})
-            try:
-                layers = context.look_up(
-                    "layers",
-                    "skip-layer-guidance/layers",
-                    num_layers=config.get("num_layers"),
-                    dual_attention=bool(config.get("dual_attention_layers")),
-                )
-                source = context.sources["layers"]
-            except LookupError:
-                raise UnsupportedModel(
-                    "SkipLayerGuidance needs layers=... for this model: only SD3.5 medium has "
-                    "published ones. "
-                    "Try one block from the first third, or S2Guidance, which draws its blocks."
-                ) from None
-        made, sources = dataclasses.replace(self, layers=layers).with_names(
-            context, "layers", layers
-        )
-        return made, {**sources, "layers": source}
+    def resolve(self, context: Context) -> Self:
+        technique = self
+        if self.layers is None:
+            technique = dataclasses.replace(self, layers=_published_layers(context))
+        return technique.with_names(context, "layers", technique.layers)
+
+
+def _published_layers(context: Context) -> tuple[int | str, ...]:
+    """The layers that were published for this model."""
+    if context.module is not None:
+        # where no block can be skipped, no layers would help
+        select("SkipLayerGuidance", "layers", context.module, ("*",))
+    config = getattr(context.module, "config", {})
+    facts = {
+        "num_layers": config.get("num_layers"),
+        "dual_attention": bool(config.get("dual_attention_layers")),
+    }
+    try:
+        return tuple(context.look_up("layers", "skip-layer-guidance/layers", **facts))
+    except LookupError:
+        raise UnsupportedModel(
+            "SkipLayerGuidance needs layers=... for this model: only SD3.5 medium has "
+            "published ones. "
+            "Try one block from the first third, or S2Guidance, which draws its blocks."
+        ) from None

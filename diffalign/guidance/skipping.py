@@ -3,106 +3,96 @@ of its blocks."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
-from diffalign.core import COND, UNCOND, Context, Pass, StepInfo, Tensor, UnsupportedModel, Windowed
-from diffalign.core.checks import check_range, check_scale
-from diffalign.guidance.base import Guidance
-from diffalign.guidance.cfg import CFG
+from diffalign.core import (
+    CALL,
+    CFG_PASSES,
+    COND,
+    Context,
+    Pass,
+    StepInfo,
+    Tensor,
+    TwoBranches,
+    UnsupportedModel,
+    Windowed,
+    auto,
+    filled,
+)
+from diffalign.core.option import completed, derived
+from diffalign.guidance.cfg import passes_at
 from diffalign.seams.blocks.sites import select
 
-SKIPPED = "cond-skipped"
+SKIPPED = Pass("cond-skipped", True)
 
 
 @dataclass(frozen=True, slots=True)
-class SkippedBlocks(Windowed, Guidance[None]):
-    """``uncond + scale * (cond - uncond) + push * (cond - skipped)`` while the window is open,
-    plain CFG elsewhere.
+class SkippedBlocks(Windowed, TwoBranches[None]):
+    """Mixes to ``uncond + scale * (cond - uncond) + push * (cond - skipped)`` while its window is
+    open, and by plain CFG elsewhere.
 
-    Subclasses say which blocks a step skips and what ``push`` is called; ``names`` are the blocks
-    of the resolved technique.
+    Subclasses say how strong ``push`` is and which blocks a step skips.
     """
 
-    push_name: ClassVar[str]
-
-    scale: float | None = None
-    names: tuple[str, ...] = dataclasses.field(default=(), init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        owner, default = type(self).__name__, {f.name: f.default for f in dataclasses.fields(self)}
-        check_scale(owner, self.scale)
-        check_range(owner, self.push_name, self.push, -sys.float_info.max, sys.float_info.max)
-        if self.sigma is not None and (self.start, self.stop) == (
-            default["start"],
-            default["stop"],
-        ):
-            object.__setattr__(self, "start", 0.0)
-            object.__setattr__(self, "stop", 1.0)
-        self.check_window()
+    scale: float = auto(CALL, "1 is off for the CFG part", usual=(1.0, 15.0))
+    # blocks that may be skipped
+    names: tuple[str, ...] = derived(())
 
     @property
     def push(self) -> float:
         """Weight of the skipped pass; 0 is plain CFG, without that pass."""
-        value: float = getattr(self, self.push_name)
-        return value
+        raise NotImplementedError
 
-    def chosen(self, index: int) -> tuple[str, ...]:
+    def blocks_at(self, index: int) -> tuple[str, ...]:
         """Names of the blocks that step ``index`` skips."""
         raise NotImplementedError
 
     def with_names(
-        self, context: Context, option: str, wanted: tuple[int | str, ...] | None
-    ) -> tuple[Self, dict[str, str]]:
+        self, context: Context, option: str, blocks: tuple[int | str, ...] | None
+    ) -> Self:
         """A resolved copy that knows the names of its blocks.
 
-        Without a module (an oracle), ``wanted`` are the names.
+        ``option`` is where the user says which ``blocks``; without a module (an oracle), they are
+        the names. Raises: ``UnsupportedModel`` for a window without steps, or where no block fits.
         """
-        made, sources = Guidance.resolve(self, context)
         owner, count = type(self).__name__, context.steps
-        if (
-            count
-            and self.sigma is None
-            and not any(self.active(StepInfo(i, count, 0.0)) for i in range(count))
-        ):
+        inside = (self.active(StepInfo(i, count, 0.0)) for i in range(count))
+        if count and self.sigma is None and not any(inside):
             raise UnsupportedModel(
                 f"{owner}: none of {count} steps lies in the window start={self.start}, "
                 f"stop={self.stop}; widen it, or give sigma=(lo, hi)."
             )
-        if context.module is None:
-            if wanted is None:
-                raise ValueError(
-                    f"{owner}({option}=...) must name the blocks where there is no denoiser to "
-                    "list them; got None."
-                )
-            names = tuple(map(str, wanted))
+        if context.module is not None:
+            names = select(owner, option, context.module, blocks)
+        elif blocks is not None:
+            names = tuple(map(str, blocks))
         else:
-            names = select(owner, option, context.module, wanted)
-        made = dataclasses.replace(made)
-        object.__setattr__(made, "names", names)
-        return made, sources
-
-    @property
-    def needs_uncond(self) -> bool:
-        return self.scale != 1.0
+            raise ValueError(
+                f"{owner}({option}=...) must name the blocks where there is no denoiser to list "
+                "them; got None."
+            )
+        return completed(filled(self, context), names=names)
 
     def passes(self, step: StepInfo, state: None) -> tuple[Pass, ...]:
-        plain = CFG(self.scale).passes(step, None)
+        plain = passes_at(self.scale)
         if self.push == 0.0 or not self.active(step):
             return plain
-        both = plain if COND in plain else (COND, *plain)
-        return (*both, Pass(SKIPPED, True, blocks=self.chosen(step.index)))
+        with_cond = plain if COND in plain else CFG_PASSES
+        return (*with_cond, Pass(SKIPPED.name, True, blocks=self.blocks_at(step.index)))
 
     def combine(
         self, preds: Mapping[Pass, Tensor], step: StepInfo, state: None
     ) -> tuple[Tensor, None]:
-        skipped = preds.get(Pass(SKIPPED, True))
-        if skipped is None:
-            return CFG(self.scale).combine(preds, step, None)
-        cond, uncond = preds[COND], preds.get(UNCOND)
-        assert self.scale is not None
-        guided = cond if uncond is None else step.mix(cond, uncond, self.scale)
-        return guided + self.push * (cond.to(guided.dtype) - skipped.to(guided.dtype)), None
+        plain = {name: value for name, value in preds.items() if name != SKIPPED}
+        guided, _ = TwoBranches.combine(self, plain, step, None)
+        if SKIPPED not in preds:
+            return guided, None
+        cond, skipped = (preds[name].to(guided.dtype) for name in (COND, SKIPPED))
+        return guided + self.push * (cond - skipped), None
+
+    def guide(
+        self, cond: Tensor, uncond: Tensor, step: StepInfo, state: None
+    ) -> tuple[Tensor, None]:
+        return step.mix(cond, uncond, self.scale), None

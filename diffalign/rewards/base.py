@@ -8,16 +8,14 @@ function without required arguments that returns a reward.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor
 
 from diffalign.core import Reward
-from diffalign.core.errors import nearest
+from diffalign.core.registry import Registry
 
 
 class BaseReward(ABC):
@@ -71,28 +69,28 @@ class RewardInfo:
     differentiable: bool
 
 
-# name -> (where its constructor lives, what it is, differentiable); modules are imported when first
-# asked for
-BUILTIN: dict[str, tuple[str, str, bool]] = {
-    "emoji-clip": (
-        "diffalign.rewards.emoji_clip:EmojiClip",
-        "embedded open_clip similarity for emoji scenes, 64 x 64",
-        True,
-    ),
-    "emoji-judge": (
-        "diffalign.rewards.emoji_judge:EmojiJudge",
-        "log-probability of GenEval's verdict by the embedded judge",
-        True,
-    ),
-}
+REWARDS: Registry[Reward] = Registry(
+    "reward",
+    "diffalign.rewards",
+    targets={
+        "emoji-clip": "diffalign.rewards.emoji_clip:EmojiClip",
+        "emoji-judge": "diffalign.rewards.emoji_judge:EmojiJudge",
+    },
+    advice="diffalign.rewards.available() lists all.",
+)
+"""Constructors of rewards by name."""
+
+SHIPPED = (
+    RewardInfo("emoji-clip", "embedded open_clip similarity for emoji scenes, 64 x 64", True),
+    RewardInfo("emoji-judge", "log-probability of GenEval's verdict by the embedded judge", True),
+)
 
 
 def available() -> tuple[RewardInfo, ...]:
     """Every reward that ``load`` knows, the package's own first; those of other packages are named
     but not imported."""
-    builtin = (RewardInfo(name, text, gradient) for name, (_, text, gradient) in BUILTIN.items())
-    plugins = entry_points(group="diffalign.rewards")
-    return (*builtin, *(RewardInfo(entry.name, f"from {entry.value}", False) for entry in plugins))
+    others = REWARDS.plugins.items()
+    return SHIPPED + tuple(RewardInfo(name, f"from {place}", False) for name, place in others)
 
 
 def load(name: str, **options: Any) -> Reward:
@@ -101,19 +99,4 @@ def load(name: str, **options: Any) -> Reward:
     Raises: ValueError for an unknown name (with the nearest ones), for a name that two packages
     claim, and for missing model files.
     """
-    plugins = {entry.name: entry for entry in entry_points(group="diffalign.rewards")}
-    if both := sorted(set(plugins) & set(BUILTIN)):
-        raise ValueError(
-            f"The plugin {plugins[both[0]].value!r} registers the reward {both[0]!r}, which is "
-            "taken; it must choose another name."
-        )
-    if name in plugins:
-        plugin: Callable[..., Reward] = plugins[name].load()
-        return plugin(**options)
-    if name not in BUILTIN:
-        raise ValueError(
-            f"Unknown reward {name!r}. Nearest: {nearest(name, [*BUILTIN, *plugins])}."
-        )
-    module, _, attribute = BUILTIN[name][0].partition(":")
-    constructor: Callable[..., Reward] = getattr(import_module(module), attribute)
-    return constructor(**options)
+    return REWARDS.get(name)(**options)

@@ -13,6 +13,7 @@ from diffalign.core import Meter, SessionError, Technique
 from diffalign.seams import swap
 from diffalign.seams.denoiser.tap import Generation
 from diffalign.seams.plan import plan
+from diffalign.seams.published import published
 
 if TYPE_CHECKING:
     from diffalign.seams.session import Session
@@ -45,7 +46,7 @@ def generate(
         generation = Generation(pipe, planned, meter, sessions[-1].start)
         for session in sessions:
             session.generation = generation
-        with tapped(generation), _callbacks(planned.arguments):
+        with tapped(generation), published(generation):
             result = original(**planned.arguments)
         report = generation.report()
         for session in sessions:
@@ -89,25 +90,3 @@ def _attach(generation: Generation, techniques: Sequence[Technique], stack: Exit
         from diffalign.seams.attention.attach import attach
 
         stack.enter_context(attach(attention, generation))
-
-
-@contextmanager
-def _callbacks(arguments: dict[str, Any]) -> Iterator[None]:
-    """The user's callbacks run outside the session: another pipeline that shares the denoiser may
-    generate there."""
-    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-
-    objects: dict[Any, tuple[str, swap.Handler]] = {}
-    for name in ("callback_on_step_end", "callback"):
-        callback = arguments.get(name)
-        # pipelines look at the class of these
-        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            objects[callback] = ("__call__", swap.outside)
-        elif callback is not None:
-            arguments[name] = functools.partial(_outside, callback)
-    with swap.intercepted(objects):
-        yield
-
-
-def _outside(callback: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return swap.outside(callback, args, kwargs)

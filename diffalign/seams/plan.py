@@ -10,6 +10,7 @@ from typing import Any
 
 from diffalign.core import Context, Guidance, Meter, Technique, UnsupportedModel
 from diffalign.core.errors import warn_once
+from diffalign.core.option import CALL, options_of
 from diffalign.core.registry import name_of
 from diffalign.families import FAMILIES, Family
 from diffalign.seams import swap
@@ -75,7 +76,9 @@ class Plan:
     # the pipeline runs both branches
     opened: bool
     # value of each of the pipeline's own guidance options
-    options: Mapping[str, Any]
+    options: dict[str, Any]
+    # options of the guidance that take the pipeline's own scale
+    free: tuple[str, ...] = ()
     resolved: Resolved = field(default_factory=dict)
 
     @property
@@ -132,7 +135,19 @@ def plan(
         tuple(others),
         opened,
         options,
+        _free(techniques),
         resolved,
+    )
+
+
+def _free(techniques: Sequence[Technique]) -> tuple[str, ...]:
+    """Options of the guidance that the user left to the pipeline's own scale."""
+    return tuple(
+        name
+        for technique in techniques
+        if isinstance(technique, Guidance)
+        for name, spec in options_of(type(technique)).items()
+        if spec.source == CALL and getattr(technique, name) is None
     )
 
 

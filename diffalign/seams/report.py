@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffalign.core.registry import plain
+from diffalign.core.values import plain
 from diffalign.drawing.charts import Curve, line_chart
 
 

@@ -1,10 +1,12 @@
-"""What every technique must do, as tests to inherit; written for our own techniques and for
-plugins.
+"""What every guidance must do, as tests to inherit; written for our own techniques and for yours.
 
 class TestMyGuidance(GuidanceContract):
     def make(self): return MyGuidance(3.0)
     def off(self): return MyGuidance(1.0), CFG(1.0)
     def rows(self, steps, batch): return 2 * steps * batch
+
+A class that ``diffalign`` does not ship must have a name first: ``da.register("my-guidance",
+MyGuidance)``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,8 +22,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffalign.core import Tensor
-from diffalign.core.registry import from_config, name_of, parse, to_config
+from diffalign.core import Guidance, Tensor
+from diffalign.core.option import Option, options_of
+from diffalign.core.registry import TECHNIQUES
+from diffalign.core.values import alternatives
 from diffalign.testing.oracles import Trace, TwoGaussians, run
 
 
@@ -37,18 +42,21 @@ def ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
 
 
 class GuidanceContract:
-    """Eleven facts of a guidance, checked on exact denoisers under diffusers' DDIM, or flow
-    matching where ``flow`` is set.
+    """Facts of a guidance, checked on exact denoisers under diffusers' DDIM.
 
-    ``off_tolerance``: 0 asks for equal bits; a technique that cannot give them states its derived
-    bound, relative to the largest value.
+    Subclasses write ``make``, ``off`` and ``rows``.
     """
 
+    # flow matching instead of DDIM
     flow: ClassVar[bool] = False
     steps: ClassVar[int] = 8
     batch: ClassVar[int] = 3
+    # of one latent
     shape: ClassVar[tuple[int, ...]] = (4, 5, 6)
+    # 0 asks for equal bits; a technique that cannot give them states its derived bound, relative
+    # to the largest value
     off_tolerance: ClassVar[float] = 0.0
+    # what the pipeline would ask for
     scale: ClassVar[float] = 3.0
 
     def make(self) -> Any:
@@ -85,10 +93,11 @@ class GuidanceContract:
         return TwoGaussians(low + reach * move, low, std=0.6)
 
     def sample(self, technique: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Trace:
+        model = options.pop("model", None) or self.model()
+        noise = options.pop("noise", self.noise(dtype))
         return run(
-            technique, options.pop("model", self.model()), self.scheduler(), options.pop("noise", self.noise(dtype)),
-            steps=self.steps, scale=self.scale, **options,
-        )  # fmt: skip
+            technique, model, self.scheduler(), noise, steps=self.steps, scale=self.scale, **options
+        )
 
     def test_off_is_plain_guidance(self) -> None:
         technique, plain = self.off()
@@ -121,7 +130,7 @@ class GuidanceContract:
             assert (alone - whole[[row]]).abs().max().item() <= bound
 
     def _for(self, rows: Sequence[int]) -> Any:
-        """The technique for those images; a technique that holds anything per image overrides this."""
+        """The technique for those images; one that holds anything per image overrides this."""
         return self.make()
 
     def test_cost_is_as_documented(self) -> None:
@@ -137,18 +146,18 @@ class GuidanceContract:
         technique, cut = self.make(), self.steps // 2
         whole = self.sample(technique)
         half = self.sample(technique, stop=cut)
-        kept = copy.deepcopy(half.state)
+        state = copy.deepcopy(half.state)
         for _ in range(2):  # twice: continuing must not use the state up
             assert torch.equal(
                 self.sample(technique, start=cut, state=half.state, noise=half.sample).sample,
                 whole.sample,
             )
-        if kept is not None:
+        if state is not None:
             order = list(reversed(range(self.batch)))
             turned = self.sample(
                 self._for(order),
                 start=cut,
-                state=kept.select(order),
+                state=state.select(order),
                 noise=half.sample[order],
                 model=self.model().select(order),
             )
@@ -169,18 +178,54 @@ class GuidanceContract:
 
     def test_config_and_text_round_trip(self) -> None:
         technique = self.make()
-        config = to_config(technique)
-        assert from_config(json.loads(json.dumps(config))) == technique
-        options = ",".join(
-            f"{key.replace('_', '-')}={self._text(value)}"
-            for key, value in config.items()
-            if key != "name"
-        )
-        assert parse(f"{name_of(technique)}:{options}") == (technique,)
+        config = TECHNIQUES.to_config(technique)
+        assert TECHNIQUES.from_config(json.loads(json.dumps(config))) == technique
+        name = config.pop("name")
+        options = (f"{key.replace('_', '-')}={_text(value)}" for key, value in config.items())
+        assert TECHNIQUES.make(f"{name}:{','.join(options)}") == (technique,)
 
-    def _text(self, value: Any) -> str:
-        return (
-            "(" + ",".join(json.dumps(item) for item in value) + ")"
-            if isinstance(value, list | tuple)
-            else str(value)
-        )
+    def test_is_a_guidance_that_says_what_it_is(self) -> None:
+        technique = self.make()
+        assert isinstance(technique, Guidance)
+        text = type(technique).__doc__ or ""
+        assert "arXiv:" in text, "the docstring names the paper"
+        assert "Cost:" in text, "the docstring says what it costs"
+
+    def test_every_option_has_a_meaning_and_keeps_its_range(self) -> None:
+        technique = self.make()
+        for name, spec in options_of(type(technique)).items():
+            assert spec.meaning, f"{name} has no meaning: write it with option() or auto()"
+            assert spec.source or spec.default is None or _is_in_range(spec, spec.default), name
+            for value in _bad_values(spec):
+                with pytest.raises((ValueError, TypeError), match=name):
+                    dataclasses.replace(technique, **{name: value})
+
+
+def _is_in_range(spec: Option, value: Any) -> bool:
+    entries = value if isinstance(value, tuple) else (value,)
+    numbers = [entry for entry in entries if isinstance(entry, int | float)]
+    return all(isinstance(entry, bool) or spec.holds(entry) for entry in numbers)
+
+
+def _bad_values(spec: Option) -> list[Any]:
+    """Values that the option must refuse, by its own words."""
+    if spec.choices:
+        return ["no such choice"]
+    kinds = alternatives(spec.annotation)
+    if bool in kinds:
+        return ["yes"]
+    if not {int, float} & set(kinds):
+        return []
+    bad: list[Any] = [math.nan, "three", True, *([] if spec.infinite else [math.inf])]
+    if spec.low > -math.inf:
+        bad += [spec.low - 1, *([spec.low] if spec.open_low else [])]
+    if spec.high < math.inf:
+        bad += [spec.high + 1, *([spec.high] if spec.open_high else [])]
+    return bad
+
+
+def _text(value: Any) -> str:
+    """JSON data as the command line takes it."""
+    if isinstance(value, list | tuple):
+        return f"({','.join(json.dumps(item) for item in value)})"
+    return str(value)

@@ -178,7 +178,7 @@ def run(
     kind, order = kind_of(scheduler), int(getattr(scheduler, "order", 1))
     timesteps = list(scheduler.timesteps)
     count = -(-len(timesteps) // order)
-    technique, _ = guidance.resolve(
+    technique = guidance.resolve(
         Context(
             pipeline="TwoGaussians",
             family="oracle",

@@ -1,7 +1,6 @@
 """``techniques``, ``models``, ``env``, ``--version`` and ``--help``: complete, light, and the same
 as tables and as JSON."""
 
-import dataclasses
 import json
 import re
 
@@ -10,8 +9,9 @@ import torch
 
 import diffalign as da
 from diffalign.cli.show import to_json
-from diffalign.cli.techniques import default_text, type_text
-from diffalign.core.registry import BUILTIN, make
+from diffalign.core.option import options_of
+from diffalign.core.registry import make
+from diffalign.core.values import type_text, value_text
 from diffalign.families import FAMILIES, refusals
 
 
@@ -21,12 +21,9 @@ def test_every_technique_is_listed_with_paper_cost_and_options(run):
     for entry in data:
         assert entry["name"] in table
         cls = da.techniques()[entry["name"]]
-        assert [o["name"].replace("-", "_") for o in entry["options"]] == [
-            f.name for f in dataclasses.fields(cls) if f.init
-        ]
-        if entry["name"] in BUILTIN:
-            assert re.fullmatch(r".+ \d{4}, arXiv:\d{4}\.\d{5}", entry["paper"]), entry
-            assert entry["cost"], entry
+        assert [o["name"].replace("-", "_") for o in entry["options"]] == list(options_of(cls))
+        assert re.fullmatch(r".+ \d{4}, arXiv:\d{4}\.\d{5}", entry["paper"]), entry
+        assert entry["cost"], entry
 
 
 def test_printed_defaults_are_what_the_command_line_reads(run):
@@ -71,7 +68,7 @@ def test_types_as_text(hint, text):
     ],
 )
 def test_defaults_as_text(value, text):
-    assert default_text(value) == text
+    assert value_text(value) == text
 
 
 def test_techniques_on_a_model(run, folder):

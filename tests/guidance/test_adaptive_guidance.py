@@ -207,22 +207,25 @@ def test_space_decides():
 
 def test_space_is_looked_up_with_the_threshold_and_stays_the_papers_beside_your_own():
     context = Context("P", "no-such-family", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
-    made, sources = AdaptiveGuidance().resolve(context)
+    made = AdaptiveGuidance().resolve(context)
     assert (made.space, made.threshold) == ("eps", 0.991)
-    assert "2312.12487" in sources["space"]
-    made, sources = AdaptiveGuidance(threshold=0.5).resolve(context)
+    assert "2312.12487" in context.sources["space"]
+    context = context.fresh()
+    made = AdaptiveGuidance(threshold=0.5).resolve(context)
     assert (made.space, made.threshold) == ("eps", 0.5)
-    assert sources["space"] == "the threshold is yours"
+    assert context.sources["space"] == "the threshold is yours"
 
 
 @pytest.mark.parametrize(("space", "value"), [("eps", 0.991), ("x0", 0.99)])
 def test_threshold_is_looked_up_and_says_where_it_comes_from(space, value):
     context = Context("P", "no-such-family", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
-    made, sources = AdaptiveGuidance(space=space).resolve(context)
+    made = AdaptiveGuidance(space=space).resolve(context)
     assert (made.scale, made.threshold) == (5.0, value)
-    assert "not calibrated for this model" in sources["threshold"]
-    assert "call" in sources["scale"]
-    assert AdaptiveGuidance(2.0, threshold=0.7, space=space).resolve(context)[1] == {}
+    assert "not calibrated for this model" in context.sources["threshold"]
+    assert "call" in context.sources["scale"]
+    context = context.fresh()
+    AdaptiveGuidance(2.0, threshold=0.7, space=space).resolve(context)
+    assert context.sources == {}
 
 
 @pytest.mark.parametrize(
@@ -255,4 +258,4 @@ def test_nothing_to_save_is_refused() -> None:
     )
     with pytest.raises(UnsupportedModel, match="nothing to save"):
         AdaptiveGuidance().resolve(facts)
-    assert AdaptiveGuidance(1.0).resolve(facts)[0].scale == 1.0
+    assert AdaptiveGuidance(1.0).resolve(facts).scale == 1.0

@@ -93,21 +93,10 @@ def test_other_schedulers_are_refused(name):
 
 
 def test_flow_is_resolved_and_reported():
-    made, sources = CFGPlusPlus().resolve(
-        Context(
-            "P",
-            "sd3",
-            "transformer",
-            "FlowMatchEulerDiscreteScheduler",
-            5.0,
-            "call",
-            20,
-            1,
-            flow=True,
-        )
-    )
-    assert made.flow is True
-    assert "FlowMatchEulerDiscreteScheduler" in sources["flow"]
+    name = "FlowMatchEulerDiscreteScheduler"
+    context = Context("P", "sd3", "transformer", name, 5.0, "call", 20, 1, flow=True)
+    assert CFGPlusPlus().resolve(context).flow is True
+    assert name in context.sources["flow"]
 
 
 def test_rising_noise_levels_are_refused():

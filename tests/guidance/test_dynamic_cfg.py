@@ -7,12 +7,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 import diffalign as da
-from diffalign.core import COND, UNCOND, Context, Meter, StepInfo, UnsupportedModel
+from diffalign.core import COND, UNCOND, Context, Guidance, Meter, StepInfo, UnsupportedModel
 from diffalign.core.registry import from_config, parse, to_config
 from diffalign.guidance import CFG, DecodedReward, DynamicCFG
-from diffalign.guidance import evaluators as judges
-from diffalign.guidance.base import Guidance
-from diffalign.guidance.evaluators import decoder_of, preferred
+from diffalign.guidance.evaluators import EVALUATORS, decoder_of, preferred
 from diffalign.testing import tiny_pipeline
 from diffalign.testing.contracts import GuidanceContract, ddim
 from diffalign.testing.oracles import run
@@ -65,12 +63,13 @@ def per_image(latents, rows):
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered():
-    judges.EVALUATORS["test-small"] = lambda context: Judge(towards(0.3))
-    judges.EVALUATORS["test-bright"] = lambda context: Judge(
-        lambda latents, rows: latents.flatten(1).mean(1), sees="next"
-    )
+    def bright(context):
+        return Judge(lambda latents, rows: latents.flatten(1).mean(1), sees="next")
+
+    EVALUATORS.register("test-small", lambda context: Judge(towards(0.3)))
+    EVALUATORS.register("test-bright", bright)
     yield
-    del judges.EVALUATORS["test-small"], judges.EVALUATORS["test-bright"]
+    EVALUATORS.registered.clear()
 
 
 class TestDynamicCFG(GuidanceContract):
@@ -88,11 +87,11 @@ class TestDynamicCFGOnFlow(TestDynamicCFG):
     flow = True
 
 
+@dataclass(frozen=True)
 class Replay(Guidance[None]):
     """Given weights per step and image, by plain CFG one image at a time."""
 
-    def __init__(self, weights):
-        self.weights = weights
+    weights: tuple[torch.Tensor, ...]
 
     def passes(self, step, state):
         return (COND, UNCOND)
@@ -122,14 +121,14 @@ def sample(judge, contract=None, scheduler=None, **options):
 
 def test_a_constant_judge_leaves_the_default_weight():
     trace = sample(Judge(constant))
-    assert torch.equal(torch.stack(trace.state.chosen), torch.full((8, 3), 3.0))
+    assert torch.equal(torch.stack(trace.state.weights), torch.full((8, 3), 3.0))
     assert torch.equal(trace.sample, TestDynamicCFG().sample(CFG(3.0)).sample)
 
 
 @pytest.mark.parametrize(("sign", "weight"), [(1.0, 9.0), (-1.0, 0.0)])
 def test_a_judge_of_the_weight_itself_takes_the_extreme(sign, weight):
     trace = sample(Judge(by_candidate(sign)))
-    assert torch.equal(torch.stack(trace.state.chosen), torch.full((8, 3), weight))
+    assert torch.equal(torch.stack(trace.state.weights), torch.full((8, 3), weight))
     assert torch.equal(trace.sample, TestDynamicCFG().sample(CFG(weight)).sample)
 
 
@@ -164,10 +163,10 @@ def test_choice_equals_brute_force_row_by_row():
         sigma = trace.steps[i].sigma
         c, u = (model(x.double(), sigma, "x0", p) for p in (COND, UNCOND))
         distance = torch.stack([(u + w * (c - u) - targets).flatten(1).square().sum(1) for w in W])
-        assert trace.state.chosen[i].tolist() == [W[k] for k in distance.argmin(0).tolist()]
+        assert trace.state.weights[i].tolist() == [W[k] for k in distance.argmin(0).tolist()]
         x = scheduler.step(trace.guided[i], t, x).prev_sample
     assert (
-        len({tuple(row) for row in torch.stack(trace.state.chosen).T.tolist()}) == 3
+        len({tuple(row) for row in torch.stack(trace.state.weights).T.tolist()}) == 3
     )  # images chose differently
 
 
@@ -175,19 +174,19 @@ def test_choice_equals_brute_force_row_by_row():
 def test_replaying_the_chosen_weights_is_exact(scheduler):
     """A multistep scheduler's history must have seen the winners only."""
     trace = sample(Judge(per_image), scheduler=scheduler())
-    assert len(set(torch.stack(trace.state.chosen).flatten().tolist())) > 1
+    assert len(set(torch.stack(trace.state.weights).flatten().tolist())) > 1
     contract = TestDynamicCFG()
     again = run(
-        Replay(trace.state.chosen), contract.model(), scheduler(), contract.noise(), steps=8
+        Replay(trace.state.weights), contract.model(), scheduler(), contract.noise(), steps=8
     )
     assert torch.equal(again.sample, trace.sample)
 
 
 def test_a_second_evaluation_keeps_the_choice():
     trace = sample(Judge(per_image), scheduler=HeunDiscreteScheduler(beta_schedule="scaled_linear"))
-    assert len(trace.state.chosen) == 8
+    assert len(trace.state.weights) == 8
     again = run(
-        Replay(trace.state.chosen),
+        Replay(trace.state.weights),
         TestDynamicCFG().model(),
         HeunDiscreteScheduler(beta_schedule="scaled_linear"),
         TestDynamicCFG().noise(),
@@ -204,7 +203,7 @@ def test_scaling_one_judge_changes_nothing():
             Judge(rules[0]), evaluators=(Judge(lambda x, r: 1024 * rules[0](x, r)), Judge(rules[1]))
         )
     )
-    assert torch.equal(torch.stack(one[0].state.chosen), torch.stack(one[1].state.chosen))
+    assert torch.equal(torch.stack(one[0].state.weights), torch.stack(one[1].state.weights))
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -231,7 +230,7 @@ def test_next_latents_are_those_of_one_first_order_step(flow):
 def test_the_window_keeps_the_default_elsewhere():
     judge = Judge(by_candidate(1.0))
     trace = sample(judge, start=0.5)
-    assert torch.stack(trace.state.chosen)[:, 0].tolist() == [3.0] * 4 + [9.0] * 4
+    assert torch.stack(trace.state.weights)[:, 0].tolist() == [3.0] * 4 + [9.0] * 4
     assert len(judge.seen) == 4
 
 
@@ -264,7 +263,7 @@ def test_equal_weighting_ignores_the_levels():
     trace = sample(
         Judge(constant), evaluators=(Judge(by_candidate(1.0)), Judge(constant)), adaptive=False
     )
-    assert torch.stack(trace.state.chosen).eq(9.0).all()
+    assert torch.stack(trace.state.weights).eq(9.0).all()
 
 
 def test_choosing_needs_no_gradient_and_gives_none():
@@ -278,7 +277,7 @@ def test_choosing_needs_no_gradient_and_gives_none():
         steps=4,
     )
     assert trace.sample.requires_grad
-    assert not any(w.requires_grad for w in trace.state.chosen)
+    assert not any(w.requires_grad for w in trace.state.weights)
 
 
 def test_any_reward_judges_through_a_decoder_and_is_charged():
@@ -304,10 +303,10 @@ def test_settings_with_objects_are_json_and_say_what_is_missing():
     made = DynamicCFG(3.0, evaluators=(Judge(constant), "test-small"))
     config = json.loads(json.dumps(to_config(made)))
     assert config["evaluators"] == ["Judge", "test-small"]
-    resolved, _ = made.resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+    resolved = made.resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
     assert resolved.evaluators == ("Judge", "test-small")
     assert [type(judge) for judge in resolved.judges] == [Judge, Judge]
-    with pytest.raises(ValueError, match="knows no evaluator 'Judge'"):
+    with pytest.raises(ValueError, match="Unknown evaluator 'Judge'"):
         from_config(config).resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
 
 
@@ -315,7 +314,7 @@ def test_wrong_use_is_explained():
     context = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
     with pytest.raises(ValueError, match="no evaluator to choose with"):
         DynamicCFG(3.0).resolve(context)
-    with pytest.raises(ValueError, match=r"knows no evaluator 'test-smal'\. Nearest: test-small"):
+    with pytest.raises(ValueError, match=r"Unknown evaluator 'test-smal'\. Nearest: test-small"):
         DynamicCFG(3.0, evaluators=("test-smal",)).resolve(context)
     with pytest.raises(TypeError, match="evaluators"):
         DynamicCFG(3.0, evaluators=(3,))
@@ -325,7 +324,7 @@ def test_wrong_use_is_explained():
         DynamicCFG(3.0, candidates=(1.0, math.inf))
     with pytest.raises(ValueError, match="differ"):
         DynamicCFG(3.0, candidates=(1.0, 1.0))
-    made, _ = DynamicCFG(3.0, evaluators=(Judge(lambda latents, rows: torch.ones(2)),)).resolve(
+    made = DynamicCFG(3.0, evaluators=(Judge(lambda latents, rows: torch.ones(2)),)).resolve(
         context
     )
     cond = torch.zeros(1, 4)
@@ -344,14 +343,14 @@ def test_candidates_come_from_the_preset_of_the_model():
         "scale": 1.5,
     }
     facts |= {"scale_source": "call", "steps": 20, "batch": 1}
-    known, sources = DynamicCFG(evaluators=("test-small",)).resolve(
-        Context(**facts, module=pipe.unet)
-    )
+    context = Context(**facts, module=pipe.unet)
+    known = DynamicCFG(evaluators=("test-small",)).resolve(context)
     assert known.candidates == (1.0, 1.25, 1.5, 2.0, 3.0)
-    assert "emoji" in sources["candidates"]
-    other, sources = DynamicCFG(evaluators=("test-small",)).resolve(Context(**facts))
+    assert "emoji" in context.sources["candidates"]
+    context = Context(**facts)
+    other = DynamicCFG(evaluators=("test-small",)).resolve(context)
     assert other.candidates == (1.0, 3.0, 7.5, 11.0, 15.0)
-    assert "2509.16131" in sources["candidates"]
+    assert "2509.16131" in context.sources["candidates"]
 
 
 def test_evaluators_are_given_by_name_on_the_command_line():
@@ -379,14 +378,14 @@ def seen_in_a_call(pipe, *args, **options):
             context.meter,
         )
 
-    judges.EVALUATORS["test-context"] = maker
+    EVALUATORS.register("test-context", maker)
     try:
         with da.apply(
             pipe, DynamicCFG(3.0, candidates=(1.0, 3.0), evaluators=("test-context",))
         ) as session:
             pipe(*args, num_inference_steps=2, output_type="latent", **options)
     finally:
-        del judges.EVALUATORS["test-context"]
+        del EVALUATORS.registered["test-context"]
     return contexts[0], session.report()
 
 

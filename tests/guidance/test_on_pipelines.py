@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.core import COND, UNCOND, UnsupportedModel
+from diffalign.core import COND, UNCOND, Guidance, UnsupportedModel
 from diffalign.core.registry import techniques
 from diffalign.families import FAMILIES
-from diffalign.guidance import Guidance
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.testing import tiny_inputs, tiny_pipeline
@@ -321,7 +320,7 @@ def test_a_still_step_on_qwen_is_refused():
 
 
 def test_every_guidance_has_a_cost():
-    assert set(COST) == {name for name, cls in techniques().items() if cls.kind == "guidance"}
+    assert set(COST) == {name for name, cls in techniques().items() if cls.seam == "denoiser"}
 
 
 def test_a_replayed_choice_is_the_same_image(pipe):

@@ -28,9 +28,9 @@ from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAut
 from diffusers.modular_pipelines.wan import Wan22Blocks, WanBlocks
 
 import diffalign as da
-from diffalign.core import COND, UNCOND, Pass, StepInfo, UnsupportedModel
+from diffalign.core import COND, UNCOND, Guidance, Pass, StepInfo, UnsupportedModel
 from diffalign.core.registry import from_config, make, techniques
-from diffalign.guidance import CFG, AdaptiveGuidance, Guidance, IntervalCFG, S2Guidance
+from diffalign.guidance import CFG, AdaptiveGuidance, IntervalCFG, S2Guidance
 from diffalign.guidance import SkipLayerGuidance as SLG
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
@@ -385,7 +385,7 @@ def test_modular_is_classic_to_rounding(name, technique, tmp_path):
 
 
 def test_every_guidance_goes_through_the_modular_door():
-    assert set(EVERY) == {name for name, cls in techniques().items() if cls.kind == "guidance"}
+    assert set(EVERY) == {name for name, cls in techniques().items() if cls.seam == "denoiser"}
 
 
 class Always(ClassifierFreeGuidance):

@@ -88,7 +88,8 @@ def test_text_says_what_happened(pipe):
     assert text.startswith(
         "StableDiffusionPipeline: guided 2 of 4 steps, 6 NFE per image (CFG: 8), 1 image, "
     )
-    assert "adaptive-guidance(scale=4.0 (guidance scale of the call), threshold=-1.0" in text
+    options = "scale=4.0 (guidance scale of the call), space='eps' (the threshold is yours)"
+    assert f"adaptive-guidance({options}, threshold=-1.0" in text
     assert text.count("\n") >= 6
     assert json.loads(json.dumps(report.to_dict()))["guided_steps"] == 2
 
@@ -144,11 +145,11 @@ def test_supports_lists_every_technique_with_cost_or_reason(pipe):
     assert all(row.cost if row.works else row.reason for row in table)
     assert "adaptive-guidance" in str(table)
     fill = da.supports(tiny_pipeline("FluxFillPipeline"))
-    assert not any(row.works for row in fill if da.techniques()[row.name].kind == "guidance")
+    assert not any(row.works for row in fill if da.techniques()[row.name].seam == "denoiser")
     assert all(
         "no unconditional branch" in row.reason
         for row in fill
-        if da.techniques()[row.name].kind == "guidance"
+        if da.techniques()[row.name].seam == "denoiser"
     )
     with pytest.raises(da.UnsupportedModel, match="three-way batch"):
         da.supports(type("StableDiffusionInstructPix2PixPipeline", (), {})())

@@ -21,8 +21,16 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback
 
 import diffalign as da
-from diffalign.core import COND, UNCOND, GuidanceMismatch, SessionError, UnsupportedModel, errors
-from diffalign.guidance import CFG, Guidance
+from diffalign.core import (
+    COND,
+    UNCOND,
+    Guidance,
+    GuidanceMismatch,
+    SessionError,
+    UnsupportedModel,
+    errors,
+)
+from diffalign.guidance import CFG
 from diffalign.seams import swap
 from diffalign.seams.denoiser import closed_loop
 from diffalign.testing.final import final

@@ -8,8 +8,8 @@ import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 
 import diffalign as da
-from diffalign.core import COND, UNCOND
-from diffalign.guidance import CFG, Guidance
+from diffalign.core import COND, UNCOND, Guidance
+from diffalign.guidance import CFG
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 

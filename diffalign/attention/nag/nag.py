@@ -12,6 +12,7 @@ from diffalign.attention.nag import two_texts
 from diffalign.attention.nag.text import NegativeStream, refusal
 from diffalign.core import Context, Tensor, Windowed
 from diffalign.core.checks import check_choice, check_range, check_scale
+from diffalign.core.option import Option, check_options
 from diffalign.families import family_of
 from diffalign.kernels.nag import NagCall, choose
 from diffalign.seams.attention.base import AttentionTechnique, Site, check_layers, matches
@@ -54,7 +55,10 @@ class NAG(Windowed, AttentionTechnique):
     alpha: float | None = None
     negative_prompt: str | tuple[str, ...] | None = None
     negative_embeds: Mapping[str, Any] | None = field(
-        default=None, compare=False, repr=False, metadata={"tensors": True}
+        default=None,
+        compare=False,
+        repr=False,
+        metadata={"tensors": True, "option": Option(saved="tensors")},
     )
     norm: Literal["l1", "l2"] = "l1"
     layers: tuple[str, ...] | None = None
@@ -95,6 +99,7 @@ class NAG(Windowed, AttentionTechnique):
                 )
             if self.negative_prompt is not None:
                 raise ValueError("NAG takes negative_prompt or negative_embeds, not both.")
+        check_options(self)
         self.check_window()
 
     @property

@@ -148,7 +148,7 @@ class TwoCalls:
         if generation.family.affine or guided.requires_grad:
             # the pipeline computes cond + k (cond - answer); with this answer that is ``guided``
             step.algebraic = cond
-            return with_prediction(output, cond - (guided - cond) / generation.undo_weight)
+            return with_prediction(output, cond - (guided - cond) / generation.loop.k)
         self.first.copy_(guided)
         return with_prediction(output, guided)
 
@@ -167,6 +167,16 @@ class OneCall:
                 "a scale of 1 or a model whose guidance can be switched on."
             )
         output = generation.evaluate(call, step, passes, Branches(range(generation.batch)))
+        return with_prediction(output, generation.combine(guidance, step))
+
+
+class Ended(OneCall):
+    """A callback switched the pipeline's guidance off: the conditional branch runs alone."""
+
+    def answer(
+        self, generation: Generation, call: PipelineCall, step: Step, guidance: Guidance[Any]
+    ) -> Any:
+        output = generation.evaluate(call, step, (COND,), Branches(range(generation.batch)))
         return with_prediction(output, generation.combine(guidance, step))
 
 

@@ -24,8 +24,11 @@ class ClosedLoop:
     (``family.affine``) or gets the algebraic form of weight ``k``.
     """
 
-    def __init__(self, pipe: Any, family: Family, clock: Clock, k: float) -> None:
-        self.name, self.family, self.clock, self.k = original_class(pipe).__name__, family, clock, k
+    def __init__(self, pipe: Any, family: Family, clock: Clock) -> None:
+        self.name, self.family, self.clock = original_class(pipe).__name__, family, clock
+        # the pipeline computes c + k (c - u) or u + s (c - u) with a placeholder scale; k is the
+        # weight of (c - u) that the algebraic answer must undo
+        self.k = family.placeholder - 1.0 + family.offset
         self._waiting: list[tuple[int, Tensor]] = []
         self._flags: list[tuple[int, Tensor]] = []
 

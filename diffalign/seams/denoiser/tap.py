@@ -26,6 +26,7 @@ from diffalign.core import (
     UnsupportedModel,
 )
 from diffalign.core.window import Windowed, never_acted
+from diffalign.families import Family
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.branches import OneBatch, way_of
 from diffalign.seams.denoiser.call import PipelineCall, Step, pipeline_call
@@ -56,13 +57,10 @@ class Generation:
 
     def __init__(self, pipe: Any, plan: Plan, meter: Meter, start: Start | None = None) -> None:
         family = plan.family
-        self.pipe, self.family, self.plan, self.meter, self.start = pipe, family, plan, meter, start
+        self.pipe, self.plan, self.meter, self.start = pipe, plan, meter, start
         self.record = Record(plan.resolved)
         self.clock = Clock(pipe.scheduler, family.mix, family.sigma)
-        # the pipeline computes c + k (c - u) or u + s (c - u) with a placeholder scale; k is the
-        # weight of (c - u) that the algebraic answer must undo
-        self.undo_weight = family.placeholder - 1.0 + family.offset
-        self.loop = ClosedLoop(pipe, family, self.clock, self.undo_weight)
+        self.loop = ClosedLoop(pipe, family, self.clock)
         self.evaluator = Evaluator(family, meter)
         self.way = way_of(family.mode, plan.opened, bool(plan.guidances))
         self.parametrisation = space.parametrisation_of(family, pipe.scheduler)
@@ -73,6 +71,11 @@ class Generation:
         self.seen: slice | None = None
         self.step: Step | None = None
         self.cancelled = False
+
+    @property
+    def family(self) -> Family:
+        """What is known of the pipeline."""
+        return self.plan.family
 
     # -- one guided step ---------------------------------------------------------------------------
 
@@ -145,17 +148,14 @@ class Generation:
         if any(not p.conditioned for p in preds):
             self.record.guided_steps.add(info.index)
         guided, self.states[name] = space.combined(guidance, preds, info, self.states[name])
-        cond, uncond = preds.get(COND), preds.get(UNCOND)
-        if cond is not None and uncond is not None:
-            rows = next(p.rows for p in preds if p == UNCOND)
-            guided = self._with_options(guided, cond, rows)
-            if info.evaluation == 0:
-                self._log(guidance, step, (cond, uncond, guided), rows)
         if self.seen is not None:
-            tokens = next(iter(whole.values())).shape[1]
-            full = guided.new_zeros((len(guided), tokens, *guided.shape[2:]))
-            full[:, self.seen] = guided
-            guided = full
+            guided = self._with_dropped(guidance, step, guided)
+        if COND in whole and UNCOND in whole:
+            rows = next(p.rows for p in whole if p == UNCOND)
+            guided = self._with_options(guided, whole[COND], rows)
+            if info.evaluation == 0:
+                shown = guided if self.seen is None else guided[:, self.seen]
+                self._log(guidance, step, (preds[COND], preds[UNCOND], shown), rows)
         step.guided = guided
         return guided
 
@@ -243,6 +243,22 @@ class Generation:
                 f"guidance was switched on (the denoiser got {call.rows} rows). Is this model "
                 "distilled? Then there is nothing to guide; use NAG."
             )
+
+    def _with_dropped(self, guidance: Guidance[Any], step: Step, guided: Tensor) -> Tensor:
+        """``guided`` beside the tokens that the pipeline drops.
+
+        Those are mixed plainly, because the pipeline's own rescaling counts them.
+        """
+        preds = step.preds
+        plain = next(iter(preds.values()))
+        if COND in preds and UNCOND in preds and len(preds[COND]) == len(preds[UNCOND]):
+            scale = guidance.asked_scale
+            plain = step.info.mix(preds[COND], preds[UNCOND], 1.0 if scale is None else scale)
+        whole = guided.new_zeros((len(guided), *plain.shape[1:]))
+        if len(plain) == len(guided):
+            whole.copy_(plain)
+        whole[:, self.seen] = guided
+        return whole
 
     def _with_options(self, guided: Tensor, cond: Tensor, rows: tuple[int, ...] | None) -> Tensor:
         """``guided`` after the pipeline's own changes (rescale, renorm, cap) to its guided rows."""

@@ -12,10 +12,10 @@ from diffusers import UNet2DConditionModel
 
 import diffalign as da
 from diffalign.attention import AttentionTechnique
-from diffalign.core import COND, UNCOND, errors
+from diffalign.core import COND, UNCOND, Guidance, errors
 from diffalign.core.registry import from_config, parse, to_config
 from diffalign.families import FAMILIES, family_of
-from diffalign.guidance import Guidance, IntervalCFG
+from diffalign.guidance import IntervalCFG
 from diffalign.seams.plan import context_of
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -648,5 +648,5 @@ def test_a_window_as_a_list():
         final(pipe, tiny_inputs(SD, steps=4))
     assert "NAG: at 4 of 4 layers in 2 of 4 steps" in str(half.report())
     assert session.techniques[0] == nag(sigma=(0.0, 100.0))
-    with pytest.raises(TypeError, match="two noise levels"):
+    with pytest.raises(TypeError, match="must be 2 values"):
         nag(sigma=3.0)

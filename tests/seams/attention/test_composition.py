@@ -236,7 +236,7 @@ OPTIONS = {
     "cfg-plus-plus": {},
     "dynamic-cfg": {"scale": 3.0, "candidates": (1.0, 4.0), "evaluators": (Later(),)},
 }
-GUIDANCES = [name for name, cls in registered().items() if cls.kind == "guidance"]
+GUIDANCES = [name for name, cls in registered().items() if cls.seam == "denoiser"]
 
 
 def policy(pipe, folder):

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 import diffalign as da
-from diffalign.core import COND, Pass, UnsupportedModel
+from diffalign.core import COND, Guidance, Pass, UnsupportedModel
 from diffalign.families import FAMILIES, block_streams
-from diffalign.guidance import Guidance
 from diffalign.seams.blocks.sites import BlockSite, select, sites, skipped
 from diffalign.testing.deep import PIPELINES, deep_pipeline, without_block
 from diffalign.testing.final import final

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.core import COND
+from diffalign.core import COND, Guidance
 from diffalign.families import FAMILIES
-from diffalign.guidance import Guidance
 from diffalign.testing.final import final as run
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_variants
 
