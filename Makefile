@@ -48,7 +48,7 @@ bench: $(READY)
 	$(PY) benchmarks/overhead.py --compile
 
 # Hours: autoencoder, denoiser, judges, reward, evaluator; each stage resumes what an earlier run left in runs/, and nothing shipped is touched.
-TRAIN := $(PY) -m diffalign.embedded
+TRAIN := $(PY) -m diffalign.embedded.workshop
 embedded: $(READY)
 	$(TRAIN).train_vae --out runs/vae --resume
 	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --updates 14000 --decay-from 14000 --curriculum 7000 --resume

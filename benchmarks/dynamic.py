@@ -27,6 +27,7 @@ from rich.progress import Progress
 import diffalign as da
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, seed_of
+from diffalign.generate.samples import Job, samples
 from diffalign.tasks.geneval.verdict import prompts
 
 WIDE = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -54,21 +55,13 @@ def weights(
     settings = {"technique": repr(technique), "steps": steps, "images": images}
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
         return [list(map(float, row)) for row in saved["chosen"]]
-    ids, official = (
-        evidence_prompts()[:: max(1, len(evidence_prompts()) // images)][:images],
-        prompts(),
-    )
-    parts = []
-    for start in range(0, len(ids), 16):
-        part = ids[start : start + 16]
-        with da.apply(pipe, technique) as session:
-            pipe(
-                [str(official[n]["prompt"]) for n in part],
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed_of(n, 0)) for n in part],
-                output_type="latent",
-            )
-        parts.append(np.array(session.report().extras["unet"]["chosen"]))
+    ids = evidence_prompts()[:: max(1, len(evidence_prompts()) // images)][:images]
+    jobs = [Job(str(prompts()[n]["prompt"]), seed_of(n, 0), str(n)) for n in ids]
+    call = {"num_inference_steps": steps, "output_type": "latent"}
+    parts = [
+        np.array(results[0].report.extras["unet"]["chosen"])
+        for results in samples(pipe, (technique,), jobs, batch=16, call=call)
+    ]
     values: list[list[float]] = np.concatenate(parts, axis=1).tolist()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"settings": settings, "chosen": values}) + "\n")

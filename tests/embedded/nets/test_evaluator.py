@@ -20,6 +20,7 @@ from diffalign.embedded.workshop.pairs import batch, pairs
 from diffalign.embedded.workshop.train_evaluator import EvaluatorTrainer, corners, parser
 from diffalign.embedded.workshop.trajectories import SCALES, Trajectories, generate, prompts
 from diffalign.embedded.world.scenes import DEFAULT_MIX
+from diffalign.generate.seeds import seed_of
 from diffalign.tasks.geneval.verdict import verdict
 from diffalign.testing import tiny_pipeline
 
@@ -218,7 +219,8 @@ def test_trajectories_are_the_states_of_plain_calls(pipe, tmp_path) -> None:
     assert sampled.captions == tuple(records)
     assert sampled.scales == SCALES
     for column, scale in enumerate(SCALES):
-        rng = torch.Generator().manual_seed(7 * 1_000_003 * 2 + column % 2)
+        seeds = [seed_of(caption, column % 2, 7) for caption in records]
+        rng = [torch.Generator().manual_seed(seed) for seed in seeds]
         with da.apply(pipe, da.CFG(scale)) as session:
             latents = pipe(
                 list(records), num_inference_steps=3, generator=rng, output_type="latent"
