@@ -13,16 +13,16 @@ load does not count.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import statistics
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import UNITS, Row, save
+from results import UNITS, Row, command_line, save
 from rich.progress import track
 
 import diffalign as da
@@ -99,13 +99,7 @@ SCALES = {"plain 2 rows": None, "plain 1 row": 1.0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--scale", type=float, default=1.5)
-    parser.add_argument("--output", default="benchmarks/results")
-    options = parser.parse_args()
+    options = command_line(__doc__, runs=9, batch=16, steps=20, scale=1.5).parse_args()
     torch.set_num_threads(1)
     pipe = load("emoji")
     pipe.set_progress_bar_config(disable=True)
@@ -113,7 +107,7 @@ def main() -> None:
     save("cost", table(seen, options.batch), options, COLUMNS)
 
 
-def once(pipe: Any, techniques: tuple[Any, ...], scale: float, options: argparse.Namespace) -> Cost:
+def once(pipe: Any, techniques: tuple[Any, ...], scale: float, options: Namespace) -> Cost:
     """One run; without techniques no session is open."""
     texts = [str(prompts()[n]["prompt"]) for n in range(0, 553, 553 // options.batch)]
     call = {
@@ -133,7 +127,7 @@ def once(pipe: Any, techniques: tuple[Any, ...], scale: float, options: argparse
         return time.process_time() - began, session.report().nfe
 
 
-def rounds(pipe: Any, options: argparse.Namespace) -> dict[str, list[Cost]]:
+def rounds(pipe: Any, options: Namespace) -> dict[str, list[Cost]]:
     """Costs of every technique and every plain run, round by round."""
     scales = {name: scale or options.scale for name, scale in SCALES.items()}
     jobs: dict[str, tuple[tuple[Any, ...], float]] = {

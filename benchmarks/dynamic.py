@@ -12,7 +12,6 @@ prompts are read from the folder. The plot shows which weights were chosen at ea
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import UNITS, Estimate, Row, images, quality, save
+from results import UNITS, Estimate, Row, command_line, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
@@ -102,12 +101,7 @@ def shares(values: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs-folder", default="runs/evidence")
-    parser.add_argument("--output", default="benchmarks/results")
-    parser.add_argument("--scale", type=float, default=1.5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command_line(__doc__, runs_folder="runs/evidence", scale=1.5, steps=20, threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge = load("emoji"), load("emoji-judge")

@@ -111,3 +111,13 @@ def test_cost(benchmark_module):
     assert rows["IntervalCFG"]["counted"] == "per evaluated row"
     assert rows["PLADIS, no guidance"]["of it interception"] == 0.25
     assert rows["APG"]["of it interception"] is None
+
+
+def test_a_command_line_has_the_types_of_its_defaults(benchmark_module):
+    results = benchmark_module("results")
+    parser = results.command_line("What it asks.", runs_folder="runs/here", scale=1.5, steps=20)
+    options = parser.parse_args(["--scale", "2", "--runs-folder", "there"])
+    assert (options.scale, options.steps, options.runs_folder) == (2.0, 20, "there")
+    assert options.output == "benchmarks/results"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--steps", "two"])

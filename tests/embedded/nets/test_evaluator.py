@@ -336,6 +336,7 @@ def test_choices_on_emoji_are_the_best_of_plain_steps(pipe, trained) -> None:
     assert {weight for row in chosen for weight in row} <= {*candidates}
 
 
+@pytest.mark.slow
 def test_a_reward_through_the_decoder_picks_the_best_picture(pipe) -> None:
     """One step to a clean image: the choice has to be the weight whose finished picture the reward
     likes best."""

@@ -293,6 +293,7 @@ def test_vae_resume_repeats_the_bits() -> None:
     assert torch.equal(third.tail.master, straight.tail.master)
 
 
+@pytest.mark.slow
 def test_second_phase_moves_the_decoder_alone() -> None:
     """A denoiser may have been trained on the latents of phase one, so no bit of the encoder may
     change after it."""
