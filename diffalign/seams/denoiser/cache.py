@@ -6,7 +6,21 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from diffalign.core import Pass
+from diffalign.core import Pass, UnsupportedModel
+
+
+def keeps_both(module: Any) -> bool:
+    """Whether the model's cache takes the halves of every batch for the two branches."""
+    return type(getattr(module, "_cache_config", None)).__name__ == "FasterCacheConfig"
+
+
+def check_rows(module: Any, rows: int, whole: int) -> None:
+    """Raise ``UnsupportedModel`` where a cache of the model cannot take some of the rows."""
+    if rows != whole and keeps_both(module):
+        raise UnsupportedModel(
+            "FasterCache takes the first half of every batch for one branch, so a guidance that "
+            f"runs {rows} of {whole} rows would mix images up. Disable the cache, or use da.CFG."
+        )
 
 
 def fixed_rows(module: Any) -> bool:
