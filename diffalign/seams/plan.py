@@ -12,10 +12,16 @@ from diffalign.core import Context, Guidance, Meter, Technique, UnsupportedModel
 from diffalign.core.errors import warn_once
 from diffalign.core.option import CALL, options_of
 from diffalign.core.registry import name_of
-from diffalign.families import FAMILIES, Family
+from diffalign.families import FAMILIES, Family, family_of
 from diffalign.seams import swap
+from diffalign.seams.attention import sites
 from diffalign.seams.denoiser.record import Resolved
 from diffalign.seams.denoiser.space import parametrisation_of
+
+NO_TOKENS = (
+    "no model family says yet where its image tokens are embedded and put out, so no technique "
+    "can compute some of them only"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +258,7 @@ def resolve(technique: Any, context: Context, resolved: Resolved, suffix: str = 
     """``technique`` with its options filled in; they and their sources go into ``resolved``."""
     context = context.fresh()
     answer = technique.resolve(context)
-    answer, sources = answer if isinstance(answer, tuple) else (answer, context.sources)
-    reason = context.refusal(name_of(technique), answer)
+    reason = refusal(answer, context)
     if reason is not None:
         raise UnsupportedModel(
             f"{type(technique).__name__} cannot act on {context.pipeline}: {reason}"
@@ -262,9 +267,19 @@ def resolve(technique: Any, context: Context, resolved: Resolved, suffix: str = 
     for f in fields(answer):
         value = getattr(answer, f.name)
         if f.init and value is not None and not _is_hidden(f, answer):
-            options[f.name] = (value, sources.get(f.name, ""))
+            options[f.name] = (value, context.sources.get(f.name, ""))
     resolved[name_of(technique) + suffix] = options
     return answer
+
+
+def refusal(technique: Technique, context: Context) -> str | None:
+    """Why a resolved technique cannot act on the pipeline of ``context``, None when it can."""
+    reason = context.refusal(name_of(technique), technique)
+    if reason is None and technique.seam == "attention":
+        reason = sites.refusal(family_of(swap.original_class(context.pipe)))
+    if reason is None and technique.seam == "tokens":
+        reason = NO_TOKENS
+    return reason or technique.refuses(context)
 
 
 def _is_hidden(f: Any, technique: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffalign.core import Meter, Pass, StepInfo
 from diffalign.families.family import Family
 from diffalign.seams.blocks.sites import skipped
-from diffalign.seams.denoiser.cache import cache_context, empty_cache, fixed_rows
+from diffalign.seams.denoiser.cache import cache_context, empty_cache, fixed_rows, is_cached
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments
 
@@ -102,9 +102,7 @@ class Evaluator:
             arguments = take_arguments(
                 arguments, rows, call.rows, self.family.shared, self.family.lists
             )
-        if self._last_rows not in (0, len(rows)) and getattr(
-            call.module, "is_cache_enabled", False
-        ):
+        if self._last_rows not in (0, len(rows)) and is_cached(call.module):
             empty_cache(call.module)
         self._last_rows = len(rows)
         conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))

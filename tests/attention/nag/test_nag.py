@@ -11,8 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import diffalign as da
-from diffalign.attention import AttentionTechnique
-from diffalign.core import COND, UNCOND, Guidance, errors
+from diffalign.core import COND, UNCOND, AttentionTechnique, Guidance, errors
 from diffalign.core.registry import from_config, parse, to_config
 from diffalign.families import FAMILIES, family_of
 from diffalign.guidance import IntervalCFG
@@ -330,9 +329,10 @@ def test_what_the_user_gives_is_not_resolved():
         ({"alpha": 1.5}, ValueError, "alpha"),
         ({"scale": math.inf}, ValueError, "scale"),
         ({"norm": "l3"}, ValueError, "norm"),
-        ({"layers": "attn*"}, ValueError, "layers"),
+        ({"layers": "attn*"}, TypeError, "layers"),
         ({"negative_prompt": 3}, TypeError, "negative_prompt"),
-        ({"negative_prompt": ("a", 3)}, TypeError, "negative_prompt"),
+        ({"negative_prompt": ("a", 3)}, ValueError, "negative_prompt"),
+        ({"negative_prompt": ()}, ValueError, "negative_prompt"),
         ({"negative_embeds": {"prompt_embeds": None}}, TypeError, "negative_embeds"),
         (
             {"negative_embeds": {"negative_prompt_embeds": None}, "negative_prompt": "a"},

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import diffalign as da
-from diffalign.attention import AttentionTechnique
+from diffalign.core import AttentionTechnique
 from diffalign.core.registry import make
 from diffalign.core.registry import techniques as registered
 from diffalign.families import FAMILIES
