@@ -19,7 +19,7 @@ from diffalign.core import COND, UNCOND, Context, Guidance, Meter, Pass, StepInf
 from diffalign.core.option import with_scale
 from diffalign.core.registry import from_config, to_config
 from diffalign.families import Family, modular_families
-from diffalign.seams.blocks.sites import skipped
+from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.cache import fixed_rows
 from diffalign.seams.denoiser.clock import Clock
@@ -27,7 +27,7 @@ from diffalign.seams.denoiser.record import Record
 from diffalign.seams.denoiser.rows import count_rows, parameter_names, take_arguments
 from diffalign.seams.plan import context_of, resolve
 from diffalign.seams.report import Report
-from diffalign.seams.swap import intercepted, original_class
+from diffalign.seams.swap import intercepted, original_class, unwrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         """The denoiser's call of one pass: only the rows it needs, without the blocks it skips."""
         run = self._running()
         try:
-            base = original_class(getattr(module, "_orig_mod", module))
+            base = original_class(unwrapped(module))
             arguments = {**dict(zip(parameter_names(base), args)), **kwargs}
             latents = next(iter(arguments.values()))
             if run.latents is None:

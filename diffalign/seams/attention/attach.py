@@ -13,10 +13,11 @@ from torch import Tensor
 from diffalign.core import AttentionTechnique, UnsupportedModel
 from diffalign.core.errors import nearest
 from diffalign.seams import checkpoints
-from diffalign.seams.attention.activity import Activity
+from diffalign.seams.activity import Activity
 from diffalign.seams.attention.caches import Caches
 from diffalign.seams.attention.call import CallExtension, CallView, RunningCall
 from diffalign.seams.attention.intercept import Intercepted, start
+from diffalign.seams.attention.kernels import Kernels
 from diffalign.seams.attention.native import to_native
 from diffalign.seams.attention.sites import Layer, layers_of, row_parts, site_of, text_length
 from diffalign.seams.denoiser.cache import is_compiled
@@ -40,15 +41,13 @@ def attach(techniques: Sequence[AttentionTechnique], generation: Generation) -> 
     selected = {technique: _selected(technique, layers) for technique in techniques}
     acting = sorted((t for t in techniques if not t.off), key=lambda t: t.order)
     activity = Activity(acting, generation.record)
+    complete = False
     try:
         with Attachment(activity, generation, denoisers, layers).installed():
             yield
-        activity.note_silent()
+        complete = True
     finally:
-        for technique, count in selected.items():
-            name = type(technique).__name__
-            generation.record.layers[name] = (activity.layers(technique), count)
-            generation.record.acted[name] = len(activity.steps.get(name, ()))
+        activity.finish(selected, complete)
 
 
 def _selected(technique: AttentionTechnique, layers: Sequence[Layer]) -> int:
@@ -68,7 +67,7 @@ class Attachment:
 
     def __init__(
         self,
-        activity: Activity,
+        activity: Activity[AttentionTechnique],
         generation: Generation,
         denoisers: dict[str, Any],
         layers: Sequence[Layer],
@@ -77,6 +76,7 @@ class Attachment:
         self.denoisers, self.layers = denoisers, layers
         self.running = RunningCall(opaque=any(map(is_compiled, denoisers.values())))
         self.caches = Caches(denoisers)
+        self.kernels = Kernels(generation.record.notes)
         self.extensions: dict[AttentionTechnique, CallExtension] = {}
 
     @contextmanager
@@ -150,9 +150,11 @@ class Attachment:
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
         ) -> Tensor:
             site = site_of(layer, view, q, k)
-            self.activity.note(layer.denoiser, site, techniques)
+            for technique in techniques:
+                if technique.selects(site):
+                    self.activity.note(technique, layer.denoiser, layer.name)
             mask = _one_head(mask, layer)
-            return start(q, k, v, mask, options, site, techniques, self.activity.kernel)
+            return start(q, k, v, mask, options, site, techniques, self.kernels)
 
         with Intercepted(layer.call, attend) as mode:
             output = original(*args, **kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffalign.core import Meter, Pass, StepInfo
 from diffalign.families.family import Family
-from diffalign.seams.blocks.sites import skipped
+from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser.cache import cache_context, empty_cache, fixed_rows, is_cached
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import diffalign as da
-from diffalign.core import COND, Guidance, Pass, UnsupportedModel
+from diffalign.core import COND, BlockSite, Guidance, Pass, UnsupportedModel
 from diffalign.families import FAMILIES, block_streams
-from diffalign.seams.blocks.sites import BlockSite, select, sites, skipped
+from diffalign.seams.blocks.sites import select, sites
+from diffalign.seams.blocks.skip import skipped
 from diffalign.testing.deep import PIPELINES, deep_pipeline, without_block
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
