@@ -22,9 +22,9 @@ def remember(denoisers: Iterable[Any], snapshot: Snapshot, stack: ExitStack) -> 
     for module in (module for denoiser in denoisers for module in denoiser.modules()):
         previous = vars(module).get(FUNCTION)
         if previous is not None and getattr(module, "gradient_checkpointing", False):
-            ours = functools.partial(_checkpoint, snapshot, previous)
-            setattr(module, FUNCTION, ours)
-            stack.callback(_restore, module, ours, previous)
+            function = functools.partial(_checkpoint, snapshot, previous)
+            setattr(module, FUNCTION, function)
+            stack.callback(_restore, module, function, previous)
 
 
 def _checkpoint(
@@ -43,6 +43,6 @@ def _checkpoint(
     return checkpoint(run, *args, **kwargs)
 
 
-def _restore(module: Any, ours: Any, previous: Any) -> None:
-    if vars(module).get(FUNCTION) is ours:
+def _restore(module: Any, function: Any, previous: Any) -> None:
+    if vars(module).get(FUNCTION) is function:
         setattr(module, FUNCTION, previous)

@@ -135,7 +135,7 @@ def spans(name, given):
     return lambda q: (whole, whole)
 
 
-@pytest.mark.parametrize("alpha", [1.5, 2.0])
+@pytest.mark.parametrize("alpha", [1.5, pytest.param(2.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_written_out(monkeypatch, name, alpha):
     """The prediction of every family, when its text weights are the paper's, computed with the

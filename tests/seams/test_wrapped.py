@@ -93,7 +93,7 @@ def test_what_is_compiled_and_cached_is_asked_of_the_model_within():
 
     for wrap in (lambda module: module, Parallel, adapted):
         plain = wrap(model())
-        assert not (is_compiled(plain) or is_compiled_whole(plain) or is_cached(plain))
+        assert not any(ask(plain) for ask in (is_compiled, is_compiled_whole, is_cached))
         whole = model()
         whole.compile(backend="eager")
         assert is_compiled(wrap(whole))

@@ -218,7 +218,7 @@ def test_two_models_in_lock_step(name, variant, guided):
         "ZImagePipeline",
     ],
 )
-@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("length", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_texts_of_unequal_length(name, length):
     """A negative text of its own, shorter and longer than the prompt, beside the negative prompt of
     CFG."""
