@@ -45,6 +45,45 @@ def refusal(pipe: Any, family: Family, share_image: bool) -> str | None:
     return family.second_text.check(pipe)
 
 
+class TextRows:
+    """The negative text's arguments, a row for each image that asks."""
+
+    def __init__(self, text: Mapping[str, Any], generation: Generation) -> None:
+        # by the denoiser's names: tensors [texts, ...], or lists with one per text
+        self.text, self.generation = text, generation
+        # (name, images, device, dtype) -> rows; kept, since steps repeat them
+        self._rows: dict[Any, Tensor] = {}
+
+    def __call__(self, name: str, images: Sequence[int], reference: Tensor) -> Tensor:
+        """Rows of the argument ``name``, on the device and in the dtype of ``reference``."""
+        key = (name, tuple(images), reference.device, reference.dtype)
+        if key not in self._rows:
+            index = torch.tensor(self.numbers(name, images))
+            text = self.text[name].to(reference.device, reference.dtype)
+            self._rows[key] = text[index.to(reference.device)]
+        return self._rows[key]
+
+    def mask(self, name: str, images: Sequence[int], reference: Tensor, text: Tensor) -> Tensor:
+        """Rows of the mask ``name`` of the tokens ``text`` [rows, L, ...]."""
+        if name in self.text:
+            return self(name, images, reference)
+        return reference.new_ones(text.shape[:2])
+
+    def numbers(self, name: str, images: Sequence[int]) -> list[int]:
+        """Which negative text each image takes; a prompt's images stand together."""
+        texts, batch = len(self.text[name]), self.generation.batch
+        values = self.generation.plan.values
+        names = ("num_images_per_prompt", "num_videos_per_prompt")
+        copies = next((int(values[n]) for n in names if values.get(n)), 1)
+        if texts not in (1, batch // copies, batch):
+            many = f" with {copies} images each" if copies > 1 else ""
+            raise ValueError(
+                f"NAG got {texts} negative texts for {batch // copies} prompts{many}; give one, "
+                "or one per prompt."
+            )
+        return [image * texts // batch for image in images]
+
+
 class NegativeText:
     """One generation's negative text: a ``CallExtension`` that adds it to denoiser calls."""
 
@@ -53,15 +92,13 @@ class NegativeText:
         assert generation.family.second_text is not None
         self.second: SecondText = generation.family.second_text
         self.argument = generation.family.text[0]
-        # rows of text arguments: (name, images, device, dtype) -> tensor
-        self._rows: dict[Any, Tensor] = {}
         embeddings, source = negative_text(nag, generation)
-        # by the denoiser's names
-        self.text = encoder_of(generation.family).denoiser(embeddings)
+        text = encoder_of(generation.family).denoiser(embeddings)
+        self.rows = TextRows(text, generation)
         notes = generation.record.notes
         notes.append(f"NAG: negative text from {source}")
         if not self.share_image:
-            if self.second.pooled not in self.text:
+            if self.second.pooled not in text:
                 raise ValueError(
                     "NAG(share_image=False) modulates with the negative pooled text; pass "
                     "negative_pooled_prompt_embeds too."
@@ -103,51 +140,19 @@ class NegativeText:
         rows = len(view.conditioned) - len(view.copies)
         return with_prediction(output, prediction_of(output)[:rows])
 
-    def _text(self, name: str, images: Sequence[int], reference: Tensor) -> Tensor:
-        """The negative text argument ``name``, a row for each of ``images``.
-
-        On the device and in the dtype of ``reference``; kept, since steps repeat it.
-        """
-        key = (name, tuple(images), reference.device, reference.dtype)
-        if key not in self._rows:
-            index = torch.tensor(self._texts_of(name, images))
-            text = self.text[name].to(reference.device, reference.dtype)
-            self._rows[key] = text[index.to(reference.device)]
-        return self._rows[key]
-
-    def _texts_of(self, name: str, images: Sequence[int]) -> list[int]:
-        """Which negative text each image takes; a prompt's images stand together."""
-        texts, batch = len(self.text[name]), self.generation.batch
-        values = self.generation.plan.values
-        names = ("num_images_per_prompt", "num_videos_per_prompt")
-        copies = next((int(values[n]) for n in names if values.get(n)), 1)
-        if texts not in (1, batch // copies, batch):
-            many = f" with {copies} images each" if copies > 1 else ""
-            raise ValueError(
-                f"NAG got {texts} negative texts for {batch // copies} prompts{many}; give one, "
-                "or one per prompt."
-            )
-        return [image * texts // batch for image in images]
-
-    def _mask(self, mask: str, images: Sequence[int], reference: Tensor, text: Tensor) -> Tensor:
-        """The mask of the negative text's tokens ``text`` [rows, L, ...]."""
-        if mask in self.text:
-            return self._text(mask, images, reference)
-        return reference.new_ones(text.shape[:2])
-
     def _extend(
         self, arguments: dict[str, Any], images: Sequence[int]
     ) -> tuple[dict[str, Any], int]:
         """The denoiser's arguments with the negative text behind the prompt, and its length."""
         name, mask, positions = self.argument.name, self.argument.mask, self.argument.positions
         prompt = arguments[name]
-        negative = self._text(name, images, prompt)
+        negative = self.rows(name, images, prompt)
         changed = {**arguments, name: torch.cat([prompt, negative], 1)}
-        if mask is not None and (arguments.get(mask) is not None or mask in self.text):
+        if mask is not None and (arguments.get(mask) is not None or mask in self.rows.text):
             opened = arguments.get(mask)
             if opened is None:
-                opened = prompt.new_ones(prompt.shape[:2], dtype=self.text[mask].dtype)
-            added = self._mask(mask, images, opened, negative)
+                opened = prompt.new_ones(prompt.shape[:2], dtype=self.rows.text[mask].dtype)
+            added = self.rows.mask(mask, images, opened, negative)
             # masks that go on over the image tokens are opened behind the prompt
             length = prompt.shape[1]
             changed[mask] = torch.cat([opened[:, :length], added, opened[:, length:]], 1)
@@ -182,17 +187,19 @@ class NegativeText:
         name, mask, pooled = self.argument.name, self.argument.mask, self.second.pooled
         if isinstance(arguments[name], list):
             prompts = arguments[name][:total]
-            texts = [self.text[name][i].to(prompts[0]) for i in self._texts_of(name, images)]
+            texts = [
+                self.rows.text[name][i].to(prompts[0]) for i in self.rows.numbers(name, images)
+            ]
             arguments[name] = [*prompts, *texts]
             return
         if not self.share_image and pooled is not None:
             vectors = arguments[pooled][:total]
-            arguments[pooled] = torch.cat([vectors, self._text(pooled, images, vectors)])
+            arguments[pooled] = torch.cat([vectors, self.rows(pooled, images, vectors)])
         prompt = arguments[name][:total]
-        negative = self._text(name, images, prompt)
+        negative = self.rows(name, images, prompt)
         if mask is not None and arguments.get(mask) is not None:
             opened = arguments[mask][:total]
-            arguments[mask] = _stack(opened, self._mask(mask, images, opened, negative))
+            arguments[mask] = _stack(opened, self.rows.mask(mask, images, opened, negative))
             arguments[name] = _stack(prompt, negative)
             return
         if prompt.shape[1] != negative.shape[1]:
