@@ -122,7 +122,7 @@ def plan(
         for technique in techniques:
             if isinstance(technique, Guidance):
                 guidances[name] = resolve(technique, context, resolved, _suffix(family, name))
-                _warn(technique, guidances[name], context, call, techniques)
+                _warn(technique, guidances[name], context, call, techniques, family.embeddings)
             elif context is next(iter(contexts.values())):
                 others.append(resolve(technique, context, resolved))
     guidance_name = next((name_of(t) for t in techniques if isinstance(t, Guidance)), "")
@@ -295,6 +295,7 @@ def _warn(
     context: Context,
     call: Arguments,
     techniques: Sequence[Technique],
+    embeddings: str,
 ) -> None:
     name, scale = type(technique).__name__, technique.asked_scale
     if scale is not None and context.scale_source == "call" and scale != context.scale:
@@ -302,7 +303,7 @@ def _warn(
             f"The call asks for guidance scale {context.scale:g} and {name} for {scale:g}; the "
             "technique's value is used."
         )
-    names = ("negative_prompt", "negative_prompt_embeds")
+    names = ("negative_prompt", f"negative_{embeddings}")
     negative = any(call.given.get(key) is not None for key in names)
     if negative and not resolved.needs_uncond and not any(t.reads_negative for t in techniques):
         warn_once(

@@ -265,7 +265,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
             if p.rows is not None and not fixed_rows(module):
                 family = self._binding.family if self._binding else None
                 assert family is not None, "a run has a binding"
-                arguments = take_arguments(arguments, p.rows, rows, family.shared, family.lists)
+                arguments = take_arguments(arguments, p.rows, rows, family)
                 rows = len(p.rows)
             run.meter.charge(rows=rows)
             if p.blocks is None:

@@ -89,7 +89,8 @@ class NAG(Windowed, AttentionTechnique):
         embeds: Any = self.negative_embeds
         if embeds is None:
             return
-        if not isinstance(embeds, Mapping) or "negative_prompt_embeds" not in embeds:
+        first = "negative_prompt_embeds"  # some families have the encoder's name behind it
+        if not isinstance(embeds, Mapping) or not any(name.startswith(first) for name in embeds):
             raise TypeError(
                 "NAG(negative_embeds=...) must map the pipeline's names to tensors, "
                 f"{{'negative_prompt_embeds': ...}}; got {type(embeds).__name__}."

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffalign.core import UnsupportedModel
 from diffalign.families import Family
-from diffalign.families.text import Around, Encoder, SecondText, has_text_encoder
+from diffalign.families.text import Argument, Around, Encoder, SecondText, has_text_encoder
 from diffalign.seams.attention.call import CallView, Handlers, RunningCall
 from diffalign.seams.attention.sites import text_length
 from diffalign.seams.denoiser.rows import count_rows, prediction_of, take_arguments, with_prediction
@@ -54,13 +54,15 @@ class TextRows:
         # (name, images, device, dtype) -> rows; kept, since steps repeat them
         self._rows: dict[Any, Tensor] = {}
 
-    def __call__(self, name: str, images: Sequence[int], reference: Tensor) -> Tensor:
+    def __call__(
+        self, name: str, images: Sequence[int], reference: Tensor, axis: int = 0
+    ) -> Tensor:
         """Rows of the argument ``name``, on the device and in the dtype of ``reference``."""
         key = (name, tuple(images), reference.device, reference.dtype)
         if key not in self._rows:
-            index = torch.tensor(self.numbers(name, images))
+            index = torch.tensor(self.numbers(name, images, axis))
             text = self.text[name].to(reference.device, reference.dtype)
-            self._rows[key] = text[index.to(reference.device)]
+            self._rows[key] = text.index_select(axis, index.to(reference.device))
         return self._rows[key]
 
     def mask(self, name: str, images: Sequence[int], reference: Tensor, text: Tensor) -> Tensor:
@@ -69,9 +71,10 @@ class TextRows:
             return self(name, images, reference)
         return reference.new_ones(text.shape[:2])
 
-    def numbers(self, name: str, images: Sequence[int]) -> list[int]:
+    def numbers(self, name: str, images: Sequence[int], axis: int = 0) -> list[int]:
         """Which negative text each image takes; a prompt's images stand together."""
-        texts, batch = len(self.text[name]), self.generation.batch
+        text, batch = self.text[name], self.generation.batch
+        texts = len(text) if isinstance(text, list) else text.shape[axis]
         values = self.generation.plan.values
         names = ("num_images_per_prompt", "num_videos_per_prompt")
         copies = next((int(values[n]) for n in names if values.get(n)), 1)
@@ -170,7 +173,7 @@ class NegativeText:
         guided = [row for row, conditioned in enumerate(call.conditioned) if conditioned]
         self.generation.meter.charge(rows=len(guided), joined=True)
         rows = [*range(total), *guided]
-        changed = take_arguments(arguments, rows, total, family.shared, family.lists)
+        changed = take_arguments(arguments, rows, total, family)
         self._fill(changed, total, [images[row] for row in guided])
         copies = tuple((row, total + i) for i, row in enumerate(guided))
         conditioned = (*call.conditioned, *(True for _ in guided))
@@ -180,35 +183,39 @@ class NegativeText:
         return replace(call, conditioned=conditioned, copies=copies), changed, view
 
     def _fill(self, arguments: dict[str, Any], total: int, images: Sequence[int]) -> None:
-        """The negative text of ``images`` in the rows behind the first ``total``.
-
-        Padded to one length where a mask says so.
-        """
-        name, mask, pooled = self.argument.name, self.argument.mask, self.second.pooled
-        if isinstance(arguments[name], list):
-            prompts = arguments[name][:total]
-            texts = [
-                self.rows.text[name][i].to(prompts[0]) for i in self.rows.numbers(name, images)
-            ]
-            arguments[name] = [*prompts, *texts]
-            return
+        """The negative text of ``images`` in the rows behind the first ``total``."""
+        pooled = self.second.pooled
         if not self.share_image and pooled is not None:
             vectors = arguments[pooled][:total]
             arguments[pooled] = torch.cat([vectors, self.rows(pooled, images, vectors)])
-        prompt = arguments[name][:total]
-        negative = self.rows(name, images, prompt)
+        for argument in self.generation.family.text:
+            self._fill_one(argument, arguments, total, images)
+
+    def _fill_one(
+        self, argument: Argument, arguments: dict[str, Any], total: int, images: Sequence[int]
+    ) -> None:
+        """One text argument; padded to one length where a mask says so."""
+        name, mask, axis = argument.name, argument.mask, argument.rows
+        if isinstance(arguments[name], list):
+            prompts = arguments[name][:total]
+            numbers = self.rows.numbers(name, images)
+            arguments[name] = [*prompts, *(self.rows.text[name][i].to(prompts[0]) for i in numbers)]
+            return
+        prompt = arguments[name].narrow(axis, 0, total)
+        negative = self.rows(name, images, prompt, axis)
         if mask is not None and arguments.get(mask) is not None:
             opened = arguments[mask][:total]
             arguments[mask] = _stack(opened, self.rows.mask(mask, images, opened, negative))
             arguments[name] = _stack(prompt, negative)
             return
-        if prompt.shape[1] != negative.shape[1]:
+        length, other = prompt.shape[argument.axis], negative.shape[argument.axis]
+        if length != other:
             raise UnsupportedModel(
                 "NAG needs a negative text as long as the prompt's on this model: "
-                f"{prompt.shape[1]} tokens; got {negative.shape[1]}. "
+                f"{length} tokens; got {other}. "
                 "Encode both with the same max_sequence_length."
             )
-        arguments[name] = torch.cat([prompt, negative])
+        arguments[name] = torch.cat([prompt, negative], axis)
 
 
 def encoder_of(family: Family) -> Encoder:
@@ -228,9 +235,10 @@ def negative_text(nag: NAG, generation: Generation) -> tuple[dict[str, Any], str
         return _embeddings(nag.negative_embeds, generation.family), "NAG(negative_embeds=...)"
     if nag.negative_prompt is not None:
         return _encoded(generation, nag.negative_prompt), "NAG(negative_prompt=...)"
-    if call.get("negative_prompt_embeds") is not None:
-        return _embeddings(call, generation.family), "negative_prompt_embeds of the call"
-    names = ("negative_prompt_2", "negative_prompt_3")
+    embeds = f"negative_{generation.family.embeddings}"
+    if call.get(embeds) is not None:
+        return _embeddings(call, generation.family), f"{embeds} of the call"
+    names = ("negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
     others = {name: call[name] for name in names if call.get(name)}
     text = call.get("negative_prompt") or ""
     source = "negative_prompt of the call" if text or others else "the empty prompt"
@@ -266,7 +274,7 @@ def _encoded(
     if not has_text_encoder(pipe):
         raise UnsupportedModel(
             f"NAG needs a negative text, and {type(pipe).__name__} has no text encoder "
-            "loaded: pass negative_prompt_embeds (with the "
+            f"loaded: pass negative_{generation.family.embeddings} (with the "
             "masks and pooled embeddings that go with them) to the pipeline call, or as "
             "NAG(negative_embeds={...})."
         )

@@ -26,14 +26,11 @@ def sites(denoiser: nn.Module) -> tuple[BlockSite, ...]:
     others.
     """
     streams = block_streams()
-    listed: list[tuple[str, nn.Module]] = []
-    for stack, blocks in unwrapped(denoiser).named_modules():
-        if isinstance(blocks, nn.ModuleList) and len(blocks) and "refiner" not in stack:
-            listed += [
-                (f"{stack}.{i}", b)
-                for i, b in enumerate(blocks)
-                if original_class(b).__name__ in streams
-            ]
+    listed = [
+        (name, module)
+        for name, module in unwrapped(denoiser).named_modules()
+        if original_class(module).__name__ in streams and "refiner" not in name
+    ]
     # a U-Net registers its middle last
     stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     listed.sort(key=lambda item: stage.get(item[0].partition(".")[0], 0))

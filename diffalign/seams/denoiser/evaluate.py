@@ -99,9 +99,7 @@ class Evaluator:
             sizes.append(len(part))
         arguments = call.arguments
         if rows != list(range(call.rows)):
-            arguments = take_arguments(
-                arguments, rows, call.rows, self.family.shared, self.family.lists
-            )
+            arguments = take_arguments(arguments, rows, call.rows, self.family)
         if self._last_rows not in (0, len(rows)) and is_cached(call.module):
             empty_cache(call.module)
         self._last_rows = len(rows)

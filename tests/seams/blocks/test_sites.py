@@ -128,6 +128,25 @@ def test_order_and_edges():
     assert all(site.name.startswith("layers.") for site in sites(lumina))
 
 
+class Wrapper(nn.Module):
+    """A module with one block inside."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        return self.block(*args, **kwargs)
+
+
+def test_blocks_inside_wrappers():
+    toy = Toy()
+    toy.video = nn.ModuleList([Wrapper(block) for block in toy.video])
+    assert [site.name for site in sites(toy)][:3] == [f"video.{i}.block" for i in range(3)]
+    with skipped(toy, ("video.1.block",)):
+        assert toy(torch.ones(1, 5, 2), torch.ones(1, 3, 2))[0][0, 0, 0] == 32
+
+
 def test_select():
     flux = denoiser(deep_pipeline("FluxPipeline"))
     assert select("X", "blocks", flux, None) == tuple(site.name for site in sites(flux)[1:-1])
