@@ -45,7 +45,7 @@ class NAG(Windowed, AttentionTechnique):
     Differs from the paper: on models with pooled text the negative text tokens are modulated with
     the prompt's pooled text.
     Cost: no extra pass; the negative text's tokens at every layer, and a second row per guided
-    image on Lumina2, Z-Image, CogVideoX, Wan 2.1 image-to-video, and with ``share_image=False``.
+    image with ``share_image=False`` and where a model's texts cannot share one row.
     """
 
     scale: float = auto("nag/scale", "1 is off", usual=(1.0, 12.0))
