@@ -122,6 +122,14 @@ def test_nothing_imports_the_workshop():
             assert not [name for name in names if "workshop" in name.split(".")], name_of(path)
 
 
+def test_make_embedded_runs_modules_of_the_workshop():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (room,) = re.findall(r"^TRAIN := \$\(PY\) -m (\S+)$", text, flags=re.M)
+    programs = {f"{room}.{name}" for name in re.findall(r"\$\(TRAIN\)\.(\w+)", text)}
+    assert programs
+    assert programs <= {name_of(path) for path in MODULES}
+
+
 @pytest.mark.parametrize(
     "path", [path for path in MODULES if part_of(name_of(path)) == "core"], ids=name_of
 )

@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from diffalign.core.errors import UnsupportedModel
+
+# copies of other weights that fused projections add
+FUSED = re.compile(r"\.to_(qkv|kv|added_qkv)\.")
+ADAPTER = re.compile(r"\.lora_\w+\.")
+WRAPPERS = ("_orig_mod", "module")
 
 
 def model_hash(module: Any) -> str:
     """Hash of a denoiser's class, shapes and the first values of every tensor, 16 hex digits.
 
+    The same in float32 and bfloat16, and in float16 where the weights were stored so; compiled,
+    with fused projections, and with adapters that change nothing.
     Cost: a few bytes of each tensor, so it is cheap for billions of parameters.
     Raises: ``UnsupportedModel`` where the weights are not in memory (sequential offload).
     """
     import torch
 
-    module = getattr(module, "_orig_mod", module)
+    for name in WRAPPERS:
+        module = getattr(module, name, module)
     digest = hashlib.sha256(type(module).__name__.encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in _weights(module):
         if tensor.is_meta:
             raise UnsupportedModel(
                 f"{type(module).__name__} cannot be recognised: {name} is offloaded. Use "
                 "enable_model_cpu_offload instead."
             )
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().flatten()[:4].to("cpu", torch.float32).numpy().tobytes())
+        values = tensor.detach().flatten()[:4].to("cpu", torch.bfloat16)
+        digest.update(values.float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _weights(module: Any) -> Iterator[tuple[str, Any]]:
+    """Names and tensors that make the model what it is, in the order of the names."""
+    state = module.state_dict()
+    adapted = _has_effect(module)
+    for name in sorted(state, key=lambda name: name.replace(".base_layer.", ".")):
+        if FUSED.search(name) or (ADAPTER.search(name) and not adapted):
+            continue
+        yield name.replace(".base_layer.", "."), state[name]
+
+
+def _has_effect(module: Any) -> bool:
+    """Whether any adapter changes what the model computes."""
+    for layer in module.modules():
+        if not hasattr(layer, "lora_B") or getattr(layer, "disable_adapters", False):
+            continue
+        for adapter in getattr(layer, "active_adapters", ()):
+            if adapter in layer.lora_B and layer.scaling.get(adapter, 1.0) != 0.0:
+                weight = getattr(layer.lora_B[adapter], "weight", None)
+                if weight is None or bool(weight.detach().any()):
+                    return True
+    return False

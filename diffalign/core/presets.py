@@ -15,6 +15,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from diffalign.core.errors import warn_once
+
 VARIABLE = "DIFFALIGN_PRESETS"
 """Environment variable with the paths of preset files, separated as ``PATH`` is.
 
@@ -86,6 +88,7 @@ def preset(
         if entries:
             best = max(entries, key=lambda entry: len(entry.when))
             return best.value, best.source
+    _say_what_does_not_apply(technique, option, facts)
     ranked = [(len(e.when), e) for e in _shipped().get(technique, ())]
     ranked += [(len(e.when) + 1, e) for e in defaults]
     fitting = [(rank, e) for rank, e in ranked if e.option == option and _fits(e, facts)]
@@ -96,10 +99,29 @@ def preset(
     return best.value, best.source
 
 
+def _say_what_does_not_apply(technique: str, option: str, facts: Mapping[str, Any]) -> None:
+    """A warning where an option was calibrated for this model, but with other weights."""
+    calibrated = [e for table in (*_users(), _shipped()) for e in table.get(technique, ())]
+    for entry in calibrated:
+        if entry.option != option or "model" not in entry.when:
+            continue
+        others = {name: value for name, value in entry.when.items() if name != "model"}
+        if _agree(others, facts) and not _equal(entry.when["model"], facts.get("model")):
+            warn_once(
+                f"{technique}: the {option} that was calibrated for this model does not apply, "
+                f"since the weights are others ({entry.source}). Calibrate it again, or give "
+                f"{option}=... yourself."
+            )
+
+
 def _fits(entry: Entry, facts: Mapping[str, Any]) -> bool:
     """Whether every condition holds; facts that must be computed come last."""
-    conditions = sorted(entry.when.items(), key=lambda item: callable(facts.get(item[0])))
-    return all(_equal(value, facts.get(name)) for name, value in conditions)
+    return _agree(entry.when, facts)
+
+
+def _agree(conditions: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    ordered = sorted(conditions.items(), key=lambda item: callable(facts.get(item[0])))
+    return all(_equal(value, facts.get(name)) for name, value in ordered)
 
 
 def _equal(value: Any, fact: Any) -> bool:

@@ -82,6 +82,11 @@ def family_of(cls: type) -> Family:
     for base in cls.__mro__:
         if base.__name__ in FAMILIES:
             return FAMILIES[base.__name__]
+        if base.__name__ in modular_families():
+            raise UnsupportedModel(
+                f"{base.__name__} is a modular pipeline, where techniques act as guiders: "
+                "pipe.update_components(guider=da.guider(technique, pipe))."
+            )
         if base.__name__ in refusals():
             raise UnsupportedModel(f"{base.__name__} is not supported: {refusals()[base.__name__]}")
     raise UnsupportedModel(

@@ -8,6 +8,7 @@ from diffalign.families.text import Encoder, SecondText, TextLayers, always
 
 COGVIDEOX = Family(
     "cogvideox",
+    live_scale=True,
     pipelines=(
         "CogVideoXPipeline",
         "CogVideoXImageToVideoPipeline",

@@ -2,4 +2,4 @@
 
 from diffalign.families.family import Family
 
-COGVIEW4 = Family("cogview4", pipelines=("CogView4Pipeline",), mode="sequential")
+COGVIEW4 = Family("cogview4", live_scale=True, pipelines=("CogView4Pipeline",), mode="sequential")

@@ -22,6 +22,7 @@ def time(value: float, pipe: Any) -> float:
 
 COSMOS2 = Family(
     "cosmos2",
+    live_scale=True,
     pipelines=("Cosmos2TextToImagePipeline",),
     mode="sequential",
     affine=True,

@@ -69,6 +69,8 @@ class Branches:
     placeholder: float = 2.0
     # our scale minus its scale
     offset: float = 0.0
+    # whether it reads its scale anew at each step, so that a callback may change it
+    live_scale: bool = False
     # whether it guides only with a negative prompt
     needs_negative: bool = False
     # (conditional, unconditional, scale) -> guided, in its own order of operations

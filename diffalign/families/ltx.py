@@ -26,6 +26,7 @@ def without_first_frame(guided: Tensor, arrival: Tensor) -> Tensor:
 
 LTX = Family(
     "ltx",
+    live_scale=True,
     pipelines=("LTXPipeline",),
     mix=upcast_mix,
     options=(RESCALE,),

@@ -25,14 +25,12 @@ def distilled(pipe: Any) -> str | None:
 
 SD = Family(
     "sd",
+    live_scale=True,
     pipelines=(
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionControlNetPipeline",
-        "StableDiffusionControlNetImg2ImgPipeline",
-        "StableDiffusionControlNetInpaintPipeline",
-        "StableDiffusionAdapterPipeline",
     ),
     denoisers=("unet",),
     options=(RESCALE,),
@@ -60,13 +58,6 @@ SDXL = replace(
         "StableDiffusionXLPipeline",
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionXLInpaintPipeline",
-        "StableDiffusionXLControlNetPipeline",
-        "StableDiffusionXLControlNetImg2ImgPipeline",
-        "StableDiffusionXLControlNetInpaintPipeline",
-        "StableDiffusionXLControlNetUnionPipeline",
-        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
-        "StableDiffusionXLControlNetUnionInpaintPipeline",
-        "StableDiffusionXLAdapterPipeline",
     ),
     modular=("StableDiffusionXLModularPipeline",),
     encoder=Encoder(POOLED),  # the pooled text goes into added_cond_kwargs, a dictionary
@@ -85,4 +76,29 @@ KOLORS = replace(
     modular=(),
     options=(),
     defaults={"nag": entries(f"{PAPER}, SDXL (phi 2)", scale=3.0, tau=2.5, alpha=0.5)},
+)
+# these read their scale once
+SD_FIXED = replace(
+    SD,
+    pipelines=(
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionAdapterPipeline",
+    ),
+    options=(),
+    live_scale=False,
+)
+SDXL_FIXED = replace(
+    SDXL,
+    pipelines=(
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLAdapterPipeline",
+    ),
+    modular=(),
+    live_scale=False,
 )

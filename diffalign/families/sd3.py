@@ -9,6 +9,7 @@ from diffalign.families.text import POOLED, TEXT_POOLED, Encoder, SecondText, Te
 
 SD3 = Family(
     "sd3",
+    live_scale=True,
     pipelines=(
         "StableDiffusion3Pipeline",
         "StableDiffusion3Img2ImgPipeline",

@@ -213,7 +213,6 @@ def context_of(
         scale=scale,
         scale_source="call" if gate in arguments.given else "pipeline default",
         steps=arguments.steps,
-        batch=1 if call is None else 0,
         flow=parametrisation_of(family, scheduler).flow,
         order=int(getattr(scheduler, "order", 1)),
         negative_prompt=arguments.negative_prompt,

@@ -57,7 +57,7 @@ class Published:
             self.generation.way = Ended()
             del self.engine[name]
             return
-        elif changed:
+        elif changed and family.live_scale:
             self._rescale(name, family.scale(value))
         setattr(self.pipe, f"_{name}", self.engine[name])
 

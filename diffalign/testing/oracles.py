@@ -187,7 +187,6 @@ def run(
             scale=scale,
             scale_source="call",
             steps=count,
-            batch=len(noise),
             flow=kind == "flow",
             order=order,
         )

@@ -167,7 +167,7 @@ def test_refusals_of_techniques_and_of_their_options():
         zero_steps: int
 
     qwen, cosmos = (
-        Context("P", family.name, "transformer", "S", 1.0, "call", 20, 1, refusals=family.refusals)
+        Context("P", family.name, "transformer", "S", 1.0, "call", 20, refusals=family.refusals)
         for family in (QWEN, COSMOS2)
     )
     assert "zero_steps=0" in qwen.refusal("cfg-zero-star", ZeroStar(1))

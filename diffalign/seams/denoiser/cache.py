@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from diffalign.core import Pass
+from diffalign.core import Pass, UnsupportedModel
 from diffalign.seams.swap import unwrapped
 
 
@@ -33,6 +33,20 @@ def is_compiled_whole(module: Any) -> bool:
 
 def _has_graph(part: Any) -> bool:
     return "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
+
+
+def keeps_both(module: Any) -> bool:
+    """Whether the model's cache takes the halves of every batch for the two branches."""
+    return type(getattr(unwrapped(module), "_cache_config", None)).__name__ == "FasterCacheConfig"
+
+
+def check_rows(module: Any, rows: int, whole: int) -> None:
+    """Raise ``UnsupportedModel`` where a cache of the model cannot take some of the rows."""
+    if rows != whole and keeps_both(module):
+        raise UnsupportedModel(
+            "FasterCache takes the first half of every batch for one branch, so a guidance that "
+            f"runs {rows} of {whole} rows would mix images up. Disable the cache, or use da.CFG."
+        )
 
 
 def fixed_rows(module: Any) -> bool:

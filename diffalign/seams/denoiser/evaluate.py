@@ -10,10 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.core import Meter, Pass, StepInfo
+from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo
 from diffalign.families.family import Family
 from diffalign.seams.blocks.skip import skipped
-from diffalign.seams.denoiser.cache import cache_context, empty_cache, fixed_rows, is_cached
+from diffalign.seams.denoiser.cache import (
+    cache_context,
+    check_rows,
+    empty_cache,
+    fixed_rows,
+    is_cached,
+    keeps_both,
+)
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments
 
@@ -69,6 +76,8 @@ class Evaluator:
         """
         plain = [p for p in passes if p.blocks is None]
         plain.sort(key=lambda p: p.conditioned is (self.family.order == "uc"))
+        if plain and branches.uncond and keeps_both(call.module):
+            return self._both(call, step, plain, branches)
         groups = [plain] if plain else []
         groups += [[p] for p in passes if p.blocks is not None]
         template: Any = None
@@ -77,6 +86,19 @@ class Evaluator:
             output = self._group(call, step, group, branches, preds)
             template = output if template is None else template
         return template, preds
+
+    def _both(
+        self, call: PipelineCall, step: StepInfo, passes: Sequence[Pass], branches: Branches
+    ) -> tuple[Any, dict[Pass, Tensor]]:
+        """Both branches for all images, whatever was asked: the model's cache counts on it."""
+        order = [UNCOND, COND] if self.family.order == "uc" else [COND, UNCOND]
+        preds: dict[Pass, Tensor] = {}
+        output = self._group(call, step, order, branches, preds)
+        asked = {}
+        for p in passes:
+            prediction = preds[COND if p.conditioned else UNCOND]
+            asked[p] = prediction if p.rows is None else prediction[list(p.rows)]
+        return output, asked
 
     def _group(
         self,
@@ -100,6 +122,7 @@ class Evaluator:
         arguments = call.arguments
         if rows != list(range(call.rows)):
             arguments = take_arguments(arguments, rows, call.rows, self.family)
+        check_rows(call.module, len(rows), call.rows)
         if self._last_rows not in (0, len(rows)) and is_cached(call.module):
             empty_cache(call.module)
         self._last_rows = len(rows)

@@ -101,7 +101,7 @@ def parametrisation_of(family: Family, scheduler: Any) -> Parametrisation:
     cls, config, sign = original_class(scheduler), scheduler.config, family.target_sign
     if family.parametrisation == "flow" or getattr(config, "use_flow_sigmas", False):
         return Parametrisation("flow", sign)
-    if "FlowMatch" in cls.__name__:
+    if any("FlowMatch" in base.__name__ for base in cls.__mro__):
         return Parametrisation("flow", sign)
     named = getattr(config, "prediction_type", None)
     if named not in NAMED or not (hasattr(scheduler, "alphas_cumprod") or _has_sigmas(scheduler)):
