@@ -167,12 +167,13 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, technique: Any) -> None:
         super().__init__()
-        self.technique = from_config(technique) if isinstance(technique, Mapping) else technique
-        if not isinstance(self.technique, Guidance):
+        value = from_config(technique) if isinstance(technique, Mapping) else technique
+        if not isinstance(value, Guidance):
             raise TypeError(
                 f"A guider takes a guidance such as da.AdaptiveGuidance(); got {technique!r}. "
                 "Others act on classic pipelines."
             )
+        self.technique: Guidance[Any] = value
         self.register_to_config(technique=to_config(self.technique))
         self._binding: _Binding | None = None
         self._run: _Run | None = None

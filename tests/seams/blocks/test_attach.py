@@ -25,7 +25,7 @@ from diffalign.seams.blocks.sites import sites
 from diffalign.seams.blocks.states import BlockStates, rows_of
 from diffalign.seams.denoiser.call import DenoiserCall
 from diffalign.seams.plan import context_of
-from diffalign.seams.supports import reason_against
+from diffalign.seams.support import reason_against
 from diffalign.testing.deep import PIPELINES, deep_pipeline, without_block
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
