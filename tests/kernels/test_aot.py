@@ -96,6 +96,7 @@ def test_sample_compiles_as_the_table_says(table):
     compile_again(table, SAMPLE)
 
 
+@pytest.mark.slow
 def test_a_real_call_launches_what_was_compiled_ahead_of_time():
     """Same machine code byte for byte, on the device of the operands, with addresses in 64 bits and
     no TF32 product."""

@@ -45,6 +45,7 @@ def test_report_of_a_cpu_run(benchmark, tmp_path):
     assert "run on a CPU: ratios in float32" in (tmp_path / "kernels_cpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_report_of_the_gpu_part(tmp_path):
     script = Path(__file__).with_name("gpu_part.py")
     done = subprocess.run(
