@@ -9,28 +9,36 @@ TORCH := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 .PHONY: demo test check lint bench app embedded help
 
 help:
-	@echo "make demo      images of six GenEval prompts on the embedded model, plain guidance beside AdaptiveGuidance (outputs/demo)"
+	@echo "make demo      six GenEval prompts on the embedded model, plain guidance beside"
+	@echo "               AdaptiveGuidance (outputs/demo)"
 	@echo "make test      the whole test suite"
 	@echo "make check     format, lint, types, README, and the tests that are not slow"
 	@echo "make bench     benchmarks, after the quick tests"
 	@echo "make app       the demo in a browser"
 	@echo "make embedded  train the embedded models again (hours)"
 
-# The tested versions; where this platform lacks them, and not in CI, the newest that pyproject.toml allows.
+# The tested versions; where this platform lacks them, and not in CI, the newest that pyproject.toml
+# allows. With -qq pip shows its errors and nothing else.
+INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --no-input
+EXTRAS := ".[dev,app,eval]"
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt $(TORCH) -e ".[dev,app,eval]" || { \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(PY) || { echo "Creating a Python environment in $(VENV)"; \
+	  $(PYTHON) -m venv $(VENV); }
+	@echo "Installing diffalign and what it needs in $(VENV) (minutes the first time)"
+	@$(INSTALL) -c constraints.txt $(TORCH) -e $(EXTRAS) || { \
 	  test -z "$$CI" || exit 1; \
 	  echo "The tested versions cannot be had here; installing the newest allowed ones."; \
-	  $(PY) -m pip install --disable-pip-version-check -q -e ".[dev,app,eval]"; }
+	  $(INSTALL) -e $(EXTRAS); }
 	@touch $@
 
 demo: $(READY)
-	$(PY) -m diffalign.cli.demo
+	@echo "Drawing six prompts twice on the embedded model"
+	@$(PY) -m diffalign.cli.demo
 
 app: $(READY)
-	$(PY) app/app.py
+	@$(PY) app/app.py
 
 test: $(READY)
 	$(PY) -m pytest --fail-on-skip $(WORKERS)
@@ -47,8 +55,9 @@ bench: $(READY)
 	$(PY) -m pytest -m "not slow" $(WORKERS)
 	$(PY) benchmarks/overhead.py --compile
 
-# Hours: autoencoder, denoiser, judges, reward, evaluator; each stage resumes what an earlier run left in runs/, and nothing shipped is touched.
-TRAIN := $(PY) -m diffalign.embedded
+# Hours: autoencoder, denoiser, judges, reward, evaluator; each stage resumes what an earlier run
+# left in runs/, and nothing shipped is touched.
+TRAIN := $(PY) -m diffalign.embedded.workshop
 embedded: $(READY)
 	$(TRAIN).train_vae --out runs/vae --resume
 	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --updates 14000 --decay-from 14000 --curriculum 7000 --resume

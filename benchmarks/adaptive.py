@@ -12,11 +12,9 @@ Everything is resumable: finished prompts are read from the folder.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from advice import SAVING
-from results import UNITS, Estimate, Row, images, quality, save
+from results import UNITS, Estimate, Row, command_line, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
@@ -31,12 +29,7 @@ CANDIDATES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs-folder", default="runs/evidence")
-    parser.add_argument("--output", default="benchmarks/results")
-    parser.add_argument("--scale", type=float, default=1.5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command_line(__doc__, runs_folder="runs/evidence", scale=1.5, steps=20, threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge, clip = load("emoji"), load("emoji-judge"), da.rewards.load("emoji-clip")

@@ -82,9 +82,8 @@ def negation(result: Result) -> str:
     ):
         rows = [row for row in result.rows if row["negated"] == kind]
         ours = _best([row for row in rows if row["method"].startswith("NAG")])
+        equal = at_equal_strength(result, ours)
         best = _best([row for row in rows if "negative" in row["method"]])
-        name = ours["CFG's negative prompt at equal strength"]
-        equal = next(row for row in rows if row["method"] == name)
         shares = [
             f"{100 * row['gone and kept'].value:.0f}%" for row in (rows[0], ours, equal, best)
         ]
@@ -95,6 +94,12 @@ def negation(result: Result) -> str:
             f"{best['NFE']:.0f} NFE."
         )
     return " ".join(sentences)
+
+
+def at_equal_strength(result: Result, ours: Row) -> Row:
+    """CFG's negative prompt at the effective strength of a row of NAG."""
+    method = ours["CFG's negative prompt at equal strength"]
+    return result.row(method, negated=ours["negated"])
 
 
 def _best(rows: list[Row]) -> Row:

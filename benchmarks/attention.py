@@ -11,11 +11,9 @@ evidence set beside a CFG sweep, whose images benchmarks/guidance.py shares.
 
 from __future__ import annotations
 
-import argparse
-
 import negation
 import torch
-from results import UNITS, Estimate, Row, images, quality, save
+from results import UNITS, Estimate, Row, command_line, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
@@ -24,14 +22,9 @@ from diffalign.eval.evidence import Config, Measured, compare
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    folders = {"runs_folder": "runs/attention", "evidence_folder": "runs/evidence"}
+    parser = command_line(__doc__, **folders, scale=1.5, steps=20, threads=1)
     parser.add_argument("--only", choices=("negation", "pladis"))
-    parser.add_argument("--runs-folder", default="runs/attention")
-    parser.add_argument("--evidence-folder", default="runs/evidence")
-    parser.add_argument("--output", default="benchmarks/results")
-    parser.add_argument("--scale", type=float, default=1.5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge, clip, scale = (

@@ -13,21 +13,21 @@ load does not count.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import statistics
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import UNITS, Row, save
+from results import UNITS, Row, command_line, save
 from rich.progress import track
 
 import diffalign as da
+from diffalign.core import AttentionTechnique
 from diffalign.embedded import load
-from diffalign.seams.attention.base import AttentionTechnique
 from diffalign.tasks.geneval.verdict import prompts
 
 
@@ -92,87 +92,89 @@ PER_ROW = ("ScheduledCFG", "BetaCFG", "IntervalCFG", "AdaptiveGuidance", "Linear
 """Rules that evaluate fewer rows: their time is compared per evaluated row."""
 
 
+# processor seconds and rows per image of one run
+Cost = tuple[float, float]
+SCALES = {"plain 2 rows": None, "plain 1 row": 1.0}
+"""Guidance scale of the plain runs; None is that of the command line."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--scale", type=float, default=1.5)
-    parser.add_argument("--output", default="benchmarks/results")
-    options = parser.parse_args()
+    options = command_line(__doc__, runs=9, batch=16, steps=20, scale=1.5).parse_args()
     torch.set_num_threads(1)
     pipe = load("emoji")
     pipe.set_progress_bar_config(disable=True)
-    texts = [str(prompts()[n]["prompt"]) for n in range(0, 553, 553 // options.batch)][
-        : options.batch
-    ]
+    seen = rounds(pipe, options)
+    save("cost", table(seen, options.batch), options, COLUMNS)
 
-    def run(techniques: tuple[Any, ...], scale: float) -> tuple[float, float]:
-        """Processor seconds and rows per image; without techniques no session is open."""
-        given = {
-            "num_inference_steps": options.steps,
-            "guidance_scale": scale,
-            "output_type": "latent",
-        }
-        generator = torch.Generator().manual_seed(0)
-        if not techniques:
-            began = time.process_time()
-            pipe(texts, generator=generator, **given)
-            return time.process_time() - began, (2.0 if scale > 1 else 1.0) * options.steps
-        with da.apply(pipe, *techniques) as session:
-            began = time.process_time()
-            pipe(texts, generator=generator, **given)
-            return time.process_time() - began, session.report().nfe
 
-    scales = {"plain 2 rows": options.scale, "plain 1 row": 1.0}
+def once(pipe: Any, techniques: tuple[Any, ...], scale: float, options: Namespace) -> Cost:
+    """One run; without techniques no session is open."""
+    texts = [str(prompts()[n]["prompt"]) for n in range(0, 553, 553 // options.batch)]
+    call = {
+        "prompt": texts[: options.batch],
+        "num_inference_steps": options.steps,
+        "guidance_scale": scale,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+    }
+    if not techniques:
+        began = time.process_time()
+        pipe(**call)
+        return time.process_time() - began, (2.0 if scale > 1 else 1.0) * options.steps
+    with da.apply(pipe, *techniques) as session:
+        began = time.process_time()
+        pipe(**call)
+        return time.process_time() - began, session.report().nfe
+
+
+def rounds(pipe: Any, options: Namespace) -> dict[str, list[Cost]]:
+    """Costs of every technique and every plain run, round by round."""
+    scales = {name: scale or options.scale for name, scale in SCALES.items()}
     jobs: dict[str, tuple[tuple[Any, ...], float]] = {
         name: ((), scale) for name, scale in scales.items()
     }
     jobs |= {name: (techniques, scales[beside]) for name, beside, techniques, _ in CASES}
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
-    order, rng = (
-        [*jobs, *(name for name in scales for _ in range(PLAIN_RUNS - 1))],
-        random.Random(0),
-    )
-    for round_ in track(range(options.runs + 1), description="rounds"):
+    seen: dict[str, list[Cost]] = {name: [] for name in jobs}
+    order = [*jobs, *(name for name in scales for _ in range(PLAIN_RUNS - 1))]
+    rng = random.Random(0)
+    for number in track(range(options.runs + 1), description="rounds"):
         rng.shuffle(order)
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+        costs: dict[str, list[Cost]] = {name: [] for name in jobs}
         for name in order:
-            found[name].append(run(*jobs[name]))
-        if round_:  # the first warms up
-            for name, times in found.items():
+            costs[name].append(once(pipe, *jobs[name], options))
+        if number:  # the first warms up
+            for name, times in costs.items():
                 seen[name].append((statistics.mean(seconds for seconds, _ in times), times[0][1]))
+    return seen
+
+
+def table(seen: dict[str, list[Cost]], batch: int) -> list[Row]:
+    """A row for each technique beside its plain run."""
     rows: list[Row] = []
     caught: dict[str, float] = {}
     for name, beside, _, bar in CASES:
-        pairs = list(zip(seen[name], seen[beside], strict=True))
+        per_row = name in PER_ROW
         ratio = statistics.median(
-            (a[0] / (a[1] if name in PER_ROW else 1.0))
-            / (b[0] / (b[1] if name in PER_ROW else 1.0))
-            for a, b in pairs
+            (a[0] / (a[1] if per_row else 1.0)) / (b[0] / (b[1] if per_row else 1.0))
+            for a, b in zip(seen[name], seen[beside], strict=True)
         )
         if name.startswith("interception"):
             caught[beside] = ratio - 1
-        per_image = statistics.median(s for s, _ in seen[name]) / options.batch
         rows.append(
             {
                 "technique": name,
                 "beside": beside,
-                "seconds per image": per_image,
+                "seconds per image": statistics.median(s for s, _ in seen[name]) / batch,
                 "NFE": seen[name][0][1],
-            }
-            | {
                 "ratio": ratio,
-                "counted": "per evaluated row" if name in PER_ROW else "whole run",
+                "counted": "per evaluated row" if per_row else "whole run",
                 "bar": bar,
-            }
-            | {
                 "of it interception": caught.get(beside)
                 if name.startswith(("NAG", "PLADIS"))
-                else None
+                else None,
             }
         )
-    save("cost", rows, options, COLUMNS)
+    return rows
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ prompts are read from the folder. The plot shows which weights were chosen at ea
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import UNITS, Estimate, Row, images, quality, save
+from results import UNITS, Estimate, Row, command_line, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, seed_of
+from diffalign.generate.samples import Job, samples
 from diffalign.tasks.geneval.verdict import prompts
 
 WIDE = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -54,21 +54,13 @@ def weights(
     settings = {"technique": repr(technique), "steps": steps, "images": images}
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
         return [list(map(float, row)) for row in saved["chosen"]]
-    ids, official = (
-        evidence_prompts()[:: max(1, len(evidence_prompts()) // images)][:images],
-        prompts(),
-    )
-    parts = []
-    for start in range(0, len(ids), 16):
-        part = ids[start : start + 16]
-        with da.apply(pipe, technique) as session:
-            pipe(
-                [str(official[n]["prompt"]) for n in part],
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed_of(n, 0)) for n in part],
-                output_type="latent",
-            )
-        parts.append(np.array(session.report().extras["unet"]["chosen"]))
+    ids = evidence_prompts()[:: max(1, len(evidence_prompts()) // images)][:images]
+    jobs = [Job(str(prompts()[n]["prompt"]), seed_of(n, 0), str(n)) for n in ids]
+    call = {"num_inference_steps": steps, "output_type": "latent"}
+    parts = [
+        np.array(results[0].report.extras["unet"]["chosen"])
+        for results in samples(pipe, (technique,), jobs, batch=16, call=call)
+    ]
     values: list[list[float]] = np.concatenate(parts, axis=1).tolist()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"settings": settings, "chosen": values}) + "\n")
@@ -109,12 +101,7 @@ def shares(values: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs-folder", default="runs/evidence")
-    parser.add_argument("--output", default="benchmarks/results")
-    parser.add_argument("--scale", type=float, default=1.5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command_line(__doc__, runs_folder="runs/evidence", scale=1.5, steps=20, threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge = load("emoji"), load("emoji-judge")

@@ -9,12 +9,11 @@ runs of this model, not models.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import Estimate, Row, save
+from results import Estimate, Row, command_line, save
 from rich.progress import Progress
 
 import diffalign as da
@@ -30,11 +29,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs-folder", default="runs/geneval")
-    parser.add_argument("--output", default="benchmarks/results")
-    parser.add_argument("--scale", type=float, default=1.5)
-    parser.add_argument("--steps", type=int, default=20)
+    parser = command_line(__doc__, runs_folder="runs/geneval", scale=1.5, steps=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipe, judge, audit = load("emoji"), load("emoji-judge"), load("emoji-judge-audit")

@@ -10,14 +10,13 @@ bootstrap intervals, Holm-corrected over the table. Finished images are never ma
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import UNITS, Estimate, Row, images, quality, save
+from results import UNITS, Estimate, Row, command_line, images, quality, save
 from rich.progress import Progress
 
 import diffalign as da
@@ -108,17 +107,8 @@ def holm(values: dict[str, float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs-folder", default="runs/evidence")
-    parser.add_argument("--output", default="benchmarks/results")
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=1.5,
-        help="guidance scale of every rule: the best of plain CFG",
-    )
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
+    # the scale of every rule is the best of plain CFG
+    parser = command_line(__doc__, runs_folder="runs/evidence", scale=1.5, steps=20, threads=1)
     parser.add_argument(
         "--only", default="*", help="pattern of row names: make only these images and write nothing"
     )

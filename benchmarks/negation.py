@@ -13,7 +13,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import diffalign as da
 from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.eval.evidence import fingerprint, read_lines, seed_of
 from diffalign.eval.statistics import interval
+from diffalign.generate.samples import Job, samples
 from diffalign.tasks.geneval.verdict import keep, prompts
 
 SAMPLES, BATCH, STEPS = 2, 16, 20
@@ -89,6 +90,11 @@ class Case:
     wanted: str
     negated: str
     text: str
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Prompt and sample."""
+        return self.prompt_id, self.sample
 
     def judged(self, seen: Sequence[Any], judge: Any) -> dict[str, bool]:
         tag = prompts()[self.prompt_id]["tag"]
@@ -160,6 +166,27 @@ def effective(
     return along, off
 
 
+@dataclass(slots=True)
+class Calls:
+    """Calls of the denoiser, while it is watched: input, time, text, output."""
+
+    pipe: Any
+    values: list[tuple[Tensor, Any, Tensor, Tensor]] = field(default_factory=list)
+    _handle: Any = None
+
+    def __enter__(self) -> Calls:
+        self._handle = self.pipe.unet.register_forward_hook(self._log, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def _log(self, module: Any, positional: Any, named: Any, output: Any) -> None:
+        named = named | dict(zip(("sample", "timestep"), positional))
+        x, text = (named[name].clone() for name in ("sample", "encoder_hidden_states"))
+        self.values.append((x, named["timestep"], text, output[0].clone()))
+
+
 @torch.no_grad()
 def collect(
     pipe: Any, judge: Any, way: Way, cases: list[Case], kind: str, options: Namespace, bar: Progress
@@ -168,85 +195,60 @@ def collect(
     on where it stopped."""
     folder = Path(options.runs_folder) / fingerprint(pipe.unet) / kind / way.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    path, position = (
-        folder / "records.jsonl",
-        {(c.prompt_id, c.sample): i for i, c in enumerate(cases)},
-    )
-    done: dict[int, Record] = {position[r["prompt_id"], r["sample"]]: r for r in read_lines(path)}
+    path = folder / "records.jsonl"
+    done: dict[tuple[int, int], Record] = {
+        (r["prompt_id"], r["sample"]): r for r in read_lines(path)
+    }
     task = bar.add_task(f"{kind}: {way.name}", total=len(cases), completed=len(done))
-    calls: list[tuple[Tensor, Any, Tensor, Tensor]] = []
-
-    def log(module: Any, given: Any, named: Any, out: Any) -> None:
-        named = named | dict(zip(("sample", "timestep"), given))
-        calls.append(
-            (
-                named["sample"].clone(),
-                named["timestep"],
-                named["encoder_hidden_states"].clone(),
-                out[0].clone(),
-            )
-        )
-
-    left = [i for i in range(len(cases)) if i not in done]
-    for start in range(0, len(left), BATCH):
-        batch = [cases[i] for i in left[start : start + BATCH]]
-        tools: list[Any] = [da.CFG(way.cfg)] if way.cfg != 1 else []
-        if way.nag != 1:
-            window = (0.0, math.inf) if way.always else None
-            tools.append(
-                da.NAG(way.nag, negative_prompt=tuple(c.text for c in batch), sigma=window)
-            )
-        calls.clear()
-        handle = pipe.unet.register_forward_hook(log, with_kwargs=True)
-        try:
-            with da.apply(pipe, *tools) as session:
-                began = time.process_time()
-                images = pipe(
-                    [str(prompts()[c.prompt_id]["prompt"]) for c in batch],
-                    num_inference_steps=way.steps,
-                    guidance_scale=way.cfg,
-                    generator=[
-                        torch.Generator().manual_seed(seed_of(c.prompt_id, c.sample)) for c in batch
-                    ],
-                    output_type="pt",
-                    negative_prompt=[c.text for c in batch] if way.negative else None,
-                ).images
-                seconds = (time.process_time() - began) / len(batch)
-        finally:
-            handle.remove()
-        nothing = torch.ones(len(batch), dtype=torch.float64)
-        if way.known is None:
-            along, off = effective(pipe, calls, way.cfg, [c.text for c in batch])
-        else:
-            along, off = way.known * nothing, 0 * nothing
-        for j, (i, seen) in enumerate(
-            zip(left[start : start + BATCH], judge.detect(images), strict=True)
-        ):
-            case, wanted = (
-                batch[j],
-                [
-                    d
-                    for d in seen
-                    if d.name == batch[j].wanted and d.score > judge.thresholds.threshold
-                ],
-            )
-            done[i] = {
-                "prompt_id": case.prompt_id,
-                "sample": case.sample,
-                **case.judged(seen, judge),
-                "nfe": session.report().nfe,
-            }
-            done[i] |= {
-                "seconds": seconds,
-                "strength": float(along[j]),
-                "off": float(off[j]),
-                "colour": wanted[0].colour if wanted else None,
-            }
-            to_pil_image(images[j]).save(folder / f"{case.prompt_id}-{case.sample}.png")
+    missing = [case for case in cases if case.place not in done]
+    for start in range(0, len(missing), BATCH):
+        batch = missing[start : start + BATCH]
+        records, images = recorded(pipe, judge, way, batch)
+        for case, image in zip(batch, images, strict=True):
+            to_pil_image(image).save(folder / f"{case.prompt_id}-{case.sample}.png")
         with path.open("a") as lines:
-            lines.writelines(json.dumps(done[i]) + "\n" for i in left[start : start + BATCH])
+            lines.writelines(json.dumps(record) + "\n" for record in records)
+        done |= {case.place: record for case, record in zip(batch, records, strict=True)}
         bar.advance(task, len(batch))
-    return [done[i] for i in range(len(cases))]
+    return [done[case.place] for case in cases]
+
+
+def recorded(pipe: Any, judge: Any, way: Way, batch: list[Case]) -> tuple[list[Record], Tensor]:
+    """Records and images of one batch of cases."""
+    texts = [case.text for case in batch]
+    techniques: list[Any] = [da.CFG(way.cfg)] if way.cfg != 1 else []
+    if way.nag != 1:
+        window = (0.0, math.inf) if way.always else None
+        techniques.append(da.NAG(way.nag, negative_prompt=tuple(texts), sigma=window))
+    jobs = [
+        Job(str(prompts()[c.prompt_id]["prompt"]), seed_of(*c.place), f"{c.prompt_id}-{c.sample}")
+        for c in batch
+    ]
+    call: dict[str, Any] = {"num_inference_steps": way.steps, "guidance_scale": way.cfg}
+    if way.negative:
+        call["negative_prompt"] = texts
+    with Calls(pipe) as calls:
+        began = time.process_time()
+        results = next(samples(pipe, techniques, jobs, batch=len(jobs), call=call))
+        seconds = (time.process_time() - began) / len(batch)
+    if way.known is None:
+        along, off = effective(pipe, calls.values, way.cfg, texts)
+    else:
+        off = torch.zeros(len(batch), dtype=torch.float64)
+        along = off + way.known
+    images = torch.stack([result.image for result in results])
+    threshold = judge.thresholds.threshold
+    records = []
+    for i, (case, detections) in enumerate(zip(batch, judge.detect(images), strict=True)):
+        sure = [d for d in detections if d.name == case.wanted and d.score > threshold]
+        records.append(
+            {"prompt_id": case.prompt_id, "sample": case.sample}
+            | case.judged(detections, judge)
+            | {"nfe": results[i].report.nfe, "seconds": seconds}
+            | {"strength": float(along[i]), "off": float(off[i])}
+            | {"colour": sure[0].colour if sure else None}
+        )
+    return records, images
 
 
 def mean(records: list[Record], key: str) -> float:

@@ -10,14 +10,13 @@ milliseconds per step.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from results import save
+from results import command_line, save
 
 import diffalign as da
 from diffalign.families import FAMILIES
@@ -93,13 +92,10 @@ def paired(pipe: Any, name: str, batch: int, steps: int, runs: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=20)
+    parser = command_line(__doc__, runs=20, steps=20)
     parser.add_argument(
         "--compile", action="store_true", help="compile the denoiser of the large network as well"
     )
-    parser.add_argument("--output", default="benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

@@ -1,8 +1,10 @@
-"""Write the README's table of techniques from their documentation and the measured results.
+"""Write the tables of techniques: a short one by purpose into README.md, all of them into
+guidance/README.md.
 
     python benchmarks/readme.py [--check]
 
-Every figure comes from a JSON file in benchmarks/results; a technique without one says why.
+Every figure comes from a JSON file in benchmarks/results; a technique without one says why. Papers
+and costs come from the techniques' documentation.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import advice
-from results import FOLDER, Result, Row, read
+from results import FOLDER, Estimate, Result, Row, read
 
 import diffalign as da
 from diffalign.cli.techniques import describe
@@ -21,7 +24,10 @@ from diffalign.cli.techniques import describe
 ROOT = Path(__file__).parents[1]
 RESULTS = FOLDER
 SECTION = re.compile(r"(<!-- techniques: .*? -->\n).*?(<!-- end of techniques -->)", flags=re.S)
-ELSEWHERE = {"cfg-zero-star": "not on `emoji`: flow models only"}
+ELSEWHERE = {"cfg-zero-star": "Flow models only, so not on `emoji`."}
+# the row of NAG(5), in the window of steps that is looked up for the model
+NAG_ROW = "NAG 5"
+MISSING = ("–", "–", "Not measured yet.")
 
 
 def stored(name: str) -> Result | None:
@@ -29,64 +35,129 @@ def stored(name: str) -> Result | None:
     return read(name, RESULTS) if (RESULTS / f"{name}.json").exists() else None
 
 
-def measured(name: str) -> str:
-    """What was measured of a technique, in one cell."""
-    if name in ELSEWHERE:
-        return ELSEWHERE[name]
-    file = {"nag": "negation", "pladis": "pladis"}.get(name, "guidance")
-    result = stored(file)
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def by_purpose() -> str:
+    """The README's table: what a reader wants, what to use, what it costs, what it does."""
+    saves, high = "the same image for less", "a high scale that does not spoil the image"
+    rows = [
+        [saves, "`da.AdaptiveGuidance()`", *_saving("adaptive-guidance")],
+        [f"{saves}, fitted to my model", "`da.LinearAG()`", *_saving("linear-ag")],
+        ["a negative prompt without guidance", "`da.NAG(5)`", "no evaluation", _removal()],
+        [high, "`da.APG()`", "no evaluation", _repair("apg")],
+        ["to know what works on my pipeline", "`da.supports(pipe)`", "", "a reason for every no"],
+    ]
+    return table(["I want", "use", "it costs", "measured on the embedded model"], rows)
+
+
+def _saving(name: str) -> list[str]:
+    """Evaluations saved and difference of score to the best plain scale."""
+    result = stored("guidance")
+    if result is None:
+        return ["not measured yet"] * 2
+    row = next(row for row in result.rows if row["technique"] == name)
+    saved = 1.0 - row["NFE"] / result.row(result.facts["best"])["NFE"]
+    return [f"{100 * saved:.0f}% less", f"score {row['vs best']:+.3f}"]
+
+
+def _repair(name: str) -> str:
+    """The largest gain over plain guidance at the same scale."""
+    result = stored("guidance")
     if result is None:
         return "not measured yet"
-    if name == "nag":
-        return advice.negation(result)
-    if name == "pladis":
-        return told(result.row(result.facts["default"]), advice.pladis(result))
-    if name == "cfg":
-        best, off = (
-            result.row(method)["score"].value for method in (result.facts["best"], "CFG 1")
-        )
-        scale = result.facts["best"].removeprefix("CFG ")
-        return f"best of the sweep: {best:.3f} at scale {scale}; {off:.3f} without guidance"
     rows = [row for row in result.rows if row["technique"] == name]
-    if not rows:
+    best = max(rows, key=lambda row: row["vs CFG at its scale"].value)
+    return f"score {best['vs CFG at its scale']:+.3f} at scale {best['scale']:g}"
+
+
+def _removal() -> str:
+    """How often NAG removes an object and keeps the other, beside CFG's negative prompt."""
+    result = stored("negation")
+    if result is None:
         return "not measured yet"
+    ours = result.row(NAG_ROW, negated="object")
+    rows = (ours, advice.at_equal_strength(result, ours))
+    shares = [f"{100 * row['gone and kept'].value:.0f}%" for row in rows]
+    return f"object gone, other kept: {shares[0]}; CFG as strong: {shares[1]}"
+
+
+def catalogue() -> str:
+    """The table of ``guidance/README.md``: every technique."""
+    heads = ["technique", "paper", "cost", "score against best CFG", "NFE", "on `emoji`", "code"]
+    return table(heads, [row_of(name) for name in da.techniques()])
+
+
+def row_of(name: str) -> list[str]:
+    """The catalogue's row of a technique."""
+    module = da.techniques()[name].__module__
+    source = Path(module.replace(".", "/") + ".py")
+    test = Path("tests", source.parent.relative_to("diffalign"), f"test_{source.name}")
+    test = test if (ROOT / test).is_file() else test.parent
+    facts = describe(name, da.techniques()[name])
+    return [
+        f"[`{name}`]({source.name})",
+        re.sub(r"arXiv:(\S+)", r"[\1](https://arxiv.org/abs/\1)", facts["paper"]),
+        facts["cost"].partition(". ")[0].rstrip("."),
+        *measured(name),
+        f"[code](../{source}) [test](../{test})",
+    ]
+
+
+def measured(name: str) -> tuple[str, str, str]:
+    """Difference of score to the best plain scale, evaluations per image, and what follows."""
+    if name in ELSEWHERE:
+        return "–", "–", ELSEWHERE[name]
+    result = stored({"nag": "negation", "pladis": "pladis"}.get(name, "guidance"))
+    if result is None:
+        return MISSING
+    if name == "nag":
+        ours = result.row(NAG_ROW, negated="object")
+        return "–", evaluations(ours), f"{ours['method']}: {_removal()}."
+    if name == "pladis":
+        row = result.row(result.facts["default"])
+        return f"{row['vs best']:+.3f}", evaluations(row), advice.pladis(result)
+    if name == "cfg":
+        best, off = (result.row(method) for method in (result.facts["best"], "CFG 1"))
+        scale = best["method"].removeprefix("CFG ")
+        scores = [row["score"].value for row in (best, off)]
+        advised = f"{scores[0]:.3f} at scale {scale}, the best; {scores[1]:.3f} without guidance."
+        return f"{best['vs best'].value:+.3f}", evaluations(best), advised
+    rows = [row for row in result.rows if row["technique"] == name]
+    return judged(rows, result) if rows else MISSING
+
+
+def judged(rows: list[Row], result: Result) -> tuple[str, str, str]:
+    """The first row of a rule, and the rows that repair a scale that is too strong."""
     sentences = [advice.guidance(row, result) for row in rows]
     repairs = [
-        f" {row['method']}: {sentence}"
+        f"{row['method']}: {sentence}"
         for row, sentence in zip(rows[1:], sentences[1:], strict=True)
         if "too strong" in sentence
     ]
-    return told(rows[0], sentences[0]) + "".join(repairs)
+    gain: Estimate = rows[0]["vs best"]
+    text = " ".join([f"{rows[0]['method']}: {sentences[0]}", *repairs])
+    return f"{gain:+.3f}", evaluations(rows[0]), text
 
 
-def told(row: Row, sentence: str) -> str:
-    """A row beside the best plain scale, and what follows from it."""
-    return f"{row['method']}: {row['vs best']:+.3f}, {round(row['NFE'], 1):g} NFE. {sentence}"
+def evaluations(row: Row) -> str:
+    """Denoiser evaluations per image."""
+    return f"{round(row['NFE'], 1):g}"
 
 
-def row_of(name: str) -> str:
-    """The README's row of a technique."""
-    module = da.techniques()[name].__module__
-    source = module.replace(".", "/") + ".py"
-    test = f"tests/{Path(source).parent.relative_to('diffalign')}/test_{Path(source).stem}.py"
-    test = test if (ROOT / test).is_file() else str(Path(test).parent)
-    facts = describe(name, da.techniques()[name])
-    cost = facts["cost"].partition(". ")[0].rstrip(".")
-    links = f"[code]({source}) [test]({test})"
-    return f"| `{name}` | {facts['paper']} | {cost} | {measured(name)} | {links} |"
+PAGES: dict[str, Callable[[], str]] = {"README.md": by_purpose, "guidance/README.md": catalogue}
 
 
-def render(text: str) -> str:
-    """The README with its table written anew."""
-    table = (
-        "| name | paper | cost | measured on `emoji` | where |\n|---|---|---|---|---|\n"
-        + "".join(row_of(name) + "\n" for name in da.techniques())
-    )
+def render(name: str, text: str) -> str:
+    """A page with its table written anew."""
     if not SECTION.search(text):
         raise ValueError(
-            "README.md: expected the two comments around the table of techniques; put them back"
+            f"{name}: expected the two comments around the table of techniques; put them back"
         )
-    return SECTION.sub(lambda found: found[1] + table + found[2], text)
+    return SECTION.sub(lambda match: match[1] + PAGES[name]() + match[2], text)
 
 
 def main() -> None:
@@ -94,20 +165,20 @@ def main() -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; fail when the table is not what the results say",
+        help="write nothing; fail when a table is not what the results say",
     )
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = render(old)
-    if options.check:
-        sys.exit(
-            "README.md: the table of techniques is not what the results say; run python "
-            "benchmarks/readme.py"
-            if new != old
-            else 0
-        )
-    path.write_text(new, encoding="utf-8")
+    for name in PAGES:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = render(name, old)
+        if options.check and new != old:
+            sys.exit(
+                f"{name}: the table of techniques is not what the results say; run python "
+                "benchmarks/readme.py"
+            )
+        if not options.check:
+            path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

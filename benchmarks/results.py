@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -67,6 +67,16 @@ class Result:
         """The row of a method."""
         wanted = {"method": method} | others
         return next(row for row in self.rows if all(row[k] == v for k, v in wanted.items()))
+
+
+def command_line(text: str, **defaults: str | int | float) -> ArgumentParser:
+    """The options that benchmarks share: ``--output``, and one of each of ``defaults``, of its
+    type."""
+    parser = ArgumentParser(description=text)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--output", default="benchmarks/results")
+    return parser
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Draws the pictures of ``architecture.md``: ``python docs/pictures.py``."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -25,7 +26,8 @@ LEVELS = (
     (("cli", "app"), "command line and page"),
 )
 COLOURS = (
-    "#dfe8f6", "#d9ead8", "#fbe3c8", "#efe0f2", "#fff2b8", "#d6eef0", "#e7e7ec", "#f6dcdc", "#dfe8f6"
+    "#dfe8f6", "#d9ead8", "#fbe3c8", "#efe0f2", "#fff2b8", "#d6eef0", "#e7e7ec", "#f6dcdc",
+    "#dfe8f6",
 )  # fmt: skip
 
 STEP = (
@@ -121,7 +123,7 @@ def guided_step() -> None:
             fontsize=8 if not lines else 7.2, linespacing=0.95,
         )  # fmt: skip
         centre.append((x + width / 2, y, y + row - 0.16))
-    for (x0, low, _), (x1, _, high) in zip(centre, centre[1:]):
+    for (x0, low, _), (x1, _, high) in pairwise(centre):
         axes.add_patch(
             FancyArrowPatch(
                 (x0, low),

@@ -93,9 +93,9 @@ def pytest_runtest_logreport(report):
         and not hasattr(report, "wasxfail")
         and not any(name in report.keywords for name in ALLOWED)
     ):
-        _unmarked.append(
-            f"{report.nodeid}: {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}"
-        )
+        place = report.longrepr
+        reason = place[2] if isinstance(place, tuple) else place
+        _unmarked.append(f"{report.nodeid}: {reason}")
 
 
 def pytest_collectreport(report):

@@ -21,7 +21,8 @@ import diffalign
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffalign"
 COMPANIONS = ("guidance", "noise_opt", "search", "rewards", "app")
-# a module may import its own layer and those below it; `testing` is for tests and stands outside
+# a module may import its own layer and those below it; `testing` is for tests and stands outside,
+# and the workshop, which nothing imports, stands on top
 LAYERS = (
     ("core", "kernels", "drawing", "tasks"),
     ("families",),
@@ -94,7 +95,7 @@ def test_every_part_has_a_layer():
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_downwards(path):
-    mine = part_of(name_of(path))
+    mine = "__main__" if "workshop" in path.parts else part_of(name_of(path))
     if mine in (None, "testing"):
         return
     for name in imports(path, at_import(PARSED[path])):
@@ -121,6 +122,14 @@ def test_nothing_imports_the_workshop():
         if "workshop" not in path.parts:
             names = imports(path, ast.walk(tree))
             assert not [name for name in names if "workshop" in name.split(".")], name_of(path)
+
+
+def test_make_embedded_runs_modules_of_the_workshop():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (room,) = re.findall(r"^TRAIN := \$\(PY\) -m (\S+)$", text, flags=re.M)
+    programs = {f"{room}.{name}" for name in re.findall(r"\$\(TRAIN\)\.(\w+)", text)}
+    assert programs
+    assert programs <= {name_of(path) for path in MODULES}
 
 
 @pytest.mark.parametrize(

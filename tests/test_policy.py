@@ -1,4 +1,4 @@
-"""The rules of ``conftest.py`` themselves: what a skip costs, and that no test reaches the network."""
+"""The rules of ``conftest.py`` themselves: what a skip costs, no test reaches the network."""
 
 from pathlib import Path
 

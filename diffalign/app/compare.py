@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
 from typing import Any
 
 import gradio as gr
@@ -16,12 +15,15 @@ import torch
 from PIL import Image
 
 from diffalign import Cancelled, Report, load, supports, techniques
-from diffalign.core.registry import make, parse
+from diffalign.app.controls import Control, controls_of, is_ready, technique_of
+from diffalign.core.registry import parse
 from diffalign.drawing.sheet import Cell, contact_sheet
+from diffalign.families import family_of
 from diffalign.generate.models import Setting, open_model
 from diffalign.generate.samples import Sample, picture, samples
 from diffalign.generate.seeds import jobs_of
 from diffalign.generate.verdicts import verdicts
+from diffalign.seams.plan import context_of, resolve
 from diffalign.tasks.geneval.verdict import parse_prompt
 
 EXAMPLES = [
@@ -59,6 +61,11 @@ class Comparison:
     def stop(self) -> None:
         """End the drawing that runs at its next step; without one, nothing happens."""
         self._stopped = True
+
+    def resolved(self, name: str) -> Any:
+        """The technique with the options that it has on this model by default."""
+        context = context_of(self.pipe, family_of(type(self.pipe)))
+        return resolve(self.classes[name](), context, {})
 
     def draw(
         self,
@@ -136,11 +143,6 @@ class Comparison:
         return Cell(picture(sample.image), caption, verdict.correct)
 
 
-def is_ready(cls: Any) -> bool:
-    """Whether a technique can be made without naming an option."""
-    return all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(cls))
-
-
 def check(prompt: str, steps: float, seed: float) -> None:
     """Raise ``gr.Error`` for what a field of the page can hold and no run can use."""
     if not (prompt or "").strip():
@@ -152,7 +154,11 @@ def check(prompt: str, steps: float, seed: float) -> None:
 
 
 def columns_of(
-    names: Sequence[str] | None, text: str | None, scale: float
+    names: Sequence[str] | None,
+    text: str | None,
+    scale: float,
+    controls: list[Control],
+    values: Mapping[Any, Any],
 ) -> dict[str, tuple[Any, ...]]:
     """The plain column, and that with the chosen techniques or those of ``text``, which wins.
 
@@ -165,7 +171,11 @@ def columns_of(
             "form."
         )
     try:
-        tools = parse(text) if text else tuple(make(name, {}) for name in names or ())
+        tools = (
+            parse(text)
+            if text
+            else tuple(technique_of(name, controls, values) for name in names or ())
+        )
     except ValueError as error:
         raise refusal(str(error)) from error
     return {f"CFG {scale:g}": (), text or " + ".join(names or ()): tools}
@@ -184,8 +194,9 @@ def tab(comparison: Comparison) -> None:
                 list(comparison.classes),
                 value=["adaptive-guidance"],
                 multiselect=True,
-                label="Techniques, with their default options",
+                label="Techniques",
             )
+            controls = option_groups(comparison, names)
             text = gr.Textbox(
                 label="Or in the command line's form",
                 placeholder="interval-cfg:start=0.1,stop=0.8+pladis",
@@ -209,7 +220,7 @@ def tab(comparison: Comparison) -> None:
         values: dict[Any, Any],
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> Any:
-        columns = columns_of(values[names], values[text], values[scale])
+        columns = columns_of(values[names], values[text], values[scale], controls, values)
         return comparison.draw(
             values[prompt],
             columns,
@@ -221,6 +232,27 @@ def tab(comparison: Comparison) -> None:
         )
 
     inputs = {prompt, names, text, scale, steps, seed, negative}
+    inputs |= {control.component for control in controls}
     outputs = [sheet, report, plot]
     gr.on([button.click, prompt.submit], draw, inputs, outputs, concurrency_limit=1)
     stop.click(comparison.stop, api_name="stop")
+
+
+def option_groups(comparison: Comparison, names: Any) -> list[Control]:
+    """One group of controls for each technique, shown while it is chosen in ``names``."""
+    groups: dict[str, Any] = {}
+    controls: list[Control] = []
+    for name, cls in comparison.classes.items():
+        with gr.Accordion(f"Options of {name}", open=False, visible=name in names.value) as group:
+            drawn = controls_of(name, cls, comparison.resolved(name))
+        if drawn:
+            groups[name] = group
+            controls += drawn
+
+    def show(chosen: list[str]) -> list[Any]:
+        return [gr.Accordion(visible=name in chosen) for name in groups]
+
+    names.change(
+        show, names, list(groups.values()), show_progress="hidden", api_visibility="private"
+    )
+    return controls

@@ -41,7 +41,7 @@ def option_rows(cls: type) -> list[dict[str, str]]:
 
 def describe(name: str, cls: type) -> dict[str, Any]:
     """One technique as data; texts are without markup."""
-    from diffalign.seams.supports import cost_of
+    from diffalign.seams.support import cost_of
 
     what = (inspect.getdoc(cls) or "").split("\n\n")[0]
     return {

@@ -13,8 +13,8 @@ from diffalign.core.option import CALL, FLOW
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """Facts from which a technique resolves the options that the user left to the model."""
+class CallFacts:
+    """The pipeline and how it is called."""
 
     # class name of the pipeline, without any swap of ours
     pipeline: str
@@ -30,14 +30,18 @@ class Context:
     scale_source: str
     # sampling steps asked for, 0 where they are not known
     steps: int
-    # images; 0 before the first denoiser call
-    batch: int
     # noise levels are in [0, 1]
     flow: bool = False
     # model evaluations per solver step
     order: int = 1
-    # of the call when it is one text, or one text for every image; None otherwise
+    # the negative prompt when it is one text, or one text for every image; None otherwise
     negative_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Context(CallFacts):
+    """Facts from which a technique resolves the options that the user left to the model."""
+
     # the denoiser and the pipeline, None where a technique runs without one
     module: Any = field(default=None, compare=False, repr=False)
     pipe: Any = field(default=None, compare=False, repr=False)

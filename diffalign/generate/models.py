@@ -244,7 +244,7 @@ class Blueprint:
         """Refuse what would fail in the first generation: an unguidable model, a scheduler or
         option that the technique cannot work with."""
         from diffalign.seams.plan import bind, context_of
-        from diffalign.seams.supports import reason_against
+        from diffalign.seams.support import reason_against
 
         context = context_of(pipe, self.family, call=bind(self.cls, pipe, (), call))
         reason = reason_against(technique, context)

@@ -7,8 +7,7 @@ UNIT = 8
 
 
 def aligned(t: Tensor) -> Tensor:
-    """``t`` itself if its rows are dense and start on 16-byte boundaries, else a contiguous
-    copy."""
+    """``t`` itself if its rows are dense and start on 16-byte boundaries, else a dense copy."""
     dense = (
         t.stride(-1) == 1
         and t.storage_offset() % UNIT == 0

@@ -13,36 +13,57 @@ from diffalign.drawing.charts import Curve, line_chart
 
 
 @dataclass(slots=True)
-class Report:
-    """One generation. Lists have one entry per step.
+class Cost:
+    """What a generation cost."""
 
-    ``nfe``: denoiser rows per image; ``nfe_cfg``: what plain guidance at every step costs.
-    ``rows``, ``calls``: denoiser rows and calls in all. ``decodes``, ``rewards``: images decoded
-    and scored by the techniques. ``scale``: effective guidance scale ``<d - d_n, d_c - d_n> / |d_c
-    - d_n|^2``, mean over images, None where only one branch ran; ``orthogonal``: the part of ``d -
-    d_n`` that is not along ``d_c - d_n``, relative to it; ``cosine``: between the branches, as
-    noise predictions. ``layers``: technique -> (layers acting, layers selected); ``acted``:
-    technique -> number of steps in which. ``resolved``: technique -> option -> (value, source).
-    """
-
-    pipeline: str = ""
-    images: int = 0
-    steps: int = 0
-    guided_steps: int = 0
+    # denoiser rows per image
     nfe: float = 0.0
+    # what plain guidance at every step costs, per image
     nfe_cfg: float = 0.0
+    # denoiser rows and calls in all
     rows: int = 0
     calls: int = 0
+    # images decoded and scored by the techniques
     decodes: int = 0
     rewards: int = 0
     seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Curves(Cost):
+    """How each step was guided: lists with one entry per step, means over images.
+
+    With the conditional prediction ``c``, the unconditional one ``u`` and the guided one ``g``.
+    None where only one branch ran, or both agree.
+    """
+
+    # noise level
     sigma: list[float] = field(default_factory=list)
+    # effective guidance scale <g - u, c - u> / |c - u|^2
     scale: list[float | None] = field(default_factory=list)
+    # the part of g - u that is not along c - u, relative to it
     orthogonal: list[float | None] = field(default_factory=list)
+    # cosine of c and u, in the space that the technique names
     cosine: list[float | None] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Report(Curves):
+    """One generation: what it did and what it cost."""
+
+    # class name
+    pipeline: str = ""
+    images: int = 0
+    steps: int = 0
+    # steps that ran both branches
+    guided_steps: int = 0
+    # technique -> (layers acting, layers selected)
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # technique -> number of steps in which it acted
     acted: dict[str, int] = field(default_factory=dict)
+    # technique -> option -> (value, where it came from)
     resolved: dict[str, dict[str, tuple[Any, str]]] = field(default_factory=dict)
+    # denoiser -> what its technique says beyond the above
     extras: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -19,15 +19,16 @@ from diffalign.core import COND, UNCOND, Context, Guidance, Meter, Pass, StepInf
 from diffalign.core.option import with_scale
 from diffalign.core.registry import from_config, to_config
 from diffalign.families import Family, modular_families
-from diffalign.seams.blocks.sites import skipped
+from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.cache import fixed_rows
+from diffalign.seams.denoiser.call import pipeline_call
 from diffalign.seams.denoiser.clock import Clock
 from diffalign.seams.denoiser.record import Record
-from diffalign.seams.denoiser.rows import count_rows, parameter_names, take_arguments
+from diffalign.seams.denoiser.rows import count_rows, take_arguments
 from diffalign.seams.plan import context_of, resolve
 from diffalign.seams.report import Report
-from diffalign.seams.swap import intercepted, original_class
+from diffalign.seams.swap import intercepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,6 @@ class _Binding:
             scale=self.scale,
             scale_source="pipeline default",
             steps=steps,
-            batch=0,
         )
 
 
@@ -60,6 +60,7 @@ class _Run:
     """One run of the pipeline, and the step of it that is going on."""
 
     technique: Guidance[Any]
+    family: Family
     clock: Clock
     parametrisation: space.Parametrisation
     record: Record
@@ -72,6 +73,84 @@ class _Run:
     latents: Tensor | None = None
     # passes of the step, None between steps
     passes: tuple[Pass, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, technique: Guidance[Any], binding: _Binding, step: int, steps: int, time: Any
+    ) -> _Run:
+        """A new run that begins at ``step``: whatever the last one left is forgotten."""
+        resolved: dict[str, Any] = {}
+        guidance = resolve(technique, binding.context(steps), resolved)
+        scheduler, family = binding.pipe().scheduler, binding.family
+        clock = Clock(scheduler, family.mix, family.sigma)
+        clock.start(float(time), None, begin=step)
+        parametrisation = space.parametrisation_of(family, scheduler)
+        return cls(guidance, family, clock, parametrisation, Record(resolved))
+
+    def at(self, step: int) -> None:
+        """A new step begins."""
+        self.passes = self.latents = None
+        self.clock.calls = step
+        sigma = self.clock.sigma
+
+        def convert(value: Tensor, source: Any, target: Any, rows: Any = None) -> Tensor:
+            x = self.latents
+            assert x is not None, "predictions are converted after the denoiser has run"
+            inputs = x if rows is None else x[list(rows)]
+            return self.parametrisation.convert(value, inputs, sigma, source, target)
+
+        self.step = self.clock.now(convert)
+
+    def choose(self, pairs: list[tuple[Any, ...]], enabled: bool) -> tuple[Pass, ...]:
+        """The passes of this step, given each input with and without the prompt."""
+        if not self.batch:
+            self.batch = next(count_rows(value) for value, _ in pairs if isinstance(value, Tensor))
+            self.state = self.technique.init(self.batch)
+        passes = self.technique.passes(self.step, self.state) if enabled else (COND,)
+        without = all(negative is None for _, negative in pairs)
+        if without and not all(p.conditioned for p in passes):
+            raise UnsupportedModel(
+                f"{type(self.technique).__name__} needs the unconditional pass, and the pipeline "
+                "has no negative prompt embeddings. Pass negative_prompt_embeds, or put the guider "
+                "into the pipeline before the text encoder runs."
+            )
+        self.passes = passes
+        return passes
+
+    def denoise(
+        self,
+        p: Pass,
+        module: Any,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The denoiser's call of one pass: only the rows it needs, without the blocks it skips."""
+        call = pipeline_call("", module, original, args, kwargs)
+        if self.latents is None:
+            self.latents = call.latents
+        arguments, rows = call.arguments, call.rows
+        if p.rows is not None and not fixed_rows(module):
+            arguments, rows = take_arguments(arguments, p.rows, rows, self.family), len(p.rows)
+        self.meter.charge(rows=rows)
+        if p.blocks is None:
+            return original(**arguments)
+        with skipped(module, p.blocks):
+            return original(**arguments)
+
+    def combine(self, preds: Mapping[Pass, Tensor]) -> Tensor:
+        """The guided prediction of the step."""
+        guided, self.state = space.combined(self.technique, preds, self.step, self.state)
+        self.record.sigma[self.step.index] = self.step.sigma
+        if any(not p.conditioned for p in preds):
+            self.record.guided_steps.add(self.step.index)
+        return guided
+
+    def report(self, pipeline: str) -> Report:
+        """What the run has done and cost so far."""
+        evaluations, order = self.clock.calls + 1, self.clock.order
+        facts = self.record.facts(self.meter, self.batch, evaluations, order)
+        return Report(pipeline=pipeline, **facts)
 
 
 class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no types
@@ -88,12 +167,13 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, technique: Any) -> None:
         super().__init__()
-        self.technique = from_config(technique) if isinstance(technique, Mapping) else technique
-        if not isinstance(self.technique, Guidance):
+        value = from_config(technique) if isinstance(technique, Mapping) else technique
+        if not isinstance(value, Guidance):
             raise TypeError(
                 f"A guider takes a guidance such as da.AdaptiveGuidance(); got {technique!r}. "
                 "Others act on classic pipelines."
             )
+        self.technique: Guidance[Any] = value
         self.register_to_config(technique=to_config(self.technique))
         self._binding: _Binding | None = None
         self._run: _Run | None = None
@@ -127,8 +207,6 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         """The last run; an empty report before the first."""
         return self._report
 
-    # -- what pipelines ask ------------------------------------------------------------------------
-
     @property
     def _technique(self) -> Guidance[Any]:
         """The technique with the scale that the pipeline's own guider had."""
@@ -160,8 +238,6 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         passes = self._run.passes if self._run is not None else None
         return passes is None or passes[max(self._count_prepared, 1) - 1].conditioned
 
-    # -- one step, in the order in which pipelines call --------------------------------------------
-
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         super().set_state(step, num_inference_steps, timestep)
         binding, run = self._binding, self._run
@@ -172,68 +248,29 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
             )
         self._entered.close()
         if run is None or step <= run.clock.calls:
-            run = self._run = self._begin(binding, step, num_inference_steps, timestep)
-        run.passes = run.latents = None
-        run.clock.calls = step
-        sigma = run.clock.sigma
-
-        def convert(value: Tensor, source: Any, target: Any, rows: Any = None) -> Tensor:
-            x = run.latents if rows is None or run.latents is None else run.latents[list(rows)]
-            assert x is not None, "predictions are converted after the denoiser has run"
-            return run.parametrisation.convert(value, x, sigma, source, target)
-
-        run.step = run.clock.now(convert)
-
-    def _begin(self, binding: _Binding, step: int, steps: int, timestep: Any) -> _Run:
-        """A new run: whatever the last one left is forgotten."""
-        resolved: dict[str, Any] = {}
-        technique = resolve(self.technique, binding.context(steps), resolved)
-        scheduler, family = binding.pipe().scheduler, binding.family
-        clock = Clock(scheduler, family.mix, family.sigma)
-        clock.start(float(timestep), None, begin=step)
-        parametrisation = space.parametrisation_of(family, scheduler)
-        self._report = Report(pipeline=type(binding.pipe()).__name__, resolved=resolved)
-        return _Run(technique, clock, parametrisation, Record(resolved))
+            run = _Run.of(self.technique, binding, step, num_inference_steps, timestep)
+            self._run, self._report = run, run.report(type(binding.pipe()).__name__)
+        run.at(step)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         pairs = [value if isinstance(value, tuple) else (value, None) for value in data.values()]
-        passes = self._choose(pairs)
+        passes = self._running().choose(pairs, self._enabled)
         return [self._prepare_batch(data, 0 if p.conditioned else 1, p.name) for p in passes]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
-        fields = [
-            value if isinstance(value, tuple) else (value, None) for value in input_fields.values()
+        names = [
+            item if isinstance(item, tuple) else (item, None) for item in input_fields.values()
         ]
-        passes = self._choose(
-            [
-                tuple(None if name is None else getattr(data, name, None) for name in pair)
-                for pair in fields
-            ]
-        )
+        pairs = [
+            tuple(None if name is None else getattr(data, name, None) for name in pair)
+            for pair in names
+        ]
         return [
             self._prepare_batch_from_block_state(
                 input_fields, data, 0 if p.conditioned else 1, p.name
             )
-            for p in passes
+            for p in self._running().choose(pairs, self._enabled)
         ]
-
-    def _choose(self, pairs: list[tuple[Any, ...]]) -> tuple[Pass, ...]:
-        """The passes of this step, given each input with and without the prompt."""
-        run = self._running()
-        if not run.batch:
-            run.batch = next(count_rows(value) for value, _ in pairs if isinstance(value, Tensor))
-            run.state = run.technique.init(run.batch)
-        passes = run.technique.passes(run.step, run.state) if self._enabled else (COND,)
-        if not all(p.conditioned for p in passes) and all(
-            negative is None for _, negative in pairs
-        ):
-            raise UnsupportedModel(
-                f"{type(self.technique).__name__} needs the unconditional pass, and the pipeline "
-                "has no negative prompt embeddings. Pass negative_prompt_embeds, or put the guider "
-                "into the pipeline before the text encoder runs."
-            )
-        run.passes = passes
-        return passes
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         super().prepare_models(denoiser)
@@ -245,33 +282,9 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         self._entered.close()
 
-    def _denoise(
-        self,
-        p: Pass,
-        module: Any,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """The denoiser's call of one pass: only the rows it needs, without the blocks it skips."""
-        run = self._running()
+    def _denoise(self, p: Pass, module: Any, original: Any, args: Any, kwargs: Any) -> Any:
         try:
-            base = original_class(getattr(module, "_orig_mod", module))
-            arguments = {**dict(zip(parameter_names(base), args)), **kwargs}
-            latents = next(iter(arguments.values()))
-            if run.latents is None:
-                run.latents = latents
-            rows = count_rows(latents)
-            if p.rows is not None and not fixed_rows(module):
-                family = self._binding.family if self._binding else None
-                assert family is not None, "a run has a binding"
-                arguments = take_arguments(arguments, p.rows, rows, family.shared, family.lists)
-                rows = len(p.rows)
-            run.meter.charge(rows=rows)
-            if p.blocks is None:
-                return original(**arguments)
-            with skipped(module, p.blocks):
-                return original(**arguments)
+            return self._running().denoise(p, module, original, args, kwargs)
         except BaseException:
             self._entered.close()  # the pipeline will not come to cleanup_models
             raise
@@ -284,19 +297,10 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         for p in preds:
             if p.rows is not None and len(preds[p]) != len(p.rows):
                 preds[p] = preds[p][list(p.rows)]
-        guided = preds[COND] if not self._enabled else self._combine(run, preds)
+        guided = preds[COND] if not self._enabled else run.combine(preds)
+        self._report = run.report(self._report.pipeline)
         cond = preds.get(COND, guided)
         return GuiderOutput(pred=guided, pred_cond=cond, pred_uncond=preds.get(UNCOND))
-
-    def _combine(self, run: _Run, preds: Mapping[Pass, Tensor]) -> Tensor:
-        guided, run.state = space.combined(run.technique, preds, run.step, run.state)
-        record, index = run.record, run.step.index
-        record.sigma[index] = run.step.sigma
-        if any(not p.conditioned for p in preds):
-            record.guided_steps.add(index)
-        facts = record.facts(run.meter, run.batch, run.clock.calls + 1, run.clock.order)
-        self._report = Report(pipeline=self._report.pipeline, **facts)
-        return guided
 
     def _running(self) -> _Run:
         if self._run is None:

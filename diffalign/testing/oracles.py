@@ -176,7 +176,7 @@ def run(
     else:
         scheduler.set_timesteps(sigmas=list(sigmas))
     kind, timesteps = kind_of(scheduler), list(scheduler.timesteps)
-    context = _context(scheduler, scale, len(noise))
+    context = _context(scheduler, scale)
     technique = guidance.resolve(context)
     x = noise if start else noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
     if hasattr(scheduler, "set_begin_index"):
@@ -204,7 +204,7 @@ def run(
     return trace
 
 
-def _context(scheduler: Any, scale: float, batch: int) -> Context:
+def _context(scheduler: Any, scale: float) -> Context:
     """The run, as a technique hears of it, after ``set_timesteps``."""
     order = int(getattr(scheduler, "order", 1))
     return Context(
@@ -215,7 +215,6 @@ def _context(scheduler: Any, scale: float, batch: int) -> Context:
         scale=scale,
         scale_source="call",
         steps=-(-len(scheduler.timesteps) // order),
-        batch=batch,
         flow=kind_of(scheduler) == "flow",
         order=order,
     )

@@ -1,11 +1,15 @@
-"""The comparison on the embedded model, and the page that holds them."""
+"""The comparison on the embedded model, its controls, and the page that holds them."""
+
+from dataclasses import dataclass
 
 import gradio as gr
 import pytest
 
 import diffalign as da
-from diffalign.app import compare, page
-from diffalign.core.registry import parse
+from diffalign.app import compare, controls, page
+from diffalign.core import Technique, option
+from diffalign.core.option import options_of
+from diffalign.core.registry import make, parse
 from diffalign.generate.seeds import seed_of
 
 
@@ -95,12 +99,12 @@ def test_bad_input_is_one_line(comparison, change, words):
 )
 def test_bad_techniques_are_one_line(names, text, words):
     with pytest.raises(gr.Error, match=words) as caught:
-        compare.columns_of(names, text, 3.0)
+        compare.columns_of(names, text, 3.0, [], {})
     assert not caught.value.print_exception
 
 
 def test_the_text_form_wins():
-    assert compare.columns_of(["cfg"], " apg:eta=0.5 ", 3.0) == {
+    assert compare.columns_of(["cfg"], " apg:eta=0.5 ", 3.0, [], {}) == {
         "CFG 3": (),
         "apg:eta=0.5": (da.APG(eta=0.5),),
     }
@@ -120,6 +124,87 @@ def test_stop_ends_the_drawing_and_the_next_one_runs(comparison, when):
         comparison.draw("a dog", columns(da.APG()), 3.0, 4, 0, progress=progress)
     assert len(ticks) == when
     assert comparison.draw("a dog", columns(da.APG()), 3.0, 2, 0)[2] is not None
+
+
+@pytest.fixture(scope="module")
+def all_controls(comparison):
+    with gr.Blocks():
+        return {
+            name: controls.controls_of(name, cls, comparison.resolved(name))
+            for name, cls in comparison.classes.items()
+        }
+
+
+def test_every_option_that_can_be_written_has_a_control(comparison, all_controls):
+    for name, cls in comparison.classes.items():
+        expected = [
+            option
+            for option, spec in options_of(cls).items()
+            if spec.source != "call" and spec.saved == "value"
+        ]
+        assert [control.option for control in all_controls[name]] == expected
+        for control in all_controls[name]:
+            spec = options_of(cls)[control.option]
+            assert spec.meaning in control.component.info
+
+
+def test_untouched_controls_leave_every_option_to_the_model(comparison, all_controls):
+    for name, cls in comparison.classes.items():
+        values = {control.component: control.initial for control in all_controls[name]}
+        assert controls.technique_of(name, all_controls[name], values) == cls()
+
+
+def kind_of(all_controls, name, option):
+    (control,) = (control for control in all_controls[name] if control.option == option)
+    return control
+
+
+def test_ranges_are_sliders_choices_are_lists_and_flags_are_boxes(all_controls):
+    stop = kind_of(all_controls, "interval-cfg", "stop")
+    assert isinstance(stop.component, gr.Slider)
+    assert (stop.component.minimum, stop.component.maximum, stop.initial) == (0.0, 1.0, 1.0)
+    space = kind_of(all_controls, "adaptive-guidance", "space")
+    assert isinstance(space.component, gr.Dropdown)
+    assert space.initial == "x0"  # what is looked up for this model
+    window = kind_of(all_controls, "interval-cfg", "sigma")
+    assert isinstance(window.component, gr.Textbox)
+    assert window.initial == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("interval-cfg", "stop", 0.5),
+        ("interval-cfg", "sigma", "(0.5,inf)"),
+        ("adaptive-guidance", "space", "eps"),
+    ],
+)
+def test_a_touched_control_sets_its_option(all_controls, name, option, value):
+    values = {control.component: control.initial for control in all_controls[name]}
+    values[kind_of(all_controls, name, option).component] = value
+    technique = controls.technique_of(name, all_controls[name], values)
+    assert technique == make(name, {option: value})
+
+
+@dataclass(frozen=True)
+class Flagged(Technique):
+    """A technique with every kind of option that has no slider."""
+
+    flag: bool = option(True, "whether it acts")
+    count: int = option(3, "how often", low=1, usual=(1, 8))
+    cap: float = option(9.0, "at most", usual=(0.0, 1.0))
+    embeds: object = option(None, "tensors", saved="tensors")
+
+
+def test_flags_are_boxes_and_a_value_beyond_its_slider_is_a_text():
+    with gr.Blocks():
+        drawn = controls.controls_of("flagged", Flagged, Flagged())
+    assert [(control.option, type(control.component)) for control in drawn] == [
+        ("flag", gr.Checkbox),
+        ("count", gr.Slider),
+        ("cap", gr.Textbox),
+    ]
+    assert drawn[1].component.step == 1
 
 
 def test_page_lists_what_works(comparison):

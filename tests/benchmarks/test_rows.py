@@ -93,3 +93,31 @@ def test_guidance(benchmark_module, two_a_tag):
     assert guidance.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
         {"a": 0.03, "b": 0.06, "c": 0.06}
     )
+
+
+def test_cost(benchmark_module):
+    """Twice the time beside plain; a rule with half the rows is compared per row; medians."""
+    cost = benchmark_module("cost")
+    plain = [(1.0, 40.0), (2.0, 40.0), (4.0, 40.0)]
+    seen = {name: [(2 * s, 40.0) for s, _ in plain] for name, *_ in cost.CASES}
+    seen["IntervalCFG"] = [(s, 20.0) for s, _ in plain]
+    seen["interception, no guidance"] = [(1.25 * s, 20.0) for s, _ in plain]
+    rows = {
+        row["technique"]: row for row in cost.table(seen | dict.fromkeys(cost.SCALES, plain), 4)
+    }
+    assert rows["APG"]["ratio"] == 2.0
+    assert rows["APG"]["seconds per image"] == 1.0
+    assert (rows["IntervalCFG"]["ratio"], rows["IntervalCFG"]["NFE"]) == (2.0, 20.0)
+    assert rows["IntervalCFG"]["counted"] == "per evaluated row"
+    assert rows["PLADIS, no guidance"]["of it interception"] == 0.25
+    assert rows["APG"]["of it interception"] is None
+
+
+def test_a_command_line_has_the_types_of_its_defaults(benchmark_module):
+    results = benchmark_module("results")
+    parser = results.command_line("What it asks.", runs_folder="runs/here", scale=1.5, steps=20)
+    options = parser.parse_args(["--scale", "2", "--runs-folder", "there"])
+    assert (options.scale, options.steps, options.runs_folder) == (2.0, 20, "there")
+    assert options.output == "benchmarks/results"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--steps", "two"])

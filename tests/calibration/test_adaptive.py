@@ -340,5 +340,5 @@ def test_a_file_that_cannot_be_used_is_named_with_the_variable(tmp_path, monkeyp
     monkeypatch.setenv(VARIABLE, str(path))
     with pytest.raises(ValueError, match=rf"{VARIABLE} names .*broken\.json"):
         AdaptiveGuidance().resolve(
-            da.core.Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
+            da.core.Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20)
         )

@@ -16,6 +16,7 @@ from diffalign.core.presets import VARIABLE
 CALIBRATE = ("calibrate", "adaptive-guidance")
 
 
+@pytest.mark.slow
 def test_preset_is_written_and_used(run, folder, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red apple\ntwo cats\na bench\n")
     arguments = (

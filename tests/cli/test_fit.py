@@ -34,6 +34,7 @@ def unmoved(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_policy_is_the_librarys_and_acts(run, folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red apple\ntwo cats\n")
     arguments = (

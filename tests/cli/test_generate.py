@@ -16,6 +16,8 @@ from diffalign.drawing.png import read_settings
 from diffalign.generate.schedulers import NAMES
 from diffalign.generate.seeds import seed_of
 
+QUICK = ("ddim", "dpm++", "heun")
+"""Schedulers of each kind: plain, with several steps behind it, with two evaluations a step."""
 PROMPTS = ("--prompt", "a red apple", "--prompt", "a Bench, seen from above!")
 
 
@@ -222,7 +224,10 @@ def test_prompts_file_and_size(run, folder, tmp_path):
     assert {Image.open(image["file"]).size for image in data["images"]} == {(24, 16)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES],
+)
 def test_every_scheduler_samples(run, folder, tmp_path, name):
     result = run(
         "generate",

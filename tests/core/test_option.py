@@ -34,7 +34,7 @@ class Everything(Technique):
     worked_out: int = derived(0)
 
 
-CONTEXT = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
+CONTEXT = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20)
 
 
 def test_an_option_tells_what_help_and_controls_need():

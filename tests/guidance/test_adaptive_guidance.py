@@ -206,7 +206,7 @@ def test_space_decides():
 
 
 def test_space_is_looked_up_with_the_threshold_and_stays_the_papers_beside_your_own():
-    context = Context("P", "no-such-family", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
+    context = Context("P", "no-such-family", "unet", "DDIMScheduler", 5.0, "call", 20)
     made = AdaptiveGuidance().resolve(context)
     assert (made.space, made.threshold) == ("eps", 0.991)
     assert "2312.12487" in context.sources["space"]
@@ -218,7 +218,7 @@ def test_space_is_looked_up_with_the_threshold_and_stays_the_papers_beside_your_
 
 @pytest.mark.parametrize(("space", "value"), [("eps", 0.991), ("x0", 0.99)])
 def test_threshold_is_looked_up_and_says_where_it_comes_from(space, value):
-    context = Context("P", "no-such-family", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
+    context = Context("P", "no-such-family", "unet", "DDIMScheduler", 5.0, "call", 20)
     made = AdaptiveGuidance(space=space).resolve(context)
     assert (made.scale, made.threshold) == (5.0, value)
     assert "not calibrated for this model" in context.sources["threshold"]
@@ -253,7 +253,6 @@ def test_nothing_to_save_is_refused() -> None:
         1.0,
         "pipeline default",
         20,
-        1,
         flow=True,
     )
     with pytest.raises(UnsupportedModel, match="nothing to save"):

@@ -114,7 +114,7 @@ def test_a_conditional_image_of_zeros_has_no_direction():
 )
 def test_presets_say_where_they_come_from(family, cap, momentum):
     defaults = next(f.defaults for f in families() if f.name == family)
-    context = Context("P", family, "unet", "DDIMScheduler", 5.0, "call", 20, 1, defaults=defaults)
+    context = Context("P", family, "unet", "DDIMScheduler", 5.0, "call", 20, defaults=defaults)
     made, sources = APG().resolve(context), context.sources
     assert (made.scale, made.cap, made.momentum) == (5.0, cap, momentum)
     assert "family" in sources["cap"] if family == "wan" else "2410.02416" in sources["cap"]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "guidance"
 RECIPES = sorted(FOLDER.glob("*.py"))
 ROW = re.compile(
-    r"^\| \[`([\w-]+)`\]\(([\w.]+)\) \| (.+) \| (.+) \| \[([\w.]+)\]\(([\w./]+)\) \|$", re.M
+    r"^\| \[`([\w-]+)`\]\(([\w.]+)\) \| (.+) \| \[(code)\]\(([\w./]+)\) \[test\]\(.+\) \|$", re.M
 )
 
 
@@ -46,13 +46,13 @@ def test_every_recipe_has_a_row_and_every_row_a_recipe():
 def test_rows_point_to_the_code():
     for name, match in rows().items():
         module = techniques()[name].__module__
-        assert (FOLDER / match[6]).resolve() == ROOT / Path(*module.split(".")).with_suffix(
+        assert (FOLDER / match[5]).resolve() == ROOT / Path(*module.split(".")).with_suffix(
             ".py"
         ), name
         identifiers = re.findall(r"\d{4}\.\d{5}", match[3])
         assert all(
             identifier
-            in techniques()[name].__doc__ + (FOLDER / match[6]).read_text(encoding="utf-8")
+            in techniques()[name].__doc__ + (FOLDER / match[5]).read_text(encoding="utf-8")
             for identifier in identifiers
         )
 

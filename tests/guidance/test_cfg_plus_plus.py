@@ -89,12 +89,12 @@ def test_lam_one_on_the_last_step_needs_no_unconditional_pass():
 )
 def test_other_schedulers_are_refused(name):
     with pytest.raises(UnsupportedModel, match=f"{name}.*DDIMScheduler"):
-        CFGPlusPlus(0.6).resolve(Context("P", "sd", "unet", name, 5.0, "call", 20, 1))
+        CFGPlusPlus(0.6).resolve(Context("P", "sd", "unet", name, 5.0, "call", 20))
 
 
 def test_flow_is_resolved_and_reported():
     name = "FlowMatchEulerDiscreteScheduler"
-    context = Context("P", "sd3", "transformer", name, 5.0, "call", 20, 1, flow=True)
+    context = Context("P", "sd3", "transformer", name, 5.0, "call", 20, flow=True)
     assert CFGPlusPlus().resolve(context).flow is True
     assert name in context.sources["flow"]
 

@@ -303,15 +303,15 @@ def test_settings_with_objects_are_json_and_say_what_is_missing():
     made = DynamicCFG(3.0, evaluators=(Judge(constant), "test-small"))
     config = json.loads(json.dumps(to_config(made)))
     assert config["evaluators"] == ["Judge", "test-small"]
-    resolved = made.resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+    resolved = made.resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20))
     assert resolved.evaluators == ("Judge", "test-small")
     assert [type(judge) for judge in resolved.judges] == [Judge, Judge]
     with pytest.raises(ValueError, match="Unknown evaluator 'Judge'"):
-        from_config(config).resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+        from_config(config).resolve(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20))
 
 
 def test_wrong_use_is_explained():
-    context = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
+    context = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20)
     with pytest.raises(ValueError, match="no evaluator to choose with"):
         DynamicCFG(3.0).resolve(context)
     with pytest.raises(ValueError, match=r"Unknown evaluator 'test-smal'\. Nearest: test-small"):
@@ -342,7 +342,7 @@ def test_candidates_come_from_the_preset_of_the_model():
         "scheduler": "DDIMScheduler",
         "scale": 1.5,
     }
-    facts |= {"scale_source": "call", "steps": 20, "batch": 1}
+    facts |= {"scale_source": "call", "steps": 20}
     context = Context(**facts, module=pipe.unet)
     known = DynamicCFG(evaluators=("test-small",)).resolve(context)
     assert known.candidates == (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -408,13 +408,13 @@ def test_a_judge_is_made_with_the_prompt_of_every_image():
 def test_the_decoder_is_the_pipelines_own():
     pipe = tiny_pipeline("StableDiffusionPipeline", text=True)
     pipe.vae.register_to_config(shift_factor=0.25)
-    context = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1, pipe=pipe)
+    context = Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, pipe=pipe)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + 0.25).sample
         found = decoder_of(context)(latents)
     assert torch.allclose(found, pipe.image_processor.postprocess(plain, output_type="pt"))
     with pytest.raises(UnsupportedModel, match="autoencoder"):
-        decoder_of(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1))
+        decoder_of(Context("P", "sd", "unet", "DDIMScheduler", 5.0, "call", 20))
     with pytest.raises(UnsupportedModel, match=r"shape \[2, 16, 64\]"):
         decoder_of(context)(torch.zeros(2, 16, 64))

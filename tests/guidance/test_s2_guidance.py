@@ -247,7 +247,7 @@ def test_a_block_that_is_the_identity_and_no_block_at_all():
 
 
 def resolved(technique, steps=10):
-    return technique.resolve(Context("P", "oracle", "model", "S", 3.0, "call", steps, 1))
+    return technique.resolve(Context("P", "oracle", "model", "S", 3.0, "call", steps))
 
 
 def test_masks_are_drawn_per_step_uniformly_and_repeatably():

@@ -125,7 +125,7 @@ def test_still_steps_do_not_move_and_cost_one_row():
 def test_zero_star_refuses_models_without_a_flow():
     with pytest.raises(UnsupportedModel, match="flow velocities; SomePipeline with DDIMScheduler"):
         CFGZeroStar(3.0).resolve(
-            Context("SomePipeline", "sd", "unet", "DDIMScheduler", 5.0, "call", 20, 1)
+            Context("SomePipeline", "sd", "unet", "DDIMScheduler", 5.0, "call", 20)
         )
 
 

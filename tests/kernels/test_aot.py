@@ -92,6 +92,7 @@ def test_table_covers_what_the_heuristics_choose_and_holds(table):
     assert aot.page(table) == SCRIPT.with_name("resources.md").read_text()
 
 
+@pytest.mark.slow
 def test_sample_compiles_as_the_table_says(table):
     compile_again(table, SAMPLE)
 

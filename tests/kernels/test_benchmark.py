@@ -31,6 +31,7 @@ def run(benchmark, folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_report_of_a_cpu_run(benchmark, tmp_path):
     run(benchmark, tmp_path)
     report = json.loads((tmp_path / "kernels_cpu.json").read_text())

@@ -7,6 +7,7 @@ from diffalign.kernels import nag, pladis
 from diffalign.kernels.pladis import eager
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_torch_forms_are_one_graph(grad, rng):
     """``fullgraph`` raises at the first break; the graph is run by torch itself, so results are

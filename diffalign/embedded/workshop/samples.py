@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from torch import Tensor
 from diffalign.embedded.world.captions import words
 from diffalign.embedded.world.scenes import World
 from diffalign.embedded.world.tokens import encode
+from diffalign.generate.samples import samples
+from diffalign.generate.seeds import jobs_of
+from diffalign.generate.verdicts import verdicts
 from diffalign.tasks.geneval.verdict import prompts as official
-from diffalign.tasks.geneval.verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def official_prompts(count: int) -> dict[str, dict[str, Any]]:
 
 
 def generate(
-    pipe: Callable[..., Any],
+    pipe: Any,
     judge: Any,
     records: dict[str, dict[str, Any]],
     images: int,
@@ -113,20 +115,14 @@ def generate(
 
     Cost: ``2 * steps`` denoiser rows a picture.
     """
-    captions = [caption for caption in records for _ in range(images)]
+    jobs = jobs_of(records, count=images, base=seed)
+    call = {"num_inference_steps": steps, "guidance_scale": scale}
     pictures, right = [], []
-    for start in range(0, len(captions), batch):
-        part = captions[start : start + batch]
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        batch_images = pipe(
-            part, num_inference_steps=steps, guidance_scale=scale, generator=rng, output_type="pt"
-        ).images.clamp(0, 1)
-        answers = judge.detect(batch_images)
-        right += [
-            verdict(records[caption], answer, judge.thresholds).correct
-            for caption, answer in zip(part, answers, strict=True)
-        ]
-        pictures.append((batch_images * 255).round().byte())
+    for results in samples(pipe, (), jobs, batch=batch, call=call):
+        stack = torch.stack([result.image for result in results])
+        answers = verdicts(judge, stack, [records[result.job.prompt] for result in results])
+        right += [answer is not None and answer.correct for answer in answers]
+        pictures.append((stack * 255).round().byte())
     shape = (len(records), images)
     return Samples(
         torch.cat(pictures).reshape(*shape, *pictures[0].shape[1:]),

@@ -23,7 +23,10 @@ from torch import Tensor
 from diffalign.embedded.load import load
 from diffalign.embedded.workshop.train_denoiser import STATE, export
 from diffalign.embedded.workshop.training import load_state
-from diffalign.tasks.geneval.verdict import TAGS, prompts, verdict
+from diffalign.generate.samples import samples
+from diffalign.generate.seeds import jobs_of
+from diffalign.generate.verdicts import verdicts
+from diffalign.tasks.geneval.verdict import TAGS, prompts
 
 
 def spread_prompts(count: int) -> list[dict[str, Any]]:
@@ -48,24 +51,16 @@ def score(
 ) -> tuple[Tensor, list[bool]]:
     """Images [N, 3, 64, 64] in [0, 1] of the prompts and the judge's verdict on each."""
     judge = load("emoji-judge")
-    images, correct = [], []
-    for start in range(0, len(records), batch):
-        part = records[start : start + batch]
-        generator = torch.Generator().manual_seed(seed + start)
-        texts = [record["prompt"] for record in part]
-        output = pipe(
-            texts,
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            generator=generator,
-            output_type="pt",
-        ).images
-        images.append(output)
-        answers = judge.detect(output)
-        correct += [
-            verdict(record, answer, judge.thresholds).correct
-            for record, answer in zip(part, answers, strict=True)
-        ]
+    jobs = jobs_of((record["prompt"] for record in records), base=seed)
+    call = {"num_inference_steps": steps, "guidance_scale": scale}
+    images: list[Tensor] = []
+    correct: list[bool] = []
+    for results in samples(pipe, (), jobs, batch=batch, call=call):
+        stack = torch.stack([result.image for result in results])
+        part = records[len(correct) : len(correct) + len(results)]
+        answers = verdicts(judge, stack, part)
+        images.append(stack)
+        correct += [answer is not None and answer.correct for answer in answers]
     return torch.cat(images), correct
 
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from diffalign.embedded.workshop.samples import training_prompts
-from diffalign.tasks.geneval.verdict import verdict
+from diffalign.generate.samples import samples
+from diffalign.generate.seeds import Job, seed_of
+from diffalign.generate.verdicts import verdicts
 
 SCALES = (1.0, 1.0, 1.5, 2.0, 4.0, 8.0)
 """Guidance scale of each picture of a prompt; even places share one noise, odd places another."""
@@ -92,41 +94,12 @@ def generate(
 
     Cost: about 1.8 * ``steps`` denoiser rows a picture, and its decoding.
     """
-    captions = list(records)
-    columns, verdicts = [], []
+    columns, answers = [], []
     for column, scale in enumerate(SCALES):
-        latents, right = [], []
-        for start in range(0, len(captions), batch):
-            part = captions[start : start + batch]
-            rng = torch.Generator().manual_seed((seed * 1_000_003 + start) * 2 + column % 2)
-            states: list[Tensor] = []
-
-            def keep(
-                _: Any,
-                index: int,
-                timestep: int,
-                given: dict[str, Tensor],
-                states: list[Tensor] = states,
-            ) -> dict[str, Tensor]:
-                states.append(given["latents"].half())
-                return {}
-
-            images = pipe(
-                part,
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                generator=rng,
-                output_type="pt",
-                callback_on_step_end=keep,
-            ).images.clamp(0, 1)
-            answers = judge.detect(images)
-            right += [
-                verdict(records[caption], answer, judge.thresholds).correct
-                for caption, answer in zip(part, answers, strict=True)
-            ]
-            latents.append(torch.stack(states, dim=1))
-        columns.append(torch.cat(latents))
-        verdicts.append(torch.tensor(right))
+        jobs = [Job(caption, seed_of(caption, column % 2, seed), caption) for caption in records]
+        latents, right = _column(pipe, judge, records, jobs, scale, steps, batch)
+        columns.append(latents)
+        answers.append(right)
     cumulative = pipe.scheduler.alphas_cumprod
     times = [
         *pipe.scheduler.timesteps[1:].tolist(),
@@ -134,8 +107,40 @@ def generate(
     ]  # after the last step the sampler is at the level of the first timestep
     sigmas = ((1 - cumulative[times]) / cumulative[times]).sqrt()
     return Trajectories(
-        torch.stack(columns, dim=1), tuple(captions), torch.stack(verdicts, dim=1), sigmas, SCALES
+        torch.stack(columns, dim=1), tuple(records), torch.stack(answers, dim=1), sigmas, SCALES
     )
+
+
+def _column(
+    pipe: Any,
+    judge: Any,
+    records: dict[str, dict[str, Any]],
+    jobs: list[Job],
+    scale: float,
+    steps: int,
+    batch: int,
+) -> tuple[Tensor, Tensor]:
+    """Latents [P, S, C, 8, 8] of all jobs at one scale, and verdicts [P]."""
+    states: list[Tensor] = []
+
+    def keep(_: Any, index: int, timestep: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        states.append(values["latents"].half())
+        return {}
+
+    call = {
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
+        "callback_on_step_end": keep,
+    }
+    latents: list[Tensor] = []
+    right: list[bool] = []
+    for results in samples(pipe, (), jobs, batch=batch, call=call):
+        images = torch.stack([result.image for result in results])
+        answers = verdicts(judge, images, [records[result.job.prompt] for result in results])
+        right += [answer is not None and answer.correct for answer in answers]
+        latents.append(torch.stack(states, dim=1))
+        states.clear()
+    return torch.cat(latents), torch.tensor(right)
 
 
 def prompts(seed: int, count: int, exclude: Collection[str] = ()) -> dict[str, dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from diffalign.core import Meter
+from diffalign.core import Guidance, Meter
+from diffalign.core.window import Windowed, never_acted
 from diffalign.seams.denoiser.branch_log import BranchLog
 
 Resolved = dict[str, dict[str, tuple[Any, str]]]
@@ -50,3 +52,14 @@ class Record:
             "resolved": self.resolved,
             "notes": list(self.notes),
         }
+
+    def idle(self, guidances: Iterable[Guidance[Any]], steps: int) -> list[str]:
+        """Notes about guidances whose window held no step of the run, also said as warnings."""
+        if not self.sigma:
+            return []
+        windowed = {type(g).__name__: g for g in guidances if isinstance(g, Windowed)}
+        return [
+            never_acted(name, self.sigma)
+            for name, guidance in windowed.items()
+            if not guidance.acts_in(self.sigma, steps)
+        ]

@@ -12,12 +12,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffalign.core import (
     COND,
-    UNCOND,
     Cancelled,
     Guidance,
     GuidanceMismatch,
@@ -25,16 +23,16 @@ from diffalign.core import (
     Pass,
     UnsupportedModel,
 )
-from diffalign.core.window import Windowed, never_acted
 from diffalign.families import Family
-from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.branches import OneBatch, way_of
 from diffalign.seams.denoiser.call import PipelineCall, Step, pipeline_call
 from diffalign.seams.denoiser.clock import Clock
 from diffalign.seams.denoiser.closed_loop import ClosedLoop
+from diffalign.seams.denoiser.combine import Combiner
 from diffalign.seams.denoiser.evaluate import Branches, Evaluator
 from diffalign.seams.denoiser.record import Record
 from diffalign.seams.denoiser.rows import halves_equal, parameter_names
+from diffalign.seams.denoiser.space import parametrisation_of
 from diffalign.seams.plan import Plan
 from diffalign.seams.report import Report
 from diffalign.seams.swap import original_class
@@ -63,12 +61,11 @@ class Generation:
         self.loop = ClosedLoop(pipe, family, self.clock)
         self.evaluator = Evaluator(family, meter)
         self.way = way_of(family.mode, plan.opened, bool(plan.guidances))
-        self.parametrisation = space.parametrisation_of(family, pipe.scheduler)
+        parametrisation = parametrisation_of(family, pipe.scheduler)
+        self.combiner = Combiner(plan, parametrisation, self.record)
         # technique -> its state; every entry has select(rows) or is None
         self.states: dict[str, Any] = dict(start.states) if start is not None else {}
         self.batch = 0
-        # tokens that reach the scheduler, None for all
-        self.seen: slice | None = None
         self.step: Step | None = None
         self.cancelled = False
 
@@ -76,8 +73,6 @@ class Generation:
     def family(self) -> Family:
         """What is known of the pipeline."""
         return self.plan.family
-
-    # -- one guided step ---------------------------------------------------------------------------
 
     def denoise(
         self,
@@ -101,23 +96,9 @@ class Generation:
             self._start_clock(call)
             if guidance is not None and self.plan.guidance_name not in self.states:
                 self.states[self.plan.guidance_name] = guidance.init(self.batch)
-        latents, sigma, images, seen = call.latents, self.clock.sigma, self.batch, self.seen
-        parametrisation = self.parametrisation
-
-        def convert(
-            value: Tensor, source: Any, target: Any, rows: Sequence[int] | None = None
-        ) -> Tensor:
-            x = torch.stack(list(latents)) if isinstance(latents, list) else latents
-            x = x if seen is None else x[:, seen]
-            inputs = x[:images] if rows is None else x[list(rows)]
-            return parametrisation.convert(value, inputs, sigma, source, target)
-
-        info = self.clock.now(convert)
+        info = self.clock.now(self.combiner.converter(call, self.clock.sigma, self.batch))
         self.record.sigma.setdefault(info.index, info.sigma)
-        one_image = latents[0].shape if isinstance(latents, list) else latents.shape[1:]
-        if seen is not None:
-            one_image = latents[:1, seen].shape[1:]
-        self.step = Step(info, tuple(one_image))
+        self.step = Step(info, self.combiner.shape(call))
         return self.step
 
     def passes(self, guidance: Guidance[Any], step: Step) -> tuple[Pass, ...]:
@@ -141,23 +122,9 @@ class Generation:
 
     def combine(self, guidance: Guidance[Any], step: Step) -> Tensor:
         """The guided prediction [B, ...]: the technique's rule, then the pipeline's own options."""
-        info, name = step.info, self.plan.guidance_name
-        whole, preds = step.preds, step.preds
-        if self.seen is not None:  # no rule may count what the pipeline drops
-            preds = {p: prediction[:, self.seen] for p, prediction in whole.items()}
-        if any(not p.conditioned for p in preds):
-            self.record.guided_steps.add(info.index)
-        guided, self.states[name] = space.combined(guidance, preds, info, self.states[name])
-        if self.seen is not None:
-            guided = self._with_dropped(guidance, step, guided)
-        if COND in whole and UNCOND in whole:
-            rows = next(p.rows for p in whole if p == UNCOND)
-            guided = self._with_options(guided, whole[COND], rows)
-            if info.evaluation == 0:
-                shown = guided if self.seen is None else guided[:, self.seen]
-                self._log(guidance, step, (preds[COND], preds[UNCOND], shown), rows)
-        step.guided = guided
-        return guided
+        name = self.plan.guidance_name
+        step.guided, self.states[name] = self.combiner.combine(guidance, step, self.states[name])
+        return step.guided
 
     def scheduler_step(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -174,8 +141,6 @@ class Generation:
         self.step = None
         return original(*args, **kwargs)
 
-    # -- around it ---------------------------------------------------------------------------------
-
     def accompany(
         self,
         module: Any,
@@ -191,29 +156,22 @@ class Generation:
     def report(self) -> Report:
         """The finished generation, without the columns of its log, which stay on the device."""
         self.loop.verify()
-        if self.clock.timesteps and self.clock.calls == (self.start.begin if self.start else 0):
+        begin = self.start.begin if self.start is not None else 0
+        if self.clock.timesteps and self.clock.calls == begin:
             raise GuidanceMismatch(
                 f"{type(self.pipe).__name__} called its denoiser but never scheduler.step, so no "
                 "step could be told from another. Is the scheduler wrapped in an object of its own?"
             )
-        evaluations, name = self.clock.calls, self.plan.guidance_name
-        if self.start is not None:
-            evaluations -= self.start.begin
-        facts = self.record.facts(self.meter, self.batch, evaluations, self.clock.order)
-        levels = self.record.sigma if self.start is None else {}
-        for guidance in {type(g): g for g in self.plan.guidances.values()}.values():
-            if not isinstance(guidance, Windowed) or not levels:
-                continue
-            if not guidance.acts_in(levels, facts["steps"]):
-                facts["notes"].append(never_acted(type(guidance).__name__, levels))
+        evaluations, order = self.clock.calls - begin, self.clock.order
+        facts = self.record.facts(self.meter, self.batch, evaluations, order)
+        if self.start is None:  # a segment may well lie outside a window
+            facts["notes"] += self.record.idle(self.plan.guidances.values(), facts["steps"])
         extras = {}
-        if name in self.states:
-            state = self.states[name]
-            extras = {
-                denoiser: found
-                for denoiser, guidance in self.plan.guidances.items()
-                if (found := guidance.extras(state))
-            }
+        if self.plan.guidance_name in self.states:
+            state = self.states[self.plan.guidance_name]
+            for denoiser, guidance in self.plan.guidances.items():
+                if shown := guidance.extras(state):
+                    extras[denoiser] = shown
         return Report(pipeline=original_class(self.pipe).__name__, extras=extras, **facts)
 
     def _start_clock(self, call: PipelineCall) -> None:
@@ -234,7 +192,7 @@ class Generation:
         else:
             self.clock.start(first, self.pipe.__dict__.get("_num_timesteps"))
         if self.family.seen is not None and call.denoiser:
-            self.seen = self.family.seen(call.arguments)
+            self.combiner.seen = self.family.seen(call.arguments)
         both = self.plan.opened and self.family.mode == "batched"
         self.batch = call.rows // 2 if both else call.rows
         if both and (call.rows % 2 or not halves_equal(call.latents)):
@@ -243,56 +201,3 @@ class Generation:
                 f"guidance was switched on (the denoiser got {call.rows} rows). Is this model "
                 "distilled? Then there is nothing to guide; use NAG."
             )
-
-    def _with_dropped(self, guidance: Guidance[Any], step: Step, guided: Tensor) -> Tensor:
-        """``guided`` beside the tokens that the pipeline drops.
-
-        Those are mixed plainly, because the pipeline's own rescaling counts them.
-        """
-        preds = step.preds
-        plain = next(iter(preds.values()))
-        if COND in preds and UNCOND in preds and len(preds[COND]) == len(preds[UNCOND]):
-            scale = guidance.asked_scale
-            plain = step.info.mix(preds[COND], preds[UNCOND], 1.0 if scale is None else scale)
-        whole = guided.new_zeros((len(guided), *plain.shape[1:]))
-        if len(plain) == len(guided):
-            whole.copy_(plain)
-        whole[:, self.seen] = guided
-        return whole
-
-    def _with_options(self, guided: Tensor, cond: Tensor, rows: tuple[int, ...] | None) -> Tensor:
-        """``guided`` after the pipeline's own changes (rescale, renorm, cap) to its guided rows."""
-        for option in self.family.options:
-            if option.post is None:
-                continue
-            value = self.plan.options[option.name]
-            if rows is None:
-                guided = option.post(guided, cond.to(guided.dtype), value)
-            else:
-                picked = list(rows)
-                changed = option.post(guided[picked], cond[picked].to(guided.dtype), value)
-                guided = guided.clone()
-                guided[picked] = changed
-        return guided
-
-    def _log(
-        self,
-        guidance: Guidance[Any],
-        step: Step,
-        predictions: tuple[Tensor, Tensor, Tensor],
-        rows: tuple[int, ...] | None,
-    ) -> None:
-        """Note how far the branches are apart and how strongly the step is guided."""
-        cond, uncond, guided = predictions
-        if rows is not None:
-            cond, guided = cond[list(rows)], guided[list(rows)]
-        if guided.shape[1:] != step.shape:  # the latent, without the channels of a learned variance
-            cut = (slice(None), *map(slice, step.shape))
-            cond, uncond, guided = cond[cut], uncond[cut], guided[cut]
-        pair, info, where = None, step.info, guidance.cosine_space
-        if self.parametrisation.kind != where:
-            pair = (
-                info.convert(cond, "native", where, rows),
-                info.convert(uncond, "native", where, rows),
-            )
-        self.record.log.record(info.index, cond, uncond, guided, pair)

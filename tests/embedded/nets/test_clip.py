@@ -264,6 +264,7 @@ def test_open_clip_loads_the_folder_without_our_code() -> None:
     assert tuple(preprocess.transforms[-1].mean) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_the_true_caption_beats_its_hard_negative() -> None:
     clip = load("emoji-clip")
     for change, bar in [("all", 0.75), *((change, 0.65) for change in CHANGES)]:

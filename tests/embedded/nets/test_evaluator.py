@@ -20,6 +20,7 @@ from diffalign.embedded.workshop.pairs import batch, pairs
 from diffalign.embedded.workshop.train_evaluator import EvaluatorTrainer, corners, parser
 from diffalign.embedded.workshop.trajectories import SCALES, Trajectories, generate, prompts
 from diffalign.embedded.world.scenes import DEFAULT_MIX
+from diffalign.generate.seeds import seed_of
 from diffalign.tasks.geneval.verdict import verdict
 from diffalign.testing import tiny_pipeline
 
@@ -144,6 +145,7 @@ def few(seed: int = 5) -> Trajectories:
     )
 
 
+@pytest.mark.slow
 def test_the_first_steps_repeat_and_a_resumed_run_is_the_same_to_the_bit(pipe) -> None:
     options = parser().parse_args(
         ["--out", "unused", "--pairs", "4", "--spoilt", "2", "--from", "2", "--updates", "4"]
@@ -210,6 +212,7 @@ def test_without_trajectories_the_second_half_says_what_it_needs(pipe) -> None:
         ).mixed()
 
 
+@pytest.mark.slow
 def test_trajectories_are_the_states_of_plain_calls(pipe, tmp_path) -> None:
     records, judge = prompts(3, 3), load("emoji-judge-audit")
     made = generate(pipe, judge, records, 7, steps=3)
@@ -218,7 +221,8 @@ def test_trajectories_are_the_states_of_plain_calls(pipe, tmp_path) -> None:
     assert sampled.captions == tuple(records)
     assert sampled.scales == SCALES
     for column, scale in enumerate(SCALES):
-        rng = torch.Generator().manual_seed(7 * 1_000_003 * 2 + column % 2)
+        seeds = [seed_of(caption, column % 2, 7) for caption in records]
+        rng = [torch.Generator().manual_seed(seed) for seed in seeds]
         with da.apply(pipe, da.CFG(scale)) as session:
             latents = pipe(
                 list(records), num_inference_steps=3, generator=rng, output_type="latent"
@@ -244,6 +248,7 @@ def test_what_ships_is_small_and_says_where_it_comes_from() -> None:
     assert records[-1]["updates"] == record["updates"]
 
 
+@pytest.mark.slow
 def test_the_true_caption_beats_the_hard_negative_at_any_useful_level(pipe, trained) -> None:
     """Held-out pairs; the bounds are 5 standard errors below the figures of the model card."""
     count = 100
@@ -285,6 +290,7 @@ def test_a_row_is_judged_by_its_own_prompt_alone(pipe, trained) -> None:
     assert len(set(both.tolist())) == 4
 
 
+@pytest.mark.slow
 def test_choices_on_emoji_are_the_best_of_plain_steps(pipe, trained) -> None:
     """One real DDIM step at each weight, scored with the states that the pipeline itself encodes;
     two prompts, two images each."""
@@ -330,6 +336,7 @@ def test_choices_on_emoji_are_the_best_of_plain_steps(pipe, trained) -> None:
     assert {weight for row in chosen for weight in row} <= {*candidates}
 
 
+@pytest.mark.slow
 def test_a_reward_through_the_decoder_picks_the_best_picture(pipe) -> None:
     """One step to a clean image: the choice has to be the weight whose finished picture the reward
     likes best."""

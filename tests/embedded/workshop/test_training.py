@@ -274,6 +274,7 @@ def test_cells_of_the_truth_are_the_objects_cells() -> None:
         assert int((classes[i] != 80).sum()) == 16 * count
 
 
+@pytest.mark.slow
 def test_vae_resume_repeats_the_bits() -> None:
     """Four updates, of which two in the second phase, against two, a saved state, and two more."""
     straight = train_vae.VaeTrainer(Team(), 5, 2, 2)
@@ -292,6 +293,7 @@ def test_vae_resume_repeats_the_bits() -> None:
     assert torch.equal(third.tail.master, straight.tail.master)
 
 
+@pytest.mark.slow
 def test_second_phase_moves_the_decoder_alone() -> None:
     """A denoiser may have been trained on the latents of phase one, so no bit of the encoder may
     change after it."""
@@ -310,6 +312,7 @@ def test_second_phase_moves_the_decoder_alone() -> None:
     assert not any(same[border:])
 
 
+@pytest.mark.slow
 def test_denoiser_resume_repeats_the_bits(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     vocab = tokenizer.get_vocab()
     straight = train_denoiser.DenoiserTrainer(Team(), options(), small_vae(), vocab)
@@ -326,6 +329,7 @@ def test_denoiser_resume_repeats_the_bits(tokenizer: CLIPTokenizer, tmp_path: Pa
     assert torch.equal(second.flat.master, straight.flat.master)
 
 
+@pytest.mark.slow
 def test_denoiser_learns_in_a_minute(tokenizer: CLIPTokenizer) -> None:
     """The v-loss of an untrained network is about the variance of its target plus its output's;
     twenty-four small steps must lower it."""

@@ -7,7 +7,7 @@ from typing import Any
 from diffalign.core import UnsupportedModel
 from diffalign.core.errors import nearest
 from diffalign.core.registry import parse
-from diffalign.seams.supports import supports
+from diffalign.seams.support import supports
 from diffalign.seams.swap import original_class
 
 PRESETS: dict[str, tuple[str, ...]] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffalign as da
-from diffalign.seams.preset import PRESETS
+from diffalign.seams.choices import PRESETS
 from diffalign.testing.tiny import tiny_pipeline
 
 
