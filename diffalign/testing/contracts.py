@@ -41,11 +41,8 @@ def ddim(prediction_type: str = "epsilon") -> DDIMScheduler:
     )
 
 
-class GuidanceContract:
-    """Facts of a guidance, checked on exact denoisers under diffusers' DDIM.
-
-    Subclasses write ``make``, ``off`` and ``rows``.
-    """
+class GuidanceRuns:
+    """The runs of a guidance that its contract looks at: exact denoisers under diffusers' DDIM."""
 
     # flow matching instead of DDIM
     flow: ClassVar[bool] = False
@@ -99,6 +96,17 @@ class GuidanceContract:
             technique, model, self.scheduler(), noise, steps=self.steps, scale=self.scale, **options
         )
 
+    def make_for(self, rows: Sequence[int]) -> Any:
+        """``make`` for those images; a technique that holds anything per image overrides this."""
+        return self.make()
+
+
+class GuidanceContract(GuidanceRuns):
+    """Facts of a guidance, checked on exact denoisers under diffusers' DDIM.
+
+    Subclasses write ``make``, ``off`` and ``rows``.
+    """
+
     def test_off_is_plain_guidance(self) -> None:
         technique, plain = self.off()
         a, b = self.sample(technique).sample, self.sample(plain).sample
@@ -114,7 +122,7 @@ class GuidanceContract:
         order = list(reversed(range(self.batch)))
         whole = self.sample(self.make())
         turned = self.sample(
-            self._for(order), noise=self.noise()[order], model=self.model().select(order)
+            self.make_for(order), noise=self.noise()[order], model=self.model().select(order)
         )
         assert torch.equal(turned.sample, whole.sample[order])
 
@@ -125,13 +133,9 @@ class GuidanceContract:
         bound = 64 * self.steps * torch.finfo(torch.float32).eps * whole.abs().max().item()
         for row in range(self.batch):
             alone = self.sample(
-                self._for([row]), noise=self.noise()[[row]], model=self.model().select([row])
+                self.make_for([row]), noise=self.noise()[[row]], model=self.model().select([row])
             ).sample
             assert (alone - whole[[row]]).abs().max().item() <= bound
-
-    def _for(self, rows: Sequence[int]) -> Any:
-        """The technique for those images; one that holds anything per image overrides this."""
-        return self.make()
 
     def test_cost_is_as_documented(self) -> None:
         assert self.sample(self.make()).rows == self.rows(self.steps, self.batch)
@@ -155,7 +159,7 @@ class GuidanceContract:
         if state is not None:
             order = list(reversed(range(self.batch)))
             turned = self.sample(
-                self._for(order),
+                self.make_for(order),
                 start=cut,
                 state=state.select(order),
                 noise=half.sample[order],

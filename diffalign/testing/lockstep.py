@@ -119,10 +119,12 @@ def hooked(
 
             if hook.inner:
                 part.get_submodule(hook.inner).register_forward_pre_hook(
-                    lambda _, given, visit=visit: (visit(given[0]), *given[1:])
+                    lambda _, inputs, visit=visit: (visit(inputs[0]), *inputs[1:])
                 )  # type: ignore[misc]
             else:
-                part.register_forward_hook(lambda _, given, output, visit=visit: visit(output))  # type: ignore[misc]
+                part.register_forward_hook(
+                    lambda _, inputs, output, visit=visit: visit(output)  # type: ignore[misc]
+                )
     return twin
 
 

@@ -23,10 +23,10 @@ Kind = Literal["eps", "v", "x0", "flow"]
 
 
 class Model(Protocol):
-    """``model(x [B, ...], sigma, kind, wanted)`` -> prediction of the rows of ``wanted``, in the
+    """``model(x [B, ...], sigma, kind, request)`` -> prediction of the rows of ``request``, in the
     parametrisation ``kind``."""
 
-    def __call__(self, x: Tensor, sigma: float, kind: Kind, wanted: Pass) -> Tensor: ...
+    def __call__(self, x: Tensor, sigma: float, kind: Kind, request: Pass) -> Tensor: ...
 
 
 def amplitudes(sigma: float, flow: bool) -> tuple[float, float]:
@@ -69,12 +69,12 @@ class TwoGaussians:
     mean_uncond: Tensor
     std: float = 0.5
 
-    def __call__(self, x: Tensor, sigma: float, kind: Kind, wanted: Pass) -> Tensor:
-        rows = list(range(len(x)) if wanted.rows is None else wanted.rows)
-        mean = (self.mean_cond if wanted.conditioned else self.mean_uncond).double()[rows]
+    def __call__(self, x: Tensor, sigma: float, kind: Kind, request: Pass) -> Tensor:
+        rows = list(range(len(x)) if request.rows is None else request.rows)
+        mean = (self.mean_cond if request.conditioned else self.mean_uncond).double()[rows]
         noisy = x.double()[rows]
         alpha, s = amplitudes(sigma, kind == "flow")
-        variance = (self.std * (1.0 + 0.25 * len(wanted.blocks or ()))) ** 2
+        variance = (self.std * (1.0 + 0.25 * len(request.blocks or ()))) ** 2
         x0 = mean + alpha * variance / (alpha * alpha * variance + s * s) * (noisy - alpha * mean)
         eps = (noisy - alpha * x0) / s
         return express(x0, eps, alpha, s, kind).to(x.dtype)
@@ -175,26 +175,12 @@ def run(
         scheduler.set_timesteps(steps)
     else:
         scheduler.set_timesteps(sigmas=list(sigmas))
-    kind, order = kind_of(scheduler), int(getattr(scheduler, "order", 1))
-    timesteps = list(scheduler.timesteps)
-    count = -(-len(timesteps) // order)
-    technique = guidance.resolve(
-        Context(
-            pipeline="TwoGaussians",
-            family="oracle",
-            denoiser="model",
-            scheduler=type(scheduler).__name__,
-            scale=scale,
-            scale_source="call",
-            steps=count,
-            flow=kind == "flow",
-            order=order,
-        )
-    )
+    kind, timesteps = kind_of(scheduler), list(scheduler.timesteps)
+    context = _context(scheduler, scale)
+    technique = guidance.resolve(context)
     x = noise if start else noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    if hasattr(
-        scheduler, "set_begin_index"
-    ):  # counting beats searching: two levels may share a timestep
+    if hasattr(scheduler, "set_begin_index"):
+        # counting beats searching: two levels may share a timestep
         scheduler.set_begin_index(start)
     trace = Trace(x, technique.init(len(noise)) if state is None else state, technique)
     levels = noise_levels(scheduler)
@@ -203,20 +189,35 @@ def run(
         t, (sigma, sigma_next) = timesteps[call], levels[call]
         inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         convert = _converter(inputs, sigma, kind)
-        step = StepInfo(
-            call // order, count, sigma, sigma_next, float(t), call % order, mix, convert
-        )
-        wanted = technique.passes(step, trace.state)
-        preds = {p: model(inputs, sigma, kind, p) for p in wanted}
+        index, stage = divmod(call, context.order)
+        step = StepInfo(index, context.steps, sigma, sigma_next, float(t), stage, mix, convert)
+        passes = technique.passes(step, trace.state)
+        preds = {p: model(inputs, sigma, kind, p) for p in passes}
         trace.rows_per_call.append(sum(len(v) for v in preds.values()))
         guided, trace.state = _combine(technique, preds, step, trace.state)
-        trace.passes.append(wanted)
+        trace.passes.append(passes)
         trace.steps.append(step)
         trace.guided.append(guided)
         extra = {"generator": rng} if "Ancestral" in type(scheduler).__name__ else {}
         x = scheduler.step(guided, t, x, **extra).prev_sample
     trace.sample = x
     return trace
+
+
+def _context(scheduler: Any, scale: float) -> Context:
+    """The run, as a technique hears of it, after ``set_timesteps``."""
+    order = int(getattr(scheduler, "order", 1))
+    return Context(
+        pipeline="TwoGaussians",
+        family="oracle",
+        denoiser="model",
+        scheduler=type(scheduler).__name__,
+        scale=scale,
+        scale_source="call",
+        steps=-(-len(scheduler.timesteps) // order),
+        flow=kind_of(scheduler) == "flow",
+        order=order,
+    )
 
 
 def _converter(x: Tensor, sigma: float, kind: Kind) -> Callable[..., Tensor]:
@@ -245,18 +246,16 @@ def _combine(
     """``combine`` in the technique's own space and back; a prediction that it returns untouched is
     not converted twice."""
     target = technique.combine_space
-    given = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
-    before = {p: v.clone() for p, v in given.items()}
-    guided, after = technique.combine(given, step, state)
-    for p, value in given.items():
+    inputs = {p: step.convert(v, "native", target, p.rows) for p, v in preds.items()}
+    before = {p: v.clone() for p, v in inputs.items()}
+    guided, after = technique.combine(inputs, step, state)
+    for p, value in inputs.items():
         assert torch.equal(value, before[p]), f"combine changed its argument {p.name!r}"
         if guided is value:
             return preds[p], after
-    like = next(iter(preds.values()))
-    assert guided.shape[1:] == like.shape[1:], (
-        f"combine returned {list(guided.shape)} for predictions of {list(like.shape)}"
+    native, converted = next(iter(preds.values())), next(iter(inputs.values()))
+    assert guided.shape[1:] == native.shape[1:], (
+        f"combine returned {list(guided.shape)} for predictions of {list(native.shape)}"
     )
-    assert guided.dtype == next(iter(given.values())).dtype, (
-        f"combine turned {next(iter(given.values())).dtype} into {guided.dtype}"
-    )
-    return step.convert(guided, target, "native").to(like.dtype), after
+    assert guided.dtype == converted.dtype, f"combine turned {converted.dtype} into {guided.dtype}"
+    return step.convert(guided, target, "native").to(native.dtype), after

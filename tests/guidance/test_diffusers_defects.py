@@ -96,7 +96,11 @@ def test_8_what_is_off_leaves_no_trace_of_another_step():
 
     def latents(technique):
         seen = []
-        keep = lambda pipe, i, t, values: (seen.append(values["latents"].clone()), values)[1]  # noqa: E731
+
+        def keep(pipe, i, t, values):
+            seen.append(values["latents"].clone())
+            return values
+
         with da.apply(pipe, technique):
             final(
                 pipe,

@@ -2,12 +2,13 @@
 in float64.
 
 One JSON object per case goes to standard output; ``test_interpreter.py`` starts this file in a
-process of its own, because the interpreter must be chosen before Triton is imported. float32 and
-float16 only: bfloat16 arithmetic is wrong in the interpreter.
+process of its own, because the interpreter must be chosen before Triton is imported. Its argument
+is a dtype, float32 or float16; bfloat16 arithmetic is wrong in the interpreter.
 """
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -24,7 +25,6 @@ from diffalign.kernels.pladis import naive as pladis_naive
 from diffalign.kernels.pladis import triton as pladis_triton
 from diffalign.kernels.pladis.scores import scores, softmax, split_mask
 
-DTYPES = (torch.float32, torch.float16)
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 
 
@@ -32,46 +32,45 @@ def normal(rng: torch.Generator, *shape: int, dtype: torch.dtype, std: float = 1
     return (torch.randn(shape, generator=rng, dtype=torch.float64) * std).to(dtype)
 
 
-def nag_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
+def nag_cases(rng: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str, object]]:
     """Fused against float64; the bound is 8 roundings of float32 on every operand of the blend plus
     the final rounding."""
     setting = {"scale": 5.0, "tau": 2.5, "alpha": 0.25}
-    for dtype in DTYPES:
-        for batch, tokens, channels in (
-            (2, 3, 40),
-            (1, 5, 640),
-            (2, 2, 1280),
-            (1, 2, 3072),
-            (1, 1, 5120),
-        ):
-            for norm in ("l1", "l2"):
-                pos = normal(rng, batch, tokens, channels, dtype=dtype)
-                neg = normal(rng, batch, tokens, channels, dtype=dtype)
-                neg[:, 1:2] = pos[:, 1:2] + 0.05 * neg[:, 1:2]  # one token that is not clipped
-                pos[:, 2:3] = 0  # and one whose positive row is zero
-                got = nag_triton.nag(pos, neg, norm=norm, **setting)
-                yield {
-                    "name": f"nag {batch}x{tokens}x{channels} {norm} {dtype}",
-                    **nag_errors(got, pos, neg, norm, setting),
-                }
-        wide = normal(rng, 2, 7, 4 * 40 + 3, dtype=dtype)
-        for what, pos, neg in (
-            (
-                "rows 16-byte aligned",
-                wide[:, ::2, :40].contiguous()[:, 1:],
-                normal(rng, 2, 6, 40, dtype=dtype)[:, ::2],
-            ),
-            (
-                "rows not aligned",
-                wide[:, 1:4, 3:43],
-                normal(rng, 2, 40, 3, dtype=dtype).transpose(1, 2),
-            ),
-        ):
-            got = nag_triton.nag(pos, neg, norm="l1", **setting)
+    for batch, tokens, channels in (
+        (2, 3, 40),
+        (1, 5, 640),
+        (2, 2, 1280),
+        (1, 2, 3072),
+        (1, 1, 5120),
+    ):
+        for norm in ("l1", "l2"):
+            pos = normal(rng, batch, tokens, channels, dtype=dtype)
+            neg = normal(rng, batch, tokens, channels, dtype=dtype)
+            neg[:, 1:2] = pos[:, 1:2] + 0.05 * neg[:, 1:2]  # one token that is not clipped
+            pos[:, 2:3] = 0  # and one whose positive row is zero
+            got = nag_triton.nag(pos, neg, norm=norm, **setting)
             yield {
-                "name": f"nag strided, {what} {dtype}",
-                **nag_errors(got, pos, neg, "l1", setting),
+                "name": f"nag {batch}x{tokens}x{channels} {norm} {dtype}",
+                **nag_errors(got, pos, neg, norm, setting),
             }
+    wide = normal(rng, 2, 7, 4 * 40 + 3, dtype=dtype)
+    for what, pos, neg in (
+        (
+            "rows 16-byte aligned",
+            wide[:, ::2, :40].contiguous()[:, 1:],
+            normal(rng, 2, 6, 40, dtype=dtype)[:, ::2],
+        ),
+        (
+            "rows not aligned",
+            wide[:, 1:4, 3:43],
+            normal(rng, 2, 40, 3, dtype=dtype).transpose(1, 2),
+        ),
+    ):
+        got = nag_triton.nag(pos, neg, norm="l1", **setting)
+        yield {
+            "name": f"nag strided, {what} {dtype}",
+            **nag_errors(got, pos, neg, "l1", setting),
+        }
 
 
 def nag_errors(
@@ -90,85 +89,82 @@ def nag_errors(
     }
 
 
-def pladis_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
-    for dtype in DTYPES:
-        for size, keys, queries in (
-            (40, 77, 33),
-            (64, 154, 17),
-            (72, 300, 19),
-            (128, 512, 18),
-            (160, 77, 33),
-            (64, 1, 3),
-            (80, 64, 65),
-        ):
-            for alpha, strength in ((1.5, 2.0), (2.0, 1.5), (1.5, 0.0), (1.5, 1.0)):
-                q = normal(rng, 2, 2, queries, size, dtype=dtype, std=2)
-                k, v = (normal(rng, 2, 2, keys, size, dtype=dtype) for _ in range(2))
-                yield pladis_case(
-                    f"D{size} K{keys} N{queries}", q, k, v, strength=strength, alpha=alpha
-                )
-        for what, size in (
-            ("flat", 0.0),
-            ("nearly flat", 0.02),
-            ("two levels", None),
-            ("geometric", 40.0),
-        ):  # hard for Newton's method
-            q = torch.ones(1, 1, 4, 64, dtype=dtype)
-            k = torch.zeros(1, 1, 512, 64, dtype=dtype)
-            order = torch.arange(512)
-            levels = (
-                (order < 100) * 1.0
-                if size is None
-                else size * 0.97**order
-                if size > 1
-                else size * torch.randn(512, generator=rng)
+def pladis_cases(rng: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str, object]]:
+    for size, keys, queries in (
+        (40, 77, 33),
+        (64, 154, 17),
+        (72, 300, 19),
+        (128, 512, 18),
+        (160, 77, 33),
+        (64, 1, 3),
+        (80, 64, 65),
+    ):
+        for alpha, strength in ((1.5, 2.0), (2.0, 1.5), (1.5, 0.0), (1.5, 1.0)):
+            q = normal(rng, 2, 2, queries, size, dtype=dtype, std=2)
+            k, v = (normal(rng, 2, 2, keys, size, dtype=dtype) for _ in range(2))
+            yield pladis_case(
+                f"D{size} K{keys} N{queries}", q, k, v, strength=strength, alpha=alpha
             )
-            k[0, 0, :, 0] = levels.to(dtype)
-            v = normal(rng, 1, 1, 512, 64, dtype=dtype)
-            for alpha in (1.5, 2.0):
-                yield pladis_case(f"{what} rows", q, k, v, strength=2.0, alpha=alpha, scale=1.0)
-        size, keys, queries, heads = 40, 77, 19, 3
-        q = normal(rng, 2, queries, heads, size, dtype=dtype, std=2).transpose(
-            1, 2
-        )  # the layout of the processors
-        k = normal(rng, 2, keys, heads, size, dtype=dtype).transpose(1, 2)
-        v = normal(rng, 2, heads, keys + 1, size + 3, dtype=dtype)[
-            ..., 1:, 3:
-        ]  # not aligned: copied
-        keep = torch.rand(2, 1, 1, keys, generator=rng) < 0.6
-        dead = keep.clone()
-        dead[1] = False
-        for name, mask in (
-            ("boolean mask", keep),
-            ("a row of the batch without keys", dead),
-            ("mask for all rows", keep[0, 0]),
-            ("bias -10000", torch.where(keep, 0.0, -10000.0).to(dtype)),
-            ("bias -inf", torch.where(keep, 0.5, float("-inf")).to(dtype)),
-        ):
-            for alpha in (1.5, 2.0):
-                yield pladis_case(name, q, k, v, strength=2.0, alpha=alpha, mask=mask)
-        base = normal(rng, 2, heads, queries, size, dtype=dtype)
-        mass = torch.rand(2, heads, queries, generator=rng).to(dtype)
-        shifted = normal(rng, 2, heads, queries, size + 3, dtype=dtype)[..., 3:]
-        yield pladis_case(
-            "joint, base not aligned", q, k, v, strength=2.0, alpha=1.5, base=shifted, mass=mass
+    for what, size in (
+        ("flat", 0.0),
+        ("nearly flat", 0.02),
+        ("two levels", None),
+        ("geometric", 40.0),
+    ):  # hard for Newton's method
+        q = torch.ones(1, 1, 4, 64, dtype=dtype)
+        k = torch.zeros(1, 1, 512, 64, dtype=dtype)
+        order = torch.arange(512)
+        levels = (
+            (order < 100) * 1.0
+            if size is None
+            else size * 0.97**order
+            if size > 1
+            else size * torch.randn(512, generator=rng)
         )
-        float_mask = torch.where(keep, 0.25, -1e5)  # float32 beside 16-bit queries
-        yield pladis_case("float32 bias", q, k, v, strength=2.0, alpha=1.5, mask=float_mask)
-        yield pladis_case("joint", q, k, v, strength=2.0, alpha=1.5, base=base, mass=mass)
-        yield pladis_case(
-            "joint, masked, own scale",
-            q,
-            k,
-            v,
-            strength=1.5,
-            alpha=2.0,
-            base=base,
-            mass=mass,
-            mask=dead,
-            scale=0.3,
-        )
-        yield pladis_case("anchored without mass", q, k, v, strength=2.0, alpha=1.5, base=base)
+        k[0, 0, :, 0] = levels.to(dtype)
+        v = normal(rng, 1, 1, 512, 64, dtype=dtype)
+        for alpha in (1.5, 2.0):
+            yield pladis_case(f"{what} rows", q, k, v, strength=2.0, alpha=alpha, scale=1.0)
+    size, keys, queries, heads = 40, 77, 19, 3
+    q = normal(rng, 2, queries, heads, size, dtype=dtype, std=2).transpose(
+        1, 2
+    )  # the layout of the processors
+    k = normal(rng, 2, keys, heads, size, dtype=dtype).transpose(1, 2)
+    v = normal(rng, 2, heads, keys + 1, size + 3, dtype=dtype)[..., 1:, 3:]  # not aligned: copied
+    keep = torch.rand(2, 1, 1, keys, generator=rng) < 0.6
+    dead = keep.clone()
+    dead[1] = False
+    for name, mask in (
+        ("boolean mask", keep),
+        ("a row of the batch without keys", dead),
+        ("mask for all rows", keep[0, 0]),
+        ("bias -10000", torch.where(keep, 0.0, -10000.0).to(dtype)),
+        ("bias -inf", torch.where(keep, 0.5, float("-inf")).to(dtype)),
+    ):
+        for alpha in (1.5, 2.0):
+            yield pladis_case(name, q, k, v, strength=2.0, alpha=alpha, mask=mask)
+    base = normal(rng, 2, heads, queries, size, dtype=dtype)
+    mass = torch.rand(2, heads, queries, generator=rng).to(dtype)
+    shifted = normal(rng, 2, heads, queries, size + 3, dtype=dtype)[..., 3:]
+    yield pladis_case(
+        "joint, base not aligned", q, k, v, strength=2.0, alpha=1.5, base=shifted, mass=mass
+    )
+    float_mask = torch.where(keep, 0.25, -1e5)  # float32 beside 16-bit queries
+    yield pladis_case("float32 bias", q, k, v, strength=2.0, alpha=1.5, mask=float_mask)
+    yield pladis_case("joint", q, k, v, strength=2.0, alpha=1.5, base=base, mass=mass)
+    yield pladis_case(
+        "joint, masked, own scale",
+        q,
+        k,
+        v,
+        strength=1.5,
+        alpha=2.0,
+        base=base,
+        mass=mass,
+        mask=dead,
+        scale=0.3,
+    )
+    yield pladis_case("anchored without mass", q, k, v, strength=2.0, alpha=1.5, base=base)
 
 
 def pladis_case(
@@ -276,7 +272,8 @@ def traffic_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    for cases in (nag_cases, pladis_cases, traffic_cases):
-        for case in cases(generator):
+    rng = torch.Generator().manual_seed(0)
+    dtype = {"float32": torch.float32, "float16": torch.float16}[sys.argv[1]]
+    for cases in (nag_cases(rng, dtype), pladis_cases(rng, dtype), traffic_cases(rng)):
+        for case in cases:
             print(json.dumps(case), flush=True)

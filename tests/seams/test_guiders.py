@@ -512,7 +512,10 @@ def test_conditions_are_not_stale_in_the_second_run():
         "height": 16,
         "width": 16,
     }
-    run = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0), output="latents")  # noqa: E731
+
+    def run():
+        return pipe(**inputs, generator=torch.Generator().manual_seed(0), output="latents")
+
     native = run()
     assert pipe.guider.num_conditions == 1
     made = da.guider(IntervalCFG(4.0, stop=0.5), pipe)

@@ -82,5 +82,5 @@ def entmax_with(solve: Solver, z: Tensor, alpha: float, mask: Tensor | None) -> 
         )
     if not needs_grad(z):
         return _weights(solve, z, alpha, mask)
-    weights: Tensor = _Entmax.apply(z, alpha, mask, solve)  # type: ignore[no-untyped-call, unused-ignore]
-    return weights
+    with_gradient: Callable[..., Tensor] = _Entmax.apply
+    return with_gradient(z, alpha, mask, solve)

@@ -6,8 +6,7 @@ and the blend need no second read. Eager torch moves about 50 bytes per element 
 chain of operations.
 """
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from torch import Tensor
 from diffalign.kernels.choice import needs_grad
 from diffalign.kernels.layout import UNIT, aligned
 from diffalign.kernels.nag import naive
-
-if TYPE_CHECKING:
-    import triton.language as tl  # noqa: F401  (for the annotations; the kernel itself imports it when it is built)
 
 MAX_CHANNELS = 8192  # two float32 rows of this width still fit the registers of 16 warps
 
@@ -38,52 +34,9 @@ def refusal(dtype: torch.dtype, channels: int) -> str | None:
     return None
 
 
-@cache
 def kernel() -> Any:
     """The Triton function; imports Triton on the first call."""
-    global tl
-    import triton
-    import triton.language as tl
-
-    strides = ["pos_b", "pos_n", "neg_b", "neg_n", "out_b", "out_n"]
-
-    # not specialised on integers: one binary per configuration, the one that is compiled ahead of
-    # time in the tests
-    @triton.jit(do_not_specialize=strides)  # type: ignore[untyped-decorator, unused-ignore]
-    def nag_rows(  # type: ignore[no-untyped-def]
-        POS,
-        NEG,
-        OUT,
-        pos_b,
-        pos_n,
-        neg_b,
-        neg_n,
-        out_b,
-        out_n,
-        scale,
-        tau,
-        alpha,
-        E: tl.constexpr,
-        BLOCK: tl.constexpr,
-        L1: tl.constexpr,
-    ):
-        n = tl.program_id(0).to(tl.int64)
-        b = tl.program_id(1).to(tl.int64)
-        c = tl.arange(0, BLOCK)
-        keep = c < E
-        pos = tl.load(POS + (b * pos_b + n * pos_n) * 8 + c, mask=keep, other=0.0).to(tl.float32)
-        neg = tl.load(NEG + (b * neg_b + n * neg_n) * 8 + c, mask=keep, other=0.0).to(tl.float32)
-        away = pos - neg
-        guided = pos + (scale - 1.0) * away
-        if L1:
-            size = tl.sum(tl.abs(pos), axis=0)
-            grown = tl.sum(tl.abs(guided), axis=0)
-        else:
-            size = tl.sqrt(tl.sum(pos * pos, axis=0))
-            grown = tl.sqrt(tl.sum(guided * guided, axis=0))
-        r = tl.minimum(tau * size / tl.maximum(grown, 1.1754943508222875e-38), 1.0)
-        out = (1.0 - alpha * (1.0 - r)) * pos + alpha * r * (scale - 1.0) * away
-        tl.store(OUT + (b * out_b + n * out_n) * 8 + c, out.to(OUT.dtype.element_ty), mask=keep)
+    from diffalign.kernels.nag.program import nag_rows
 
     return nag_rows
 

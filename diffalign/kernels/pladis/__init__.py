@@ -1,7 +1,7 @@
 """PLADIS, dense-sparse cross-attention (Kim & Sim 2025, arXiv:2503.07677): ``choose`` picks torch
 or the fused kernel for a call site."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,8 +64,9 @@ def choose(
     size, keys = q.shape[-1], k.shape[-2]
     refusal = why_not_triton(q.device)
     if refusal is None:
-        limit: int = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]
-        refusal = tiles.refusal(q.dtype, size, keys, limit >> 10)
+        device: Any = torch.cuda.get_device_properties(q.device)
+        shared_kb: int = device.shared_memory_per_block_optin >> 10
+        refusal = tiles.refusal(q.dtype, size, keys, shared_kb)
     if refusal is None and not fused.is_key_mask(mask, keys):
         refusal = "the mask is not one row of keys per batch entry"
     what = f"{str(q.dtype).removeprefix('torch.')}, head size {size}, {keys} keys"

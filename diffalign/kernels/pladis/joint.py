@@ -7,6 +7,7 @@ to the values is averaged with the attention weights, so no log-sum-exp is neede
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,20 +52,14 @@ def pladis_joint(
             "pladis_joint: mask must be a key mask that broadcasts to [B, 1, 1, S]; got "
             f"{list(mask.shape)}."
         )
+    if attend is None:
+        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, scale=scale)
     if strength == 0:
-        return (
-            F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-            if attend is None
-            else attend(q, k, v)
-        )
+        return attend(q, k, v)
     width = v.shape[-1]
     padded = F.pad(v, (0, PAD))
     padded[..., text, width] = 1
-    joint = (
-        F.scaled_dot_product_attention(q, k, padded, mask, scale=scale)
-        if attend is None
-        else attend(q, k, padded)
-    )
+    joint = attend(q, k, padded)
     out = joint[..., :width].clone()
     out[..., image, :] = call(
         q[..., image, :],

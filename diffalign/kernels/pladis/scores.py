@@ -47,19 +47,7 @@ def check(
     if alpha not in (1.5, 2.0):
         raise ValueError(f"pladis: alpha must be 1.5 (entmax) or 2 (sparsemax); got {alpha!r}.")
     if mask is not None:
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(
-                "pladis: mask must be boolean (True = use) or an additive float bias; got "
-                f"{mask.dtype}."
-            )
-        full = (*q.shape[:3], k.shape[2])
-        if mask.ndim > 4 or any(
-            m not in (1, f) for m, f in zip(reversed(mask.shape), reversed(full))
-        ):
-            raise ValueError(
-                f"pladis: mask must broadcast to [B, A, N, L] = {list(full)}; got "
-                f"{list(mask.shape)}."
-            )
+        check_mask(mask, (*q.shape[:3], k.shape[2]))
     if base is not None and (base.shape != q.shape or base.dtype != q.dtype):
         raise ValueError(
             f"pladis: base must look like q, {q.dtype} {list(q.shape)}; got {base.dtype} "
@@ -69,6 +57,20 @@ def check(
         raise ValueError(
             f"pladis: mass must be [B, A, N] = {list(q.shape[:3])} and needs base; got "
             f"{list(mass.shape)}."
+        )
+
+
+def check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
+    """Raise where ``mask`` is neither boolean nor floating point, or does not broadcast to the
+    scores' shape ``full``."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            "pladis: mask must be boolean (True = use) or an additive float bias; got "
+            f"{mask.dtype}."
+        )
+    if mask.ndim > 4 or any(m not in (1, f) for m, f in zip(reversed(mask.shape), reversed(full))):
+        raise ValueError(
+            f"pladis: mask must broadcast to [B, A, N, L] = {list(full)}; got {list(mask.shape)}."
         )
 
 

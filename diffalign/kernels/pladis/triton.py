@@ -6,8 +6,7 @@ reductions in registers and no score ever reaches memory. Eager torch moves abou
 score for the published form with float32 logits.
 """
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,132 +16,12 @@ from diffalign.kernels.entmax.newton import iterations
 from diffalign.kernels.layout import UNIT, aligned
 from diffalign.kernels.pladis import eager
 from diffalign.kernels.pladis.scores import check
-from diffalign.kernels.pladis.tiles import plan
-
-if TYPE_CHECKING:
-    import triton.language as tl  # noqa: F401  (for the annotations; the kernel itself imports it when it is built)
+from diffalign.kernels.pladis.tiles import Plan, plan
 
 
-@cache
 def kernel() -> Any:
     """The Triton function; imports Triton on the first call."""
-    global tl
-    import triton
-    import triton.language as tl
-
-    tensors = ("q", "k", "v", "base", "out")
-    runtime = [f"{t}_{axis}" for t in tensors for axis in "ban"] + [
-        "bias_b",
-        "mass_b",
-        "mass_a",
-        "mass_n",
-        "N",
-        "L",
-    ]
-
-    # not specialised on integers: one binary per configuration, the one that is compiled ahead of
-    # time in the tests
-    @triton.jit(do_not_specialize=runtime)  # type: ignore[untyped-decorator, unused-ignore]
-    def pladis_tile(  # type: ignore[no-untyped-def]
-        Q,
-        K,
-        V,
-        BIAS,
-        BASE,
-        MASS,
-        OUT,
-        q_b,
-        q_a,
-        q_n,
-        k_b,
-        k_a,
-        k_n,
-        v_b,
-        v_a,
-        v_n,
-        base_b,
-        base_a,
-        base_n,
-        out_b,
-        out_a,
-        out_n,
-        bias_b,
-        mass_b,
-        mass_a,
-        mass_n,
-        N,
-        L,
-        scale,
-        strength,
-        D: tl.constexpr,
-        HEAD_TILE: tl.constexpr,
-        KEY_TILE: tl.constexpr,
-        ROWS: tl.constexpr,
-        STEPS: tl.constexpr,
-        SPARSEMAX: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        ANCHORED: tl.constexpr,
-    ):
-        a = tl.program_id(1).to(tl.int64)
-        b = tl.program_id(2).to(tl.int64)
-        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        j = tl.arange(0, KEY_TILE)
-        d = tl.arange(0, HEAD_TILE)
-        n64 = n.to(tl.int64)
-        j64 = j.to(tl.int64)
-        inside = (n < N)[:, None] & (d < D)[None, :]
-        known = (j < L)[:, None] & (d < D)[None, :]
-        q = tl.load(
-            Q + ((b * q_b + a * q_a + n64 * q_n) * 8)[:, None] + d[None, :], mask=inside, other=0.0
-        )
-        k = tl.load(
-            K + ((b * k_b + a * k_a + j64 * k_n) * 8)[:, None] + d[None, :], mask=known, other=0.0
-        )
-        z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if HAS_BIAS:
-            z += tl.load(BIAS + b * bias_b + j, mask=j < L, other=0.0)[None, :]
-        z = tl.where((j < L)[None, :], z, float("-inf"))
-        top = tl.max(z, axis=1)
-        x = (
-            z - tl.where(top == float("-inf"), 0.0, top)[:, None]
-        )  # a row without keys stays at -inf, ends with weight 0
-        if not SPARSEMAX:
-            x = x * 0.5
-        tau = tl.full([ROWS], -1.0, tl.float32)
-        for _ in range(STEPS):
-            u = tl.maximum(x - tau[:, None], 0.0)
-            if SPARSEMAX:
-                tau += (tl.sum(u, axis=1) - 1.0) / tl.maximum(
-                    tl.sum((u > 0.0).to(tl.float32), axis=1), 1.0
-                )
-            else:
-                tau += (tl.sum(u * u, axis=1) - 1.0) / tl.maximum(2.0 * tl.sum(u, axis=1), 1e-20)
-        sparse = tl.maximum(x - tau[:, None], 0.0)
-        if SPARSEMAX:
-            dense = tl.exp(x)
-        else:
-            sparse = sparse * sparse
-            dense = tl.exp(2.0 * x)
-        sparse_factor = strength / tl.maximum(tl.sum(sparse, axis=1), 1e-20)
-        dense_factor = 1.0 / tl.maximum(tl.sum(dense, axis=1), 1e-20)
-        if ANCHORED:
-            mass = tl.load(MASS + b * mass_b + a * mass_a + n64 * mass_n, mask=n < N, other=0.0).to(
-                tl.float32
-            )
-            sparse_factor *= mass
-            dense_factor *= -strength * mass
-        else:
-            dense_factor *= 1.0 - strength
-        w = sparse * sparse_factor[:, None] + dense * dense_factor[:, None]
-        v = tl.load(
-            V + ((b * v_b + a * v_a + j64 * v_n) * 8)[:, None] + d[None, :], mask=known, other=0.0
-        )
-        out = tl.dot(w.to(v.dtype), v, input_precision="ieee")
-        if ANCHORED:
-            base = BASE + ((b * base_b + a * base_a + n64 * base_n) * 8)[:, None] + d[None, :]
-            out += tl.load(base, mask=inside, other=0.0).to(tl.float32)
-        place = OUT + ((b * out_b + a * out_a + n64 * out_n) * 8)[:, None] + d[None, :]
-        tl.store(place, out.to(OUT.dtype.element_ty), mask=inside)
+    from diffalign.kernels.pladis.program import pladis_tile
 
     return pladis_tile
 
@@ -162,6 +41,17 @@ def key_bias(mask: Tensor | None) -> Tensor | None:
 def is_key_mask(mask: Tensor | None, keys: int) -> bool:
     """True if ``mask`` is None or the same for all heads and queries, with one entry per key."""
     return mask is None or (mask.shape[-1] == keys and all(size == 1 for size in mask.shape[-3:-1]))
+
+
+def tiles_for(size: int, keys: int) -> Plan:
+    """``plan``, or the ValueError that says there is none."""
+    tiles = plan(size, keys)
+    if tiles is None:
+        raise ValueError(
+            f"pladis: no tile for head size {size} with {keys} keys. Use "
+            "diffalign.kernels.pladis.choose, which falls back."
+        )
+    return tiles
 
 
 def pladis(
@@ -196,39 +86,19 @@ def pladis(
         )
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
-    tiles = plan(size, keys)
-    if tiles is None:
-        raise ValueError(
-            f"pladis: no tile for head size {size} with {keys} keys. Use "
-            "diffalign.kernels.pladis.choose, which falls back."
-        )
+    tiles = tiles_for(size, keys)
     out = torch.empty((batch, queries, heads, size), dtype=q.dtype, device=q.device).transpose(1, 2)
     if out.numel() == 0:
         return out
     q, k, v = aligned(q), aligned(k), aligned(v)
     bias, base = key_bias(mask), None if base is None else aligned(base)
-    units = [
-        s // UNIT
-        for t in (q, k, v, base, out)
-        for s in ((0, 0, 0) if t is None else t.stride()[:3])
-    ]
     if base is not None and mass is None:
         mass = torch.ones((1, 1, 1), dtype=q.dtype, device=q.device)
-    mass_strides = (0, 0, 0) if mass is None or mass.numel() == 1 else mass.stride()
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call, unused-ignore]
         kernel()[(-(-queries // tiles.rows), heads, batch)](
-            q,
-            k,
-            v,
-            bias,
-            base,
-            mass,
-            out,
-            *units,
-            0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
-            *mass_strides,
-            queries,
-            keys,
+            *(q, k, v, bias, base, mass, out),
+            *strides(q, k, v, base, out, bias, mass),
+            *(queries, keys),
             float(size**-0.5 if scale is None else scale),
             float(strength),
             D=size,
@@ -243,3 +113,20 @@ def pladis(
             num_stages=1,
         )
     return out
+
+
+def strides(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    base: Tensor | None,
+    out: Tensor,
+    bias: Tensor | None,
+    mass: Tensor | None,
+) -> list[int]:
+    """The strides that the kernel takes, in its order; 0 where a tensor is missing or the same for
+    all rows."""
+    rows = [(0, 0, 0) if t is None else t.stride()[:3] for t in (q, k, v, base, out)]
+    of_bias = 0 if bias is None or bias.shape[0] == 1 else bias.stride(0)
+    of_mass = (0, 0, 0) if mass is None or mass.numel() == 1 else mass.stride()
+    return [*(stride // UNIT for row in rows for stride in row), of_bias, *of_mass]

@@ -248,7 +248,10 @@ def test_everything_is_restored_after_an_exception():
 
 def test_another_thread_never_notices():
     toy, seen = Toy(), []
-    call = lambda: seen.append(toy(torch.ones(1, 1, 1), torch.ones(1, 1, 1))[0].item())  # noqa: E731
+
+    def call():
+        seen.append(toy(torch.ones(1, 1, 1), torch.ones(1, 1, 1))[0].item())
+
     with skipped(toy, ("video.1",)):
         thread = threading.Thread(target=call)
         thread.start()
