@@ -25,8 +25,8 @@ Json = Annotated[bool, _option(WHERE, "Print JSON and nothing else.", "--json")]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """The options that commands share, as the user gave them."""
+class Subject:
+    """What is to be made."""
 
     prompt: Annotated[
         list[str] | None, _option(WHAT, "A prompt; repeat for several.", "--prompt", "-p")
@@ -56,6 +56,12 @@ class Options:
     size: Annotated[
         str | None, _option(WHAT, "Pixels, like 512 or 768x512 (width x height).", "--size")
     ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Options(Subject):
+    """The options that commands share, as the user gave them."""
+
     technique: Annotated[
         list[str] | None,
         _option(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from diffalign.core import Context, Technique, UnsupportedModel
+from diffalign.core.option import REQUIRED, options_of
 from diffalign.core.registry import techniques
 from diffalign.families import family_of
 from diffalign.seams.plan import context_of, refusal
@@ -71,17 +71,13 @@ def reason_against(technique: Technique | type[Technique], context: Context) -> 
             return reason
     try:
         if isinstance(technique, type):
-            if any(_is_required(field) for field in dataclasses.fields(technique)):  # type: ignore[arg-type]
+            if any(option.default is REQUIRED for option in options_of(technique).values()):
                 return ""
             technique = technique()
         fresh = context.fresh()
         return refusal(technique.resolve(fresh), fresh) or ""
     except (ValueError, LookupError) as error:  # an option that has no value for this model, too
         return str(error)
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.init and field.default is field.default_factory is dataclasses.MISSING
 
 
 def cost_of(cls: type) -> str:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _CLASSES: dict[tuple[type, str, bool], Any] = {}
 _COUNTS: dict[int, int] = {}
 _LOCK = threading.RLock()
-_HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default={})  # noqa: B039 (never mutated)
+_NONE: Mapping[int, Handler] = MappingProxyType({})
+_HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default=_NONE)
 
 
 def _override(original: Callable[[], Any], find: Callable[[Any], Handler | None]) -> Any:
@@ -64,14 +66,15 @@ def subclass(
             override = _override(functools.partial(getattr, base, method), find)
 
             def reduce(self: Any, protocol: Any) -> Any:
-                made: Any = getattr(base, "__reduce_ex__")(self, protocol)  # noqa: B009 (typed as the metaclass's)
-                return (_rebuild, (base,), *made[2:])
+                parts: Any = super(swapped, self).__reduce_ex__(protocol)
+                return (_rebuild, (base,), *parts[2:])
 
             if opaque:
                 reason = (
                     "a technique of diffalign acts here; compile the model without fullgraph=True"
                 )
-                override = torch.compiler.disable(override, reason=reason)  # type: ignore[no-untyped-call, unused-ignore]
+                disable: Any = torch.compiler.disable
+                override = disable(override, reason=reason)
             names = {
                 "__module__": base.__module__,
                 "__qualname__": base.__qualname__,

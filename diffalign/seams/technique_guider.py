@@ -193,10 +193,8 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
             )
         denoiser = denoiser or families[name].denoisers[0]
         if getattr(pipe, denoiser, None) is None:
-            raise UnsupportedModel(
-                f"{name} has no component {denoiser!r}; load the components before making "
-                "the guider."
-            )
+            reason = f"{name} has no component {denoiser!r}"
+            raise UnsupportedModel(f"{reason}; load the components before making the guider.")
         slot = "guider_2" if denoiser.endswith("_2") else "guider"
         scale = float(getattr(getattr(pipe, slot, None), "guidance_scale", 1.0))
         self._binding = _Binding(weakref.ref(pipe), families[name], denoiser, scale)
@@ -303,6 +301,5 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         return GuiderOutput(pred=guided, pred_cond=cond, pred_uncond=preds.get(UNCOND))
 
     def _running(self) -> _Run:
-        if self._run is None:
-            raise UnsupportedModel("The pipeline asked this guider before it called set_state.")
+        assert self._run is not None, "pipelines call set_state first"
         return self._run

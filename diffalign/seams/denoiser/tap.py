@@ -166,12 +166,10 @@ class Generation:
         facts = self.record.facts(self.meter, self.batch, evaluations, order)
         if self.start is None:  # a segment may well lie outside a window
             facts["notes"] += self.record.idle(self.plan.guidances.values(), facts["steps"])
-        extras = {}
-        if self.plan.guidance_name in self.states:
-            state = self.states[self.plan.guidance_name]
-            for denoiser, guidance in self.plan.guidances.items():
-                if shown := guidance.extras(state):
-                    extras[denoiser] = shown
+        extras, name = {}, self.plan.guidance_name
+        for denoiser, guidance in self.plan.guidances.items() if name in self.states else ():
+            if shown := guidance.extras(self.states[name]):
+                extras[denoiser] = shown
         return Report(pipeline=original_class(self.pipe).__name__, extras=extras, **facts)
 
     def _start_clock(self, call: PipelineCall) -> None:
