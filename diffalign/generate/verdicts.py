@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffalign.tasks.geneval.verdict import Verdict, verdict
+from diffalign.core.types import Json
+from diffalign.tasks.geneval.verdict import Detector, Verdict, verdict
 
 
 def verdicts(
-    judge: Any, images: Tensor, records: Sequence[Mapping[str, Any] | None]
+    judge: Detector, images: Tensor, records: Sequence[Json | None]
 ) -> list[Verdict | None]:
     """The verdict on each of ``images`` [B, 3, H, W]; None where its prompt has no record.
 
