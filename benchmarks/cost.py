@@ -26,8 +26,8 @@ from results import UNITS, Row, command_line, save
 from rich.progress import track
 
 import diffalign as da
+from diffalign.core import AttentionTechnique
 from diffalign.embedded import load
-from diffalign.seams.attention.base import AttentionTechnique
 from diffalign.tasks.geneval.verdict import prompts
 
 

@@ -1,8 +1,7 @@
-"""Attention techniques: one file each. ``base.py`` is the contract, ``pladis.py`` the smallest
-example."""
+"""Attention techniques: one file each. ``core.attention`` is the contract, ``pladis.py`` the
+smallest example."""
 
 from diffalign.attention.nag.nag import NAG
 from diffalign.attention.pladis import PLADIS
-from diffalign.seams.attention.base import AttentionTechnique
 
-__all__ = ["NAG", "PLADIS", "AttentionTechnique"]
+__all__ = ["NAG", "PLADIS"]

@@ -85,7 +85,7 @@ class AttentionTechnique(Technique):
     # called at every text layer, also where ``selects`` is False, because it changes what they see
     everywhere: ClassVar[bool] = False
     # patterns of layer names, None for every text layer; a field where users may choose
-    layers: ClassVar[tuple[str, ...] | None] = None
+    layers: tuple[str, ...] | None = None
 
     def selects(self, site: Site) -> bool:
         """Whether it acts at this layer; only ``layer`` and ``kind`` of the site are known here."""

@@ -84,6 +84,11 @@ class Branches:
     # pipeline -> why this object has nothing to guide, None when it has
     check: Callable[[Any], str | None] = field(default=lambda pipe: None)
 
+    @property
+    def embeddings(self) -> str:
+        """The call argument with the encoded prompt."""
+        return "prompt_embeds"
+
     def scale(self, native: float | None) -> float:
         """The guidance scale behind the pipeline's own scale; 1 where it does not guide."""
         return 1.0 if native is None or native <= self.on_above else float(native) + self.offset
@@ -94,18 +99,19 @@ class Branches:
 
     def negative_given(self, pipe: Any, call: Mapping[str, Any]) -> bool:
         """Whether a call has what the pipeline needs, besides the scale, in order to guide."""
-        names = ("negative_prompt", "negative_prompt_embeds")
+        names = ("negative_prompt", f"negative_{self.embeddings}")
         return not self.needs_negative or any(call.get(name) is not None for name in names)
 
     def missing_negative(self, pipe: Any, call: Mapping[str, Any]) -> str | None:
         """Why the unconditional branch cannot be formed in a call, None when it can."""
-        if call.get("prompt_embeds") is None or call.get("negative_prompt_embeds") is not None:
+        negative = f"negative_{self.embeddings}"
+        if call.get(self.embeddings) is None or call.get(negative) is not None:
             return None
         if has_text_encoder(pipe):
             return None
         return (
-            "guidance needs the unconditional branch; pass negative_prompt_embeds (there is no "
-            "text encoder to make them)."
+            f"guidance needs the unconditional branch; pass {negative} (there is no text encoder "
+            "to make them)."
         )
 
 
@@ -166,6 +172,15 @@ class Family(Predictions, Branches):
     defaults: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
     # technique, or "technique/option" when only that option is refused -> why, as a sentence
     refusals: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def embeddings(self) -> str:
+        return self.encoder.first if self.encoder is not None else "prompt_embeds"
+
+    @property
+    def row_axes(self) -> dict[str, int]:
+        """Denoiser argument -> axis of its rows, for those where it is not the first."""
+        return {argument.name: argument.rows for argument in self.text if argument.rows}
 
     def present(self, pipe: Any) -> dict[str, Any]:
         """The denoisers that a pipeline has, by attribute name."""

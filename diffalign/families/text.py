@@ -41,12 +41,14 @@ class Argument:
     """A text argument of the denoiser."""
 
     name: str
-    # axis of the text tokens, after the rows; 0 for a list with a tensor per row
+    # axis of the text tokens; 0 for a list with a tensor per row
     axis: int = 1
     # argument with the mask of its tokens
     mask: str | None = None
     # argument with the positions of its tokens [L, 3], which are zeros
     positions: str | None = None
+    # axis of its rows
+    rows: int = 0
 
 
 HIDDEN = (Argument("encoder_hidden_states"),)
@@ -61,6 +63,11 @@ class Encoder:
     results: tuple[str, ...] = PLAIN
     # such a name, without "negative_" -> the denoiser argument it becomes
     arguments: Mapping[str, str] = field(default_factory=lambda: TEXT)
+
+    @property
+    def first(self) -> str:
+        """The call argument with the text that attention sees first."""
+        return next(iter(self.arguments))
 
     def __call__(self, pipe: Any, texts: Sequence[str]) -> dict[str, Any]:
         """The denoiser's text arguments for prompts ``texts``, a row each: embeddings

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from diffalign.core import Meter, SessionError, Technique
+from diffalign.core import AttentionTechnique, BlockTechnique, Meter, SessionError, Technique
 from diffalign.seams import swap
 from diffalign.seams.denoiser.tap import Generation
 from diffalign.seams.plan import plan
@@ -85,8 +85,13 @@ def tapped(generation: Generation) -> Iterator[None]:
 
 def _attach(generation: Generation, techniques: Sequence[Technique], stack: ExitStack) -> None:
     """Install the techniques of the other seams, by seam and never by the user's order."""
-    attention = [technique for technique in techniques if technique.seam == "attention"]
+    attention = [t for t in techniques if isinstance(t, AttentionTechnique)]
     if attention:
         from diffalign.seams.attention.attach import attach
 
         stack.enter_context(attach(attention, generation))
+    blocks = [t for t in techniques if isinstance(t, BlockTechnique)]
+    if blocks:
+        from diffalign.seams.blocks.attach import attach as attach_blocks
+
+        stack.enter_context(attach_blocks(blocks, generation))

@@ -12,10 +12,16 @@ from diffalign.core import Context, Guidance, Meter, Technique, UnsupportedModel
 from diffalign.core.errors import warn_once
 from diffalign.core.option import CALL, options_of
 from diffalign.core.registry import name_of
-from diffalign.families import FAMILIES, Family
+from diffalign.families import FAMILIES, Family, family_of
 from diffalign.seams import swap
+from diffalign.seams.attention import sites
 from diffalign.seams.denoiser.record import Resolved
 from diffalign.seams.denoiser.space import parametrisation_of
+
+NO_TOKENS = (
+    "no model family says yet where its image tokens are embedded and put out, so no technique "
+    "can compute some of them only"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,7 @@ def plan(
         for technique in techniques:
             if isinstance(technique, Guidance):
                 guidances[name] = resolve(technique, context, resolved, _suffix(family, name))
-                _warn(technique, guidances[name], context, call, techniques)
+                _warn(technique, guidances[name], context, call, techniques, family.embeddings)
             elif context is next(iter(contexts.values())):
                 others.append(resolve(technique, context, resolved))
     guidance_name = next((name_of(t) for t in techniques if isinstance(t, Guidance)), "")
@@ -251,8 +257,7 @@ def resolve(technique: Any, context: Context, resolved: Resolved, suffix: str = 
     """``technique`` with its options filled in; they and their sources go into ``resolved``."""
     context = context.fresh()
     answer = technique.resolve(context)
-    answer, sources = answer if isinstance(answer, tuple) else (answer, context.sources)
-    reason = context.refusal(name_of(technique), answer)
+    reason = refusal(answer, context)
     if reason is not None:
         raise UnsupportedModel(
             f"{type(technique).__name__} cannot act on {context.pipeline}: {reason}"
@@ -261,9 +266,19 @@ def resolve(technique: Any, context: Context, resolved: Resolved, suffix: str = 
     for f in fields(answer):
         value = getattr(answer, f.name)
         if f.init and value is not None and not _is_hidden(f, answer):
-            options[f.name] = (value, sources.get(f.name, ""))
+            options[f.name] = (value, context.sources.get(f.name, ""))
     resolved[name_of(technique) + suffix] = options
     return answer
+
+
+def refusal(technique: Technique, context: Context) -> str | None:
+    """Why a resolved technique cannot act on the pipeline of ``context``, None when it can."""
+    reason = context.refusal(name_of(technique), technique)
+    if reason is None and technique.seam == "attention":
+        reason = sites.refusal(family_of(swap.original_class(context.pipe)))
+    if reason is None and technique.seam == "tokens":
+        reason = NO_TOKENS
+    return reason or technique.refuses(context)
 
 
 def _is_hidden(f: Any, technique: Any) -> bool:
@@ -279,6 +294,7 @@ def _warn(
     context: Context,
     call: Arguments,
     techniques: Sequence[Technique],
+    embeddings: str,
 ) -> None:
     name, scale = type(technique).__name__, technique.asked_scale
     if scale is not None and context.scale_source == "call" and scale != context.scale:
@@ -286,7 +302,7 @@ def _warn(
             f"The call asks for guidance scale {context.scale:g} and {name} for {scale:g}; the "
             "technique's value is used."
         )
-    names = ("negative_prompt", "negative_prompt_embeds")
+    names = ("negative_prompt", f"negative_{embeddings}")
     negative = any(call.given.get(key) is not None for key in names)
     if negative and not resolved.needs_uncond and not any(t.reads_negative for t in techniques):
         warn_once(

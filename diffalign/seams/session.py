@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from diffalign.core import Budget, Guidance, Meter, SessionError, Technique
+from diffalign.core import Budget, Guidance, Meter, SessionError, Technique, UnsupportedModel
 from diffalign.core.registry import from_config, to_config
 from diffalign.families import family_of
 from diffalign.seams import swap
@@ -16,6 +16,7 @@ from diffalign.seams.call import generate
 from diffalign.seams.denoiser.branch_log import BranchLog
 from diffalign.seams.denoiser.tap import Generation, Start
 from diffalign.seams.guiders_in import as_technique
+from diffalign.seams.plan import NO_TOKENS
 from diffalign.seams.report import Report
 
 _STACKS: weakref.WeakKeyDictionary[Any, list[Session]] = weakref.WeakKeyDictionary()
@@ -43,6 +44,8 @@ class Session:
                     f"apply takes techniques like da.CFG(5.0); got {technique!r}. `diffalign "
                     "techniques` lists them."
                 )
+            if technique.seam == "tokens":
+                raise UnsupportedModel(f"{type(technique).__name__} cannot act: {NO_TOKENS}.")
         self.meter = meter or Meter()
         self.lasting = lasting
         # where the next generation begins in its trajectory, None at the start

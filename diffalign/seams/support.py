@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffalign.core import Context, Technique, UnsupportedModel
-from diffalign.core.registry import name_of, techniques
+from diffalign.core.registry import techniques
 from diffalign.families import family_of
-from diffalign.seams.plan import context_of
+from diffalign.seams.plan import context_of, refusal
 from diffalign.seams.swap import original_class
 
 
@@ -75,10 +75,7 @@ def reason_against(technique: Technique | type[Technique], context: Context) -> 
                 return ""
             technique = technique()
         fresh = context.fresh()
-        resolved: Any = technique.resolve(fresh)
-        resolved = resolved[0] if isinstance(resolved, tuple) else resolved
-        refusal = fresh.refusal(name_of(technique), resolved)
-        return refusal or resolved.refuses(fresh) or ""
+        return refusal(technique.resolve(fresh), fresh) or ""
     except (ValueError, LookupError) as error:  # an option that has no value for this model, too
         return str(error)
 

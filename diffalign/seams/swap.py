@@ -128,7 +128,8 @@ def release(obj: Any) -> None:
                 object.__setattr__(obj, "__class__", base)
 
 
-def _handler_of(obj: Any) -> Handler | None:
+def handler_of(obj: Any) -> Handler | None:
+    """The handler that calls of ``obj`` go to in this context, None where they are plain."""
     return _HANDLERS.get().get(id(obj))
 
 
@@ -137,7 +138,7 @@ def _shadowed(obj: Any, shadow: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(shadow)
     def call(*args: Any, **kwargs: Any) -> Any:
-        handler = _handler_of(obj)
+        handler = handler_of(obj)
         return shadow(*args, **kwargs) if handler is None else handler(shadow, args, kwargs)
 
     return call
@@ -171,7 +172,7 @@ def intercepted(
     )
     try:
         for obj, (method, _) in handlers.items():
-            acquire(obj, method, _handler_of, opaque)
+            acquire(obj, method, handler_of, opaque)
             taken.append(obj)
             shadow = None if method == "__call__" else vars(obj).get(method)
             if shadow is not None:  # set on the object by somebody, so the class is not asked

@@ -19,7 +19,7 @@ from diffalign.core import COND, UNCOND, Context, Guidance, Meter, Pass, StepInf
 from diffalign.core.option import with_scale
 from diffalign.core.registry import from_config, to_config
 from diffalign.families import Family, modular_families
-from diffalign.seams.blocks.sites import skipped
+from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.cache import fixed_rows
 from diffalign.seams.denoiser.call import pipeline_call
@@ -131,8 +131,7 @@ class _Run:
             self.latents = call.latents
         arguments, rows = call.arguments, call.rows
         if p.rows is not None and not fixed_rows(module):
-            shared, lists = self.family.shared, self.family.lists
-            arguments, rows = take_arguments(arguments, p.rows, rows, shared, lists), len(p.rows)
+            arguments, rows = take_arguments(arguments, p.rows, rows, self.family), len(p.rows)
         self.meter.charge(rows=rows)
         if p.blocks is None:
             return original(**arguments)

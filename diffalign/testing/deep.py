@@ -59,7 +59,7 @@ def without_block(pipe: Pipeline, block: str) -> Pipeline:
     blocks: Any = module.get_submodule(stack)
     rigid = tiny_recipe(type(pipe).__name__).rigid
     if rigid is not None:
-        blocks[int(index)] = rigid.absent(stack)
+        setattr(blocks, index, rigid.absent(stack))
     else:
         del blocks[int(index)]
     return shorter

@@ -147,6 +147,11 @@ def test_what_a_call_must_bring():
     assert QWEN.negative_given(bare, {"negative_prompt_embeds": 1})
     assert not QWEN.negative_given(bare, {"negative_prompt": None})
     assert SD.negative_given(bare, {})
+    named = replace(SD, encoder=Encoder(arguments={"prompt_embeds_t5": "text"}))
+    assert named.embeddings == "prompt_embeds_t5"
+    assert "negative_prompt_embeds_t5" in named.missing_negative(bare, {"prompt_embeds_t5": 1})
+    both = {"prompt_embeds_t5": 1, "negative_prompt_embeds_t5": 1}
+    assert named.missing_negative(bare, both) is None
 
 
 def test_distilled_models_have_nothing_to_guide():

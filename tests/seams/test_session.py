@@ -242,8 +242,8 @@ def test_compiled_denoiser_sees_two_classes_at_most(pipe):
             with da.apply(pipe, CFG()):
                 assert torch.equal(final(pipe, sd_inputs()), native)
         assert len(frames) <= 2 * per_class
-        assert swap.subclass(type(pipe.unet), "__call__", swap._handler_of) is swap.subclass(
-            type(pipe.unet), "__call__", swap._handler_of
+        assert swap.subclass(type(pipe.unet), "__call__", swap.handler_of) is swap.subclass(
+            type(pipe.unet), "__call__", swap.handler_of
         )
     finally:
         torch._dynamo.reset()

@@ -39,10 +39,9 @@ def change_text(inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs | {"class_labels": [label + 1 for label in inputs["class_labels"]]}
     if "prompt" in inputs:
         return inputs | {"prompt": ["green clock" for _ in inputs["prompt"]]}
-    embeds = inputs["prompt_embeds"]
-    return inputs | {
-        "prompt_embeds": [e + 0.5 for e in embeds] if isinstance(embeds, list) else embeds + 0.5
-    }
+    name = next(name for name in inputs if name.startswith("prompt_embeds"))
+    embeds = inputs[name]
+    return inputs | {name: [e + 0.5 for e in embeds] if isinstance(embeds, list) else embeds + 0.5}
 
 
 @pytest.fixture(autouse=True)

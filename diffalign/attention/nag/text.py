@@ -18,14 +18,19 @@ from torch import Tensor
 
 from diffalign.core import UnsupportedModel
 from diffalign.families import Family
-from diffalign.families.text import Around, Encoder, SecondText, has_text_encoder
-from diffalign.seams.attention.sites import Frame, text_length
+from diffalign.families.text import Argument, Around, Encoder, SecondText, has_text_encoder
+from diffalign.seams.attention.call import CallView, Handlers, RunningCall
+from diffalign.seams.attention.sites import text_length
 from diffalign.seams.denoiser.rows import count_rows, prediction_of, take_arguments, with_prediction
+from diffalign.seams.swap import unwrapped
 
 if TYPE_CHECKING:
     from diffalign.attention.nag.nag import NAG
     from diffalign.seams.denoiser.call import DenoiserCall
     from diffalign.seams.denoiser.tap import Generation
+
+NEGATIVE = "negative"
+"""Name of the negative text's tokens in ``Site.parts``."""
 
 
 def refusal(pipe: Any, family: Family, share_image: bool) -> str | None:
@@ -40,104 +45,39 @@ def refusal(pipe: Any, family: Family, share_image: bool) -> str | None:
     return family.second_text.check(pipe)
 
 
-class NegativeStream:
-    """One run's negative text.
+class TextRows:
+    """The negative text's arguments, a row for each image that asks."""
 
-    ``open`` adds it to a denoiser call, ``close`` takes its rows out of the result.
-    """
+    def __init__(self, text: Mapping[str, Any], generation: Generation) -> None:
+        # by the denoiser's names: tensors [texts, ...], or lists with one per text
+        self.text, self.generation = text, generation
+        # (name, images, device, dtype) -> rows; kept, since steps repeat them
+        self._rows: dict[Any, Tensor] = {}
 
-    def __init__(self, nag: NAG, run: Generation) -> None:
-        self.run, self.nag = run, nag
-        assert run.family.second_text is not None
-        self.second: SecondText = run.family.second_text
-        self.argument = run.family.text[0]
-        self.made: dict[Any, Tensor] = {}
-        embeddings, where = negative_text(nag, run)
-        self.text = encoder_of(run.family).denoiser(embeddings)
-        run.record.notes.append(f"NAG: negative text from {where}")
-        if not nag.share_image:
-            if self.second.pooled not in self.text:
-                raise ValueError(
-                    "NAG(share_image=False) modulates with the negative pooled text; pass "
-                    "negative_pooled_prompt_embeds too."
-                )
-            run.record.notes.append(
-                "NAG: share_image=False, the published layout with a second image stream in the "
-                "single blocks"
-            )
+    def __call__(
+        self, name: str, images: Sequence[int], reference: Tensor, axis: int = 0
+    ) -> Tensor:
+        """Rows of the argument ``name``, on the device and in the dtype of ``reference``."""
+        key = (name, tuple(images), reference.device, reference.dtype)
+        if key not in self._rows:
+            index = torch.tensor(self.numbers(name, images, axis))
+            text = self.text[name].to(reference.device, reference.dtype)
+            self._rows[key] = text.index_select(axis, index.to(reference.device))
+        return self._rows[key]
 
-    def in_rows(self, denoiser: str) -> bool:
-        """Whether this denoiser gets the negative text as rows of their own."""
-        module = getattr(self.run.pipe, denoiser)
-        return not self.nag.share_image or self.second.in_rows(module)
+    def mask(self, name: str, images: Sequence[int], reference: Tensor, text: Tensor) -> Tensor:
+        """Rows of the mask ``name`` of the tokens ``text`` [rows, L, ...]."""
+        if name in self.text:
+            return self(name, images, reference)
+        return reference.new_ones(text.shape[:2])
 
-    def handlers(self, attachment: Any) -> dict[Any, tuple[str, Any]]:
-        """Calls besides attention that must know about the negative text: module -> (method,
-        handler)."""
-        found: dict[Any, tuple[str, Any]] = {}
-        for denoiser in attachment.denoisers.values():
-            base = getattr(denoiser, "_orig_mod", denoiser)
-            for name, call in self.second.around.items():
-                found[base.get_submodule(name)] = (
-                    "__call__",
-                    partial(_for_two_texts, attachment, call),
-                )
-            if not self.nag.share_image:
-                found[base.get_submodule(f"{self.second.image_stack}.0")] = (
-                    "__call__",
-                    lambda *given: _one_image(attachment.frame, *given),
-                )
-        return found
-
-    def open(
-        self, evaluation: DenoiserCall, kwargs: dict[str, Any], frame: Frame
-    ) -> tuple[DenoiserCall, dict[str, Any], Frame]:
-        if not any(evaluation.conditioned):
-            return evaluation, kwargs, frame
-        images = self._images(evaluation)
-        if self.in_rows(evaluation.denoiser):
-            return self._add_rows(evaluation, kwargs, frame, images)
-        kwargs, negative = self._extend(kwargs, images)
-        return evaluation, kwargs, replace(frame, negative=negative)
-
-    def close(self, output: Any, frame: Frame) -> Any:
-        if not frame.twins:
-            return output
-        rows = len(frame.conditioned) - len(frame.twins)
-        return with_prediction(output, prediction_of(output)[:rows])
-
-    def _images(self, evaluation: DenoiserCall) -> list[int]:
-        """Which image each row belongs to."""
-        everything = range(self.run.batch)
-        images = [i for p in evaluation.passes for i in (everything if p.rows is None else p.rows)]
-        if len(images) != len(
-            evaluation.conditioned
-        ):  # compiled and cached models run whole branches
-            images = [i for _ in evaluation.passes for i in everything]
-        if len(images) != len(evaluation.conditioned):
-            raise UnsupportedModel(
-                f"NAG expected {len(images)} rows at the denoiser; got "
-                f"{len(evaluation.conditioned)}."
-            )
-        return images
-
-    def _rows(self, name: str, images: Sequence[int], like: Tensor) -> Tensor:
-        """Rows of a text argument for these images, on the device and in the dtype of ``like``;
-        made once, since steps repeat them."""
-        value, key = self.text[name], (name, tuple(images), like.device, like.dtype)
-        if key not in self.made:
-            index = torch.tensor(self._texts_of(name, images))
-            self.made[key] = value.to(like.device, like.dtype)[index.to(like.device)]
-        return self.made[key]
-
-    def _texts_of(self, name: str, images: Sequence[int]) -> list[int]:
+    def numbers(self, name: str, images: Sequence[int], axis: int = 0) -> list[int]:
         """Which negative text each image takes; a prompt's images stand together."""
-        texts, batch = len(self.text[name]), self.run.batch
-        copies = int(
-            self.run.plan.values.get("num_images_per_prompt")
-            or self.run.plan.values.get("num_videos_per_prompt")
-            or 1
-        )
+        text, batch = self.text[name], self.generation.batch
+        texts = len(text) if isinstance(text, list) else text.shape[axis]
+        values = self.generation.plan.values
+        names = ("num_images_per_prompt", "num_videos_per_prompt")
+        copies = next((int(values[n]) for n in names if values.get(n)), 1)
         if texts not in (1, batch // copies, batch):
             many = f" with {copies} images each" if copies > 1 else ""
             raise ValueError(
@@ -146,84 +86,136 @@ class NegativeStream:
             )
         return [image * texts // batch for image in images]
 
-    def _extend(self, kwargs: dict[str, Any], images: Sequence[int]) -> tuple[dict[str, Any], int]:
-        """The denoiser's arguments with the negative text behind the prompt, and its number of
-        tokens."""
-        name, mask = self.argument.name, self.argument.mask
-        text = kwargs[name]
-        more = self._rows(name, images, text)
-        changed = {**kwargs, name: torch.cat([text, more], 1)}
-        if mask is not None and (kwargs.get(mask) is not None or mask in self.text):
-            given = kwargs.get(mask)
-            given = (
-                text.new_ones(text.shape[:2], dtype=self.text[mask].dtype)
-                if given is None
-                else given
+
+class NegativeText:
+    """One generation's negative text: a ``CallExtension`` that adds it to denoiser calls."""
+
+    def __init__(self, nag: NAG, generation: Generation) -> None:
+        self.generation, self.share_image = generation, nag.share_image
+        assert generation.family.second_text is not None
+        self.second: SecondText = generation.family.second_text
+        self.argument = generation.family.text[0]
+        embeddings, source = negative_text(nag, generation)
+        text = encoder_of(generation.family).denoiser(embeddings)
+        self.rows = TextRows(text, generation)
+        notes = generation.record.notes
+        notes.append(f"NAG: negative text from {source}")
+        if not self.share_image:
+            if self.second.pooled not in text:
+                raise ValueError(
+                    "NAG(share_image=False) modulates with the negative pooled text; pass "
+                    "negative_pooled_prompt_embeds too."
+                )
+            notes.append(
+                "NAG: share_image=False, the published layout with a second image stream in the "
+                "single blocks"
             )
-            extra = (
-                self._rows(mask, images, given)
-                if mask in self.text
-                else given.new_ones(more.shape[:2])
-            )
-            length = text.shape[
-                1
-            ]  # masks that go on over the image tokens are opened behind the prompt
-            changed[mask] = torch.cat([given[:, :length], extra, given[:, length:]], 1)
-        positions = self.argument.positions
-        if positions is not None and kwargs.get(positions) is not None:
-            ids = kwargs[positions]
-            changed[positions] = torch.cat(
-                [ids, ids.new_zeros((*ids.shape[:-2], more.shape[1], ids.shape[-1]))], -2
-            )
-        return changed, more.shape[1]
+
+    def handlers(self, running: RunningCall, denoisers: Mapping[str, Any]) -> Handlers:
+        """Calls besides attention that must know about the negative text."""
+        handlers: Handlers = {}
+        for model in map(unwrapped, denoisers.values()):
+            for name, call in self.second.around.items():
+                two_texts = partial(_for_two_texts, running, call)
+                handlers[model.get_submodule(name)] = ("__call__", two_texts)
+            if not self.share_image:
+                first = model.get_submodule(f"{self.second.image_stack}.0")
+                handlers[first] = ("__call__", partial(_one_image, running))
+        return handlers
+
+    def open(
+        self, call: DenoiserCall, arguments: dict[str, Any], view: CallView
+    ) -> tuple[DenoiserCall, dict[str, Any], CallView]:
+        """The call with the negative text in it, where any row carries the prompt."""
+        if not any(call.conditioned):
+            return call, arguments, view
+        images = call.images(self.generation.batch)
+        module = getattr(self.generation.pipe, call.denoiser)
+        if not self.share_image or self.second.in_rows(unwrapped(module)):
+            return self._add_rows(call, arguments, view, images)
+        arguments, count = self._extend(arguments, images)
+        return call, arguments, replace(view, added={**view.added, NEGATIVE: count})
+
+    def close(self, output: Any, view: CallView) -> Any:
+        """The model's output without the rows of the negative text."""
+        if not view.copies:
+            return output
+        rows = len(view.conditioned) - len(view.copies)
+        return with_prediction(output, prediction_of(output)[:rows])
+
+    def _extend(
+        self, arguments: dict[str, Any], images: Sequence[int]
+    ) -> tuple[dict[str, Any], int]:
+        """The denoiser's arguments with the negative text behind the prompt, and its length."""
+        name, mask, positions = self.argument.name, self.argument.mask, self.argument.positions
+        prompt = arguments[name]
+        negative = self.rows(name, images, prompt)
+        changed = {**arguments, name: torch.cat([prompt, negative], 1)}
+        if mask is not None and (arguments.get(mask) is not None or mask in self.rows.text):
+            opened = arguments.get(mask)
+            if opened is None:
+                opened = prompt.new_ones(prompt.shape[:2], dtype=self.rows.text[mask].dtype)
+            added = self.rows.mask(mask, images, opened, negative)
+            # masks that go on over the image tokens are opened behind the prompt
+            length = prompt.shape[1]
+            changed[mask] = torch.cat([opened[:, :length], added, opened[:, length:]], 1)
+        if positions is not None and arguments.get(positions) is not None:
+            ids = arguments[positions]
+            zeros = ids.new_zeros((*ids.shape[:-2], negative.shape[1], ids.shape[-1]))
+            changed[positions] = torch.cat([ids, zeros], -2)
+        return changed, negative.shape[1]
 
     def _add_rows(
-        self, evaluation: DenoiserCall, kwargs: dict[str, Any], frame: Frame, images: Sequence[int]
-    ) -> tuple[DenoiserCall, dict[str, Any], Frame]:
-        """A second row for each conditioned row, with the negative text; padded to one length where
-        a mask says so."""
-        family, total = self.run.family, count_rows(next(iter(kwargs.values())))
-        guided = [r for r, conditioned in enumerate(evaluation.conditioned) if conditioned]
-        self.run.meter.charge(rows=len(guided), joined=True)
-        changed = take_arguments(
-            kwargs, [*range(total), *guided], total, family.shared, family.lists
+        self, call: DenoiserCall, arguments: dict[str, Any], view: CallView, images: Sequence[int]
+    ) -> tuple[DenoiserCall, dict[str, Any], CallView]:
+        """A second row for each conditioned row, with the negative text."""
+        family, total = self.generation.family, count_rows(next(iter(arguments.values())))
+        guided = [row for row, conditioned in enumerate(call.conditioned) if conditioned]
+        self.generation.meter.charge(rows=len(guided), joined=True)
+        rows = [*range(total), *guided]
+        changed = take_arguments(arguments, rows, total, family)
+        self._fill(changed, total, [images[row] for row in guided])
+        copies = tuple((row, total + i) for i, row in enumerate(guided))
+        conditioned = (*call.conditioned, *(True for _ in guided))
+        view = replace(
+            view, copies=copies, conditioned=conditioned, prompt=text_length(family, changed)
         )
-        theirs = [images[r] for r in guided]
-        name, mask = self.argument.name, self.argument.mask
-        if isinstance(changed[name], list):
-            texts = [self.text[name][i].to(changed[name][0]) for i in self._texts_of(name, theirs)]
-            changed[name] = [*changed[name][:total], *texts]
-        else:
-            if not self.nag.share_image and self.second.pooled is not None:
-                pooled = changed[self.second.pooled]
-                changed[self.second.pooled] = torch.cat(
-                    [pooled[:total], self._rows(self.second.pooled, theirs, pooled)]
-                )
-            text = changed[name][:total]
-            more = self._rows(name, theirs, text)
-            if mask is not None and changed.get(mask) is not None:
-                given = changed[mask][:total]
-                extra = (
-                    self._rows(mask, theirs, given)
-                    if mask in self.text
-                    else given.new_ones(more.shape[:2])
-                )
-                changed[mask] = _stack(given, extra)
-                changed[name] = _stack(text, more)
-            elif text.shape[1] != more.shape[1]:
-                raise UnsupportedModel(
-                    "NAG needs a negative text as long as the prompt's on this model: "
-                    f"{text.shape[1]} tokens; got {more.shape[1]}. "
-                    "Encode both with the same max_sequence_length."
-                )
-            else:
-                changed[name] = torch.cat([text, more])
-        twins = tuple((r, total + i) for i, r in enumerate(guided))
-        conditioned = (*evaluation.conditioned, *(True for _ in guided))
-        frame = replace(
-            frame, twins=twins, conditioned=conditioned, text=text_length(family, changed)
-        )
-        return replace(evaluation, conditioned=conditioned), changed, frame
+        return replace(call, conditioned=conditioned, copies=copies), changed, view
+
+    def _fill(self, arguments: dict[str, Any], total: int, images: Sequence[int]) -> None:
+        """The negative text of ``images`` in the rows behind the first ``total``."""
+        pooled = self.second.pooled
+        if not self.share_image and pooled is not None:
+            vectors = arguments[pooled][:total]
+            arguments[pooled] = torch.cat([vectors, self.rows(pooled, images, vectors)])
+        for argument in self.generation.family.text:
+            self._fill_one(argument, arguments, total, images)
+
+    def _fill_one(
+        self, argument: Argument, arguments: dict[str, Any], total: int, images: Sequence[int]
+    ) -> None:
+        """One text argument; padded to one length where a mask says so."""
+        name, mask, axis = argument.name, argument.mask, argument.rows
+        if isinstance(arguments[name], list):
+            prompts = arguments[name][:total]
+            numbers = self.rows.numbers(name, images)
+            arguments[name] = [*prompts, *(self.rows.text[name][i].to(prompts[0]) for i in numbers)]
+            return
+        prompt = arguments[name].narrow(axis, 0, total)
+        negative = self.rows(name, images, prompt, axis)
+        if mask is not None and arguments.get(mask) is not None:
+            opened = arguments[mask][:total]
+            arguments[mask] = _stack(opened, self.rows.mask(mask, images, opened, negative))
+            arguments[name] = _stack(prompt, negative)
+            return
+        length, other = prompt.shape[argument.axis], negative.shape[argument.axis]
+        if length != other:
+            raise UnsupportedModel(
+                "NAG needs a negative text as long as the prompt's on this model: "
+                f"{length} tokens; got {other}. "
+                "Encode both with the same max_sequence_length."
+            )
+        arguments[name] = torch.cat([prompt, negative], axis)
 
 
 def encoder_of(family: Family) -> Encoder:
@@ -232,47 +224,66 @@ def encoder_of(family: Family) -> Encoder:
     return family.encoder
 
 
-def negative_text(nag: NAG, run: Generation) -> tuple[dict[str, Any], str]:
-    """The negative text under the pipeline's names without "negative_", and where it came from."""
-    encode, call, wanted = encoder_of(run.family), run.plan.values, nag.negative_prompt
-    embeds, where = nag.negative_embeds, "NAG(negative_embeds=...)"
-    if embeds is not None:
-        known = {f"negative_{name}" for name in encode.arguments} | {
-            name for name in encode.results if name.startswith("negative_")
-        }
-        if unknown := set(embeds) - known:
-            raise ValueError(
-                f"NAG(negative_embeds=...) has {sorted(unknown)}; {run.family.name} takes "
-                f"{', '.join(sorted(known))}."
-            )
-    elif wanted is None and call.get("negative_prompt_embeds") is not None:
-        embeds, where = call, "negative_prompt_embeds of the call"
-    if embeds is not None:
-        given = {name: embeds.get(f"negative_{name}") for name in encode.arguments}
-        return {name: value for name, value in given.items() if value is not None}, where
-    where, more = "NAG(negative_prompt=...)", {}
-    if wanted is None:
-        wanted = call.get("negative_prompt") or ""
-        more = {
-            name: call[name]
-            for name in ("negative_prompt_2", "negative_prompt_3")
-            if call.get(name)
-        }
-        where = "negative_prompt of the call" if wanted or more else "the empty prompt"
-    count = max(1 if isinstance(given, str) else len(given) for given in (wanted, *more.values()))
-    texts, *others = (
-        [given] * count if isinstance(given, str) else list(given)
-        for given in (wanted, *more.values())
-    )
-    more = dict(zip(more, others))
-    if not has_text_encoder(run.pipe):
+def negative_text(nag: NAG, generation: Generation) -> tuple[dict[str, Any], str]:
+    """The first negative text that is there, encoded, and the words in which the report names it.
+
+    Under the pipeline's names without "negative_".
+    """
+    call = generation.plan.values
+    if nag.negative_embeds is not None:
+        _check_names(nag.negative_embeds, generation.family)
+        return _embeddings(nag.negative_embeds, generation.family), "NAG(negative_embeds=...)"
+    if nag.negative_prompt is not None:
+        return _encoded(generation, nag.negative_prompt), "NAG(negative_prompt=...)"
+    embeds = f"negative_{generation.family.embeddings}"
+    if call.get(embeds) is not None:
+        return _embeddings(call, generation.family), f"{embeds} of the call"
+    names = ("negative_prompt_2", "negative_prompt_3", "negative_prompt_4")
+    others = {name: call[name] for name in names if call.get(name)}
+    text = call.get("negative_prompt") or ""
+    source = "negative_prompt of the call" if text or others else "the empty prompt"
+    return _encoded(generation, text, **others), source
+
+
+def _check_names(embeds: Mapping[str, Any], family: Family) -> None:
+    encoder = encoder_of(family)
+    known = {f"negative_{name}" for name in encoder.arguments} | {
+        name for name in encoder.results if name.startswith("negative_")
+    }
+    if unknown := set(embeds) - known:
+        raise ValueError(
+            f"NAG(negative_embeds=...) has {sorted(unknown)}; {family.name} takes "
+            f"{', '.join(sorted(known))}."
+        )
+
+
+def _embeddings(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What ``values`` hold of the negative text."""
+    embeddings = {name: values.get(f"negative_{name}") for name in encoder_of(family).arguments}
+    return {name: value for name, value in embeddings.items() if value is not None}
+
+
+def _encoded(
+    generation: Generation, text: str | Sequence[str], **others: str | Sequence[str]
+) -> dict[str, Any]:
+    """Negative texts encoded as the pipeline would.
+
+    ``others``: for further text encoders; where one is a list, a single text stands for all.
+    """
+    pipe = generation.pipe
+    if not has_text_encoder(pipe):
         raise UnsupportedModel(
-            f"NAG needs a negative text, and {type(run.pipe).__name__} has no text encoder "
-            "loaded: pass negative_prompt_embeds (with the "
+            f"NAG needs a negative text, and {type(pipe).__name__} has no text encoder "
+            f"loaded: pass negative_{generation.family.embeddings} (with the "
             "masks and pooled embeddings that go with them) to the pipeline call, or as "
             "NAG(negative_embeds={...})."
         )
-    return encode.embeddings(run.pipe, texts, negative=True, call=call, **more), where
+    count = max(1 if isinstance(item, str) else len(item) for item in (text, *others.values()))
+    texts, *more = (
+        [item] * count if isinstance(item, str) else list(item) for item in (text, *others.values())
+    )
+    encode, call = encoder_of(generation.family).embeddings, generation.plan.values
+    return encode(pipe, texts, negative=True, call=call, **dict(zip(others, more)))
 
 
 def _stack(a: Tensor, b: Tensor) -> Tensor:
@@ -287,22 +298,23 @@ def _stack(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _for_two_texts(
-    attachment: Any, call: Around, original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    running: RunningCall, call: Around, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A module that numbers or counts the text tokens, called for two texts where there are two."""
-    frame = attachment.frame
-    if frame is None or not frame.negative:
+    view = running.view
+    if view is None or NEGATIVE not in view.added:
         return original(*args, **kwargs)
-    return call(original, args, kwargs, frame.text, frame.negative)
+    return call(original, args, kwargs, view.prompt, view.added[NEGATIVE])
 
 
 def _one_image(
-    frame: Frame | None, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    running: RunningCall, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Flux, published layout: up to the single blocks both rows of a pair have one image stream."""
-    if frame is None or not frame.twins:
+    view = running.view
+    if view is None or not view.copies:
         return original(*args, **kwargs)
     image = kwargs["hidden_states"].clone()
-    for row, twin in frame.twins:
-        image[twin] = image[row]
+    for row, copy in view.copies:
+        image[copy] = image[row]
     return original(*args, **{**kwargs, "hidden_states": image})

@@ -16,18 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from diffalign.core import UnsupportedModel
-from diffalign.seams.attention.base import AttentionTechnique, Site
+from diffalign.core import AttentionTechnique, Site, UnsupportedModel
 
-Parts = Sequence[slice]
 Rows = Sequence[int]
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SDPA = F.scaled_dot_product_attention
 
 
 class Intercepted(TorchFunctionMode):
-    """Hands the ``number``-th scaled-dot-product call inside the block to ``attend(q, k, v, mask,
-    options)``; counts all of them."""
+    """Sends the ``number``-th scaled-dot-product call inside the block through ``attend``."""
 
     def __init__(
         self,
@@ -35,7 +32,9 @@ class Intercepted(TorchFunctionMode):
         attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], Tensor],
     ) -> None:
         super().__init__()
-        self.number, self.attend, self.calls = number, attend, 0
+        self.number, self.attend = number, attend
+        # scaled-dot-product calls so far
+        self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not SDPA:
@@ -43,25 +42,23 @@ class Intercepted(TorchFunctionMode):
         self.calls += 1
         if self.calls - 1 != self.number:
             return func(*args, **(kwargs or {}))
-        given = {**dict(zip(PARAMETERS, args)), **(kwargs or {})}
-        q, k, v = given.pop("query"), given.pop("key"), given.pop("value")
-        return self.attend(q, k, v, given.pop("attn_mask", None), given)
+        options = {**dict(zip(PARAMETERS, args)), **(kwargs or {})}
+        q, k, v = options.pop("query"), options.pop("key"), options.pop("value")
+        return self.attend(q, k, v, options.pop("attn_mask", None), options)
 
 
 @dataclass(frozen=True, slots=True)
-class Attend:
-    """What stands below a technique at one layer: ``attend(q, k, v)`` -> [B, A, N, D], with mask
-    and scale bound.
-
-    ``q`` [B, A, N, D], ``k`` [B, A, L, D], ``v`` [B, A, L, any]. ``mask``: None, boolean (True =
-    use) or additive, broadcastable to [B, A, N, L]. ``scale``: of the scores, None is ``1 /
-    sqrt(D)``. ``kernel(op, key, make)``: remembers a choice of kernel for the run.
-    """
+class Below:
+    """What stands below a technique at one layer: the contract ``core.Attend``."""
 
     site: Site
+    # None, boolean (True = use) or additive, broadcastable to [B, A, N, L]
     mask: Tensor | None
+    # further arguments of scaled_dot_product_attention
     options: dict[str, Any]
-    below: tuple[AttentionTechnique, ...]
+    # techniques further in, outermost first
+    techniques: tuple[AttentionTechnique, ...]
+    # (operation, key, make) -> the kernel chosen once per key and run
     kernel: Callable[[str, Any, Callable[[], Any]], Any]
 
     @property
@@ -69,19 +66,19 @@ class Attend:
         return self.options.get("scale")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.below:
-            return self.below[0](replace(self, below=self.below[1:]), q, k, v, self.site)
+        if self.techniques:
+            below = replace(self, techniques=self.techniques[1:])
+            return self.techniques[0](below, q, k, v, self.site)
         return SDPA(q, k, v, attn_mask=self.mask, **self.options)
 
     def narrow(
         self,
         site: Site,
         rows: Rows | None = None,
-        queries: Parts | None = None,
-        keys: Parts | None = None,
-    ) -> Attend:
-        """The same layer for some of the rows, and parts of the queries and of the keys; ``site``
-        describes what is left."""
+        queries: Sequence[slice] | None = None,
+        keys: Sequence[slice] | None = None,
+    ) -> Below:
+        """The same layer for some rows and parts of queries and keys; ``site`` is what is left."""
         mask = self.mask
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
@@ -101,10 +98,10 @@ def start(
     mask: Tensor | None,
     options: dict[str, Any],
     site: Site,
-    chain: Sequence[Any],
-    kernel: Any,
+    techniques: Sequence[AttentionTechnique],
+    kernel: Callable[[str, Any, Callable[[], Any]], Any],
 ) -> Tensor:
-    """Send one intercepted call through ``chain``, outermost first."""
+    """Send one intercepted call through ``techniques``, outermost first."""
     if options.get("is_causal") or options.get("dropout_p"):
         raise UnsupportedModel(
             f"{site.layer!r} uses causal or dropout attention, which attention techniques do not "
@@ -113,10 +110,10 @@ def start(
     if options.get("enable_gqa") and k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     options = {key: value for key, value in options.items() if key != "enable_gqa"}
-    return Attend(site, mask, options, tuple(chain), kernel)(q, k, v)
+    return Below(site, mask, options, tuple(techniques), kernel)(q, k, v)
 
 
-def cut(x: Tensor, parts: Parts, axis: int = 2) -> Tensor:
+def cut(x: Tensor, parts: Sequence[slice], axis: int = 2) -> Tensor:
     """``parts`` of one axis, one after the other; neighbouring parts stay a view."""
     joined: list[slice] = []
     for part in parts:

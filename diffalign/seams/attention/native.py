@@ -54,19 +54,20 @@ def to_native(layers: Sequence[Layer], stack: ExitStack) -> list[str]:
 def _backend(processor: Any) -> str:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-    own = processor._attention_backend
-    active = own if own is not None else _AttentionBackendRegistry.get_active_backend()[0]
+    active = processor._attention_backend
+    if active is None:
+        active = _AttentionBackendRegistry.get_active_backend()[0]
     return str(getattr(active, "value", active))
 
 
 def _replace_backend(processor: Any) -> Any:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    held = "_attention_backend" in vars(processor)
+    set_on_object = "_attention_backend" in vars(processor)
     before, processor._attention_backend = processor._attention_backend, AttentionBackendName.NATIVE
 
     def undo() -> None:
-        if held:
+        if set_on_object:
             processor._attention_backend = before
         else:
             del processor._attention_backend
@@ -78,10 +79,10 @@ def _replace_processor(module: Any, name: str) -> Any:
     from diffusers.models import attention_processor
 
     before = module.processor
-    module.processor = ours = getattr(attention_processor, name)()
+    module.processor = native = getattr(attention_processor, name)()
 
     def undo() -> None:
-        if module.processor is ours:  # somebody who has set another one since wants to keep it
+        if module.processor is native:  # somebody who has set another one since wants to keep it
             module.processor = before
 
     return undo

@@ -1,32 +1,34 @@
-"""Where text enters attention: the layers of each family, and what one denoiser call looks like to
-them."""
+"""Where text enters attention: the layers of a denoiser, and what one call looks like to them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from diffalign.core import UnsupportedModel
+from diffalign.core import AttentionTechnique, Site, UnsupportedModel
+from diffalign.core.attention import Parts
 from diffalign.families.family import Family
-from diffalign.seams.attention.base import Site
+from diffalign.seams.attention.call import CallView
+from diffalign.seams.swap import unwrapped
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One attention module that sees text.
+    """One attention module that sees text."""
 
-    ``call``: which of its scaled-dot-product calls has the text keys, counted from 0.
-    """
-
+    # dotted name in the model, without any wrapper
     name: str
+    # attribute of the pipeline that holds the denoiser
     denoiser: str
     module: nn.Module
     kind: Literal["cross", "joint"]
+    # whether the text stands before or behind the image in a joint sequence
     text: Literal["first", "last"]
+    # which of its scaled-dot-product calls has the text keys, counted from 0
     call: int = 0
 
     @property
@@ -34,23 +36,18 @@ class Layer:
         """The layer without the facts of a call, as ``selects`` sees it."""
         return Site(self.name, self.kind)
 
+    def chain(self, techniques: Sequence[AttentionTechnique]) -> list[AttentionTechnique]:
+        """Those of ``techniques`` that are called here, outermost first."""
+        return [t for t in techniques if t.everywhere or t.selects(self.site)]
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One denoiser call as its layers see it.
 
-    ``active``: techniques that act now, outermost first. ``conditioned``: per row. ``text``: tokens
-    of the prompt; ``negative``: tokens of NAG's negative text behind them, 0 for none. ``twins``,
-    ``spans``: as in ``Site``.
-    """
-
-    denoiser: str
-    active: tuple[Any, ...]
-    conditioned: tuple[bool, ...]
-    text: int
-    negative: int = 0
-    twins: tuple[tuple[int, int], ...] = ()
-    spans: tuple[tuple[slice, slice], ...] | None = None
+def refusal(family: Family) -> str | None:
+    """Why no attention technique can act on the family's models, None when one can."""
+    if not family.text:
+        return f"{family.name} has no text in its attention layers"
+    if family.attention is None:
+        return f"the attention layers of {family.name} are not known"
+    return None
 
 
 def layers_of(family: Family, name: str, denoiser: nn.Module) -> Iterator[Layer]:
@@ -61,7 +58,7 @@ def layers_of(family: Family, name: str, denoiser: nn.Module) -> Iterator[Layer]
     known = family.attention
     if known is None:
         return
-    for path, module in denoiser.named_modules():
+    for path, module in unwrapped(denoiser).named_modules():
         if not hasattr(module, "processor"):
             continue
         if re.fullmatch(known.pattern, path):
@@ -70,9 +67,8 @@ def layers_of(family: Family, name: str, denoiser: nn.Module) -> Iterator[Layer]
                     f"{path} normalises over its text tokens (GroupNorm), so texts cannot be "
                     "added to them."
                 )
-            image_keys = (
-                known.kind == "cross" and getattr(module, "add_k_proj", None) is not None
-            )  # Wan attends to its image first
+            # Wan attends to its image first
+            image_keys = known.kind == "cross" and getattr(module, "add_k_proj", None) is not None
             yield Layer(path, name, module, known.kind, known.text, 1 if image_keys else 0)
         elif known.kind == "cross" and getattr(module, "is_cross_attention", False):
             raise UnsupportedModel(
@@ -81,21 +77,17 @@ def layers_of(family: Family, name: str, denoiser: nn.Module) -> Iterator[Layer]
             )
 
 
-def spans_of(
-    family: Family, denoiser: Any, kwargs: dict[str, Any]
-) -> tuple[tuple[slice, slice], ...] | None:
-    """Positions of (text, image) for each row, in the families where they differ between rows; None
-    elsewhere."""
+def row_parts(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tuple[Parts, ...]:
+    """Positions in each row, in the families where they differ between rows; empty elsewhere."""
     if family.attention is None or family.attention.row_parts is None:
-        return None
-    rows = family.attention.row_parts(denoiser, kwargs)
-    return tuple((parts["prompt"], parts["image"]) for parts in rows)
+        return ()
+    return family.attention.row_parts(unwrapped(denoiser), arguments)
 
 
-def text_length(family: Family, kwargs: dict[str, Any]) -> int:
+def text_length(family: Family, arguments: Mapping[str, Any]) -> int:
     """Tokens of the prompt, padding included (of the longest row where rows differ)."""
     argument = family.text[0]
-    value = kwargs[argument.name]
+    value = arguments[argument.name]
     if isinstance(value, list):
         return max(len(item) for item in value)
     if not isinstance(value, Tensor):
@@ -105,41 +97,53 @@ def text_length(family: Family, kwargs: dict[str, Any]) -> int:
     return int(value.shape[argument.axis])
 
 
-def site_of(layer: Layer, frame: Frame, q: Tensor, k: Tensor) -> Site:
+def site_of(layer: Layer, view: CallView, q: Tensor, k: Tensor) -> Site:
     """The layer in this call.
 
     Raises ``UnsupportedModel`` when the sequences are not what the family says.
     """
-    total, keys, queries = frame.text + frame.negative, int(k.shape[-2]), int(q.shape[-2])
-    facts: dict[str, Any] = {"conditioned": frame.conditioned, "twins": frame.twins}
-    if len(frame.conditioned) != q.shape[0]:
+    keys, queries = int(k.shape[-2]), int(q.shape[-2])
+    if len(view.conditioned) != q.shape[0]:
         raise UnsupportedModel(
-            f"Expected {len(frame.conditioned)} rows at {layer.name!r}; got {q.shape[0]}."
+            f"Expected {len(view.conditioned)} rows at {layer.name!r}; got {q.shape[0]}."
         )
-    if layer.kind == "cross":
-        if keys != total:
-            raise UnsupportedModel(f"Expected {total} text keys at {layer.name!r}; got {keys}.")
-        negative = slice(frame.text, total) if frame.negative else None
-        return Site(
-            layer.name, "cross", slice(0, frame.text), queries, slice(0, queries), negative, **facts
-        )
-    if keys != queries:
+    if layer.kind == "joint" and keys != queries:
         raise UnsupportedModel(
             f"Expected as many keys as queries at {layer.name!r}; got {keys} and {queries}."
         )
-    if frame.spans is not None:
-        first = frame.spans[0]
-        same = all(span == first for span in frame.spans)
-        tokens = first[1].stop - first[1].start
-        text, image = first if same else (None, None)
-        return Site(layer.name, "joint", text, tokens, image, spans=frame.spans, **facts)
+    rows = view.row_parts if layer.kind == "joint" else ()
+    if rows:
+        alike = all(parts == rows[0] for parts in rows)
+        parts, image = rows[0] if alike else {}, rows[0]["image"]
+        rows = () if alike else rows
+    else:
+        parts = _parts(layer, view, keys, queries)
+        image = parts["image"]
+    tokens = image.stop - image.start
+    return Site(layer.name, layer.kind, parts, rows, tokens, view.conditioned, view.copies)
+
+
+def _parts(layer: Layer, view: CallView, keys: int, queries: int) -> Parts:
+    """Positions by name, the same in every row."""
+    total = view.prompt + sum(view.added.values())
+    if layer.kind == "cross":
+        if keys != total:
+            raise UnsupportedModel(f"Expected {total} text keys at {layer.name!r}; got {keys}.")
+        return {**_texts(view, 0), "image": slice(0, queries)}
     if keys <= total:
         raise UnsupportedModel(
             f"Expected more than {total} tokens (text and image) at {layer.name!r}; got {keys}."
         )
     tokens = keys - total
-    start = 0 if layer.text == "first" else tokens
-    text, end = slice(start, start + frame.text), start + total
-    image = slice(total, keys) if layer.text == "first" else slice(0, tokens)
-    negative = slice(text.stop, end) if frame.negative else None
-    return Site(layer.name, "joint", text, tokens, image, negative, **facts)
+    if layer.text == "first":
+        return {**_texts(view, 0), "image": slice(total, keys)}
+    return {**_texts(view, tokens), "image": slice(0, tokens)}
+
+
+def _texts(view: CallView, start: int) -> dict[str, slice]:
+    """The prompt from ``start`` on, and behind it what techniques added."""
+    places = {}
+    for name, length in {"prompt": view.prompt, **view.added}.items():
+        places[name] = slice(start, start + length)
+        start += length
+    return places

@@ -78,7 +78,7 @@ class OneBatch:
             return original(*args, **kwargs)
         batch = generation.batch
         rows = range(batch) if family.order == "cu" else range(batch, 2 * batch)
-        arguments = take_arguments(call.arguments, rows, call.rows, family.shared, family.lists)
+        arguments = take_arguments(call.arguments, rows, call.rows, family)
         return doubled(original(**arguments), batch)
 
 

@@ -7,11 +7,37 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from diffalign.core import Pass, UnsupportedModel
+from diffalign.seams.swap import unwrapped
+
+
+def is_cached(module: Any) -> bool:
+    """Whether the model runs a feature cache of diffusers."""
+    return bool(getattr(unwrapped(module), "is_cache_enabled", False))
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether the model is compiled, in whole or in part."""
+    return any(map(_has_graph, module.modules()))
+
+
+def is_compiled_whole(module: Any) -> bool:
+    """Whether one compiled call covers the whole model; blocks compiled one by one do not count."""
+    model = unwrapped(module)
+    for part in module.modules():  # wrappers come before what they wrap
+        if _has_graph(part):
+            return True
+        if part is model:
+            break
+    return False
+
+
+def _has_graph(part: Any) -> bool:
+    return "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
 
 
 def keeps_both(module: Any) -> bool:
     """Whether the model's cache takes the halves of every batch for the two branches."""
-    return type(getattr(module, "_cache_config", None)).__name__ == "FasterCacheConfig"
+    return type(getattr(unwrapped(module), "_cache_config", None)).__name__ == "FasterCacheConfig"
 
 
 def check_rows(module: Any, rows: int, whole: int) -> None:
@@ -26,9 +52,7 @@ def check_rows(module: Any, rows: int, whole: int) -> None:
 def fixed_rows(module: Any) -> bool:
     """Whether row counts must stay {B, 2B}: the module is compiled, in whole or in part, or runs a
     feature cache."""
-    if getattr(module, "is_cache_enabled", False) or hasattr(module, "_orig_mod"):
-        return True
-    return any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
+    return is_cached(module) or is_compiled(module)
 
 
 def empty_cache(module: Any) -> None:
@@ -40,20 +64,20 @@ def empty_cache(module: Any) -> None:
         if hasattr(m, "_diffusers_hook")
         for hook in m._diffusers_hook.hooks.values()
     ]
-    held = [
+    contexts = [
         (part, part._context)
         for hook in hooks
         for part in vars(hook).values()
         if hasattr(part, "_context")
     ]
-    module._reset_stateful_cache()
-    for part, context in held:
+    unwrapped(module)._reset_stateful_cache()
+    for part, context in contexts:
         part.set_context(context)
 
 
 def cache_context(module: Any, p: Pass) -> AbstractContextManager[Any]:
-    return (
-        module.cache_context(p.name)
-        if getattr(module, "is_cache_enabled", False)
-        else nullcontext()
-    )
+    """The cache context of a pass of our own, where the model runs a feature cache."""
+    if not is_cached(module):
+        return nullcontext()
+    context: AbstractContextManager[Any] = unwrapped(module).cache_context(p.name)
+    return context

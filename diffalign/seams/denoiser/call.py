@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.core import Pass, StepInfo
+from diffalign.core import Pass, StepInfo, UnsupportedModel
 from diffalign.seams.denoiser.rows import count_rows, parameter_names
 from diffalign.seams.swap import original_class, unwrapped
 
@@ -53,6 +53,21 @@ class DenoiserCall:
     passes: tuple[Pass, ...]
     # for each row, whether it carries the prompt
     conditioned: tuple[bool, ...]
+    # rows that a technique added at the end: (row, the row that repeats it with another text)
+    copies: tuple[tuple[int, int], ...] = ()
+
+    def images(self, batch: int) -> list[int]:
+        """Which of ``batch`` images each row belongs to."""
+        every, rows = range(batch), len(self.conditioned) - len(self.copies)
+        images = [i for p in self.passes for i in (every if p.rows is None else p.rows)]
+        if len(images) != rows:  # compiled and cached models run whole branches
+            images = [i for _ in self.passes for i in every]
+        if len(images) != rows:
+            raise UnsupportedModel(
+                f"Expected {len(images)} rows at the denoiser, {batch} images for each of "
+                f"{[p.name for p in self.passes]}; got {rows}."
+            )
+        return images + [images[row] for row, _ in self.copies]
 
 
 Denoise = Callable[[DenoiserCall, dict[str, Any]], Any]

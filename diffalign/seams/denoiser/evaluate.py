@@ -12,12 +12,13 @@ from torch import Tensor
 
 from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo
 from diffalign.families.family import Family
-from diffalign.seams.blocks.sites import skipped
+from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser.cache import (
     cache_context,
     check_rows,
     empty_cache,
     fixed_rows,
+    is_cached,
     keeps_both,
 )
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
@@ -120,13 +121,9 @@ class Evaluator:
             sizes.append(len(part))
         arguments = call.arguments
         if rows != list(range(call.rows)):
-            arguments = take_arguments(
-                arguments, rows, call.rows, self.family.shared, self.family.lists
-            )
+            arguments = take_arguments(arguments, rows, call.rows, self.family)
         check_rows(call.module, len(rows), call.rows)
-        if self._last_rows not in (0, len(rows)) and getattr(
-            call.module, "is_cache_enabled", False
-        ):
+        if self._last_rows not in (0, len(rows)) and is_cached(call.module):
             empty_cache(call.module)
         self._last_rows = len(rows)
         conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))

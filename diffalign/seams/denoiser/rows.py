@@ -5,26 +5,30 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from diffalign.families.family import Family
 
-def take(value: Any, rows: Sequence[int], total: int, lists: bool = False) -> Any:
-    """Rows of every tensor whose first axis is ``total``, through dictionaries, lists and tuples;
-    everything else as it is.
 
-    ``lists``: a Python list of ``total`` tensors is itself the batch.
+def take(value: Any, rows: Sequence[int], total: int, lists: bool = False, axis: int = 0) -> Any:
+    """Rows of every tensor with ``total`` on its first axis, through dictionaries, lists and
+    tuples; everything else as it is.
+
+    ``lists``: a Python list of ``total`` tensors is itself the batch. ``axis``: of a tensor whose
+    rows lie elsewhere.
     """
     if isinstance(value, Tensor):
-        if value.ndim == 0 or value.shape[0] != total:
+        if value.ndim <= axis or value.shape[axis] != total:
             return value
         first, count = rows[0] if rows else 0, len(rows)
         if list(rows) == list(range(first, first + count)):
-            return value[first : first + count]
-        return value[torch.tensor(rows, device=value.device)]
+            return value.narrow(axis, first, count)
+        return value.index_select(axis, torch.tensor(rows, device=value.device))
     if isinstance(value, dict):
         return {key: take(item, rows, total, lists) for key, item in value.items()}
     if lists and isinstance(value, list) and len(value) == total:
@@ -40,9 +44,9 @@ SHARED_WITHIN = ("ip_adapter_masks", "scale")
 
 
 def take_arguments(
-    kwargs: dict[str, Any], rows: Sequence[int], total: int, shared: Collection[str], lists: bool
+    kwargs: dict[str, Any], rows: Sequence[int], total: int, family: Family
 ) -> dict[str, Any]:
-    """``take`` on every argument that is split by rows.
+    """``take`` on every argument of the family's denoiser that is split by rows.
 
     Within a dictionary, pictures of adapters are split by rows and their masks never are.
     """
@@ -50,15 +54,15 @@ def take_arguments(
     def entry(name: str, value: Any, whole: bool) -> Any:
         if name in SHARED_WITHIN or (whole and name not in ROWS_WITHIN):
             return value
-        return take(value, rows, total, lists)
+        return take(value, rows, total, family.lists)
 
-    arguments = {}
+    axes, arguments = family.row_axes, {}
     for name, value in kwargs.items():
-        whole = name in shared
+        whole = name in family.shared
         if isinstance(value, dict):
             value = {key: entry(key, item, whole) for key, item in value.items()}
         elif not whole:
-            value = take(value, rows, total, lists)
+            value = take(value, rows, total, family.lists, axes.get(name, 0))
         arguments[name] = value
     return arguments
 

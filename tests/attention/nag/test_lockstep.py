@@ -71,7 +71,9 @@ def negative_arguments(name, inputs, kwargs):
     return changed
 
 
-def rows(value, picked, total):
+def rows(value, picked, total, axis=0):
+    if isinstance(value, torch.Tensor) and axis:
+        return value.movedim(axis, 0)[picked].movedim(0, axis)
     if isinstance(value, torch.Tensor):
         return value[picked] if value.ndim and value.shape[0] == total else value
     if isinstance(value, dict):
@@ -119,10 +121,12 @@ def reference(pipe, name, inputs, guided, formula, batch, negative=None, more=No
             if guided and family.mode == "batched":
                 first, second = slice(0, batch), slice(batch, total)
                 cond, uncond = (first, second) if family.order == "cu" else (second, first)
-                one = {key: rows(value, cond, total) for key, value in kwargs.items()}
-                other = original(
-                    **{key: rows(value, uncond, total) for key, value in kwargs.items()}
+                axes = {argument.name: argument.rows for argument in family.text}
+                one, other = (
+                    {key: rows(v, part, total, axes.get(key, 0)) for key, v in kwargs.items()}
+                    for part in (cond, uncond)
                 )
+                other = original(**other)
                 other = other[0] if isinstance(other, tuple) else other.sample
             else:
                 one, other = kwargs, None
@@ -196,12 +200,8 @@ def test_two_models_in_lock_step(name, variant, guided):
     report, met = compare(name, variant, guided, ours(), theirs, batch=1 if "VACE" in name else 2)
     layers = met[0] * (2 if variant == "2.2" else 1)
     assert report.layers["NAG"] == (layers, layers)
-    two_rows = name in (
-        "CogVideoXPipeline",
-        "Lumina2Pipeline",
-        "ZImagePipeline",
-        "WanImageToVideoPipeline",
-    )
+    model = denoisers(tiny_pipeline(name, variant=variant), name)[0]
+    two_rows = FAMILIES[name].second_text.in_rows(model)
     assert report.nfe == report.steps * (1 + guided + two_rows)
 
 
@@ -218,7 +218,7 @@ def test_two_models_in_lock_step(name, variant, guided):
         "ZImagePipeline",
     ],
 )
-@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("length", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_texts_of_unequal_length(name, length):
     """A negative text of its own, shorter and longer than the prompt, beside the negative prompt of
     CFG."""

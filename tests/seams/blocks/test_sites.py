@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import diffalign as da
-from diffalign.core import COND, Guidance, Pass, UnsupportedModel
+from diffalign.core import COND, BlockSite, Guidance, Pass, UnsupportedModel
 from diffalign.families import FAMILIES, block_streams
-from diffalign.seams.blocks.sites import BlockSite, select, sites, skipped
+from diffalign.seams.blocks.sites import select, sites
+from diffalign.seams.blocks.skip import skipped
 from diffalign.testing.deep import PIPELINES, deep_pipeline, without_block
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -125,6 +126,25 @@ def test_order_and_edges():
     assert all("attentions" in site.name for site in sites(unet))
     lumina = denoiser(deep_pipeline("Lumina2Pipeline"))
     assert all(site.name.startswith("layers.") for site in sites(lumina))
+
+
+class Wrapper(nn.Module):
+    """A module with one block inside."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        return self.block(*args, **kwargs)
+
+
+def test_blocks_inside_wrappers():
+    toy = Toy()
+    toy.video = nn.ModuleList([Wrapper(block) for block in toy.video])
+    assert [site.name for site in sites(toy)][:3] == [f"video.{i}.block" for i in range(3)]
+    with skipped(toy, ("video.1.block",)):
+        assert toy(torch.ones(1, 5, 2), torch.ones(1, 3, 2))[0][0, 0, 0] == 32
 
 
 def test_select():

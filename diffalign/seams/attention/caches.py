@@ -1,0 +1,56 @@
+"""Feature caches of diffusers beside attention techniques: which are refused, when one is stale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffalign.core import UnsupportedModel
+from diffalign.seams.attention.call import CallView
+from diffalign.seams.denoiser.cache import empty_cache, is_cached
+from diffalign.seams.swap import unwrapped
+
+# caches that reuse what an attention technique changes between calls
+REFUSED = {
+    "FasterCacheConfig": "it skips the unconditional rows inside the model",
+    "TextKVCacheConfig": "it keeps text keys from call to call",
+}
+
+
+class Caches:
+    """The feature caches of one generation's denoisers."""
+
+    def __init__(self, denoisers: Mapping[str, Any]) -> None:
+        self.denoisers = denoisers
+        # denoiser -> whether it runs a cache
+        self.active = {name: is_cached(module) for name, module in denoisers.items()}
+        # denoiser -> with which techniques and added texts its cache was filled
+        self._filled: dict[str, Any] = {}
+
+    def refuse(self, two_lengths: bool) -> None:
+        """Raise ``UnsupportedModel`` for a cache that cannot live beside the techniques.
+
+        ``two_lengths``: the branches come in calls of their own with texts of unequal lengths.
+        """
+        for module in self.denoisers.values():
+            config = type(getattr(unwrapped(module), "_cache_config", None)).__name__
+            if config in REFUSED:
+                raise UnsupportedModel(
+                    f"{config} cannot be combined with attention techniques: {REFUSED[config]}. "
+                    "Disable the cache."
+                )
+            if config == "PyramidAttentionBroadcastConfig" and two_lengths:
+                raise UnsupportedModel(
+                    f"{config} cannot be combined with NAG here: it hands attention outputs of one "
+                    "branch to the other, which has another text length. Disable the cache."
+                )
+
+    def empty_stale(self, view: CallView) -> None:
+        """Empty a cache that was filled with other techniques, or with other shapes."""
+        name = view.denoiser
+        if not self.active[name] or not any(view.conditioned):
+            return
+        contents = (view.active, bool(view.added), bool(view.copies))
+        if self._filled.setdefault(name, contents) != contents:
+            empty_cache(self.denoisers[name])
+            self._filled[name] = contents
