@@ -20,9 +20,9 @@ from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.generate.models import Model
 from diffalign.generate.samples import Sample, merged, picture, samples
 from diffalign.generate.seeds import Job
-from diffalign.generate.verdicts import verdicts
+from diffalign.generate.verdicts import Detector, verdicts
 from diffalign.seams import Report
-from diffalign.tasks.geneval.verdict import Detector, Verdict, parse_prompt
+from diffalign.tasks.geneval.verdict import Verdict, parse_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,14 @@ from diffalign.eval.statistics import Interval, interval
 from diffalign.generate.seeds import Job
 from diffalign.generate.seeds import seed_of as image_seed
 from diffalign.tasks.geneval.prompts import TAGS
-from diffalign.tasks.geneval.verdict import Detector, prompts
+from diffalign.tasks.geneval.verdict import prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
     from diffalign.generate.samples import Sample
+    from diffalign.generate.verdicts import Detector
 
 Scorer = Callable[["Tensor", Sequence[str]], "Tensor"]
 """Images [B, 3, H, W] in [0, 1] and their prompts -> [B] scores."""

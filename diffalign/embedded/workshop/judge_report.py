@@ -23,7 +23,8 @@ from diffalign.core.types import Json
 from diffalign.embedded.workshop.degrade import round_trip
 from diffalign.embedded.world.scenes import HELD_OUT, Scene, World
 from diffalign.embedded.world.vocabulary import NATIVE
-from diffalign.tasks.geneval.verdict import Detection, Detector, Thresholds, verdict
+from diffalign.generate.verdicts import Detector
+from diffalign.tasks.geneval.verdict import Detection, Thresholds, verdict
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny

@@ -24,8 +24,7 @@ from diffalign.embedded.world.scenes import World
 from diffalign.embedded.world.tokens import encode
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
-from diffalign.generate.verdicts import verdicts
-from diffalign.tasks.geneval.verdict import Detector
+from diffalign.generate.verdicts import Detector, verdicts
 from diffalign.tasks.geneval.verdict import prompts as official
 
 

@@ -22,8 +22,7 @@ from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.workshop.samples import training_prompts
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import Job, seed_of
-from diffalign.generate.verdicts import verdicts
-from diffalign.tasks.geneval.verdict import Detector
+from diffalign.generate.verdicts import Detector, verdicts
 
 SCALES = (1.0, 1.0, 1.5, 2.0, 4.0, 8.0)
 """Guidance scale of each picture of a prompt; even places share one noise, odd places another."""

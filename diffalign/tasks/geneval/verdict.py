@@ -13,7 +13,6 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Protocol
 
 from diffalign.tasks.geneval.prompts import (
     COLORS,
@@ -24,9 +23,6 @@ from diffalign.tasks.geneval.prompts import (
     prompts,
 )
 from diffalign.tasks.geneval.summary import Summary, TagScore, summary
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "COLORS",
@@ -133,16 +129,6 @@ class Thresholds:
 
 
 OFFICIAL = Thresholds()
-
-
-class Detector(Protocol):
-    """A judge: finds objects, and knows the thresholds at which its verdicts are to be read."""
-
-    thresholds: Thresholds
-
-    def detect(self, images: Tensor) -> list[list[Detection]]:
-        """The objects of each of ``images`` [B, 3, H, W] in [0, 1], best first."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
