@@ -67,8 +67,8 @@ class Attend(Protocol):
         """The same layer for some rows and parts of queries and keys; ``site`` is what is left."""
         ...
 
-    def kernel(self, op: str, key: Hashable, make: Callable[[], K]) -> K:
-        """A kernel chosen once per ``key`` and run."""
+    def kernel(self, op: str, key: Hashable, make: Callable[[], tuple[K, str]]) -> K:
+        """A kernel chosen once per ``key`` and run; ``make`` returns it and why it was chosen."""
         ...
 
 
