@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import gradio as gr
 import torch
 from PIL import Image
 
 from diffalign import Cancelled, Report, load, supports, techniques
-from diffalign.app.controls import Control, controls_of, is_ready, technique_of
+from diffalign.app.controls import Control, Values, controls_of, is_ready, technique_of
 from diffalign.core.registry import parse
+from diffalign.core.technique import Technique
+from diffalign.core.types import Keywords
 from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.families import family_of
 from diffalign.generate.models import Setting, open_model
@@ -32,7 +33,7 @@ EXAMPLES = [
     "a photo of a bear above a pizza",
     "a photo of a purple train",
 ]
-Progress = Callable[..., Any]
+Progress = Callable[..., object]
 """Called with (step, steps) and ``desc=``, the name of the column."""
 
 
@@ -62,15 +63,16 @@ class Comparison:
         """End the drawing that runs at its next step; without one, nothing happens."""
         self._stopped = True
 
-    def resolved(self, name: str) -> Any:
+    def resolved(self, name: str) -> Technique:
         """The technique with the options that it has on this model by default."""
         context = context_of(self.pipe, family_of(type(self.pipe)))
-        return resolve(self.classes[name](), context, {})
+        technique: Technique = resolve(self.classes[name](), context, {})
+        return technique
 
     def draw(
         self,
         prompt: str,
-        columns: Mapping[str, Sequence[Any]],
+        columns: Mapping[str, Sequence[Technique]],
         scale: float,
         steps: float,
         seed: float,
@@ -82,7 +84,7 @@ class Comparison:
         Raises ``gr.Error`` with one line for bad input, and after ``stop``.
         """
         check(prompt, steps, seed)
-        call: dict[str, Any] = {"guidance_scale": scale, "num_inference_steps": int(steps)}
+        call: Keywords = {"guidance_scale": scale, "num_inference_steps": int(steps)}
         call |= {"negative_prompt": negative} if negative else {}
         try:
             with self._busy:
@@ -111,9 +113,9 @@ class Comparison:
     def _run(
         self,
         label: str,
-        tools: Sequence[Any],
+        tools: Sequence[Technique],
         prompt: str,
-        call: Mapping[str, Any],
+        call: Keywords,
         seed: int,
         progress: Progress | None,
     ) -> Sample:
@@ -158,8 +160,8 @@ def columns_of(
     text: str | None,
     scale: float,
     controls: list[Control],
-    values: Mapping[Any, Any],
-) -> dict[str, tuple[Any, ...]]:
+    values: Values,
+) -> dict[str, tuple[Technique, ...]]:
     """The plain column, and that with the chosen techniques or those of ``text``, which wins.
 
     Raises ``gr.Error`` with one line for bad input.
@@ -217,9 +219,9 @@ def tab(comparison: Comparison) -> None:
             )
 
     def draw(
-        values: dict[Any, Any],
-        progress: Any = gr.Progress(),  # noqa: B008
-    ) -> Any:
+        values: Values,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Image.Image, str, Image.Image | None]:
         columns = columns_of(values[names], values[text], values[scale], controls, values)
         return comparison.draw(
             values[prompt],
@@ -238,9 +240,9 @@ def tab(comparison: Comparison) -> None:
     stop.click(comparison.stop, api_name="stop")
 
 
-def option_groups(comparison: Comparison, names: Any) -> list[Control]:
+def option_groups(comparison: Comparison, names: gr.Dropdown) -> list[Control]:
     """One group of controls for each technique, shown while it is chosen in ``names``."""
-    groups: dict[str, Any] = {}
+    groups: dict[str, gr.Accordion] = {}
     controls: list[Control] = []
     for name, cls in comparison.classes.items():
         with gr.Accordion(f"Options of {name}", open=False, visible=name in names.value) as group:
@@ -249,7 +251,7 @@ def option_groups(comparison: Comparison, names: Any) -> list[Control]:
             groups[name] = group
             controls += drawn
 
-    def show(chosen: list[str]) -> list[Any]:
+    def show(chosen: list[str]) -> list[gr.Accordion]:
         return [gr.Accordion(visible=name in chosen) for name in groups]
 
     names.change(

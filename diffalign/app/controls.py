@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.components import FormComponent
 
 from diffalign.core.option import CALL, REQUIRED, Option, options_of
 from diffalign.core.registry import make
+from diffalign.core.technique import Technique
+from diffalign.core.types import Keywords
 from diffalign.core.values import alternatives, value_text
+
+Values = Mapping[FormComponent, Any]
+"""Component -> what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +26,11 @@ class Control:
     technique: str
     option: str
     # what the control shows before anybody touches it
-    initial: Any
-    component: Any
+    initial: object
+    component: FormComponent
 
 
-def controls_of(name: str, cls: type, resolved: Any) -> list[Control]:
+def controls_of(name: str, cls: type, resolved: Technique) -> list[Control]:
     """Controls for the options of the technique ``name``, drawn where this is called.
 
     ``resolved``: the technique with the options that it has on the page's model. The guidance scale
@@ -38,10 +44,10 @@ def controls_of(name: str, cls: type, resolved: Any) -> list[Control]:
     return controls
 
 
-def _component(spec: Option, value: Any) -> tuple[Any, Any]:
+def _component(spec: Option, value: Any) -> tuple[object, FormComponent]:
     """What is shown at first, and the control: a range is a slider, choices a list, a flag a box,
     everything else a text as the command line reads it."""
-    words: dict[str, Any] = {"label": spec.name.replace("_", " ")}
+    words: Keywords = {"label": spec.name.replace("_", " ")}
     words["info"] = "; ".join(filter(None, (spec.meaning, spec.range)))
     kinds = [kind for kind in alternatives(spec.annotation) if kind is not type(None)]
     if value in spec.choices:
@@ -62,7 +68,7 @@ def is_ready(cls: type) -> bool:
     return all(spec.default is not REQUIRED for spec in options_of(cls).values())
 
 
-def technique_of(name: str, controls: list[Control], values: Mapping[Any, Any]) -> Any:
+def technique_of(name: str, controls: list[Control], values: Values) -> Technique:
     """The technique with the options that the user changed; the others stay the model's own.
 
     ``values``: component -> its value. Raises ValueError for a bad value.

@@ -6,13 +6,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
 
 from diffalign.calibration.curves import Curves, eight_bits, record
 from diffalign.core import Tensor
+from diffalign.core.types import Pipeline
 from diffalign.drawing.charts import Curve, line_chart, stacked
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
@@ -31,14 +32,14 @@ class Calibration:
     # measured in that second generation, mean over images
     nfe: float
     # the conditions under which the threshold holds, as presets name them
-    when: dict[str, Any]
+    when: dict[str, object]
 
     @property
     def nfe_cfg(self) -> int:
         """What plain guidance costs per image."""
         return 2 * sum(self.curves.evaluations)
 
-    def preset(self, source: str) -> dict[str, list[dict[str, Any]]]:
+    def preset(self, source: str) -> dict[str, list[dict[str, object]]]:
         """The content of a preset file; ``source`` says where the value comes from."""
         where = {key: value for key, value in self.when.items() if key != "space"}
         entries = [
@@ -129,7 +130,7 @@ def check_saving(saving: float, steps: int, order: int = 1, minimum: int = 2) ->
 
 
 def calibrate_adaptive_guidance(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     *,
     scale: float,
@@ -140,7 +141,7 @@ def calibrate_adaptive_guidance(
     batch: int = 16,
     seed: int = 0,
     step: Callable[[], None] | None = None,
-    **call: Any,
+    **call: object,
 ) -> Calibration:
     """The highest threshold that saves ``saving`` of plain CFG's evaluations on average over
     ``prompts``, and what it changes.

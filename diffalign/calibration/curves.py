@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 
@@ -28,6 +28,7 @@ from diffalign.core import (
     filled,
     option,
 )
+from diffalign.core.types import Pipeline
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
 from diffalign.guidance.adaptive_guidance import agreement
@@ -119,7 +120,7 @@ class Curves:
 
 
 def record(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     *,
     scale: float,
@@ -128,7 +129,7 @@ def record(
     batch: int = 16,
     seed: int = 0,
     step: Callable[[], None] | None = None,
-    **call: Any,
+    **call: object,
 ) -> tuple[Curves, Tensor]:
     """Plain CFG on every prompt: the curves, and the images in 8 bits, uint8 [N, 3, H, W].
 

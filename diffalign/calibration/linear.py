@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.core.types import Pipeline
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
 from diffalign.guidance.linear_ag import Trajectories, identity_of
@@ -82,7 +82,7 @@ def solve(
 
 
 def fit_linear_ag(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     *,
     scale: float,
@@ -93,7 +93,7 @@ def fit_linear_ag(
     seed: int = 0,
     ridge: float = 1e-6,
     step: Callable[[], None] | None = None,
-    **call: Any,
+    **call: object,
 ) -> LinearPolicy:
     """One trajectory of plain CFG per prompt on ``pipe`` as it is, then one least-squares problem
     per estimated step.

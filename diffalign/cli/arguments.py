@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 WHAT, HOW, WHERE = "What to make", "How to sample", "Where and how to run"
-REQUIRED: Any = inspect.Parameter.empty
+REQUIRED: object = inspect.Parameter.empty
 """Default of an option that the user must give."""
 
 
@@ -105,7 +105,7 @@ def shared(
     *,
     without: Collection[str] = (),
     help: Mapping[str, str] | None = None,
-    **defaults: Any,
+    **defaults: object,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The command gets the options ``names`` but those ``without``, in the place of its first
     parameter, which is an ``Options``.

@@ -3,12 +3,15 @@
 import shlex
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from diffalign.cli import arguments, show
 from diffalign.cli.problem import checking, command, complain
+
+if TYPE_CHECKING:
+    from diffalign.calibration.adaptive import Calibration
 
 calibrate = typer.Typer(no_args_is_help=True, help="Measure the value of an option on a model.")
 
@@ -83,7 +86,7 @@ def files_of(output: Path) -> tuple[Path, Path]:
     return target, target.with_suffix(".png")
 
 
-def source_of(options: arguments.Options, calibration: Any) -> str:
+def source_of(options: arguments.Options, calibration: "Calibration") -> str:
     """Where the value comes from, in the words of a preset."""
     from diffalign import __version__
 
@@ -98,7 +101,7 @@ def source_of(options: arguments.Options, calibration: Any) -> str:
     )
 
 
-def write(target: Path, picture: Path, calibration: Any, source: str) -> None:
+def write(target: Path, picture: Path, calibration: "Calibration", source: str) -> None:
     """Preset and plot, both or none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(target.name + ".part")
@@ -109,7 +112,7 @@ def write(target: Path, picture: Path, calibration: Any, source: str) -> None:
     draft.replace(target)
 
 
-def warn_of_noise(calibration: Any) -> None:
+def warn_of_noise(calibration: "Calibration") -> None:
     """A warning where most images latch at the first step that may."""
     curves = calibration.curves
     latches = curves.latches(calibration.threshold)
@@ -124,7 +127,7 @@ def warn_of_noise(calibration: Any) -> None:
         )
 
 
-def report(options: arguments.Options, calibration: Any, source: str) -> None:
+def report(options: arguments.Options, calibration: "Calibration", source: str) -> None:
     """Say what was chosen and how to use it."""
     from diffalign.core.presets import VARIABLE
 

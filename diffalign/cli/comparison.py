@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -14,12 +13,14 @@ from PIL import Image
 from diffalign import __version__
 from diffalign.cli import show
 from diffalign.cli.request import Request
+from diffalign.core.technique import Technique
+from diffalign.core.types import Json
 from diffalign.drawing.png import save_png
 from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.generate.models import Model
 from diffalign.generate.samples import Sample, merged, picture, samples
 from diffalign.generate.seeds import Job
-from diffalign.generate.verdicts import verdicts
+from diffalign.generate.verdicts import Detector, verdicts
 from diffalign.seams import Report
 from diffalign.tasks.geneval.verdict import Verdict, parse_prompt
 
@@ -29,7 +30,7 @@ class Column:
     """One variant of every image; no technique is the plain pipeline."""
 
     label: str
-    techniques: tuple[Any, ...]
+    techniques: tuple[Technique, ...]
     samples: tuple[Sample, ...]
     files: tuple[Path, ...]
     # one per image, None without one
@@ -63,7 +64,7 @@ class Column:
 
 
 def compare(
-    request: Request, variants: Sequence[tuple[str, tuple[Any, ...]]], quiet: bool
+    request: Request, variants: Sequence[tuple[str, tuple[Technique, ...]]], quiet: bool
 ) -> tuple[list[Column], str]:
     """Run every variant, label and techniques, and save each image as soon as its batch is done.
 
@@ -122,7 +123,7 @@ def warm_up(request: Request, jobs: Sequence[Job]) -> None:
     next(samples(request.model.pipe, (), jobs[: request.batch], batch=request.batch, call=call))
 
 
-def judge_of(model: Model, prompts: Sequence[str]) -> tuple[Any, str]:
+def judge_of(model: Model, prompts: Sequence[str]) -> tuple[Detector | None, str]:
     """The judge for this model, or None and the reason why these prompts get no verdicts."""
     from diffalign.embedded import available, load
 
@@ -140,7 +141,7 @@ def judge_of(model: Model, prompts: Sequence[str]) -> tuple[Any, str]:
     return load(name), ""
 
 
-def judged(judge: Any, batch: Sequence[Sample]) -> list[Verdict | None]:
+def judged(judge: Detector | None, batch: Sequence[Sample]) -> list[Verdict | None]:
     """The verdicts on a batch, all None without a judge."""
     if judge is None:
         return [None] * len(batch)
@@ -177,7 +178,7 @@ def sheet(request: Request, columns: Sequence[Column], title: str = "") -> Image
     )
 
 
-def data(request: Request, columns: Sequence[Column], why: str) -> dict[str, Any]:
+def data(request: Request, columns: Sequence[Column], why: str) -> Json:
     """The comparison as JSON data."""
     settings = columns[0].samples[0].settings
     common = {
@@ -210,7 +211,7 @@ def data(request: Request, columns: Sequence[Column], why: str) -> dict[str, Any
     }
 
 
-def column_data(model: Model, column: Column) -> dict[str, Any]:
+def column_data(model: Model, column: Column) -> Json:
     """One column as JSON data."""
     report = column.report
     return {

@@ -1,12 +1,16 @@
 """``diffalign fit``: what a technique must learn about a model before it can act there."""
 
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffalign.cli import arguments, show
 from diffalign.cli.problem import BadInput, checking, command
+
+if TYPE_CHECKING:
+    from diffalign.cli.request import Request
+    from diffalign.guidance.linear_policy import LinearPolicy
 
 fit = typer.Typer(no_args_is_help=True, help="Fit what a technique must know about a model.")
 LETTERS = {"g": "guided", "e": "estimated", "c": "conditional"}
@@ -78,7 +82,7 @@ def linear_ag(
     report(options, request, policy)
 
 
-def report(options: arguments.Options, request: Any, policy: Any) -> None:
+def report(options: arguments.Options, request: "Request", policy: "LinearPolicy") -> None:
     """Say what was fitted and how to use it."""
     from diffalign.cli.measurement import repeated
     from diffalign.guidance.linear_policy import files_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -67,7 +67,7 @@ def generate(
 
 def say(
     options: arguments.Options,
-    images: Sequence[Mapping[str, Any]],
+    images: Sequence[Mapping[str, object]],
     report: Report,
     drawing: Path | None,
 ) -> None:

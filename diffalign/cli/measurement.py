@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
-from typing import Any
 
 from diffalign.cli.arguments import Options
 from diffalign.cli.problem import BadInput
 from diffalign.cli.request import Request, check_numbers, prepare, read_prompts
+from diffalign.core.technique import Technique
 
 
 def spread(prompts: tuple[str, ...], count: int) -> list[str]:
@@ -21,7 +21,7 @@ def spread(prompts: tuple[str, ...], count: int) -> list[str]:
     ]
 
 
-def prepare_measurement(options: Options, technique: Any) -> Request:
+def prepare_measurement(options: Options, technique: Technique) -> Request:
     """The checked request for ``options.count`` images, those of GenEval's prompts unless there is
     a file of others.
 

@@ -1,6 +1,6 @@
 """``diffalign models``: what ``--model`` takes."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,7 +30,7 @@ def describe(pipeline: str, json: bool) -> None:
 
     with checking():
         family = family_of(type(pipeline, (), {}))
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "pipeline": pipeline,
         "family": family.name,
         "denoisers": family.denoisers,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 import typer
 
@@ -56,7 +56,7 @@ def _refused(error: ValueError) -> bool:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any
+    message: Warning | str, category: type[Warning], filename: str, *rest: object, **more: object
 ) -> None:
     if issubclass(category, UserWarning) and Path(filename).is_relative_to(
         Path(__file__).parents[1]

@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffalign.cli.arguments import Options
 from diffalign.cli.problem import BadInput, checking
+from diffalign.core.technique import Technique
+from diffalign.core.types import Json
 
 if TYPE_CHECKING:
     from diffalign.generate.models import Model
@@ -33,10 +35,10 @@ class Request:
     # folder, which may not be there yet
     output: Path
     # what saved images say of the run
-    facts: dict[str, Any]
+    facts: Json
 
 
-def prepare(options: Options, *variants: Sequence[Any]) -> Request:
+def prepare(options: Options, *variants: Sequence[Technique]) -> Request:
     """Check everything, cheapest first, then load the model. ``variants``: groups of techniques.
 
     Raises ``BadInput`` with the first thing that cannot be used.
@@ -70,7 +72,7 @@ def prepare(options: Options, *variants: Sequence[Any]) -> Request:
     )
 
 
-def techniques_of(texts: Sequence[str] | None) -> tuple[Any, ...]:
+def techniques_of(texts: Sequence[str] | None) -> tuple[Technique, ...]:
     """Techniques of repeated ``--technique`` options, all together."""
     from diffalign.core.registry import parse
 

@@ -25,7 +25,7 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Indented JSON; what is not JSON (a technique's own type) becomes text."""
     return json.dumps(finite(value), indent=2, ensure_ascii=False, default=str)
 

@@ -5,7 +5,7 @@ Read from top to bottom: ``types``, ``technique``, ``guidance``, ``attention``, 
 nothing, not even torch; it imports nothing else of ours.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffalign.core.attention import Attend, AttentionTechnique, Site
 from diffalign.core.blocks import BlockSite, BlockTechnique, TokenTechnique
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "Tensor":  # torch's, loaded when a technique asks for it
         from torch import Tensor
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from diffalign.core.technique import Seam, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+K = TypeVar("K")
 Parts = Mapping[str, slice]
 """Name -> positions. "prompt": the prompt's tokens among the keys; "image": the image tokens among
 the queries. A technique that adds tokens adds their name."""
@@ -66,8 +67,8 @@ class Attend(Protocol):
         """The same layer for some rows and parts of queries and keys; ``site`` is what is left."""
         ...
 
-    def kernel(self, op: str, key: Any, make: Callable[[], Any]) -> Any:
-        """A kernel chosen once per ``key`` and run."""
+    def kernel(self, op: str, key: Hashable, make: Callable[[], tuple[K, str]]) -> K:
+        """A kernel chosen once per ``key`` and run; ``make`` returns it and why it was chosen."""
         ...
 
 

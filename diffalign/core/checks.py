@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
 
 
 def check_scale(owner: str, value: float | None, name: str = "scale") -> None:
@@ -27,7 +26,7 @@ def check_range(owner: str, name: str, value: float, lo: float, hi: float) -> No
         )
 
 
-def check_choice(owner: str, name: str, value: Any, choices: Collection[str]) -> None:
+def check_choice(owner: str, name: str, value: object, choices: Collection[str]) -> None:
     """``value`` must be one of ``choices``."""
     if value not in choices:
         raise ValueError(

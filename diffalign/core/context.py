@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.core import presets
 from diffalign.core.budget import Meter
 from diffalign.core.identity import model_hash
 from diffalign.core.option import CALL, FLOW
+from diffalign.core.types import Pipeline
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class Context(CallFacts):
     """Facts from which a technique resolves the options that the user left to the model."""
 
     # the denoiser and the pipeline, None where a technique runs without one
-    module: Any = field(default=None, compare=False, repr=False)
-    pipe: Any = field(default=None, compare=False, repr=False)
+    module: Module | None = field(default=None, compare=False, repr=False)
+    pipe: Pipeline = field(default=None, compare=False, repr=False)
     # one text per image, empty where the call gives embeddings and outside a call
     prompts: tuple[str, ...] = ()
     # what the run is charged with, None outside a call
@@ -59,7 +63,7 @@ class Context(CallFacts):
     # where each looked-up option came from; filled while a technique resolves
     sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What conditions of presets may name. The model is hashed only when a condition asks."""
         return {
             "family": self.family,
@@ -72,7 +76,7 @@ class Context(CallFacts):
             "model": lambda: model_hash(self.module) if self.module is not None else None,
         }
 
-    def look_up(self, name: str, source: str, **options: Any) -> Any:
+    def look_up(self, name: str, source: str, **options: object) -> Any:
         """The value of the option ``name`` from ``source``, as ``auto`` takes it.
 
         ``options``: values of other options that conditions may name. ``sources[name]`` then says
@@ -94,7 +98,7 @@ class Context(CallFacts):
         )
         return value
 
-    def refusal(self, name: str, technique: Any) -> str | None:
+    def refusal(self, name: str, technique: object) -> str | None:
         """Why the family cannot have the technique registered as ``name``, None when it can."""
         for key, reason in self.refusals.items():
             owner, _, option = key.partition("/")

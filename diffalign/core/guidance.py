@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 from diffalign.core.technique import Seam, Technique
-from diffalign.core.types import CFG_PASSES, COND, UNCOND, Pass, Space, StepInfo
+from diffalign.core.types import CFG_PASSES, COND, UNCOND, Json, Pass, Space, StepInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class Guidance(Technique, Generic[S]):
         """
         raise NotImplementedError
 
-    def extras(self, state: S) -> dict[str, Any]:
+    def extras(self, state: S) -> Json:
         """What the report says beyond scale and cosine, as JSON data, after the last step."""
         return {}
 

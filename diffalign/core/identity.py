@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 # copies of other weights that fused projections add
 FUSED = re.compile(r"\.to_(qkv|kv|added_qkv)\.")
@@ -15,7 +19,7 @@ ADAPTER = re.compile(r"\.lora_\w+\.")
 WRAPPERS = ("_orig_mod", "module")
 
 
-def model_hash(module: Any) -> str:
+def model_hash(module: Module) -> str:
     """Hash of a denoiser's class, shapes and the first values of every tensor, 16 hex digits.
 
     The same in float32 and bfloat16, and in float16 where the weights were stored so; compiled,
@@ -40,7 +44,7 @@ def model_hash(module: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _weights(module: Any) -> Iterator[tuple[str, Any]]:
+def _weights(module: Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that make the model what it is, in the order of the names."""
     state = module.state_dict()
     adapted = _has_effect(module)

@@ -10,14 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from diffalign.core.errors import listed
 from diffalign.core.values import alternatives, converted, type_text, value_text
 
 T = TypeVar("T")
+Saved = Literal["value", "tensors", "objects", "omitted"]
 
 CALL = "call"
 """Source of an option that takes the pipeline's own guidance scale."""
@@ -48,7 +60,7 @@ class Option:
     # CALL, FLOW, or the key of a preset such as "apg/cap"; "" for an option with its own default
     source: str = ""
     # how settings save it: as it is, tensors by a mark, objects by their class names, or not at all
-    saved: Literal["value", "tensors", "objects", "omitted"] = "value"
+    saved: Saved = "value"
     name: str = ""
     annotation: Any = Any
     # REQUIRED where there is none
@@ -87,7 +99,7 @@ class Option:
         return "required" if self.default is REQUIRED else value_text(self.default)
 
     @property
-    def readable(self) -> Any:
+    def readable(self) -> object:
         """The annotation of what users may write: None too where the value is looked up."""
         return self.annotation | None if self.source else self.annotation
 
@@ -98,30 +110,56 @@ class Option:
         return above and below and (math.isfinite(value) or (self.infinite and value == math.inf))
 
 
+class Facts(TypedDict, total=False):
+    """The fields of ``Option`` that ``option`` and ``auto`` both take by name."""
+
+    low: float
+    high: float
+    open_low: bool
+    open_high: bool
+    infinite: bool
+    choices: tuple[object, ...]
+    nonempty: bool
+    usual: tuple[float, float] | None
+    saved: Saved
+
+
+class Source(Protocol):
+    """Where ``auto`` options find their values; a ``Context`` is one."""
+
+    def look_up(self, name: str, source: str, **options: object) -> object:
+        """The value of the option ``name`` from ``source``."""
+        ...
+
+
 def option(
-    default: Any = dataclasses.MISSING, meaning: str = "", *, factory: Any = None, **facts: Any
+    default: object = dataclasses.MISSING,
+    meaning: str = "",
+    *,
+    factory: Callable[[], object] | None = None,
+    source: str = "",
+    **facts: Unpack[Facts],
 ) -> Any:
     """A field with a default of its own, or a required one. ``facts``: fields of ``Option``."""
-    spec = Option(meaning, **facts)
+    spec = Option(meaning, source=source, **facts)
     # what settings do not save does not tell two techniques apart
     shown = spec.saved in ("value", "objects")
-    options: dict[str, Any] = {"metadata": {"option": spec}, "compare": shown, "repr": shown}
     if factory is not None:
-        return field(default_factory=factory, **options)
-    return field(default=default, **options)
+        return field(default_factory=factory, metadata={"option": spec}, compare=shown, repr=shown)
+    return field(default=default, metadata={"option": spec}, compare=shown, repr=shown)
 
 
-def auto(source: str, meaning: str, **facts: Any) -> Any:
+def auto(source: str, meaning: str, **facts: Unpack[Facts]) -> Any:
     """A field whose value None is looked up: ``CALL``, or ``"technique/option"`` of the presets."""
     return option(None, meaning, source=source, **facts)
 
 
-def derived(default: Any) -> Any:
+def derived(default: object) -> Any:
     """A field that is no option: ``resolve`` works its value out and ``completed`` sets it."""
     return field(default=default, init=False, repr=False, compare=False)
 
 
-def options_of(cls: Any) -> dict[str, Option]:
+def options_of(cls: Callable[..., object]) -> dict[str, Option]:
     """Field name -> ``Option``, for the fields that users set, positional ones first."""
     return _options_of(cls)
 
@@ -144,30 +182,30 @@ def _options_of(cls: Any) -> dict[str, Option]:
     return options
 
 
-def _default(f: dataclasses.Field[Any]) -> Any:
+def _default(f: dataclasses.Field[object]) -> object:
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return REQUIRED if f.default is dataclasses.MISSING else f.default
 
 
-def types_of(cls: Any) -> dict[str, Any]:
+def types_of(cls: Callable[..., object]) -> dict[str, object]:
     """Field name -> annotation of a technique's class."""
     return _types_of(cls)
 
 
 @cache
-def _types_of(cls: Any) -> dict[str, Any]:
+def _types_of(cls: Callable[..., object]) -> dict[str, object]:
     return get_type_hints(cls)
 
 
-def filled(technique: T, context: Any) -> T:
+def filled(technique: T, context: Source) -> T:
     """A copy whose ``auto`` options are looked up in ``context``, in the order of the fields.
 
     Conditions of presets may name the options before. ``context.sources`` then says where each
     value came from. Raises LookupError where no preset fits.
     """
-    values: dict[str, Any] = {}
-    known: dict[str, Any] = {}
+    values: dict[str, object] = {}
+    known: dict[str, object] = {}
     for name, spec in options_of(type(technique)).items():
         value = getattr(technique, name)
         if value is None and spec.source:
@@ -178,7 +216,7 @@ def filled(technique: T, context: Any) -> T:
     return _replaced(technique, values) if values else technique
 
 
-def with_scale(technique: Any, scale: float) -> Any:
+def with_scale(technique: T, scale: float) -> T:
     """A copy whose guidance scale is ``scale`` where the user left it to the pipeline."""
     values = {
         name: scale
@@ -188,7 +226,7 @@ def with_scale(technique: Any, scale: float) -> Any:
     return _replaced(technique, values) if values else technique
 
 
-def completed(technique: T, **values: Any) -> T:
+def completed(technique: T, **values: object) -> T:
     """A copy whose ``derived`` fields have these values."""
     copy = _replaced(technique, {})
     for name, value in values.items():
@@ -196,12 +234,12 @@ def completed(technique: T, **values: Any) -> T:
     return copy
 
 
-def _replaced(technique: T, values: dict[str, Any]) -> T:
+def _replaced(technique: T, values: Mapping[str, object]) -> T:
     copy: T = dataclasses.replace(technique, **values)  # type: ignore[type-var]
     return copy
 
 
-def check_options(technique: Any) -> None:
+def check_options(technique: object) -> None:
     """Raise ValueError or TypeError for the first option outside its type, range or choices.
 
     A list becomes a tuple where the option is one.
@@ -224,7 +262,7 @@ def check_options(technique: Any) -> None:
             raise _error(kinds, spec)(message)
 
 
-def _check_entries(where: str, value: Any, args: tuple[Any, ...], spec: Option) -> None:
+def _check_entries(where: str, value: object, args: tuple[object, ...], spec: Option) -> None:
     any_length = len(args) == 2 and args[1] is Ellipsis
     texts = ", ".join(map(type_text, args))
     expected = "a tuple" if any_length else f"{len(args)} values ({texts})"
@@ -240,7 +278,7 @@ def _check_entries(where: str, value: Any, args: tuple[Any, ...], spec: Option) 
             raise _error(kinds, spec)(message)
 
 
-def _expected(value: Any, kinds: tuple[Any, ...], spec: Option) -> str:
+def _expected(value: object, kinds: tuple[object, ...], spec: Option) -> str:
     """What one value of these types must be, "" where it is right."""
     if spec.choices:
         return "" if value in spec.choices else spec.range
@@ -254,13 +292,13 @@ def _expected(value: Any, kinds: tuple[Any, ...], spec: Option) -> str:
         types = (int, float) if float in kinds else (int,)
         right = isinstance(value, types) and not isinstance(value, bool) and spec.holds(value)
         return "" if right else f"{kind} {spec.range}".rstrip()
-    checkable = all(isinstance(kind, type) and get_origin(kind) is None for kind in kinds)
-    if Any in kinds or not checkable or isinstance(value, kinds):
+    classes = [kind for kind in kinds if isinstance(kind, type) and get_origin(kind) is None]
+    if Any in kinds or len(classes) < len(kinds) or isinstance(value, tuple(classes)):
         return ""
     return f"{listed(map(type_text, kinds))} ({spec.meaning})"
 
 
-def _error(kinds: tuple[Any, ...], spec: Option) -> type[Exception]:
+def _error(kinds: tuple[object, ...], spec: Option) -> type[Exception]:
     """Numbers, texts and choices have wrong values, everything else has wrong types."""
     simple = set(kinds) <= {int, float, str, type(None)}
     return ValueError if spec.choices or simple else TypeError

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 from diffalign.core.errors import warn_once
+from diffalign.core.types import Json
 
 VARIABLE = "DIFFALIGN_PRESETS"
 """Environment variable with the paths of preset files, separated as ``PATH`` is.
@@ -30,11 +30,11 @@ class Entry:
 
     # name of the option
     option: str
-    value: Any
+    value: object
     # where the value was published or measured
     source: str
     # facts that must hold: family, pipeline, scheduler, steps, flow, model, or other options
-    when: Mapping[str, Any] = field(default_factory=dict)
+    when: Mapping[str, object] = field(default_factory=dict)
 
 
 Table = dict[str, tuple[Entry, ...]]
@@ -45,7 +45,7 @@ def _shipped() -> Table:
     return _table(json.loads(files(__package__).joinpath("presets.json").read_text("utf-8")))
 
 
-def _table(data: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
+def _table(data: Mapping[str, Iterable[Json]]) -> Table:
     return {name: tuple(Entry(**entry) for entry in entries) for name, entries in data.items()}
 
 
@@ -73,8 +73,8 @@ def _read(path: str) -> Table:
 
 
 def preset(
-    technique: str, option: str, facts: Mapping[str, Any], defaults: Iterable[Entry] = ()
-) -> tuple[Any, str]:
+    technique: str, option: str, facts: Mapping[str, object], defaults: Iterable[Entry] = ()
+) -> tuple[object, str]:
     """``(value, source)`` of the entry for ``option`` whose conditions all agree with ``facts``.
 
     ``facts``: see ``Context.facts``; a fact that is a function is asked only when everything else
@@ -99,7 +99,7 @@ def preset(
     return best.value, best.source
 
 
-def _say_what_does_not_apply(technique: str, option: str, facts: Mapping[str, Any]) -> None:
+def _say_what_does_not_apply(technique: str, option: str, facts: Mapping[str, object]) -> None:
     """A warning where an option was calibrated for this model, but with other weights."""
     calibrated = [e for table in (*_users(), _shipped()) for e in table.get(technique, ())]
     for entry in calibrated:
@@ -114,17 +114,17 @@ def _say_what_does_not_apply(technique: str, option: str, facts: Mapping[str, An
             )
 
 
-def _fits(entry: Entry, facts: Mapping[str, Any]) -> bool:
+def _fits(entry: Entry, facts: Mapping[str, object]) -> bool:
     """Whether every condition holds; facts that must be computed come last."""
     return _agree(entry.when, facts)
 
 
-def _agree(conditions: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+def _agree(conditions: Mapping[str, object], facts: Mapping[str, object]) -> bool:
     ordered = sorted(conditions.items(), key=lambda item: callable(facts.get(item[0])))
     return all(_equal(value, facts.get(name)) for name, value in ordered)
 
 
-def _equal(value: Any, fact: Any) -> bool:
+def _equal(value: object, fact: object) -> bool:
     known = fact() if callable(fact) else fact
     if isinstance(value, float) and isinstance(known, int | float):
         return math.isclose(value, known)

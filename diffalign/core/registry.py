@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 from diffalign.core.errors import nearest
 from diffalign.core.option import Option, options_of
 from diffalign.core.technique import Technique
+from diffalign.core.types import Json
 from diffalign.core.values import converted, plain, split
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class Registry(Generic[T]):
         rooms: Iterable[str] = (),
         targets: Mapping[str, Target[T]] | None = None,
         unlisted: Mapping[str, str] | None = None,
-        belongs: Callable[[Any], bool] = callable,
+        belongs: Callable[[object], bool] = callable,
         needs: str = "a class or a function",
         advice: str = "",
     ) -> None:
@@ -121,7 +122,7 @@ class Registry(Generic[T]):
             )
         return cast("Callable[..., T]", _imported(target) if isinstance(target, str) else target)
 
-    def build(self, name: str, options: Mapping[str, Any]) -> T:
+    def build(self, name: str, options: Mapping[str, object]) -> T:
         """One of them with these options, whose values are Python objects or texts.
 
         Raises: ValueError for unknown names, with the nearest ones, and for bad values.
@@ -162,7 +163,7 @@ class Registry(Generic[T]):
         names = (name for name, target in targets.items() if target is cls or target == place)
         return next(names, cls.__name__)
 
-    def to_config(self, item: Any) -> dict[str, Any]:
+    def to_config(self, item: object) -> Json:
         """``item`` as JSON data, ``{"name": ..., options}``; ``from_config`` is the inverse."""
         options = options_of(type(item)).items()
         saved = {
@@ -178,12 +179,12 @@ class Registry(Generic[T]):
         return self.build(config["name"], options)
 
 
-def _imported(place: str) -> Any:
+def _imported(place: str) -> object:
     module, _, attribute = place.partition(":")
     return getattr(import_module(module), attribute)
 
 
-def _saved(spec: Option, value: Any) -> Any:
+def _saved(spec: Option, value: Any) -> object:
     """An option as JSON data. Tensors leave a mark and objects their class name, which the
     technique refuses when read back."""
     if spec.saved == "objects":
@@ -191,7 +192,7 @@ def _saved(spec: Option, value: Any) -> Any:
     return "given as tensors" if value is not None and spec.saved == "tensors" else plain(value)
 
 
-def _is_technique(value: Any) -> bool:
+def _is_technique(value: object) -> bool:
     parameters = getattr(value, "__dataclass_params__", None)
     frozen = parameters is not None and parameters.frozen
     return isinstance(value, type) and frozen and hasattr(value, "seam")

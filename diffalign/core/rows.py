@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 
 @runtime_checkable
@@ -15,6 +15,9 @@ class Rows(Protocol):
         ...
 
 
-def select_rows(state: Any, rows: Sequence[int]) -> Any:
+R = TypeVar("R", bound=Rows)
+
+
+def select_rows(state: R | None, rows: Sequence[int]) -> R | None:
     """``state.select(rows)``; None, the state of a technique that remembers nothing, stays None."""
     return None if state is None else state.select(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from diffalign.core.rows import Rows, select_rows
 
@@ -60,6 +60,6 @@ class Sampler(Protocol):
         """Continue to evaluation ``until``, None for the end. ``state`` is not changed."""
         ...
 
-    def decode(self, state: State) -> Any:
+    def decode(self, state: State) -> Tensor:
         """The images [B, 3, H, W] in [0, 1] of a finished state."""
         ...

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Pipeline = Any
+"""A pipeline of diffusers, which has no types."""
+Scheduler = Any
+"""A scheduler of diffusers."""
+Keywords = dict[str, Any]
+"""Keyword arguments of a class or function without types, such as a pipeline's call."""
+Json = dict[str, Any]
+"""An object of JSON, in a file or for one."""
 Space = Literal["native", "eps", "x0"]
 Mix = Callable[["Tensor", "Tensor", "float | Tensor"], "Tensor"]
 

@@ -12,7 +12,7 @@ from typing import Any
 FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """``value`` as strict JSON data: infinity and "not a number" become text; ``converted`` reads
     it back."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -22,13 +22,13 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def alternatives(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: object) -> tuple[object, ...]:
     """The members of a union, or the annotation itself."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if union else (hint,)
 
 
-def type_text(hint: Any) -> str:
+def type_text(hint: object) -> str:
     """An annotation as people read it: "number or none", "eps | x0", "(number, number)"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -37,11 +37,17 @@ def type_text(hint: Any) -> str:
         return f"({', '.join('...' if a is Ellipsis else type_text(a) for a in args)})"
     if args:
         return " or ".join(type_text(a) for a in args)
-    names = {float: "number", int: "integer", str: "text", bool: "true | false", type(None): "none"}
+    names: dict[object, str] = {
+        float: "number",
+        int: "integer",
+        str: "text",
+        bool: "true | false",
+        type(None): "none",
+    }
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, tuple):
         return f"({','.join(map(value_text, value))})"
@@ -66,7 +72,7 @@ def split(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def converted(value: Any, hint: Any, where: str) -> Any:
+def converted(value: Any, hint: object, where: str) -> Any:
     """``value`` as the annotated type: text is read as the type says, lists become tuples.
 
     Raises: ValueError, which begins with ``where``, for a value of another type.
@@ -98,7 +104,7 @@ def converted(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _first_conversion(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+def _first_conversion(value: Any, kinds: tuple[object, ...], where: str) -> Any:
     """``value`` as the first of the types that takes it."""
     absent = value is None or (isinstance(value, str) and value.lower() == "none")
     if absent and type(None) in kinds:
@@ -113,7 +119,7 @@ def _first_conversion(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
     raise errors[0]
 
 
-def _tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+def _tuple(value: object, args: tuple[object, ...], where: str) -> tuple[object, ...]:
     items = _items(value) if isinstance(value, str) else value
     any_length = len(args) == 2 and args[1] is Ellipsis
     if not isinstance(items, list | tuple) or not (any_length or len(items) == len(args)):
@@ -122,7 +128,7 @@ def _tuple(value: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     return tuple(converted(item, kind, where) for item, kind in zip(items, kinds))
 
 
-def _items(text: str) -> list[Any]:
+def _items(text: str) -> list[object]:
     """``"(1,2)"`` as JSON would read it, ``"(a,b)"`` and ``"a"`` as texts: names need no quotes and
     one entry no brackets."""
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from diffalign.core.errors import warn_once
 from diffalign.core.option import option
@@ -74,7 +73,7 @@ class Windowed:
                     f"start={self.start}, stop={self.stop}."
                 )
             return
-        defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}
+        defaults: dict[str, object] = {f.name: f.default for f in fields(self)}
         steps = (self.start, self.stop)
         if steps not in ((0.0, 1.0), (defaults["start"], defaults["stop"])):
             raise ValueError(

@@ -6,9 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import nearest
+from diffalign.core.types import Pipeline
+
+if TYPE_CHECKING:
+    from diffalign.embedded.nets.audit import AuditJudge
+    from diffalign.embedded.nets.clip import Clip
+    from diffalign.embedded.nets.evaluator import EvaluatorNet
+    from diffalign.embedded.nets.judge import Judge
 
 __all__ = ["MODELS", "Available", "available", "load"]
 
@@ -36,7 +43,7 @@ def _quiet() -> Iterator[None]:
                 tool.enable_progress_bar()
 
 
-def _pipeline(folder: Path) -> Any:
+def _pipeline(folder: Path) -> Pipeline:
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -48,25 +55,25 @@ def _pipeline(folder: Path) -> Any:
     return pipe
 
 
-def _judge(folder: Path) -> Any:
+def _judge(folder: Path) -> Judge:
     from diffalign.embedded.nets.judge import load_judge
 
     return load_judge(folder)
 
 
-def _audit(folder: Path) -> Any:
+def _audit(folder: Path) -> AuditJudge:
     from diffalign.embedded.nets.audit import load_audit
 
     return load_audit(folder)
 
 
-def _clip(folder: Path) -> Any:
+def _clip(folder: Path) -> Clip:
     from diffalign.embedded.nets.clip import load_clip
 
     return load_clip(folder)
 
 
-def _evaluator(folder: Path) -> Any:
+def _evaluator(folder: Path) -> EvaluatorNet:
     from diffalign.embedded.nets.evaluator import load_evaluator
 
     return load_evaluator(folder)
@@ -81,9 +88,9 @@ class Entry:
     # what it is, in one line
     description: str
     # from the folder's path to the loaded model
-    loader: Callable[[Path], Any]
+    loader: Callable[[Path], object]
     # of a pipeline: steps and guidance scale of a run that names none
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, float] = field(default_factory=dict)
 
 
 MODELS: dict[str, Entry] = {

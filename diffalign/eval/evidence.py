@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffalign.core.technique import Technique
+from diffalign.core.types import Json, Pipeline
 from diffalign.eval.statistics import Interval, interval
 from diffalign.generate.seeds import Job
 from diffalign.generate.seeds import seed_of as image_seed
@@ -26,10 +28,12 @@ from diffalign.tasks.geneval.verdict import prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from diffalign.generate.samples import Sample
+    from diffalign.generate.verdicts import Detector
 
-Scorer = Callable[[Any, Sequence[str]], Any]
+Scorer = Callable[["Tensor", Sequence[str]], "Tensor"]
 """Images [B, 3, H, W] in [0, 1] and their prompts -> [B] scores."""
 
 
@@ -83,7 +87,7 @@ class Config:
 
     name: str
     # none: the pipeline's own guidance
-    techniques: tuple[Any, ...] = ()
+    techniques: tuple[Technique, ...] = ()
     # of the call; None is the pipeline's own
     scale: float | None = None
     steps: int = 20
@@ -94,7 +98,7 @@ class Measured:
     """A finished run: one record per image, in prompt order."""
 
     config: Config
-    records: tuple[Mapping[str, Any], ...]
+    records: tuple[Json, ...]
 
     def per_prompt(self, key: str = "correct") -> dict[int, float]:
         """Prompt id -> mean of ``key`` over its images."""
@@ -138,8 +142,8 @@ def compare(a: Measured, b: Measured, key: str = "correct", **options: Any) -> I
 
 
 def measure(
-    pipe: Any,
-    judge: Any,
+    pipe: Pipeline,
+    judge: Detector,
     config: Config,
     folder: Path,
     *,
@@ -183,7 +187,7 @@ def measure(
 
 
 def write_manifest(
-    pipe: Any, judge: Any, config: Config, folder: Path, samples: int, batch: int
+    pipe: Pipeline, judge: Detector, config: Config, folder: Path, samples: int, batch: int
 ) -> None:
     """Write what a run depends on.
 
@@ -219,14 +223,14 @@ def write_manifest(
 
 
 def _timed(
-    pipe: Any, config: Config, jobs: Sequence[Job], samples: int, batch: int
+    pipe: Pipeline, config: Config, jobs: Sequence[Job], samples: int, batch: int
 ) -> Iterator[tuple[list[Sample], float]]:
     """Batches of finished images, with the seconds of one image."""
     import torch
 
     from diffalign.generate import samples as sampling
 
-    call: dict[str, Any] = {"num_inference_steps": config.steps}
+    call: dict[str, float] = {"num_inference_steps": config.steps}
     if config.scale is not None:
         call["guidance_scale"] = config.scale
     alone = pipe.device.type == "cpu" and torch.get_num_threads() == 1
@@ -243,10 +247,10 @@ def _timed(
 def _records(
     results: Sequence[Sample],
     seconds: float,
-    judge: Any,
+    judge: Detector,
     samples: int,
     scorers: Mapping[str, Scorer],
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """One record for each image of a batch."""
     import torch
 
@@ -290,7 +294,7 @@ def _spread(images: Tensor, i: int, samples: int) -> float:
     )
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[Json]:
     """Records of a JSON lines file; a torn last line, left by an interruption, is dropped."""
     if not path.exists():
         return []
@@ -301,7 +305,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def fingerprint(network: Any) -> str:
+def fingerprint(network: Module) -> str:
     """Short hash of a network's weights, so that records of another model or judge are never mixed
     in."""
     import torch

@@ -11,12 +11,14 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from diffalign.core.errors import nearest
+from diffalign.core.technique import Technique
+from diffalign.core.types import Json, Keywords, Pipeline
 from diffalign.families import Family, family_of
 from diffalign.generate import schedulers
 from diffalign.generate.errors import BadOption
@@ -50,14 +52,14 @@ class Model:
 
     name: str
     kind: Literal["embedded", "folder", "hub"]
-    pipe: Any
+    pipe: Pipeline
     steps: int
     # guidance scale in effect, 1 where nothing guides
     scale: float
     # arguments of the pipeline that all images share
-    call: dict[str, Any]
+    call: Keywords
     # what saved images say of the run, besides what the pipeline says itself
-    facts: dict[str, Any]
+    facts: Json
 
     @property
     def scheduler(self) -> str:
@@ -71,7 +73,7 @@ class Model:
 
 
 def open_model(
-    name: str, setting: Setting = Setting(), variants: Sequence[Sequence[Any]] = ()
+    name: str, setting: Setting = Setting(), variants: Sequence[Sequence[Technique]] = ()
 ) -> Model:
     """The model ``name`` for a run with ``setting``; ``variants``: groups of techniques that it is
     to run with, one group after another.
@@ -121,7 +123,7 @@ class Blueprint:
     # class name
     scheduler: str
     # steps and scale of an embedded model
-    defaults: dict[str, Any]
+    defaults: dict[str, float]
 
     @classmethod
     def named(cls, name: str) -> Blueprint:
@@ -176,7 +178,7 @@ class Blueprint:
                 f"{self.cls.__name__} takes {what}; only prompts are given here. {use}"
             )
 
-    def check(self, setting: Setting, variants: Sequence[Sequence[Any]]) -> None:
+    def check(self, setting: Setting, variants: Sequence[Sequence[Technique]]) -> None:
         """What can be said before weights are read: conflicts of techniques, missing arguments."""
         from diffalign.seams import apply
 
@@ -200,9 +202,9 @@ class Blueprint:
         default = self.parameters[self.family.gates[0]].default
         return self.family.scale(default if scale is None else self.family.native(scale))
 
-    def call(self, setting: Setting, steps: int, scale: float | None) -> dict[str, Any]:
+    def call(self, setting: Setting, steps: int, scale: float | None) -> Keywords:
         """The arguments of the pipeline that all images share."""
-        arguments: dict[str, Any] = {"num_inference_steps": steps}
+        arguments: Keywords = {"num_inference_steps": steps}
         if scale is not None:
             arguments[self.family.gates[0]] = self.family.native(scale)
         if setting.negative_prompt is not None:
@@ -213,7 +215,7 @@ class Blueprint:
             arguments["height"], arguments["width"] = setting.size
         return arguments
 
-    def load(self, dtype: str, device: str) -> Any:
+    def load(self, dtype: str, device: str) -> Pipeline:
         """The pipeline, its own progress bar off. ``dtype``: name of a torch dtype."""
         import diffusers
         import torch
@@ -240,7 +242,7 @@ class Blueprint:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def check_technique(self, pipe: Any, technique: Any, call: Mapping[str, Any]) -> None:
+    def check_technique(self, pipe: Pipeline, technique: Technique, call: Keywords) -> None:
         """Refuse what would fail in the first generation: an unguidable model, a scheduler or
         option that the technique cannot work with."""
         from diffalign.seams.plan import bind, context_of
@@ -276,7 +278,7 @@ def place(device: str, dtype: str | None) -> tuple[str, str]:
     return name, DTYPES[short]
 
 
-def _index(name: str) -> tuple[Literal["embedded", "folder", "hub"], str, dict[str, Any]]:
+def _index(name: str) -> tuple[Literal["embedded", "folder", "hub"], str, Json]:
     """Kind, source and model index of ``name``; touches the network for a hub id only."""
     from diffalign.embedded.load import MODELS, folder_of
 
@@ -310,16 +312,16 @@ def _index(name: str) -> tuple[Literal["embedded", "folder", "hub"], str, dict[s
     return "hub", name, _hub_index(name)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> Json:
     """The model index of a folder."""
     try:
-        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text("utf-8"))
+        index: Json = json.loads((folder / "model_index.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"the model index of {str(folder)!r} cannot be read: {error}") from error
     return index
 
 
-def _hub_index(name: str) -> dict[str, Any]:
+def _hub_index(name: str) -> Json:
     """The model index of a hub id."""
     from diffusers import DiffusionPipeline
 

@@ -10,13 +10,18 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from diffalign.core.technique import Technique
+from diffalign.core.types import Json, Keywords, Pipeline
 from diffalign.generate.seeds import Job
 from diffalign.seams import Report, apply
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Job", "Sample", "merged", "picture", "samples"]
 
@@ -31,17 +36,17 @@ class Sample:
     # of the call that made it, shared by its batch
     report: Report
     # what a PNG of it carries; ``diffalign.techniques_of`` reads the techniques back
-    settings: dict[str, Any]
+    settings: Json
 
 
 def samples(
-    pipe: Any,
-    techniques: Sequence[Any],
+    pipe: Pipeline,
+    techniques: Sequence[Technique],
     jobs: Sequence[Job],
     *,
     batch: int,
-    call: Mapping[str, Any] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    call: Mapping[str, object] | None = None,
+    facts: Mapping[str, object] | None = None,
     copies: int = 1,
     step: Callable[[], None] | None = None,
 ) -> Iterator[list[Sample]]:
@@ -70,8 +75,8 @@ def samples(
 
 
 def _arguments(
-    pipe: Any, call: Mapping[str, Any], step: Callable[[], None] | None
-) -> tuple[dict[str, Any], Callable[[], None] | None]:
+    pipe: Pipeline, call: Mapping[str, Any], step: Callable[[], None] | None
+) -> tuple[Keywords, Callable[[], None] | None]:
     """The arguments that all calls share, and how to report steps after a call, None if it is done.
 
     The pipeline reports its steps by itself where it can.
@@ -81,7 +86,7 @@ def _arguments(
         return arguments, None
     if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
 
-        def after_step(pipe: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        def after_step(pipe: Pipeline, index: int, time: object, values: Keywords) -> Keywords:
             step()
             return values
 
@@ -94,7 +99,7 @@ def _arguments(
     return arguments, after_call
 
 
-def _rows(jobs: Sequence[Job], copies: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _rows(jobs: Sequence[Job], copies: int, arguments: Keywords) -> Keywords:
     """The arguments of one call: a prompt and a fresh generator for each image."""
     prompts = [job.prompt for job in jobs[::copies]]
     if [job.prompt for job in jobs] != [prompt for prompt in prompts for _ in range(copies)]:
@@ -103,7 +108,7 @@ def _rows(jobs: Sequence[Job], copies: int, arguments: Mapping[str, Any]) -> dic
             f"batch; got {[job.prompt for job in jobs]}. Sort the jobs by prompt, and let batch be "
             "a multiple of copies."
         )
-    rows: dict[str, Any] = {
+    rows: Keywords = {
         **arguments,
         "prompt": prompts,
         "generator": [torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
@@ -115,7 +120,7 @@ def _rows(jobs: Sequence[Job], copies: int, arguments: Mapping[str, Any]) -> dic
     return rows
 
 
-def _facts(pipe: Any) -> dict[str, Any]:
+def _facts(pipe: Pipeline) -> dict[str, str]:
     """What settings say of the pipeline as it is."""
     return {
         "pipeline": type(pipe).__name__,
@@ -125,7 +130,7 @@ def _facts(pipe: Any) -> dict[str, Any]:
     }
 
 
-def picture(image: Tensor) -> Any:
+def picture(image: Tensor) -> Image.Image:
     """An image [3, H, W] in [0, 1] as a Pillow image of 8 bits, as diffusers rounds it."""
     from PIL import Image
 

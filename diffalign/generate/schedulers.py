@@ -1,9 +1,9 @@
 """Short names for diffusers schedulers, checked against the one that the pipeline comes with."""
 
 import copy
-from typing import Any
 
 from diffalign.core.errors import nearest
+from diffalign.core.types import Pipeline, Scheduler
 from diffalign.generate.errors import BadOption
 
 NAMES = {
@@ -47,7 +47,7 @@ def class_name(name: str, current: str) -> str:
     )
 
 
-def replace(pipe: Any, target: str) -> None:
+def replace(pipe: Pipeline, target: str) -> None:
     """Give the pipeline a scheduler of the class ``target`` with the configuration of the one it
     has."""
     import diffusers
@@ -66,7 +66,7 @@ def replace(pipe: Any, target: str) -> None:
     pipe.scheduler = getattr(diffusers, target).from_config(config)
 
 
-def check_steps(scheduler: Any, steps: int) -> None:
+def check_steps(scheduler: Scheduler, steps: int) -> None:
     """Raise ``BadOption`` when the scheduler has no ``steps`` steps to give."""
     try:
         copy.deepcopy(scheduler).set_timesteps(steps)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
-from diffalign.tasks.geneval.verdict import Verdict, verdict
+from diffalign.core.types import Json
+from diffalign.tasks.geneval.verdict import Detection, Thresholds, Verdict, verdict
+
+
+class Detector(Protocol):
+    """A judge: finds objects, and knows the thresholds at which its verdicts are to be read."""
+
+    thresholds: Thresholds
+
+    def detect(self, images: Tensor) -> list[list[Detection]]:
+        """The objects of each of ``images`` [B, 3, H, W] in [0, 1], best first."""
+        ...
 
 
 def verdicts(
-    judge: Any, images: Tensor, records: Sequence[Mapping[str, Any] | None]
+    judge: Detector, images: Tensor, records: Sequence[Json | None]
 ) -> list[Verdict | None]:
     """The verdict on each of ``images`` [B, 3, H, W]; None where its prompt has no record.
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 
@@ -21,6 +21,7 @@ from diffalign.core import (
     filled,
     option,
 )
+from diffalign.core.types import Json
 from diffalign.guidance.cfg import CFG
 from diffalign.guidance.per_image import rowwise
 
@@ -111,7 +112,7 @@ class AdaptiveGuidance(TwoBranches[AdaptiveState]):
             )
         return technique
 
-    def extras(self, state: AdaptiveState) -> dict[str, Any]:
+    def extras(self, state: AdaptiveState) -> Json:
         """``crossed``: for each image the last guided step, None where the threshold was never
         reached."""
         return {"crossed": list(state.crossed)}

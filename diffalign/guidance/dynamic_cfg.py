@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 
@@ -24,6 +24,7 @@ from diffalign.core import (
     option,
 )
 from diffalign.core.option import completed, derived
+from diffalign.core.types import Json
 from diffalign.guidance.cfg import passes_at
 from diffalign.guidance.evaluators import Evaluator, evaluator_named, latents_for, preferred
 
@@ -108,7 +109,7 @@ class DynamicCFG(Windowed, Guidance[DynamicState]):
         names = tuple(e if isinstance(e, str) else type(e).__name__ for e in entries)
         return completed(dataclasses.replace(technique, evaluators=names), judges=judges)
 
-    def extras(self, state: DynamicState) -> dict[str, Any]:
+    def extras(self, state: DynamicState) -> Json:
         """``chosen``: the weight of each step (rows) and image (columns)."""
         return {"chosen": torch.stack(state.weights).tolist() if state.weights else []}
 

@@ -27,6 +27,7 @@ from diffalign.core import (
     option,
 )
 from diffalign.core.identity import model_hash
+from diffalign.core.types import Pipeline
 from diffalign.guidance.linear_policy import Identity, policy_at, shipped
 
 
@@ -181,7 +182,7 @@ def _check_order(context: Context) -> None:
 
 
 def identity_of(
-    pipe: Any, steps: int, scale: float, shape: tuple[int, ...], negative_prompt: str
+    pipe: Pipeline, steps: int, scale: float, shape: tuple[int, ...], negative_prompt: str
 ) -> Identity:
     """The identity of a run of ``pipe``."""
     from diffalign.families import family_of

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -91,7 +91,7 @@ class LinearPolicy:
     # on how many it was fitted
     trajectories: int
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Everything but the coefficients, as JSON data."""
         return {
             "identity": asdict(self.identity),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -93,7 +92,7 @@ def available() -> tuple[RewardInfo, ...]:
     return SHIPPED + tuple(RewardInfo(name, f"from {place}", False) for name, place in others)
 
 
-def load(name: str, **options: Any) -> Reward:
+def load(name: str, **options: object) -> Reward:
     """The reward ``name``, on the CPU; ``options`` go to its constructor.
 
     Raises: ValueError for an unknown name (with the nearest ones), for a name that two packages

@@ -4,13 +4,14 @@ must be judged by another model, such as ``emoji-judge-audit``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.core.types import Json
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.rewards.base import BaseReward
 from diffalign.tasks.geneval.verdict import parse_prompt
@@ -53,9 +54,7 @@ def soft_relation(a: Tensor, b: Tensor, relation: str, threshold: float = 0.1) -
     return F.logsigmoid(SHARP * (along - 0.5))
 
 
-def soft_verdict(
-    maps: Maps, index: int, metadata: Mapping[str, Any], position_threshold: float = 0.1
-) -> Tensor:
+def soft_verdict(maps: Maps, index: int, metadata: Json, position_threshold: float = 0.1) -> Tensor:
     """Log-probability, if all answers of the judge were independent, that the verdict on image
     ``index`` is "correct": a scalar <= 0.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffalign.core.types import Pipeline
 from diffalign.families import FAMILIES
 from diffalign.seams.blocks.sites import sites
 from diffalign.testing.tiny import tiny_pipeline, tiny_recipe
@@ -26,7 +27,7 @@ PIPELINES = _one_per_family()
 """One class of each family whose blocks are known -> the variant to test them with."""
 
 
-def deep_pipeline(name: str, variant: str = "", *, extra: int = 2) -> Any:
+def deep_pipeline(name: str, variant: str = "", *, extra: int = 2) -> Pipeline:
     """``tiny_pipeline(name)`` with ``extra`` more blocks in each stack, every one with weights of
     its own; U-Nets have enough already."""
     pipe, rng = tiny_pipeline(name, variant=variant), torch.Generator().manual_seed(7)
@@ -50,7 +51,7 @@ def deep_pipeline(name: str, variant: str = "", *, extra: int = 2) -> Any:
     return pipe
 
 
-def without_block(pipe: Any, block: str) -> Any:
+def without_block(pipe: Pipeline, block: str) -> Pipeline:
     """A copy of the pipeline whose first denoiser really lacks the block of that name."""
     shorter = copy.deepcopy(pipe)
     module = getattr(shorter, FAMILIES[type(pipe).__name__].denoisers[0])

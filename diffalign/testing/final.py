@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.core.types import Pipeline
 
-def final(pipe: Any, inputs: Mapping[str, Any]) -> Tensor:
+
+def final(pipe: Pipeline, inputs: Mapping[str, object]) -> Tensor:
     """``pipe(**inputs)`` without a progress bar, its images or frames as one tensor.
 
     Generators in ``inputs`` advance.

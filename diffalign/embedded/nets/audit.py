@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffalign.core.types import Json
 from diffalign.embedded.nets.judge import SIDE, SPAN, checked
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
@@ -167,7 +167,7 @@ def _overlap(a: Tensor, b: Tensor) -> float:
 
 def load_audit(folder: Path) -> AuditJudge:
     """The second judge saved in ``folder`` in fp32 on the CPU."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config: Json = json.loads((folder / "config.json").read_text())
     net = AuditNet(**config["net"])
     net.load_state_dict(
         {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -17,14 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffalign.core.types import Json
 from diffalign.embedded.nets.judge import checked
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+    from open_clip.tokenizer import HFTokenizer
 
 CONTEXT = 24
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def model_config(vocabulary: int) -> dict[str, Any]:
+def model_config(vocabulary: int) -> Json:
     """The ``model_cfg`` of open_clip for a tokenizer with ``vocabulary`` entries whose end token
     is 1."""
     return {
@@ -70,7 +75,7 @@ class Heads(nn.Module):
         return self.pairs(embedding).view(shape), self.numbers(embedding).view(shape)
 
 
-def build_clip(vocabulary: int, seed: int) -> tuple[Any, Heads]:
+def build_clip(vocabulary: int, seed: int) -> tuple[CLIP, Heads]:
     """The untrained open_clip model and heads in fp32; initial weights from ``seed`` without
     touching the global generator."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -89,7 +94,7 @@ def build_clip(vocabulary: int, seed: int) -> tuple[Any, Heads]:
 class Clip:
     """A trained ``emoji-clip``. ``model`` and ``tokenizer`` are open_clip's own objects."""
 
-    def __init__(self, model: Any, tokenizer: Any, heads: Heads) -> None:
+    def __init__(self, model: CLIP, tokenizer: HFTokenizer, heads: Heads) -> None:
         self.model, self.tokenizer, self.heads = (
             model.eval().requires_grad_(False),
             tokenizer,

@@ -14,7 +14,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.core import Context, UnsupportedModel
+from diffalign.core.types import Pipeline
 from diffalign.embedded.load import FOLDER
 
 LEVELS = 16
@@ -157,7 +158,7 @@ class LatentEvaluator:
 
     sees: Literal["x0", "next"] = "next"
 
-    def __init__(self, net: EvaluatorNet, pipe: Any, prompts: Sequence[str]) -> None:
+    def __init__(self, net: EvaluatorNet, pipe: Pipeline, prompts: Sequence[str]) -> None:
         self.net, self.pipe, self.prompts = net, pipe, tuple(prompts)
         self._words: tuple[Tensor, Tensor] | None = None
 

@@ -14,13 +14,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffalign.core.types import Json
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
 
@@ -155,7 +155,7 @@ class Judge:
 
 def load_judge(folder: Path) -> Judge:
     """The judge saved in ``folder`` (config.json, model.safetensors) in fp32 on the CPU."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config: Json = json.loads((folder / "config.json").read_text())
     net = JudgeNet(**config["net"])
     weights = load_file(folder / "model.safetensors")
     net.load_state_dict(

@@ -9,13 +9,16 @@ content with the right colours in the right place. All randomness comes from the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.embedded.world.scenes import CELL
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 PATCH = 8
 
@@ -144,7 +147,12 @@ def _cell(image: Tensor, row: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_trip(
-    vae: Any, images: Tensor, rng: torch.Generator, spread: float, *, exact: bool = False
+    vae: AutoencoderTiny,
+    images: Tensor,
+    rng: torch.Generator,
+    spread: float,
+    *,
+    exact: bool = False,
 ) -> Tensor:
     """Images in [0, 1] encoded, disturbed by latent noise, decoded and clamped. The noise has a
     standard deviation of ``spread`` (``exact``), or one drawn per image from 0 to ``spread``,
@@ -159,7 +167,7 @@ def round_trip(
 
 
 @torch.no_grad()
-def morph(vae: Any, images: Tensor, truth: Tensor, rng: torch.Generator) -> Tensor:
+def morph(vae: AutoencoderTiny, images: Tensor, truth: Tensor, rng: torch.Generator) -> Tensor:
     """Each image with one object spoilt in the latent space, decoded: its latent cells are mixed
     half and half with those of an object of the next image, or flooded with noise of 1 to 2
     standard deviations. This is how generators fail. Shapes as in ``corrupt``."""

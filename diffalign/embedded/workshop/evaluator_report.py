@@ -15,13 +15,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.load import load
-from diffalign.embedded.nets.evaluator import LatentEvaluator, load_evaluator
+from diffalign.embedded.nets.evaluator import EvaluatorNet, LatentEvaluator, load_evaluator
 from diffalign.embedded.workshop.clip_report import auc
 from diffalign.embedded.workshop.pairs import CHANGES, Pair, pairs
 from diffalign.embedded.workshop.trajectories import Trajectories
@@ -33,7 +33,11 @@ TIMES = (949, 799, 649, 499, 349, 199, 49)
 
 @torch.no_grad()
 def choice_by_level(
-    net: Any, pipe: Any, pairs: Sequence[Pair], times: Sequence[int] = TIMES, seed: int = 0
+    net: EvaluatorNet,
+    pipe: Pipeline,
+    pairs: Sequence[Pair],
+    times: Sequence[int] = TIMES,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Share of latents whose own caption scores strictly above the partner's: timestep -> "all" and
     per change."""
@@ -71,7 +75,7 @@ def choice_by_level(
 
 
 @torch.no_grad()
-def within_prompts(net: Any, pipe: Any, sampled: Trajectories) -> dict[str, Any]:
+def within_prompts(net: EvaluatorNet, pipe: Pipeline, sampled: Trajectories) -> Json:
     """Mean area under the curve within the mixed prompts, by sampler step; and by scale: the mean
     place of the score among a prompt's pictures, averaged over steps (0 lowest, 1 highest), and the
     share of right ones."""
@@ -119,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(1)
     net = load("emoji-evaluator") if options.folder is None else load_evaluator(options.folder)
     pipe = load("emoji")
-    figures: dict[str, Any] = {"count": options.count, "seed": options.seed}
+    figures: dict[str, object] = {"count": options.count, "seed": options.seed}
     figures["choice"] = choice_by_level(
         net, pipe, list(pairs(options.seed, options.count, DEFAULT_MIX, plain=1.0))
     )

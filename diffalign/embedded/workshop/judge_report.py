@@ -14,24 +14,20 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from diffalign.core.types import Json
 from diffalign.embedded.workshop.degrade import round_trip
 from diffalign.embedded.world.scenes import HELD_OUT, Scene, World
 from diffalign.embedded.world.vocabulary import NATIVE
+from diffalign.generate.verdicts import Detector
 from diffalign.tasks.geneval.verdict import Detection, Thresholds, verdict
 
-
-class Detector(Protocol):
-    """Both judges."""
-
-    thresholds: Thresholds
-
-    def detect(self, images: Tensor) -> list[list[Detection]]: ...
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -72,7 +68,7 @@ def detection_figures(
 
 
 def verdict_figures(
-    metadata: Sequence[dict[str, Any]],
+    metadata: Sequence[Json],
     answers: Sequence[Sequence[Detection]],
     thresholds: Thresholds,
 ) -> dict[str, float]:
@@ -86,7 +82,11 @@ def verdict_figures(
 
 
 def detections(
-    judge: Detector, scenes: Sequence[Scene], vae: Any | None, spread: float, batch: int = 64
+    judge: Detector,
+    scenes: Sequence[Scene],
+    vae: AutoencoderTiny | None,
+    spread: float,
+    batch: int = 64,
 ) -> list[list[Detection]]:
     """The judge's answers on the scenes, or on their round trips through ``vae`` with latent
     noise of exactly ``spread`` deviations."""
@@ -108,10 +108,10 @@ def detections(
 def report(
     judge: Detector,
     count: int,
-    vae: Any | None = None,
+    vae: AutoencoderTiny | None = None,
     spread: float = 0.0,
     seed: int = HELD_OUT[0],
-) -> dict[str, Any]:
+) -> Json:
     """All figures on ``count`` scenes from ``seed`` and as many wrong prompts from the next
     seed."""
     scenes = list(World().scenes(seed, count))
@@ -135,7 +135,7 @@ def report(
 
 
 def sweep(
-    judge: Detector, count: int, vae: Any, spread: float, seed: int
+    judge: Detector, count: int, vae: AutoencoderTiny, spread: float, seed: int
 ) -> list[dict[str, float]]:
     """How the figures depend on the thresholds, on half renderings and half noisy round trips of
     ``count`` validation scenes each; how the shipped thresholds were chosen. Both thresholds

@@ -14,17 +14,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.world.captions import words
 from diffalign.embedded.world.scenes import World
 from diffalign.embedded.world.tokens import encode
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
-from diffalign.generate.verdicts import verdicts
+from diffalign.generate.verdicts import Detector, verdicts
 from diffalign.tasks.geneval.verdict import prompts as official
 
 
@@ -77,10 +77,10 @@ class Samples:
         return cls(table["images"], tuple(json.loads(table["captions"])), table["right"])
 
 
-def training_prompts(seed: int, count: int) -> dict[str, dict[str, Any]]:
+def training_prompts(seed: int, count: int) -> dict[str, Json]:
     """``count`` different captions of the world that are not official prompts -> metadata."""
     known = {record["prompt"] for record in official()}
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, Json] = {}
     for scene in World().scenes(seed, 20 * count):
         if (
             scene.tag
@@ -91,7 +91,7 @@ def training_prompts(seed: int, count: int) -> dict[str, dict[str, Any]]:
     return records
 
 
-def official_prompts(count: int) -> dict[str, dict[str, Any]]:
+def official_prompts(count: int) -> dict[str, Json]:
     """``count`` official prompts, spread evenly over the list -> metadata."""
     table = official()
     return {
@@ -101,9 +101,9 @@ def official_prompts(count: int) -> dict[str, dict[str, Any]]:
 
 
 def generate(
-    pipe: Any,
-    judge: Any,
-    records: dict[str, dict[str, Any]],
+    pipe: Pipeline,
+    judge: Detector,
+    records: dict[str, Json],
     images: int,
     seed: int,
     *,

@@ -14,12 +14,12 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.load import load
 from diffalign.embedded.workshop.train_denoiser import STATE, export
 from diffalign.embedded.workshop.training import load_state
@@ -29,11 +29,11 @@ from diffalign.generate.verdicts import verdicts
 from diffalign.tasks.geneval.verdict import TAGS, prompts
 
 
-def spread_prompts(count: int) -> list[dict[str, Any]]:
+def spread_prompts(count: int) -> list[Json]:
     """``count`` official prompts (a multiple of six), evenly spaced within each category, as
     metadata records."""
     each = count // len(TAGS)
-    records: list[dict[str, Any]] = []
+    records: list[Json] = []
     for tag in TAGS:
         official = [dict(record) for record in prompts() if record["tag"] == tag]
         records += [official[i * len(official) // each] for i in range(each)]
@@ -42,8 +42,8 @@ def spread_prompts(count: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def score(
-    pipe: Any,
-    records: Sequence[dict[str, Any]],
+    pipe: Pipeline,
+    records: Sequence[Json],
     scale: float,
     steps: int,
     seed: int,
@@ -66,7 +66,7 @@ def score(
 
 def grid(
     images: Tensor,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Json],
     correct: Sequence[bool],
     columns: int = 12,
     zoom: int = 2,

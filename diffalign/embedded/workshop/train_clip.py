@@ -19,7 +19,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ from diffalign.embedded.workshop.training import (
 from diffalign.embedded.world.tokens import encode
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
+
 PEAK = 1e-3
 SPREAD = 0.5
 GROUPS = 4
@@ -61,7 +64,7 @@ GROUPS = 4
 
 
 def damaged(
-    clean: Tensor, truth: Tensor, count: int, rng: torch.Generator, vae: Any | None
+    clean: Tensor, truth: Tensor, count: int, rng: torch.Generator, vae: AutoencoderTiny | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures as the reward meets them: ``clean`` [N, 3, 64, 64] and ``count`` copies with one
     object spoilt, shifted, blurred and noisy; their boxes; and which pictures were copied.
@@ -94,8 +97,8 @@ class ClipTrainer(ModulesTrainer):
         self,
         options: argparse.Namespace,
         vocab: dict[str, int],
-        vae: Any | None = None,
-        samples: Any | None = None,
+        vae: AutoencoderTiny | None = None,
+        samples: Samples | None = None,
     ) -> None:
         self.options, self.vocab, self.vae, self.samples = options, vocab, vae, samples
         self.model, self.heads = build_clip(len(vocab), options.seed)
@@ -268,13 +271,13 @@ def _tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def run(options: argparse.Namespace, vae: Any | None, samples: Any | None) -> None:
+def run(options: argparse.Namespace, vae: AutoencoderTiny | None, samples: Samples | None) -> None:
     """Train to the end of the third phase; a state every ``options.save`` updates."""
     trainer = ClipTrainer(options, _tokenizer(options.tokenizer).get_vocab(), vae, samples)
     names = ("seed", "pairs", "spoilt", "focus", "updates", "vae_updates", "sample_updates")
     header = {"model": "emoji-clip"} | {key: getattr(options, key) for key in names}
-    samples = 2 * options.pairs + options.spoilt
-    train(trainer, options, header, Course(trainer.ends[-1], samples, options.save))
+    count = 2 * options.pairs + options.spoilt
+    train(trainer, options, header, Course(trainer.ends[-1], count, options.save))
 
 
 def parser() -> argparse.ArgumentParser:

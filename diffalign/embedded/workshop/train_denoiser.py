@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -24,6 +23,7 @@ from diffalign.embedded.workshop.train_vae import CHANNELS, pixels
 from diffalign.embedded.workshop.training import (
     Course,
     FlatAdam,
+    State,
     Team,
     cosine,
     launch,
@@ -182,11 +182,11 @@ class DenoiserTrainer:
         hold = self.options.decay_from / self.options.updates
         return cosine(self.done, self.options.updates, self.options.rate, warm=200, hold=hold)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Everything a resumed run needs."""
         return {"flat": self.flat.state(), "ema": self.ema, "done": self.done}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: State) -> None:
         """Inverse of ``state``."""
         self.flat.load(state["flat"])
         self.ema.copy_(state["ema"])

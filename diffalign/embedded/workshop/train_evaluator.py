@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.load import FOLDER
 from diffalign.embedded.nets.evaluator import EvaluatorNet, word_mask
 from diffalign.embedded.workshop import training
@@ -61,7 +62,7 @@ class EvaluatorTrainer(ModulesTrainer):
     plain_attention = True
 
     def __init__(
-        self, options: argparse.Namespace, pipe: Any, trajectories: Trajectories | None = None
+        self, options: argparse.Namespace, pipe: Pipeline, trajectories: Trajectories | None = None
     ) -> None:
         self.options, self.trajectories = options, trajectories
         self.vocab: dict[str, int] = pipe.tokenizer.get_vocab()
@@ -215,7 +216,7 @@ def corners(truth: Any) -> Tensor:
     return marks.flatten(1)
 
 
-def _pipeline(folder: Path) -> Any:
+def _pipeline(folder: Path) -> Pipeline:
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_pretrained(
@@ -239,7 +240,7 @@ def export(options: argparse.Namespace) -> None:
         if k.startswith("0.")
     }
     save_file(weights, folder / "model.safetensors")
-    config: dict[str, Any] = {
+    config: Json = {
         "net": {
             "channels": pipe.vae.config.latent_channels,
             "text": pipe.text_encoder.config.hidden_size,
@@ -253,7 +254,7 @@ def export(options: argparse.Namespace) -> None:
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def run(options: argparse.Namespace, pipe: Any, trajectories: Trajectories | None) -> None:
+def run(options: argparse.Namespace, pipe: Pipeline, trajectories: Trajectories | None) -> None:
     """Train to ``options.updates``; a state every ``options.save`` updates."""
     header = {"model": "emoji-evaluator"} | {
         key: getattr(options, key) for key in ("seed", "pairs", "spoilt", "updates", "begin")

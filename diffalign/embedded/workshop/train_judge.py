@@ -14,12 +14,13 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffalign.core.types import Json
 from diffalign.embedded.nets.audit import AuditNet, audit_loss
 from diffalign.embedded.nets.judge import JudgeNet
 from diffalign.embedded.workshop import training
@@ -37,6 +38,9 @@ from diffalign.embedded.workshop.training import (
 )
 from diffalign.embedded.world.scenes import World
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
+
 MIX = {
     "three": 0.2,
     "two_coloured": 0.2,
@@ -50,7 +54,7 @@ MIX = {
 """Scenes of training: many objects a picture, and every kind of question that a verdict asks."""
 SPREAD = 0.4
 """Largest latent noise of a round trip, in standard deviations of the latent."""
-KINDS: dict[str, tuple[type[nn.Module], Any, dict[str, Any], float]] = {
+KINDS: dict[str, tuple[type[nn.Module], Any, Json, float]] = {
     "emoji-judge": (JudgeNet, judge_loss, {}, 2.5e-3),
     "emoji-judge-audit": (AuditNet, audit_loss, {}, 1.5e-3),
 }
@@ -73,7 +77,7 @@ class JudgeTrainer(ModulesTrainer):
 
     clip, part = 5.0, "net"
 
-    def __init__(self, options: argparse.Namespace, vae: Any | None = None) -> None:
+    def __init__(self, options: argparse.Namespace, vae: AutoencoderTiny | None = None) -> None:
         self.options, self.vae = options, vae
         self.net = build(options.model, options.seed).train()
         self.loss, self.peak = KINDS[options.model][1], KINDS[options.model][3]
@@ -121,7 +125,7 @@ class JudgeTrainer(ModulesTrainer):
         return cosine(self.done - first, second, 0.6 * self.peak, warm=50, hold=0.2, floor=0.01)
 
 
-def load_vae(folder: Path) -> Any:
+def load_vae(folder: Path) -> AutoencoderTiny:
     """The autoencoder in bf16 for round trips."""
     from diffusers import AutoencoderTiny
 
@@ -165,7 +169,7 @@ def export(options: argparse.Namespace) -> None:
     (options.export / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def run(options: argparse.Namespace, vae: Any | None) -> None:
+def run(options: argparse.Namespace, vae: AutoencoderTiny | None) -> None:
     """Train until ``updates + vae_updates``."""
     header = {
         key: getattr(options, key) for key in ("model", "seed", "batch", "updates", "vae_updates")

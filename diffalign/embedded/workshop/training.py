@@ -28,6 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffalign.core.types import Json
+
+State = dict[str, Any]
+"""What ``torch.save`` keeps of a run: tensors, numbers, and such states of its parts."""
+
 
 class FlatAdam:
     """AdamW over one flat fp32 vector; the modules' parameters become bf16 views of a flat working
@@ -107,11 +112,11 @@ class FlatAdam:
             )
             offset += p.numel()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Everything a resumed run needs."""
         return {"master": self.master.data, "optimizer": self.optimizer.state_dict()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: State) -> None:
         """Inverse of ``state``."""
         self.master.data.copy_(state["master"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -148,12 +153,14 @@ def _member(
     size: int,
     shared: Tensor,
     barrier: Barrier,
-    arguments: Sequence[Any],
+    arguments: Sequence[object],
 ) -> None:
     work(Team(rank, size, shared, barrier), *arguments)
 
 
-def launch(work: Callable[..., None], size: int, parameters: int, arguments: Sequence[Any]) -> None:
+def launch(
+    work: Callable[..., None], size: int, parameters: int, arguments: Sequence[object]
+) -> None:
     """Run ``work(team, *arguments)`` in ``size`` processes (in this one if size is 1).
 
     ``parameters``: length of the averaged vector.
@@ -208,7 +215,7 @@ class Log:
     """A JSON-lines file: one header a start, one record a window of steps. ``seconds`` adds up over
     resumed runs."""
 
-    def __init__(self, path: Path, header: dict[str, Any], seconds: float = 0.0) -> None:
+    def __init__(self, path: Path, header: Json, seconds: float = 0.0) -> None:
         self._path, self._start = path, time.monotonic() - seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write({"header": header | {"code": code_hash(), "torch": torch.__version__}})
@@ -218,13 +225,13 @@ class Log:
         """Training time so far, in seconds."""
         return time.monotonic() - self._start
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Json) -> None:
         """Append one record with the time since the first start."""
         with self._path.open("a") as file:
             file.write(json.dumps(record | {"seconds": round(self.seconds, 1)}) + "\n")
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: State) -> None:
     """Write atomically, so that an interrupted save leaves the previous state."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -232,9 +239,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load_state(path: Path) -> dict[str, Any] | None:
+def load_state(path: Path) -> State | None:
     """The state at ``path``, or None where there is none."""
-    return cast(dict[str, Any], torch.load(path, weights_only=True)) if path.exists() else None
+    return cast(State, torch.load(path, weights_only=True)) if path.exists() else None
 
 
 STATE = "state.pt"
@@ -248,8 +255,8 @@ class Trainer(Protocol):
     done: int
 
     def step(self) -> dict[str, float]: ...
-    def state(self) -> dict[str, Any]: ...
-    def load(self, state: dict[str, Any]) -> None: ...
+    def state(self) -> State: ...
+    def load(self, state: State) -> None: ...
 
 
 class ModulesTrainer(ABC):
@@ -294,7 +301,7 @@ class ModulesTrainer(ABC):
             **{name: float(value.detach()) for name, value in parts.items()},
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Everything a resumed run needs."""
         return {
             self.part: self.modules.state_dict(),
@@ -302,7 +309,7 @@ class ModulesTrainer(ABC):
             "done": self.done,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: State) -> None:
         """Inverse of ``state``."""
         self.modules.load_state_dict(state[self.part])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -327,7 +334,7 @@ class Course:
     log: str = "log.jsonl"
 
 
-def latest(folder: Path, name: str, rank: int) -> dict[str, Any] | None:
+def latest(folder: Path, name: str, rank: int) -> State | None:
     """The saved state of a process, or None.
 
     A process that is new, or was stopped between two saves, starts from the first one's state.
@@ -342,7 +349,7 @@ def latest(folder: Path, name: str, rank: int) -> dict[str, Any] | None:
 def train(
     trainer: Trainer,
     options: argparse.Namespace,
-    header: dict[str, Any],
+    header: Json,
     course: Course,
     rank: int = 0,
     facts: Callable[[], dict[str, float]] = dict,

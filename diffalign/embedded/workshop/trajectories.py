@@ -14,15 +14,15 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.workshop.samples import training_prompts
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import Job, seed_of
-from diffalign.generate.verdicts import verdicts
+from diffalign.generate.verdicts import Detector, verdicts
 
 SCALES = (1.0, 1.0, 1.5, 2.0, 4.0, 8.0)
 """Guidance scale of each picture of a prompt; even places share one noise, odd places another."""
@@ -82,9 +82,9 @@ class Trajectories:
 
 
 def generate(
-    pipe: Any,
-    judge: Any,
-    records: dict[str, dict[str, Any]],
+    pipe: Pipeline,
+    judge: Detector,
+    records: dict[str, Json],
     seed: int,
     *,
     steps: int = 20,
@@ -112,9 +112,9 @@ def generate(
 
 
 def _column(
-    pipe: Any,
-    judge: Any,
-    records: dict[str, dict[str, Any]],
+    pipe: Pipeline,
+    judge: Detector,
+    records: dict[str, Json],
     jobs: list[Job],
     scale: float,
     steps: int,
@@ -123,7 +123,9 @@ def _column(
     """Latents [P, S, C, 8, 8] of all jobs at one scale, and verdicts [P]."""
     states: list[Tensor] = []
 
-    def keep(_: Any, index: int, timestep: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def keep(
+        _: Pipeline, index: int, timestep: int, values: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         states.append(values["latents"].half())
         return {}
 
@@ -143,7 +145,7 @@ def _column(
     return torch.cat(latents), torch.tensor(right)
 
 
-def prompts(seed: int, count: int, exclude: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+def prompts(seed: int, count: int, exclude: Collection[str] = ()) -> dict[str, Json]:
     """``count`` captions of the world's stream without the official ones and without ``exclude`` ->
     metadata."""
     captions = training_prompts(seed, count + len(exclude))

@@ -14,11 +14,11 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from diffalign.core.types import Json
 from diffalign.embedded.world.captions import Group, geneval, paraphrase
 from diffalign.embedded.world.glyphs import sprites
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, OPPOSITE, RELATIONS
@@ -82,7 +82,7 @@ class Scene:
         """GenEval's category of this kind of scene, or None."""
         return KINDS[self.kind]
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Json:
         """The GenEval metadata record of these facts; its prompt is in GenEval's grammar even where
         the caption is a paraphrase.
 
@@ -96,14 +96,14 @@ class Scene:
         return _metadata(self.tag, self.groups, self.relation)
 
 
-def _metadata(tag: str, groups: tuple[Group, ...], relation: str | None) -> dict[str, Any]:
-    clauses: list[dict[str, Any]] = []
+def _metadata(tag: str, groups: tuple[Group, ...], relation: str | None) -> Json:
+    clauses: list[Json] = []
     for group in groups:
-        clause: dict[str, Any] = {"class": group.name, "count": group.count}
+        clause: Json = {"class": group.name, "count": group.count}
         if group.colour != NATIVE:
             clause["color"] = group.colour
         clauses.append(clause)
-    record: dict[str, Any] = {"tag": tag, "include": clauses}
+    record: Json = {"tag": tag, "include": clauses}
     if tag == "counting":
         record["exclude"] = [{"class": groups[0].name, "count": groups[0].count + 1}]
     if relation is not None:
@@ -221,7 +221,7 @@ class World:
                 truth[i, j] = (OBJECTS.index(thing.name), colours[thing.colour], *thing.box)
         return images, captions, truth
 
-    def wrong(self, seed: int, count: int) -> Iterator[tuple[Scene, dict[str, Any]]]:
+    def wrong(self, seed: int, count: int) -> Iterator[tuple[Scene, Json]]:
         """Scenes with the GenEval metadata of a neighbouring prompt that is **false** for them, one
         changed fact each.
 
@@ -306,7 +306,7 @@ def _background(rng: random.Random) -> npt.NDArray[np.float32]:
     return np.repeat((ramp[:, None] * shade)[:, None, :], SIZE, axis=1)
 
 
-def _falsified(rng: random.Random, scene: Scene) -> dict[str, Any]:
+def _falsified(rng: random.Random, scene: Scene) -> Json:
     """The metadata of a prompt that differs from the scene's facts in one place."""
     groups, relation = list(scene.groups), scene.relation
     tag = KINDS[scene.kind]

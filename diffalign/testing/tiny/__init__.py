@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from diffalign.core.types import Pipeline
 from diffalign.testing.tiny.base import RECIPES, Draw, Inputs, Recipe, Request, assemble
 
 __all__ = [
@@ -81,7 +82,7 @@ def tiny_pipeline(
     text: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> Any:
+) -> Pipeline:
     """A pipeline of exactly that diffusers class with random weights.
 
     ``variant`` picks another published configuration of the class (``"2.2"`` for the two-expert
@@ -128,7 +129,7 @@ def tiny_inputs(
 
 def tiny_unet_pipeline(
     params: int = 5_000_000, *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Any:
+) -> Pipeline:
     """A StableDiffusionPipeline whose UNet has at least ``params`` parameters, for overhead
     benchmarks.
 

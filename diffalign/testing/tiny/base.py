@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Inputs = dict[str, Any]
+from diffalign.core.types import Keywords, Pipeline
+
+Inputs = Keywords
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +38,16 @@ class Request:
         return any(word in self.name for word in words)
 
 
-Build = Callable[[Request], Any]
+Build = Callable[[Request], Pipeline]
 MakeInputs = Callable[[Request, "Draw"], Inputs]
 
 
-def everything(tensor: Tensor, call: Mapping[str, Any], row: int) -> slice:
+def everything(tensor: Tensor, call: Inputs, row: int) -> slice:
     """For ``Hook.image``: a tensor [B, S, E] of image tokens only."""
     return slice(0, tensor.shape[1])
 
 
-def behind_text(tensor: Tensor, call: Mapping[str, Any], row: int) -> slice:
+def behind_text(tensor: Tensor, call: Inputs, row: int) -> slice:
     """For ``Hook.image``: a joint tensor [B, S, E] that begins with the text."""
     return slice(call["encoder_hidden_states"].shape[1], tensor.shape[1])
 
@@ -59,9 +61,9 @@ class Hook:
     # module of the layer whose input they exchange, "" for the layer's own output
     inner: str = "to_out.0"
     # (that tensor [B, S, E], arguments of the denoiser's call, row) -> its image tokens
-    image: Callable[[Tensor, Mapping[str, Any], int], slice] = everything
+    image: Callable[[Tensor, Inputs, int], slice] = everything
     # layer -> what it adds to the image tokens by itself in the running call; None: nothing
-    added: Callable[[Any], Callable[[], Tensor] | None] | None = None
+    added: Callable[[nn.Module], Callable[[], Tensor] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def assemble(request: Request) -> Any:
+def assemble(request: Request) -> Pipeline:
     """Build the pipeline of ``request`` with seeded weights; the global random state is left as it
     was."""
     with torch.random.fork_rng(devices=[]):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import diffusers
 from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 
+from diffalign.core.types import Pipeline
 from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.wan import LATENT, wan_vae
 
 SIZE, TEXT = 32, 24
 
 
+T = TypeVar("T")
+
+
 class AllowAll:
     """Stands in for the content filter, which the pipeline demands as an object and which is a
     separate package."""
 
-    def to(self, device: Any) -> AllowAll:
+    def to(self, device: str) -> AllowAll:
         """Nothing to move."""
         return self
 
@@ -25,12 +29,12 @@ class AllowAll:
         """Accept."""
         return True
 
-    def check_video_safety(self, frames: Any) -> Any:
+    def check_video_safety(self, frames: T) -> T:
         """Return the frames as they are."""
         return frames
 
 
-def _build(request: Request) -> Any:
+def _build(request: Request) -> Pipeline:
     video = request.has("VideoToWorld")
     model = CosmosTransformer3DModel(
         in_channels=LATENT + 1 if video else LATENT,  # the condition mask is one more channel

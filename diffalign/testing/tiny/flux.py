@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 from diffusers import (
     ChromaTransformer2DModel,
@@ -13,6 +11,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from diffalign.core.types import Keywords, Pipeline
 from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, Rigid, behind_text, register
 from diffalign.testing.tiny.parts import image_vae
 
@@ -35,8 +34,8 @@ EMBEDDED = [
 CHROMA = [f"Chroma{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")]
 
 
-def _build(request: Request) -> Any:
-    shape: dict[str, Any] = {
+def _build(request: Request) -> Pipeline:
+    shape: Keywords = {
         "patch_size": 1,
         "in_channels": 16,
         "num_layers": 1,
@@ -46,7 +45,7 @@ def _build(request: Request) -> Any:
         "joint_attention_dim": TEXT,
         "axes_dims_rope": (4, 4, 8),
     }
-    parts: dict[str, Any] = {
+    parts: Keywords = {
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         "vae": image_vae(4, shift_factor=0.1),
         "text_encoder": None,
@@ -127,8 +126,8 @@ class Nothing(nn.Module):
         self.single = single
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: Any
-    ) -> Any:
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: object
+    ) -> Tensor | tuple[Tensor | None, Tensor]:
         return hidden_states if self.single else (encoder_hidden_states, hidden_states)
 
 

@@ -3,9 +3,6 @@ norm cap)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import diffusers
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -16,6 +13,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from diffalign.core.types import Keywords, Pipeline
 from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
@@ -26,7 +24,7 @@ Z_IMAGE = [
 ]
 
 
-def _lumina2(request: Request) -> Any:
+def _lumina2(request: Request) -> Pipeline:
     model = Lumina2Transformer2DModel(
         sample_size=SIZE // 2,
         patch_size=2,
@@ -67,8 +65,8 @@ def _lumina2_inputs(request: Request, draw: Draw) -> Inputs:
     }
 
 
-def _z_image(request: Request) -> Any:
-    shape: dict[str, Any] = {
+def _z_image(request: Request) -> Pipeline:
+    shape: Keywords = {
         "dim": 32,
         "n_refiner_layers": 1,
         "n_heads": 2,
@@ -85,7 +83,7 @@ def _z_image(request: Request) -> Any:
         rope_theta=256.0,
         **shape,
     )
-    parts: dict[str, Any] = {
+    parts: Keywords = {
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "vae": image_vae(LATENT, shift_factor=0.1),
     }
@@ -123,13 +121,13 @@ def _z_image_inputs(request: Request, draw: Draw) -> Inputs:
     return inputs
 
 
-def _behind_masked_text(tensor: Tensor, call: Mapping[str, Any], row: int) -> slice:
+def _behind_masked_text(tensor: Tensor, call: Inputs, row: int) -> slice:
     height, width = call["hidden_states"].shape[-2:]
     start = int(call["encoder_attention_mask"][row].sum())
     return slice(start, start + height * width // 4)
 
 
-def _before_text(tensor: Tensor, call: Mapping[str, Any], row: int) -> slice:
+def _before_text(tensor: Tensor, call: Inputs, row: int) -> slice:
     height, width = call["x"][row].shape[-2:]
     return slice(0, -(-height * width // 4 // 32) * 32)
 

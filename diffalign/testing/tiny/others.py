@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
@@ -20,6 +18,7 @@ from diffusers import (
     KolorsPipeline,
 )
 
+from diffalign.core.types import Pipeline
 from diffalign.testing.tiny import sd
 from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
@@ -27,7 +26,7 @@ from diffalign.testing.tiny.parts import image_vae
 SIZE, TEXT = 16, 24
 
 
-def _dit(request: Request) -> Any:
+def _dit(request: Request) -> Pipeline:
     model = DiTTransformer2DModel(
         sample_size=4,
         num_layers=2,
@@ -53,7 +52,7 @@ def _dit_inputs(request: Request, draw: Draw) -> Inputs:
     }
 
 
-def _aura(request: Request) -> Any:
+def _aura(request: Request) -> Pipeline:
     model = AuraFlowTransformer2DModel(
         sample_size=SIZE // 2,
         patch_size=2,
@@ -89,7 +88,7 @@ def _aura_inputs(request: Request, draw: Draw) -> Inputs:
     return {"guidance_scale": 3.0, "height": SIZE, "width": SIZE} | _text(request, draw)
 
 
-def _hunyuan(request: Request) -> Any:
+def _hunyuan(request: Request) -> Pipeline:
     model = HunyuanDiT2DModel(
         sample_size=SIZE // 2,
         num_layers=4,
@@ -131,7 +130,7 @@ def _hunyuan_inputs(request: Request, draw: Draw) -> Inputs:
     return inputs | _text(request, draw) | _text(request, draw, "_2", 9)
 
 
-def _kolors(request: Request) -> Any:
+def _kolors(request: Request) -> Pipeline:
     model = sd.unet(request, sd.WIDTH)
     return KolorsPipeline(
         vae=image_vae(),
@@ -151,7 +150,7 @@ def _kolors_inputs(request: Request, draw: Draw) -> Inputs:
     return inputs
 
 
-def _cogview4(request: Request) -> Any:
+def _cogview4(request: Request) -> Pipeline:
     model = CogView4Transformer2DModel(
         patch_size=2,
         in_channels=4,

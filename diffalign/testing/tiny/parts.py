@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import AutoencoderKL
 from transformers import (
     CLIPImageProcessor,
@@ -15,10 +13,12 @@ from transformers import (
     CLIPVisionModel,
 )
 
+from diffalign.core.types import Keywords
 
-def image_vae(channels: int = 4, **config: Any) -> AutoencoderKL:
+
+def image_vae(channels: int = 4, **config: object) -> AutoencoderKL:
     """A KL autoencoder of factor 2: ``[B, 3, H, W]`` to ``[B, channels, H/2, W/2]``."""
-    options: dict[str, Any] = {"scaling_factor": 0.5, "sample_size": 16} | config
+    options: Keywords = {"scaling_factor": 0.5, "sample_size": 16} | config
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,

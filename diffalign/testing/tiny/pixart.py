@@ -3,18 +3,17 @@ batched branches."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
+from diffalign.core.types import Pipeline
 from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
 SIZE, TEXT = 16, 24
 
 
-def _build(request: Request) -> Any:
+def _build(request: Request) -> Pipeline:
     model = PixArtTransformer2DModel(
         sample_size=SIZE // 2,
         num_layers=2,

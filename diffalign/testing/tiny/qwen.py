@@ -3,8 +3,6 @@ ControlNet and edit siblings."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 import torch
 from diffusers import (
@@ -15,6 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from diffalign.core.types import Keywords, Pipeline
 from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, register
 
 SIZE, TEXT, LATENT = 32, 24, 4
@@ -38,8 +37,8 @@ def qwen_vae(levels: int = 4) -> AutoencoderKLQwenImage:
     )
 
 
-def _build(request: Request) -> Any:
-    shape: dict[str, Any] = {
+def _build(request: Request) -> Pipeline:
+    shape: Keywords = {
         "patch_size": 2,
         "in_channels": 4 * LATENT,
         "out_channels": LATENT,
@@ -49,9 +48,8 @@ def _build(request: Request) -> Any:
         "joint_attention_dim": TEXT,
         "axes_dims_rope": (4, 6, 6),
     }
-    parts: dict[
-        str, Any
-    ] = {  # edit pipelines enlarge every image to a million pixels, hence their deeper autoencoder
+    # edit pipelines enlarge every image to a million pixels, hence their deeper autoencoder
+    parts: Keywords = {
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         "vae": qwen_vae(7 if request.has("Edit") else 4),
         "text_encoder": None,

@@ -3,8 +3,6 @@ matching."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 from diffusers import (
     AutoencoderDC,
@@ -13,6 +11,7 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 
+from diffalign.core.types import Keywords, Pipeline
 from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.pixart import masked_text
 
@@ -36,8 +35,8 @@ def _vae() -> AutoencoderDC:
     )
 
 
-def _build(request: Request) -> Any:
-    shape: dict[str, Any] = {
+def _build(request: Request) -> Pipeline:
+    shape: Keywords = {
         "patch_size": 1,
         "in_channels": 4,
         "out_channels": 4,
@@ -49,7 +48,7 @@ def _build(request: Request) -> Any:
         "caption_channels": TEXT,
         "sample_size": SIZE // 4,
     }
-    parts: dict[str, Any] = {
+    parts: Keywords = {
         "tokenizer": None,
         "text_encoder": None,
         "vae": _vae(),

@@ -4,7 +4,6 @@ ControlNet siblings."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import diffusers
 import torch
@@ -17,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from diffalign.core.types import Keywords, Pipeline
 from diffalign.testing.tiny.base import CROSS, Draw, Inputs, Request, register
 from diffalign.testing.tiny.parts import clip_text, clip_text_projected, clip_tokenizer, image_vae
 
@@ -25,7 +25,7 @@ XL = "StableDiffusionXL{}Pipeline"
 KINDS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
 UNION = ("ControlNetUnion", "ControlNetUnionImg2Img", "ControlNetUnionInpaint")
 WIDTH, TEXT, POOLED, SIZE = 16, 32, 16, 16
-NOISE: dict[str, Any] = {
+NOISE: Keywords = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -35,7 +35,7 @@ NOISE: dict[str, Any] = {
 
 def unet(request: Request, width: int) -> UNet2DConditionModel:
     """Two levels, one of them with cross-attention; [B, 4 or 9, 8, 8] in, [B, 4, 8, 8] out."""
-    extra: dict[str, Any] = {}
+    extra: Keywords = {}
     if request.has("XL", "Kolors"):
         extra = {
             "addition_embed_type": "text_time",
@@ -59,7 +59,7 @@ def unet(request: Request, width: int) -> UNet2DConditionModel:
     )
 
 
-def _control(request: Request) -> Any:
+def _control(request: Request) -> Pipeline:
     model = unet(
         replace(request, variant=""), WIDTH
     )  # ControlNets of inpainting UNets also read 4 channels
@@ -86,9 +86,9 @@ def _control(request: Request) -> Any:
     return ControlNetModel.from_unet(model, conditioning_embedding_out_channels=(8, 8))
 
 
-def _build(request: Request) -> Any:
+def _build(request: Request) -> Pipeline:
     model = unet(request, _width(request) if request.params else WIDTH)
-    parts: dict[str, Any] = {
+    parts: Keywords = {
         "unet": model,
         "vae": image_vae(),
         "text_encoder": None,

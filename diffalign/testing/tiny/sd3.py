@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
 
+from diffalign.core.types import Keywords, Pipeline
 from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, register
 from diffalign.testing.tiny.parts import image_vae
 
@@ -14,8 +13,8 @@ SIZE, TEXT, POOLED = 16, 32, 16
 NAMES = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting")
 
 
-def _build(request: Request) -> Any:
-    shape: dict[str, Any] = {
+def _build(request: Request) -> Pipeline:
+    shape: Keywords = {
         "sample_size": SIZE // 2,
         "patch_size": 2,
         "in_channels": 16,
@@ -29,7 +28,7 @@ def _build(request: Request) -> Any:
         "pos_embed_max_size": 8,
         "qk_norm": "rms_norm",
     }
-    parts: dict[str, Any] = {
+    parts: Keywords = {
         "transformer": SD3Transformer2DModel(
             **shape, dual_attention_layers=(0,) if request.variant == "3.5" else ()
         ),

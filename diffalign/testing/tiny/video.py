@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -14,6 +12,7 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
+from diffalign.core.types import Pipeline
 from diffalign.testing.tiny.base import CROSS, Draw, Hook, Inputs, Request, behind_text, register
 from diffalign.testing.tiny.pixart import masked_text
 
@@ -42,7 +41,7 @@ def _ltx_vae() -> AutoencoderKLLTXVideo:
     )
 
 
-def _ltx(request: Request) -> Any:
+def _ltx(request: Request) -> Pipeline:
     model = LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -88,7 +87,7 @@ def _cog_vae() -> AutoencoderKLCogVideoX:
     )
 
 
-def _cog(request: Request) -> Any:
+def _cog(request: Request) -> Pipeline:
     model = CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,

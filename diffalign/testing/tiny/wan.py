@@ -15,6 +15,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from diffalign.core.types import Keywords, Pipeline
 from diffalign.testing.tiny.base import Draw, Hook, Inputs, Request, register
 from diffalign.testing.tiny.parts import clip_images, clip_vision
 
@@ -35,8 +36,8 @@ def wan_vae() -> AutoencoderKLWan:
     )
 
 
-def _transformer(request: Request) -> Any:
-    shape: dict[str, Any] = {
+def _transformer(request: Request) -> Pipeline:
+    shape: Keywords = {
         "num_attention_heads": 2,
         "attention_head_dim": 12,
         "in_channels": LATENT,
@@ -56,8 +57,8 @@ def _transformer(request: Request) -> Any:
     return WanTransformer3DModel(**shape)
 
 
-def _build(request: Request) -> Any:
-    parts: dict[str, Any] = {
+def _build(request: Request) -> Pipeline:
+    parts: Keywords = {
         "tokenizer": None,
         "text_encoder": None,
         "vae": wan_vae(),
