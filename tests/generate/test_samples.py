@@ -173,7 +173,7 @@ def test_the_global_random_state_is_untouched(pipe):
 
 
 def report(**values):
-    return Report("P", steps=2, nfe_cfg=4, sigma=[2, 1], **values)
+    return Report(pipeline="P", steps=2, nfe_cfg=4, sigma=[2, 1], **values)
 
 
 def test_merged_reports():
