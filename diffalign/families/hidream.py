@@ -26,6 +26,7 @@ def row_parts(denoiser: Any, call: Mapping[str, Any]) -> tuple[Parts, ...]:
 
 HIDREAM = Family(
     "hidream",
+    live_scale=True,
     pipelines=("HiDreamImagePipeline",),
     to_step=negated,
     target_sign=-1,
