@@ -19,6 +19,7 @@ from diffalign.core.registry import parse
 from diffalign.core.technique import Technique
 from diffalign.core.types import Keywords
 from diffalign.drawing.sheet import Cell, contact_sheet
+from diffalign.embedded.load import MODELS
 from diffalign.families import family_of
 from diffalign.generate.models import Setting, open_model
 from diffalign.generate.samples import Sample, picture, samples
@@ -50,7 +51,7 @@ class Comparison:
 
     def __init__(self, name: str = "emoji") -> None:
         self.model = open_model(name, Setting(device="cpu", dtype="fp32"))
-        self.pipe, self.judge = self.model.pipe, load(f"{name}-judge")
+        self.pipe, self.judge = self.model.pipe, load(MODELS[name].judge)
         works = {support.name for support in supports(self.pipe) if support.works}
         # not those that need a file
         self.classes = {

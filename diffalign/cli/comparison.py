@@ -126,10 +126,11 @@ def warm_up(request: Request, jobs: Sequence[Job]) -> None:
 def judge_of(model: Model, prompts: Sequence[str]) -> tuple[Detector | None, str]:
     """The judge for this model, or None and the reason why these prompts get no verdicts."""
     from diffalign.embedded import available, load
+    from diffalign.embedded.load import MODELS
 
-    name = f"{model.name}-judge"
     if model.kind != "embedded":
         return None, "no verdicts: only embedded models have a judge on board."
+    name = MODELS[model.name].judge
     if not any(parse_prompt(prompt) for prompt in prompts):
         return (
             None,

@@ -91,6 +91,8 @@ class Entry:
     loader: Callable[[Path], object]
     # of a pipeline: steps and guidance scale of a run that names none
     defaults: Mapping[str, float] = field(default_factory=dict)
+    # of a pipeline: the detector that judges its images
+    judge: str = ""
 
 
 MODELS: dict[str, Entry] = {
@@ -99,6 +101,7 @@ MODELS: dict[str, Entry] = {
         "text to 64 x 64 emoji scenes: StableDiffusionPipeline, 20 steps, v-prediction",
         _pipeline,
         {"steps": 20, "scale": 1.5},
+        "emoji-judge",
     ),
     "emoji-judge": Entry(
         "emoji-judge",
