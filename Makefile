@@ -62,6 +62,9 @@ embedded: $(READY)
 	$(TRAIN).train_vae --out runs/vae --resume
 	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --updates 14000 --decay-from 14000 --curriculum 7000 --resume
 	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --export runs/models/emoji
+	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji-2 --from runs/models/emoji --captions noisy --mix relations --top 0.25 \
+	  --lesson 2000 --seed 13 --rate 1e-3 --updates 6400 --decay-from 4800 --decay 0.999 --save 800 --resume
+	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji-2 --export runs/models/emoji-2
 	$(TRAIN).train_judge --out runs/judge --vae runs/vae/vae --updates 1600 --vae-updates 900 --resume
 	$(TRAIN).train_judge --out runs/judge --vae runs/vae/vae --export runs/models/emoji-judge
 	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --updates 2400 --vae-updates 500 --resume

@@ -6,6 +6,11 @@ v-prediction (Salimans & Ho, "Progressive Distillation for Fast Sampling of Diff
 arXiv:2202.00512, appendix D). Scenes are rendered and encoded on the fly; early batches hold mostly
 single objects, so that shapes are learnt before compositions. ``--export`` writes the averaged
 weights of a saved state as a ``StableDiffusionPipeline`` folder in fp16.
+
+A second stage, ``--from FOLDER --captions noisy``, goes on from the weights of a pipeline folder
+with captions that leave facts out or get them wrong (``workshop.noisy_captions``). ``--lesson``
+begins it with a lesson in relations (``workshop.relation_pairs``), ``--mix relations`` shows more
+relations throughout, ``--top`` more of the noisiest steps, at which a layout is decided.
 """
 
 from __future__ import annotations
@@ -13,12 +18,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffalign.embedded.workshop import noisy_captions, relation_pairs
+from diffalign.embedded.workshop.noisy_captions import CaptionNoise
 from diffalign.embedded.workshop.train_vae import CHANNELS, pixels
 from diffalign.embedded.workshop.training import (
     Course,
@@ -45,6 +53,16 @@ EASY = {
     "position": 0.05,
     "two_coloured": 0.05,
 }
+
+RELATIONS_MIX: dict[str, float] = {
+    "single": 0.08, "colour": 0.12, "two": 0.12, "count": 0.15, "position": 0.30,
+    "two_coloured": 0.15, "count_coloured": 0.02, "position_coloured": 0.03, "numbers": 0.02,
+    "three": 0.01,
+}  # fmt: skip
+"""The mixture of ``--mix relations``: twice as many relations as in ``DEFAULT_MIX``."""
+
+TOP = 0.15
+"""The share of the schedule, from its noisy end, that ``--top`` and the lesson's pairs get."""
 
 
 def build(
@@ -106,11 +124,40 @@ def curriculum(place: float) -> dict[str, float]:
     }
 
 
+def noise_steps(size: int, count: int, top: float, generator: torch.Generator) -> Tensor:
+    """``size`` steps of a schedule of ``count``, int64.
+
+    They are stratified over the batch, and their density grows with noise: the decoder forgives
+    small errors, so late steps need less capacity. A share ``top`` of them is spread over the
+    noisiest ``TOP`` instead. Only there the picture does not show yet where its objects will be, so
+    only there the relation in a caption is news.
+    """
+    uniform = torch.rand(size, generator=generator)
+    rest = size - round(top * size)
+    place = (torch.arange(rest) + uniform[:rest]) / rest
+    high = (torch.arange(size - rest) + uniform[rest:]) / max(1, size - rest)
+    places = torch.cat([place**0.75, 1 - TOP * (1 - high)])
+    return (places * count).long().clamp(max=count - 1)
+
+
+def _read(folder: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:
+    """Put the weights of a pipeline folder into networks of the same form, as fp32."""
+    if not (folder / "model_index.json").exists():
+        raise ValueError(
+            f"from: expected the folder of a pipeline, found no model_index.json in {folder};"
+            " pass a folder that --export has written"
+        )
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    text.load_state_dict(encoder.state_dict())
+
+
 class DenoiserTrainer:
     """The state of one process.
 
-    ``options`` needs seed, batch, rate, updates, decay_from, curriculum (update at which it ends)
-    and decay.
+    ``options`` needs seed, batch, rate, updates, decay_from, curriculum (update at which it ends),
+    decay, source (folder of the first weights or None), captions, mix, top, lesson (update at which
+    it ends) and pairs (in a batch of the lesson).
     """
 
     def __init__(
@@ -121,6 +168,9 @@ class DenoiserTrainer:
             torch.bfloat16, memory_format=torch.channels_last
         ).requires_grad_(False)
         self.unet, self.text = build(options.seed, len(vocab), vae.config.latent_channels)
+        if options.source is not None:
+            _read(options.source, self.unet, self.text)
+        self.captions = CaptionNoise() if options.captions == "noisy" else None
         # The backward pass of scaled_dot_product_attention is slow on a CPU for narrow heads; the
         # plain form computes the same.
         self.unet.set_attn_processor(AttnProcessor())
@@ -132,14 +182,41 @@ class DenoiserTrainer:
         self.done = 0
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Latents bf16 [B, C, 8, 8] and token ids [B, LENGTH] of the next step's scenes."""
-        world = World(curriculum(self.done / max(1, self.options.curriculum)))
-        images, captions, _ = world.arrays(
-            step_seed(self.options.seed, self.team.rank, self.done), self.options.batch
-        )
+        """Latents bf16 [B, C, 8, 8] and token ids [B, LENGTH] of the next step's scenes; the
+        lesson's pairs come last."""
+        early = curriculum(self.done / max(1, self.options.curriculum))
+        world = World(RELATIONS_MIX if self.options.mix == "relations" else early)
+        seed = step_seed(self.options.seed, self.team.rank, self.done)
+        pairs = self.pairs()
+        size = self.options.batch - 2 * pairs
+        if self.captions is None:
+            images, captions, _ = world.arrays(seed, size)
+        else:
+            images, captions = noisy_captions.arrays(world, self.captions, seed, size)
+        if pairs:
+            forward = relation_pairs.leading(self.done / self.options.lesson)
+            pictures, sentences = relation_pairs.arrays(seed, pairs, forward)
+            images, captions = np.concatenate([images, pictures]), captions + sentences
         with torch.no_grad():
             latents = self.encoder(pixels(images, torch.bfloat16)).contiguous()
         return latents, torch.tensor([encode(self.vocab, caption) for caption in captions])
+
+    def pairs(self) -> int:
+        """Pairs in the next step's batch."""
+        return int(self.options.pairs) if self.done < self.options.lesson else 0
+
+    def draws(self, shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Steps int64 [B] and noise [B, C, 8, 8] of the next step; the pictures of a pair share
+        theirs, among the noisiest steps."""
+        pairs, count = self.pairs(), len(self.signal)
+        steps = noise_steps(shape[0] - 2 * pairs, count, self.options.top, generator)
+        if pairs:
+            high = noise_steps(pairs, count, 1.0, generator)
+            steps = torch.cat([steps, high.repeat_interleave(2)])
+        noise = torch.randn(shape, generator=generator)
+        if pairs:
+            noise[-2 * pairs + 1 :: 2] = noise[-2 * pairs :: 2]
+        return steps, noise
 
     def step(self) -> dict[str, float]:
         """One update; returns the mean v-loss of this process's batch, and of its noisiest and
@@ -149,11 +226,7 @@ class DenoiserTrainer:
         generator = step_generator(self.options.seed, self.team.rank, self.done)
         empty = torch.tensor(encode(self.vocab, ""))
         ids[torch.rand(size, generator=generator) < 0.1] = empty
-        # Stratified over the batch, density growing with noise: the decoder forgives small errors,
-        # so late steps need less capacity.
-        place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-        steps = (place**0.75 * len(self.signal)).long().clamp(max=len(self.signal) - 1)
-        noise = torch.randn(latents.shape, generator=generator)
+        steps, noise = self.draws(latents.shape, generator)
         signal, spread = (table[steps].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
         clean = latents.float()
         noisy = (signal * clean + spread * noise).to(torch.bfloat16)
@@ -168,7 +241,7 @@ class DenoiserTrainer:
             self.flat.publish()
             decay = min(self.options.decay, (1 + self.done) / (10 + self.done)) ** SYNCHRONISE
             self.ema.lerp_(self.flat.master.data, 1 - decay)
-        values = losses.detach()
+        values = losses.detach()[steps.argsort(stable=True)]
         half = size // 2
         return {
             "loss": float(values.mean()),
@@ -247,7 +320,32 @@ def export(
     if out is not None:
         pipe.to(torch.float16).save_pretrained(out)
         pipe.to(torch.float32)
+        # transformers loads a text encoder in the type that its config names, diffusers the rest in
+        # fp32; without this a folder loaded without ``dtype`` has parts that do not fit together.
+        config = out / "text_encoder" / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     return pipe
+
+
+def _add_stage(result: argparse.ArgumentParser) -> None:
+    """The options of a second stage; their defaults are those of the first."""
+    add = result.add_argument
+    add("--from", dest="source", type=Path, help="pipeline folder whose weights are the first")
+    add(
+        "--captions",
+        choices=("true", "noisy"),
+        default="true",
+        help="noisy: some leave a fact out or get one wrong",
+    )
+    add(
+        "--mix",
+        choices=("curriculum", "relations"),
+        default="curriculum",
+        help="mixture of the kinds of scene",
+    )
+    add("--top", type=float, default=0.0, help="share of a batch at the noisiest steps")
+    add("--lesson", type=int, default=0, help="update until which pairs teach the relations")
+    add("--pairs", type=int, default=6, help="pairs in a batch of the lesson")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -273,6 +371,7 @@ def parser() -> argparse.ArgumentParser:
         default=7_000,
         help="update at which the shipped mixture of scenes is reached",
     )
+    _add_stage(result)
     result.add_argument(
         "--decay", type=float, default=0.9995, help="of the averaged weights, per update"
     )

@@ -56,6 +56,7 @@ class Group:
     """Objects of one name and one colour."""
 
     name: str
+    # 0: a plural without a number
     count: int = 1
     # ``NATIVE``: the caption names no colour
     colour: str = NATIVE
@@ -63,6 +64,8 @@ class Group:
 
 def _phrase(group: Group, name: str, many: str) -> str:
     colour = "" if group.colour == NATIVE else f"{group.colour} "
+    if group.count == 0:
+        return f"{colour}{many}"
     return article(colour + name) if group.count == 1 else f"{NUMBERS[group.count]} {colour}{many}"
 
 
