@@ -395,4 +395,4 @@ def test_wheel_built_from_the_source_archive_is_the_package(tmp_path):
         for name in names
         if name.split("/")[0] in ("runs", "outputs", ".venv", ".venv-ci", "dist")
     ]
-    assert wheel.stat().st_size < 64e6, "the embedded models may take 60 MB together"
+    assert wheel.stat().st_size < 100e6, "the embedded models may take 100 MB together"

@@ -103,6 +103,13 @@ MODELS: dict[str, Entry] = {
         {"steps": 20, "scale": 1.5},
         "emoji-judge",
     ),
+    "emoji-2": Entry(
+        "emoji-2",
+        "emoji after a second stage on noisy captions: it needs guidance",
+        _pipeline,
+        {"steps": 20, "scale": 3.0},
+        "emoji-judge",
+    ),
     "emoji-judge": Entry(
         "emoji-judge",
         "detector of the emoji world: class, score, box and colour of each object",
