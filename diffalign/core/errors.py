@@ -41,10 +41,10 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names nearest to ``name`` as text for an error message; when none is near, all of a
     few or "none"."""
     names = sorted(known)
-    found = get_close_matches(name, names, n=count, cutoff=0.4) or (
+    matches = get_close_matches(name, names, n=count, cutoff=0.4) or (
         names if len(names) <= 2 * count else ["none"]
     )
-    return ", ".join(found)
+    return ", ".join(matches)
 
 
 def listed(items: Iterable[object]) -> str:

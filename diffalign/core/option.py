@@ -307,6 +307,6 @@ def _error(kinds: tuple[object, ...], spec: Option) -> type[Exception]:
 def _or_none(spec: Option) -> str:
     """The end of an error that says what None would mean."""
     if spec.source:
-        own = "the pipeline's own" if spec.source == CALL else "the model's own"
-        return f", or None for {own} value"
+        whose = "the pipeline's own" if spec.source == CALL else "the model's own"
+        return f", or None for {whose} value"
     return " or None" if type(None) in alternatives(spec.annotation) else ""

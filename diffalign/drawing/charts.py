@@ -104,22 +104,22 @@ def line_chart(
     inches = (size[0] / DPI, size[1] / DPI)
     figure = Figure(figsize=inches, dpi=DPI, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr, call-arg]
-    left = figure.subplots()
-    axes = {False: left}
+    main = figure.subplots()
+    axes = {False: main}
     if any(curve.right for curve in curves):
-        axes[True] = left.twinx()
+        axes[True] = main.twinx()
     for side, ax in axes.items():
         _frame(ax, grid=not side)
         ax.set_ylabel(right_label if side else y_label, color=INK)
         values = [y for curve in curves if curve.right is side for y in curve.values]
         if values:
             ax.set_ylim(*_scaled(ax.yaxis, values, log == "y" and not side))
-    left.set_xlabel(x_label, color=INK)
+    main.set_xlabel(x_label, color=INK)
     xs = [x for curve in curves for x, _ in curve.points]
-    left.set_xlim(*_scaled(left.xaxis, xs, log == "x"))
+    main.set_xlim(*_scaled(main.xaxis, xs, log == "x"))
     for i, curve in enumerate(curves):
         _draw(axes[curve.right], curve, COLOURS[i % len(COLOURS)])
-    _legend(figure, left, axes, curves)
+    _legend(figure, main, axes, curves)
     if title:
         figure.suptitle(title, x=0.012, ha="left", fontsize=11.5, color=INK)
     _write_names(figure, axes, curves)

@@ -402,10 +402,10 @@ def _draw_boxes(picture: Image.Image, cell: Cell, font: Font) -> None:
         pen.rectangle((x1, y1, x2, y2), outline=color, width=2)
         text = f"{box.colour + ' ' if box.colour else ''}{box.name} {box.score:.2f}"
         width, height = font.getlength(text) + 6, round(1.3 * font.size)
-        left = min(x1, max(picture.width - width, 0))
+        x = min(x1, max(picture.width - width, 0))
         top = y1 - height if y1 >= height else y1
-        pen.rectangle((left, top, left + width, top + height), fill=color)
-        pen.text((left + 3, top + height / 2), text, font=font, fill="white", anchor="lm")
+        pen.rectangle((x, top, x + width, top + height), fill=color)
+        pen.text((x + 3, top + height / 2), text, font=font, fill="white", anchor="lm")
 
 
 @cache

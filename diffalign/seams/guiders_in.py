@@ -43,11 +43,11 @@ class GuiderState:
 
         Running averages are the only thing that diffusers' guiders keep per image.
         """
-        chosen = copy.deepcopy(self.guider)
-        for value in vars(chosen).values():
+        guider = copy.deepcopy(self.guider)
+        for value in vars(guider).values():
             if isinstance(average := getattr(value, "running_average", None), Tensor):
                 value.running_average = average[list(rows)]
-        return GuiderState(chosen)
+        return GuiderState(guider)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

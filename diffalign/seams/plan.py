@@ -175,13 +175,13 @@ def described(cls: type) -> type:
 def bind(cls: type, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
     """The arguments of a call by name; names and defaults are those of the described class."""
     signature, defaults, rest = _signature(described(cls))
-    given = dict(kwargs)
+    arguments = dict(kwargs)
     if args or not kwargs.keys() <= defaults.keys():
         bound = signature.bind(pipe, *args, **kwargs)
         bound.arguments.pop(next(iter(signature.parameters)))
-        given = dict(bound.arguments)
-        given.update(given.pop(rest, {}))
-    return Arguments(given, defaults | given)
+        arguments = dict(bound.arguments)
+        arguments.update(arguments.pop(rest, {}))
+    return Arguments(arguments, defaults | arguments)
 
 
 def context_of(

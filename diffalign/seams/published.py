@@ -36,13 +36,13 @@ class Published:
 
     def call(self, callback: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a user's callback with the user's values in place, outside the session."""
-        held = [name for name in self.engine if f"_{name}" in vars(self.pipe)]
-        for name in held:
+        present = [name for name in self.engine if f"_{name}" in vars(self.pipe)]
+        for name in present:
             setattr(self.pipe, f"_{name}", self.values[name])
         try:
             return swap.outside(callback, args, kwargs)
         finally:
-            for name in held:
+            for name in present:
                 self._take(name, getattr(self.pipe, f"_{name}"))
 
     def _take(self, name: str, value: Any) -> None:

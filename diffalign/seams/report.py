@@ -88,11 +88,11 @@ class Report(Curves):
                 f"{self.steps} steps"
             )
         for name, options in self.resolved.items():
-            said = ", ".join(
+            shown = ", ".join(
                 f"{key}={value!r}" + (f" ({source})" if source else "")
                 for key, (value, source) in options.items()
             )
-            lines.append(f"{name}({said})")
+            lines.append(f"{name}({shown})")
         if any(value is not None for value in self.scale):
             lines.append("step  sigma     effective scale  cosine")
             for i, (sigma, scale, cosine) in enumerate(zip(self.sigma, self.scale, self.cosine)):

@@ -86,15 +86,15 @@ def subclass(
                 {**names, method: override, "__reduce_ex__": reduce, "_diffalign_base": base},
             )
             _CLASSES[base, method, opaque] = swapped
-        found: type = _CLASSES[base, method, opaque]
-        return found
+        swapped_class: type = _CLASSES[base, method, opaque]
+        return swapped_class
 
 
 def original_class(obj: Any) -> type:
     """The class of ``obj`` without any swap of ours."""
     cls = type(obj)
-    found: type = cls.__dict__.get("_diffalign_base", cls)
-    return found
+    base: type = cls.__dict__.get("_diffalign_base", cls)
+    return base
 
 
 def unwrapped(module: Any) -> Any:

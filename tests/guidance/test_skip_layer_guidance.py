@@ -40,7 +40,10 @@ def test_skip_layer_guidance_is_sd3s_own(dtype):
     """Bit for bit. The pipeline acts for 0.01 * 4 < index < 0.8 * 4, that is at steps 1 to 3."""
     name = "StableDiffusion3Pipeline"
     pipe = deep_pipeline(name).to(dtype)
-    inputs = lambda: {**tiny_inputs(name, dtype=dtype, steps=4, batch=2), "guidance_scale": 4.0}  # noqa: E731
+
+    def inputs():
+        return {**tiny_inputs(name, dtype=dtype, steps=4, batch=2), "guidance_scale": 4.0}
+
     plain = final(pipe, inputs())
     native = final(
         pipe,

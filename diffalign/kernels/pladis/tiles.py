@@ -46,8 +46,8 @@ def plan(head_dim: int, keys: int) -> Plan | None:
         return None
     head_tile = max(64, 1 << (head_dim - 1).bit_length())
     key_tile = next(tile for tile in KEY_TILES if keys <= tile)
-    found = None if (head_dim, key_tile) in SPILLS else TILES.get((head_tile, key_tile))
-    return None if found is None else Plan(head_tile, key_tile, *found)
+    tile = None if (head_dim, key_tile) in SPILLS else TILES.get((head_tile, key_tile))
+    return None if tile is None else Plan(head_tile, key_tile, *tile)
 
 
 def refusal(dtype: torch.dtype, head_dim: int, keys: int, shared_kb: int) -> str | None:

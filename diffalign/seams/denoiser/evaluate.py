@@ -94,11 +94,11 @@ class Evaluator:
         order = [UNCOND, COND] if self.family.order == "uc" else [COND, UNCOND]
         preds: dict[Pass, Tensor] = {}
         output = self._group(call, step, order, branches, preds)
-        asked = {}
+        selection = {}
         for p in passes:
             prediction = preds[COND if p.conditioned else UNCOND]
-            asked[p] = prediction if p.rows is None else prediction[list(p.rows)]
-        return output, asked
+            selection[p] = prediction if p.rows is None else prediction[list(p.rows)]
+        return output, selection
 
     def _group(
         self,

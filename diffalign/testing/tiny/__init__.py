@@ -55,12 +55,12 @@ def tiny_names(*, text: bool | None = None, slow: bool | None = None) -> tuple[s
     ``text`` selects by whether the class also exists with text encoders, ``slow`` by whether one
     call takes more than half a second.
     """
-    chosen = (
+    names = (
         n
         for n, recipe in RECIPES.items()
         if text in (None, recipe.text) and slow in (None, recipe.slow)
     )
-    return tuple(sorted(chosen))
+    return tuple(sorted(names))
 
 
 def tiny_variants(class_name: str) -> tuple[str, ...]:
