@@ -422,28 +422,6 @@ def test_sigma_and_progress_match_the_scheduler(pipe):
     assert all(a.sigma_next == b.sigma for a, b in pairwise(seen))
 
 
-@pytest.mark.parametrize(("spacing", "steps"), [("leading", 5), ("trailing", 7), ("linspace", 6)])
-def test_the_next_level_is_where_ddim_really_goes(spacing, steps):
-    """Read off the scheduler itself: without noise, one step multiplies the sample by
-    sqrt(abar_next / abar)."""
-    from diffalign.core import linear_mix
-    from diffalign.seams.denoiser.clock import Clock
-
-    scheduler = DDIMScheduler(
-        timestep_spacing=spacing, clip_sample=False, steps_offset=1 if spacing == "leading" else 0
-    )
-    scheduler.set_timesteps(steps)
-    clock = Clock(scheduler, linear_mix, lambda value: value)
-    clock.start(float(scheduler.timesteps[0]), None)
-    for t in scheduler.timesteps:
-        step = clock.now(lambda value, *_: value)
-        one = torch.ones(1, dtype=torch.float64)
-        factor = float(scheduler.step(0 * one, t, one).prev_sample)
-        here = 1 / (1 + step.sigma**2)
-        assert 1 / (1 + step.sigma_next**2) == pytest.approx(here * factor**2, rel=1e-5)
-        clock.calls += 1
-
-
 def test_no_synchronisation_per_step(pipe, monkeypatch):
     """Scalars stay on the device: the number of host reads does not grow with the steps."""
     counts = {}
