@@ -57,11 +57,11 @@ def numbers(preds):
 @pytest.mark.parametrize("passes", [(COND, UNCOND), (UNCOND, COND)])
 def test_both_branches_go_in_one_call_in_the_pipelines_order(order, preds, passes):
     evaluator, call, branches = evaluation(order=order)
-    seen = []
+    evaluations = []
 
     def look(denoise):
         def run(call, arguments):
-            seen.append((call.passes, call.conditioned))
+            evaluations.append((call.passes, call.conditioned))
             return denoise(call, arguments)
 
         return run
@@ -72,8 +72,8 @@ def test_both_branches_go_in_one_call_in_the_pipelines_order(order, preds, passe
     assert numbers(predictions) == preds
     assert output[1] == "more"
     prompted = order == "cu"
-    assert seen[0][1] == (prompted, prompted, not prompted, not prompted)
-    assert seen[0][0] == ((COND, UNCOND) if prompted else (UNCOND, COND))
+    assert evaluations[0][1] == (prompted, prompted, not prompted, not prompted)
+    assert evaluations[0][0] == ((COND, UNCOND) if prompted else (UNCOND, COND))
     assert (evaluator.meter.rows, evaluator.meter.calls) == (4, 1)
 
 
