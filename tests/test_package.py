@@ -30,7 +30,7 @@ LAYERS = (
     ("embedded",),
     ("guidance", "attention", "pruning", "rewards"),
     ("search", "noise_opt"),
-    ("generate",),
+    ("generate", "align"),
     ("calibration",),
     ("eval",),
     ("cli", "app"),

@@ -1,8 +1,8 @@
 """Contracts: what a technique, a reward and a sampler are, and what a run costs.
 
 Read from top to bottom: ``types``, ``technique``, ``guidance``, ``attention``, ``blocks``,
-``rows``, ``sampler``, ``reward``, ``option``, ``registry``, ``budget``. Importing this room loads
-nothing, not even torch; it imports nothing else of ours.
+``rows``, ``sampler``, ``reward``, ``search``, ``option``, ``registry``, ``budget``. Importing this
+room loads nothing, not even torch; it imports nothing else of ours.
 """
 
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from diffalign.core.option import CALL, FLOW, auto, filled, option
 from diffalign.core.reward import Reward
 from diffalign.core.rows import Rows
 from diffalign.core.sampler import Sampler, State
+from diffalign.core.search import Candidate, Info, Lineage, Method, Move, Node, Problem, Tree
 from diffalign.core.technique import Technique
 from diffalign.core.types import CFG_PASSES, COND, UNCOND, Pass, Space, StepInfo, linear_mix
 from diffalign.core.window import Windowed
@@ -43,11 +44,18 @@ __all__ = [
     "Budget",
     "BudgetExceeded",
     "Cancelled",
+    "Candidate",
     "Context",
     "Guidance",
     "GuidanceMismatch",
+    "Info",
+    "Lineage",
     "Meter",
+    "Method",
+    "Move",
+    "Node",
     "Pass",
+    "Problem",
     "Reward",
     "Rows",
     "Sampler",
@@ -59,6 +67,7 @@ __all__ = [
     "Technique",
     "Tensor",
     "TokenTechnique",
+    "Tree",
     "TwoBranches",
     "UnsupportedModel",
     "Windowed",

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from diffalign.core.errors import nearest
 from diffalign.core.option import Option, options_of
+from diffalign.core.search import Method
 from diffalign.core.technique import Technique
 from diffalign.core.types import Json
 from diffalign.core.values import converted, plain, split
@@ -212,6 +213,26 @@ TECHNIQUES: Registry[Technique] = Registry(
 register = TECHNIQUES.register
 name_of, to_config, from_config = TECHNIQUES.name_of, TECHNIQUES.to_config, TECHNIQUES.from_config
 make, parse = TECHNIQUES.build, TECHNIQUES.make
+
+
+def _is_method(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Method) and value is not Method
+
+
+METHODS: Registry[Method[Any]] = Registry(
+    "method",
+    "diffalign.methods",
+    rooms=("diffalign.search",),
+    belongs=_is_method,
+    needs="a frozen dataclass that derives from diffalign.core.Method",
+    advice="`diffalign methods` lists all.",
+)
+"""The methods: what ``align(method=...)`` takes."""
+
+
+def methods() -> dict[str, type[Method[Any]]]:
+    """Every method, those of other packages and of yours included: name -> class."""
+    return cast("dict[str, type[Method[Any]]]", METHODS.all())
 
 
 def techniques() -> dict[str, type[Technique]]:

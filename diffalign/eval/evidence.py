@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffalign.core.seeds import seed_of as image_seed
 from diffalign.core.technique import Technique
 from diffalign.core.types import Json, Pipeline
 from diffalign.eval.statistics import Interval, interval
 from diffalign.generate.seeds import Job
-from diffalign.generate.seeds import seed_of as image_seed
 from diffalign.tasks.geneval.prompts import TAGS
 from diffalign.tasks.geneval.verdict import prompts
 

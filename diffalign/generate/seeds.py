@@ -1,16 +1,13 @@
-"""The one seed rule: the noise of an image depends on the base seed, its prompt and its number.
-
-So an image does not change with the other prompts of a run, their order, the size of a batch or
-the number of machines.
-"""
+"""Jobs: the images of a run, each with its seed and its key."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from diffalign.core.seeds import seed_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +19,6 @@ class Job:
     seed: int
     # names the image among all jobs of a run
     key: str
-
-
-def seed_of(text: str, index: int, base: int = 0) -> int:
-    """The seed of image ``index`` of ``text``: the first 63 bits of SHA-256.
-
-    ``text``: the prompt, or the key of a prompt in a published list, such as "geneval/17".
-    """
-    digest = hashlib.sha256(f"{base}/{text}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def jobs_of(prompts: Iterable[str], *, count: int = 1, base: int = 0) -> list[Job]:

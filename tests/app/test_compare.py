@@ -10,7 +10,7 @@ from diffalign.app import compare, controls, page
 from diffalign.core import Technique, option
 from diffalign.core.option import options_of
 from diffalign.core.registry import make, parse
-from diffalign.generate.seeds import seed_of
+from diffalign.core.seeds import seed_of
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from diffalign.calibration.adaptive import calibrate_adaptive_guidance, check_sa
 from diffalign.calibration.curves import Curves, record
 from diffalign.core import UnsupportedModel
 from diffalign.core.presets import VARIABLE, preset
-from diffalign.generate.seeds import seed_of
+from diffalign.core.seeds import seed_of
 from diffalign.guidance.adaptive_guidance import AdaptiveGuidance
 from diffalign.testing.tiny import tiny_pipeline
 

@@ -10,8 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffalign.cli import demo
+from diffalign.core.seeds import seed_of
 from diffalign.drawing.png import read_settings
-from diffalign.generate.seeds import seed_of
 from diffalign.tasks.geneval.verdict import TAGS, prompts
 
 PROMPTS = ("-p", "a photo of a bench", "-p", "a photo of a cat", "-p", "free text")

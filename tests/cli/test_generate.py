@@ -12,9 +12,9 @@ from PIL import Image
 
 import diffalign as da
 from diffalign.core.registry import parse
+from diffalign.core.seeds import seed_of
 from diffalign.drawing.png import read_settings
 from diffalign.generate.schedulers import NAMES
-from diffalign.generate.seeds import seed_of
 
 QUICK = ("ddim", "dpm++", "heun")
 """Schedulers of each kind: plain, with several steps behind it, with two evaluations a step."""

@@ -1,6 +1,7 @@
 """The seed rule: numbers worked out by another program, and independence of everything else."""
 
-from diffalign.generate.seeds import jobs_of, seed_of
+from diffalign.core.seeds import seed_of
+from diffalign.generate.seeds import jobs_of
 
 
 def test_seeds_are_those_of_sha256sum():

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffalign.core.seeds import seed_of
 from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.workshop.samples import training_prompts
 from diffalign.generate.samples import samples
-from diffalign.generate.seeds import Job, seed_of
+from diffalign.generate.seeds import Job
 from diffalign.generate.verdicts import Detector, verdicts
 
 SCALES = (1.0, 1.0, 1.5, 2.0, 4.0, 8.0)

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 from scipy.stats import binom
 
 import diffalign as da
+from diffalign.core.seeds import seed_of
 from diffalign.embedded.load import FOLDER, load
 from diffalign.embedded.nets.evaluator import LatentEvaluator, _Words, level_features, word_mask
 from diffalign.embedded.workshop.evaluator_report import choice_by_level, within_prompts
@@ -20,7 +21,6 @@ from diffalign.embedded.workshop.pairs import batch, pairs
 from diffalign.embedded.workshop.train_evaluator import EvaluatorTrainer, corners, parser
 from diffalign.embedded.workshop.trajectories import SCALES, Trajectories, generate, prompts
 from diffalign.embedded.world.scenes import DEFAULT_MIX
-from diffalign.generate.seeds import seed_of
 from diffalign.tasks.geneval.verdict import verdict
 from diffalign.testing import tiny_pipeline
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import diffalign as da
+from diffalign.core.seeds import seed_of
 from diffalign.embedded.load import load
 from diffalign.embedded.workshop import samples, score
-from diffalign.generate.seeds import seed_of
 from diffalign.tasks.geneval.verdict import verdict
 
 STEPS = 3

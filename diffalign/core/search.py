@@ -1,0 +1,217 @@
+"""A method: it spends many runs of one pipeline on a better image.
+
+``da.align`` gives it a ``Problem`` and calls ``step`` until the budget is used up, the user stops
+it or it is finished. Whatever was finished and scored by then is the result, so a method never
+handles budgets, interrupts, batches, folders or files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+from diffalign.core.option import check_options
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffalign.core.budget import Meter
+    from diffalign.core.reward import Reward
+    from diffalign.core.sampler import Sampler, State
+    from diffalign.core.technique import Technique
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A random choice of one image, made when its trajectory has come to evaluation ``step``.
+
+    ``State.reseed`` with ``seed`` repeats it; at step 0 it draws the start noise too.
+    """
+
+    step: int
+    seed: int
+    # the evaluation to which noise takes the image back, None where it goes on from ``step``
+    back: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """How one image came about; with the settings of the run it can be made again."""
+
+    moves: tuple[Move, ...]
+    # [...] start noise of this image where its first seed does not draw it
+    noise: Tensor | None = None
+    # what the pipeline was given instead of the problem's prompt
+    prompt: str | None = None
+
+    def then(self, step: int, seed: int, back: int | None = None) -> Lineage:
+        """The lineage with one more random choice."""
+        return Lineage((*self.moves, Move(step, seed, back)), self.noise, self.prompt)
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that alone makes the image in a plain call, None where there is none."""
+        single = len(self.moves) == 1 and self.noise is None
+        return self.moves[0].seed if single else None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A finished and scored image."""
+
+    # by the reward that is optimised
+    score: float
+    # [3, H, W] in [0, 1], float32 on the CPU
+    image: Tensor
+    lineage: Lineage
+    # by the rewards that settle ties, in their order; empty until a tie asks for them
+    others: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What a step of a method did, for the progress line and the history."""
+
+    text: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A state of a tree search, for drawing and for reports."""
+
+    # index of the parent among the nodes, None for the root
+    parent: int | None
+    # evaluations made; 0 is noise
+    step: int
+    value: float
+    visits: int
+    # index into the images of the tree, None for a state that is not finished
+    image: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What a tree search has visited; parents stand before their children."""
+
+    nodes: tuple[Node, ...]
+    # [3, H, W] each
+    images: tuple[Tensor, ...]
+    # nodes from the root to the result
+    best: tuple[int, ...] = ()
+
+
+class Problem(Protocol):
+    """One prompt, one pipeline and one reward, as a method sees them.
+
+    Everything that costs goes through it: it splits work into batches that fit, counts before the
+    work is done, checks scores, and keeps the best image. The order of calls decides every seed,
+    so equal calls give equal results.
+    """
+
+    sampler: Sampler
+    prompt: str
+    reward: Reward
+    meter: Meter
+    # for the method's own random choices; its state is saved with the run
+    rng: torch.Generator
+
+    @property
+    def best(self) -> Candidate | None:
+        """The best finished image so far, None before the first."""
+        ...
+
+    def seeds(self, count: int) -> list[int]:
+        """Fresh seeds: those of images 0, 1, 2, ... of the prompt by the one seed rule."""
+        ...
+
+    def room(self, count: int, first: int = 0, last: int | None = None, scores: int = 1) -> int:
+        """How many of ``count`` images the budget lets run between two evaluations (None: the end),
+        each decoded and scored ``scores`` times; the final call is kept back.
+
+        Raises: ``BudgetExceeded`` where not even one fits.
+        """
+        ...
+
+    def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
+        """States before the first step, of noise that the seeds draw or that is given [B, ...]."""
+        ...
+
+    def run(self, state: State, until: int | None = None) -> State:
+        """Continue to evaluation ``until``, None for the end; any number of images."""
+        ...
+
+    def preview(self, state: State) -> Tensor:
+        """Scores [B], float64, of the images that the last evaluation predicts (``State.x0``)."""
+        ...
+
+    def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
+        """Decode and score finished states; the best is remembered."""
+        ...
+
+    def score(self, images: Tensor) -> Tensor:
+        """Scores [B], float64 on the CPU, of images [B, 3, H, W]; checked for shape and NaN."""
+        ...
+
+    def variant(
+        self,
+        techniques: Sequence[Technique] | None = None,
+        call: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+    ) -> Self:
+        """The same problem with other techniques, other arguments of the pipeline (merged into
+        those of the run) or another text for the pipeline; budget, seeds and reward are shared,
+        images are scored against the problem's own prompt. What it finishes is not remembered as
+        the best."""
+        ...
+
+
+@dataclass(frozen=True)
+class Method(ABC, Generic[S]):
+    """A search or a noise optimiser: a frozen dataclass whose fields are ``option()``.
+
+    ``S`` is plain data (dataclasses of ours, tensors, numbers, text, lists, tuples, mappings): it
+    is saved after every step, and a run that was killed continues from it.
+    """
+
+    # whether it needs children of one state that differ, so a stochastic kernel
+    branches: ClassVar[bool] = False
+    # whether it needs a reward with gradient
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError where options contradict each other; each alone is right already."""
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Why it cannot act on this problem, None when it can; asked before any compute."""
+        return None
+
+    @abstractmethod
+    def init(self, problem: Problem) -> S:
+        """The state before the first step; nothing is run yet."""
+
+    @abstractmethod
+    def step(self, problem: Problem, state: S) -> tuple[S, Info]:
+        """One round. ``state`` is not changed: a step that the budget ends is as if not begun,
+        but for the images that it finished."""
+
+    def finished(self, state: S) -> bool:
+        """Whether there is nothing left to do."""
+        return False
+
+    def best(self, problem: Problem, state: S) -> Candidate | None:
+        """The result so far."""
+        return problem.best
+
+    def tree(self, state: S) -> Tree | None:
+        """The states that it has visited, None for a method without a tree."""
+        return None
