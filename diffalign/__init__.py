@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with the table below
     from diffalign import core as core
     from diffalign import rewards as rewards
+    from diffalign.align import align as align
     from diffalign.attention import NAG as NAG
     from diffalign.attention import PLADIS as PLADIS
     from diffalign.core import Budget as Budget
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from diffalign.core import GuidanceMismatch as GuidanceMismatch
     from diffalign.core import SessionError as SessionError
     from diffalign.core import UnsupportedModel as UnsupportedModel
+    from diffalign.core.registry import methods as methods
     from diffalign.core.registry import register as register
     from diffalign.core.registry import techniques as techniques
     from diffalign.embedded import load as load
@@ -33,10 +35,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from diffalign.seams import preset as preset
     from diffalign.seams import supports as supports
     from diffalign.seams import techniques_of as techniques_of
+    from diffalign.search import *  # noqa: F403
 
 _ROOMS = ("core", "rewards")
-_WHOLE = ("diffalign.guidance",)  # modules whose ``__all__`` is public here
+_WHOLE = ("diffalign.guidance", "diffalign.search")  # modules whose ``__all__`` is public here
 _NAMES = {
+    "diffalign.align": ("align",),
     "diffalign.attention": ("NAG", "PLADIS"),
     "diffalign.core": (
         "Budget",
@@ -46,7 +50,7 @@ _NAMES = {
         "SessionError",
         "UnsupportedModel",
     ),
-    "diffalign.core.registry": ("register", "techniques"),
+    "diffalign.core.registry": ("methods", "register", "techniques"),
     "diffalign.embedded": ("load",),
     "diffalign.seams": (
         "Report",

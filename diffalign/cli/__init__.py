@@ -1,5 +1,4 @@
-"""The command line: ``diffalign generate | compare | fit | calibrate | models | techniques | env``,
-one file per command.
+"""The command line, ``diffalign --help``, one file per command.
 
 Help is shown without loading a model library: commands import what they need when they run.
 
@@ -13,11 +12,13 @@ from typing import Annotated
 
 import typer
 
+from diffalign.cli.align import align
 from diffalign.cli.calibrate import calibrate
 from diffalign.cli.compare import compare
 from diffalign.cli.env import env
 from diffalign.cli.fit import fit
 from diffalign.cli.generate import generate
+from diffalign.cli.methods import methods
 from diffalign.cli.models import models
 from diffalign.cli.problem import complain
 from diffalign.cli.techniques import techniques
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (generate, compare, models, techniques, env):
+for function in (generate, compare, align, models, techniques, methods, env):
     app.command()(function)
 app.add_typer(fit, name="fit")
 app.add_typer(calibrate, name="calibrate")

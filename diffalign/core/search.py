@@ -114,12 +114,27 @@ class Problem(Protocol):
     so equal calls give equal results.
     """
 
-    sampler: Sampler
     prompt: str
-    reward: Reward
-    meter: Meter
-    # for the method's own random choices; its state is saved with the run
-    rng: torch.Generator
+
+    @property
+    def sampler(self) -> Sampler:
+        """Trajectories of the pipeline: number of evaluations, whether they can branch, prices."""
+        ...
+
+    @property
+    def reward(self) -> Reward:
+        """What is optimised; score through ``score``, which counts and checks."""
+        ...
+
+    @property
+    def meter(self) -> Meter:
+        """What has been spent."""
+        ...
+
+    @property
+    def rng(self) -> torch.Generator:
+        """For the method's own random choices; its state is saved with the run."""
+        ...
 
     @property
     def best(self) -> Candidate | None:
@@ -166,8 +181,9 @@ class Problem(Protocol):
     ) -> Self:
         """The same problem with other techniques, other arguments of the pipeline (merged into
         those of the run) or another text for the pipeline; budget, seeds and reward are shared,
-        images are scored against the problem's own prompt. What it finishes is not remembered as
-        the best."""
+        images are scored against the problem's own prompt. What a variant with other techniques or
+        arguments finishes is a draft, which is never the best; with another text only, it is
+        remembered like any other."""
         ...
 
 
@@ -203,6 +219,11 @@ class Method(ABC, Generic[S]):
     def step(self, problem: Problem, state: S) -> tuple[S, Info]:
         """One round. ``state`` is not changed: a step that the budget ends is as if not begun,
         but for the images that it finished."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether it finishes by itself; one that does not needs a budget."""
+        return False
 
     def finished(self, state: S) -> bool:
         """Whether there is nothing left to do."""

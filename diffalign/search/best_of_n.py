@@ -30,6 +30,10 @@ class BestOfN(Method[Draws]):
     n: int | None = option(None, "images to draw, none for as many as the budget allows", low=1)
     batch: int = option(4, "images in one round", low=1)
 
+    @property
+    def ends(self) -> bool:
+        return self.n is not None
+
     def init(self, problem: Problem) -> Draws:
         return Draws()
 

@@ -1,0 +1,165 @@
+"""What a run found: the image, how it came about, what it cost, and all of it in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffalign.align.problem import Moment
+from diffalign.core.search import Candidate, Lineage, Tree
+from diffalign.core.types import Json
+from diffalign.drawing.png import save_png
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What a run cost, its final call included."""
+
+    # denoiser rows
+    nfe: int = 0
+    # images times evaluations: a pair of branches counts once, as most papers count
+    evaluations: int = 0
+    # calls of the denoiser
+    calls: int = 0
+    decodes: int = 0
+    rewards: int = 0
+    # backward passes, in rows
+    backward: int = 0
+    seconds: float = 0.0
+
+
+def picture(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] as a Pillow image of 8 bits, as diffusers rounds it."""
+    from PIL import Image
+
+    pixels = (image.permute(1, 2, 0).float() * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.cpu().numpy())
+
+
+@dataclass(slots=True)
+class Result:
+    """The best image of a run.
+
+    ``image`` is that of a final plain call; ``replay()`` repeats it bit for bit.
+    """
+
+    prompt: str
+    # [3, H, W] in [0, 1], of a video [T, 3, H, W]; float32 on the CPU
+    tensor: Tensor
+    # of the final call, by the reward that was optimised
+    score: float
+    lineage: Lineage
+    ledger: Ledger
+    # one entry for each time that the best image changed
+    history: list[Moment]
+    # the best candidates, best first, and the first image of the run
+    top: list[Candidate]
+    first: Candidate
+    # reward -> (score of the first image, score of the result), of rewards that were not optimised
+    judges: dict[str, tuple[float, float]]
+    # why the run ended
+    end: str
+    # finished images, and how many of them share the highest score
+    scored: int
+    equal: int
+    settings: Json
+    # numbers of the method's steps
+    log: list[dict[str, float]] = field(default_factory=list)
+    tree: Tree | None = None
+    repeat: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def image(self) -> Image.Image:
+        """The image as Pillow has it; of a video the first frame."""
+        return picture(self.tensor if self.tensor.ndim == 3 else self.tensor[0])
+
+    @property
+    def frames(self) -> list[Image.Image]:
+        """The frames of a video, or the one image."""
+        return [picture(f) for f in (self.tensor if self.tensor.ndim == 4 else self.tensor[None])]
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that alone makes the image in a plain call, None where there is none."""
+        return self.lineage.seed
+
+    @property
+    def noise(self) -> Tensor | None:
+        """The start noise [...] where the method found one, for ``latents=``."""
+        return self.lineage.noise
+
+    def replay(self) -> Image.Image:
+        """The image again, by the same calls of the pipeline; equal bit for bit."""
+        if self.repeat is None:
+            raise RuntimeError("This result has no pipeline; only the one that align returned has.")
+        tensor = self.repeat()[0].float().cpu()
+        return picture(tensor if tensor.ndim == 3 else tensor[0])
+
+    def to_dict(self) -> Json:
+        """Everything but images as JSON data."""
+        moves = [asdict(move) for move in self.lineage.moves]
+        return {
+            **self.settings,
+            "score": self.score,
+            "first_score": self.first.score,
+            "judges": {name: list(pair) for name, pair in self.judges.items()},
+            "seed": self.seed,
+            "moves": moves,
+            "own_noise": self.noise is not None,
+            "found_prompt": self.lineage.prompt,
+            "ledger": asdict(self.ledger),
+            "history": [asdict(moment) for moment in self.history],
+            "end": self.end,
+            "scored": self.scored,
+            "equal": self.equal,
+            "log": self.log,
+        }
+
+    def __str__(self) -> str:
+        cost = self.ledger
+        lines = [
+            f"{self.score:.4f} (first image {self.first.score:.4f}) after {self.scored} images, "
+            f"{cost.nfe} NFE, {cost.seconds:.1f} s; {self.end}"
+        ]
+        for name, (before, after) in self.judges.items():
+            lines.append(f"{name}: {before:.4f} -> {after:.4f} (not optimised)")
+        if self.equal > 1:
+            lines.append(f"{self.equal} of {self.scored} images share the highest score")
+        return "\n".join(lines)
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write image, settings, curve and sheets; the paths of what was written.
+
+        ``image.png`` carries the settings, ``result.json`` all numbers, ``curve.png`` the best
+        score against NFE, ``before_after.png`` the first image beside the result, ``best.png`` the
+        best candidates; ``tree.png`` and ``tree.svg`` of a tree, ``noise.pt`` of a found noise.
+        """
+        from diffalign.align.pictures import before_after, best_images, curve
+
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        settings = {**self.settings, "seed": self.seed, "score": self.score}
+        pictures: Mapping[str, Any] = {
+            "image.png": self.image,
+            "before_after.png": before_after(self),
+            "best.png": best_images(self),
+            "curve.png": curve(self),
+        }
+        for name, image in pictures.items():
+            save_png(image, place / name, settings)
+        (place / "result.json").write_text(json.dumps(self.to_dict(), indent=2, default=str))
+        files = [place / name for name in (*pictures, "result.json")]
+        if self.noise is not None:
+            torch.save(self.noise, place / "noise.pt")
+            files.append(place / "noise.pt")
+        return files

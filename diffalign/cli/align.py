@@ -1,0 +1,157 @@
+"""``diffalign align``: extra runs of the model for a better image of a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffalign.cli import arguments, show
+from diffalign.cli.problem import BadInput, checking, command
+from diffalign.cli.request import prepare, techniques_of
+
+if TYPE_CHECKING:
+    from diffalign.align.driver import Status
+    from diffalign.core.budget import Budget
+    from diffalign.core.types import Json
+
+PANEL = "How to search"
+
+
+@command
+@arguments.shared(output=Path("outputs/align"), without=("count", "prompts_file"))
+def align(
+    options: arguments.Options,
+    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="name:key=value,...; see diffalign methods.",
+            rich_help_panel=PANEL,
+            show_default=True,
+        ),
+    ] = "best-of-n",
+    reward: Annotated[
+        str, typer.Option(help="The score to raise.", rich_help_panel=PANEL)
+    ] = "emoji-clip",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="nfe=400,seconds=20,...: any of nfe, seconds, rewards, decodes, backward.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="A further score to report, never optimised.", rich_help_panel=PANEL),
+    ] = None,
+    tie: Annotated[
+        list[str] | None,
+        typer.Option(help="A score that settles equal ones.", rich_help_panel=PANEL),
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="Random steps for methods that branch: eta, flow-sde, vp-flow; the scheduler's "
+            "own if left out.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --output.", rich_help_panel=PANEL)
+    ] = False,
+) -> None:
+    """Search for a better image of a prompt; Ctrl-C keeps the best so far."""
+    if text is not None:
+        options = dataclasses.replace(options, prompt=[text, *(options.prompt or [])])
+    techniques = techniques_of(options.technique)
+    limits = read_budget(budget)
+    started = (options.output / "run.json").exists() or any(options.output.glob("*/run.json"))
+    if started and not resume:
+        raise BadInput(
+            f"--output {str(options.output)!r} holds a run; continue it with --resume, or give "
+            "another folder."
+        )
+    if resume and not started:
+        raise BadInput(f"--resume: there is no run in {str(options.output)!r}.")
+    import diffalign as da
+
+    request = prepare(options, techniques)
+    place = options.output
+    prompts = list(request.prompts)
+    with checking(), live(options.quiet or options.json) as line:
+        results = da.align(
+            request.model.pipe,
+            prompts if len(prompts) > 1 else prompts[0],
+            method=method,
+            reward=reward,
+            budget=limits,
+            techniques=techniques,
+            judges=judge or (),
+            ties=tie or (),
+            kernel=kernel,
+            batch=options.batch,
+            seed=options.seed,
+            folder=place,
+            show=line,
+            **request.model.call,
+        )
+    entries: list[Json] = []
+    for result in results if isinstance(results, list) else [results]:
+        folder = place if not isinstance(results, list) else place / f"{len(entries):03d}"
+        files = [str(file) for file in result.save(folder)]
+        entries.append({**result.to_dict(), "files": files})
+        if not options.json and not options.quiet:
+            show.text(result)
+            show.text("\n".join(files))
+    if options.json:
+        show.text(show.to_json(entries if isinstance(results, list) else entries[0]))
+
+
+def read_budget(text: str | None) -> Budget | None:
+    """``"nfe=400,seconds=20"`` -> a budget; None for none."""
+    from diffalign.core.budget import Budget
+    from diffalign.core.errors import nearest
+
+    if text is None:
+        return None
+    names = {f.name: f.type for f in dataclasses.fields(Budget)}
+    limits: dict[str, float] = {}
+    for item in text.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or key not in names:
+            raise BadInput(
+                f"--budget: {item.strip()!r} is not one of {', '.join(names)} with a number, like "
+                f"nfe=400. Nearest: {nearest(key, names)}."
+            )
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise BadInput(f"--budget: {key} must be a number; got {value!r}.") from error
+        if key != "seconds" and number != int(number):
+            raise BadInput(f"--budget: {key} must be a whole number; got {value!r}.")
+        limits[key] = number if key == "seconds" else int(number)
+    with checking():
+        return Budget(**limits)  # type: ignore[arg-type]
+
+
+@contextmanager
+def live(quiet: bool) -> Iterator[Callable[[Status], None] | None]:
+    """A line on standard error with the best score so far, on a terminal only."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    with console.status("starting") as status:
+
+        def line(now: Status) -> None:
+            best = "none yet" if now.best is None else f"{now.best:.4f}"
+            status.update(f"best {best}  {now.nfe} NFE  {now.seconds:.0f} s  {now.info.text}")
+
+        yield line
