@@ -13,6 +13,7 @@ import torch
 from diffalign.align.checkpoint import Folder
 from diffalign.align.driver import Drive, Status
 from diffalign.align.problem import PipelineProblem, Progress, Setting
+from diffalign.align.processes import World
 from diffalign.align.result import Ledger, Result
 from diffalign.align.scoring import Fit, Ranking, Scorer, name_of
 from diffalign.core import Budget, BudgetExceeded, Meter, Technique
@@ -98,25 +99,31 @@ def align(
             for text, place in zip(prompt, places, strict=True)
         ]
     search = _method(method)
-    meter = Meter(budget or Budget())
+    world = World.current()
+    meter = Meter(world.share(budget or Budget()))
     scorer = Scorer(_reward(reward), prompt, meter)
     ranking = Ranking(tuple(Scorer(_reward(tie), prompt, meter) for tie in ties))
     rng = torch.Generator().manual_seed(seed_of(prompt, 0, seed) ^ 0x5EED)
     progress = Progress(meter, ranking, scorer, Fit(batch or _usual(pipe)), rng)
-    progress.improved = improved
+    progress.improved, progress.world = improved, world
     setting = Setting(pipe, prompt, tuple(techniques), call, kernel)
     problem = PipelineProblem(setting, prompt, seed, progress)
     progress.reserve = problem.sampler.price()
     _check(search, problem, budget)
     scorer.probe()
     settings = _settings(search, problem, scorer.reward)
-    place = None if folder is None else Folder(folder, settings)
+    place = None if folder is None else Folder(_own(folder, world), settings)
     drive = Drive(search, problem, place, show)
     try:
         drive.run()
         return _result(drive, [_reward(judge) for judge in judges], settings)
     finally:
         progress.use(None)
+
+
+def _own(folder: str | os.PathLike[str], world: World) -> Path:
+    """The folder of this process."""
+    return Path(folder) if world.size == 1 else Path(folder) / f"process-{world.rank}"
 
 
 def _method(method: AnyMethod) -> Method[Any]:
@@ -213,11 +220,19 @@ def _readable(call: Mapping[str, Any]) -> Json:
     }
 
 
+def _best(drive: Drive) -> Candidate | None:
+    """The result of the run; of several processes the best one, the lowest rank's of equal ones."""
+    best = drive.problem.best
+    if drive.state is not None:
+        best = drive.method.best(drive.problem, drive.state) or best
+    candidates = [c for c in drive.problem.progress.world.gather(best) if c is not None]
+    return max(candidates, key=lambda c: (c.score, *c.others), default=None)
+
+
 def _result(drive: Drive, judges: Sequence[Reward], settings: Json) -> Result:
     problem, meter = drive.problem, drive.problem.meter
     ranking = problem.progress.ranking
-    best = drive.method.best(problem, drive.state) or problem.best
-    first = ranking.first
+    best, first = _best(drive), ranking.first
     if best is None or first is None:
         raise RuntimeError(f"{type(drive.method).__name__} ended without a finished image.")
     # the final call was kept back from the budget, which may be used up in seconds all the same

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diffalign.align.processes import World
 from diffalign.align.scoring import Fit, Ranking, Scorer
 from diffalign.core import BudgetExceeded, Meter, State, Technique
 from diffalign.core.reward import Reward
@@ -42,6 +43,7 @@ class Progress:
     # seeds drawn
     seeds: int = 0
     history: list[Moment] = field(default_factory=list)
+    world: World = field(default_factory=World)
     # rows of the final call
     reserve: int = 0
     # seconds in the sampler and denoiser rows there, to foresee what further rows take
@@ -103,13 +105,19 @@ class PipelineProblem:
         return self.progress.rng
 
     @property
+    def processes(self) -> int:
+        return self.progress.world.size
+
+    @property
     def best(self) -> Candidate | None:
         return self.progress.ranking.best
 
     def seeds(self, count: int) -> list[int]:
-        first = self.progress.seeds
+        first, world = self.progress.seeds, self.progress.world
         self.progress.seeds += count
-        return [seed_of(self.prompt, first + index, self.seed) for index in range(count)]
+        # those of other processes lie between
+        indices = [index * world.size + world.rank for index in range(first, first + count)]
+        return [seed_of(self.prompt, index, self.seed) for index in indices]
 
     def room(self, count: int, first: int = 0, last: int | None = None, scores: int = 1) -> int:
         if count < 1:

@@ -137,12 +137,18 @@ class Problem(Protocol):
         ...
 
     @property
+    def processes(self) -> int:
+        """How many processes work on the same run, each with its own seeds."""
+        ...
+
+    @property
     def best(self) -> Candidate | None:
         """The best finished image so far, None before the first."""
         ...
 
     def seeds(self, count: int) -> list[int]:
-        """Fresh seeds: those of images 0, 1, 2, ... of the prompt by the one seed rule."""
+        """Fresh seeds: those of images 0, 1, 2, ... of the prompt by the one seed rule, of
+        several processes each its own ones."""
         ...
 
     def room(self, count: int, first: int = 0, last: int | None = None, scores: int = 1) -> int:

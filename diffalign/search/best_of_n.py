@@ -10,9 +10,10 @@ from diffalign.core.search import Info, Lineage, Method, Move, Problem
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """How many images are drawn."""
+    """How many images are drawn, of how many that this process is to draw (None: no end)."""
 
     count: int = 0
+    target: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class BestOfN(Method[Draws]):
         return self.n is not None
 
     def init(self, problem: Problem) -> Draws:
-        return Draws()
+        return Draws(0, None if self.n is None else -(-self.n // problem.processes))
 
     def step(self, problem: Problem, state: Draws) -> tuple[Draws, Info]:
-        left = self.batch if self.n is None else min(self.batch, self.n - state.count)
+        target = state.target
+        left = self.batch if target is None else min(self.batch, target - state.count)
         count = problem.room(left)
         seeds = problem.seeds(count)
         images = problem.run(problem.start(seeds))
@@ -50,4 +52,4 @@ class BestOfN(Method[Draws]):
         return replace(state, count=total), Info(f"{total} images", {"mean": sum(scores) / count})
 
     def finished(self, state: Draws) -> bool:
-        return self.n is not None and state.count >= self.n
+        return state.target is not None and state.count >= state.target

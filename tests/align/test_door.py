@@ -1,0 +1,229 @@
+"""``align``: results, budgets, interrupts, folders and bad input, on the embedded model."""
+
+import numpy as np
+import pytest
+import torch
+
+import diffalign as da
+from diffalign.core import BudgetExceeded
+from diffalign.core.seeds import seed_of
+from diffalign.drawing.png import read_settings
+
+PROMPT = "a photo of a red apple"
+CALL = {"num_inference_steps": 4, "guidance_scale": 3.0}
+NFE = 8  # of one image
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = da.load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def plain(pipe, seed, **call):
+    generator = torch.Generator().manual_seed(seed)
+    arguments = {**CALL, **call, "generator": generator, "output_type": "pt"}
+    return pipe(PROMPT, **arguments).images[0].float()
+
+
+def test_best_of_n_is_the_best_of_the_plain_calls(pipe):
+    result = da.align(pipe, PROMPT, method=da.BestOfN(5, batch=2), reward=brightness, **CALL)
+    seeds = [seed_of(PROMPT, index) for index in range(5)]
+    images = [plain(pipe, seed) for seed in seeds]
+    scores = [float(image.mean()) for image in images]
+    best = max(range(5), key=scores.__getitem__)
+    assert result.seed == seeds[best]
+    assert torch.equal(result.tensor, images[best])
+    assert result.score == pytest.approx(scores[best], abs=1e-6)
+    assert result.first.score == pytest.approx(scores[0], abs=1e-5)
+    assert sorted(c.score for c in result.top) == pytest.approx(sorted(scores), abs=1e-5)
+
+
+def test_the_ledger_counts_the_final_call_too(pipe):
+    ledger = da.align(pipe, PROMPT, method="best-of-n:n=3", reward=brightness, **CALL).ledger
+    assert (ledger.nfe, ledger.evaluations) == (4 * NFE, 4 * NFE // 2)
+    assert (ledger.decodes, ledger.rewards, ledger.backward) == (4, 4, 0)
+
+
+@pytest.mark.parametrize("nfe", [2 * NFE, 5 * NFE + 3, 6 * NFE - 1])
+def test_a_budget_ends_the_run_before_it_is_passed(pipe, nfe):
+    result = da.align(
+        pipe, PROMPT, method=da.BestOfN(), reward=brightness, budget=da.Budget(nfe=nfe), **CALL
+    )
+    assert result.scored == nfe // NFE - 1
+    assert result.ledger.nfe == nfe // NFE * NFE <= nfe
+    assert result.end.startswith("budget")
+
+
+def test_every_kind_of_budget_is_kept(pipe):
+    for budget in (da.Budget(rewards=4), da.Budget(decodes=4)):
+        result = da.align(
+            pipe, PROMPT, method=da.BestOfN(), reward=brightness, budget=budget, **CALL
+        )
+        assert (result.scored, result.ledger.rewards, result.ledger.decodes) == (3, 4, 4)
+
+
+def test_techniques_act_in_the_run_and_in_the_final_call(pipe):
+    techniques = (da.AdaptiveGuidance(threshold=0.5),)
+    result = da.align(
+        pipe, PROMPT, method="best-of-n:n=2", reward=brightness, techniques=techniques, **CALL
+    )
+    with da.apply(pipe, *techniques):
+        image = plain(pipe, result.seed)
+    assert torch.equal(result.tensor, image)
+    assert not torch.equal(image, plain(pipe, result.seed))
+    assert result.ledger.nfe < 3 * NFE
+
+
+def test_replay_repeats_the_image(pipe):
+    result = da.align(pipe, PROMPT, method="best-of-n:n=2", reward=brightness, **CALL)
+    assert np.array_equal(np.asarray(result.replay()), np.asarray(result.image))
+    assert not da.active(pipe)
+
+
+def test_the_pipeline_is_what_it_was(pipe):
+    before = (type(pipe), type(pipe.unet), type(pipe.scheduler), dict(vars(pipe.scheduler)))
+    image = plain(pipe, 3)
+    da.align(pipe, PROMPT, method="best-of-n:n=2", reward=brightness, **CALL)
+    assert (type(pipe), type(pipe.unet), type(pipe.scheduler)) == before[:3]
+    assert torch.equal(plain(pipe, 3), image)
+
+
+def test_several_prompts_give_several_results(pipe, tmp_path):
+    prompts = [PROMPT, "a photo of a dog"]
+    results = da.align(
+        pipe, prompts, method="best-of-n:n=2", reward=brightness, folder=tmp_path, **CALL
+    )
+    assert [result.prompt for result in results] == prompts
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "000-a-photo-of-a-red-apple",
+        "001-a-photo-of-a-dog",
+    ]
+
+
+def test_judges_are_reported_and_not_optimised(pipe):
+    def darkness(images, prompts):
+        return -images.mean((1, 2, 3))
+
+    result = da.align(
+        pipe, PROMPT, method="best-of-n:n=3", reward=brightness, judges=[darkness], **CALL
+    )
+    first, last = result.judges["darkness"]
+    assert last == pytest.approx(-result.score) and first == pytest.approx(-result.first.score)
+
+
+def test_ties_are_settled_and_counted(pipe):
+    def flat(images, prompts):
+        return torch.zeros(len(images))
+
+    result = da.align(pipe, PROMPT, method="best-of-n:n=4", reward=flat, ties=[brightness], **CALL)
+    scores = [float(plain(pipe, seed_of(PROMPT, index)).mean()) for index in range(4)]
+    assert result.seed == seed_of(PROMPT, scores.index(max(scores)))
+    assert (result.equal, result.scored) == (4, 4)
+    assert "4 of 4 images share the highest score" in str(result)
+
+
+def test_an_interrupt_returns_the_best_so_far(pipe):
+    calls = []
+
+    def reward(images, prompts):
+        calls.append(len(images))
+        if len(calls) == 4:  # the first is the grey image
+            raise KeyboardInterrupt
+        return images.mean((1, 2, 3))
+
+    def final(images, prompts):
+        return reward(images, prompts)
+
+    result = da.align(
+        pipe, PROMPT, method=da.BestOfN(batch=1), reward=final, budget=da.Budget(nfe=800), **CALL
+    )
+    assert result.end == "interrupted" and result.scored == 2
+    assert not da.active(pipe)
+
+
+def test_an_error_leaves_the_pipeline_plain(pipe):
+    def reward(images, prompts):
+        if images.shape[-1] == 64 and images.std() > 0:
+            raise ZeroDivisionError
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(ZeroDivisionError):
+        da.align(pipe, PROMPT, method="best-of-n:n=2", reward=reward, **CALL)
+    assert not da.active(pipe)
+
+
+def test_a_run_continues_where_it_stopped(pipe, tmp_path):
+    def stop(status):
+        if status.step == 2:
+            raise MemoryError("killed")
+
+    options = {"method": da.BestOfN(6, batch=2), "reward": brightness, "folder": tmp_path, **CALL}
+    with pytest.raises(MemoryError):
+        da.align(pipe, PROMPT, show=stop, **options)
+    seen = []
+    again = da.align(pipe, PROMPT, show=lambda status: seen.append(status.step), **options)
+    whole = da.align(pipe, PROMPT, **{**options, "folder": None})
+    assert seen == [3]
+    assert again.seed == whole.seed and torch.equal(again.tensor, whole.tensor)
+    assert again.ledger.nfe == whole.ledger.nfe and again.scored == whole.scored == 6
+    assert [m.score for m in again.history] == [m.score for m in whole.history]
+
+
+def test_save_writes_pictures_and_numbers(pipe, tmp_path):
+    result = da.align(pipe, PROMPT, method="best-of-n:n=3", reward=brightness, **CALL)
+    names = sorted(path.name for path in result.save(tmp_path))
+    assert names == ["before_after.png", "best.png", "curve.png", "image.png", "result.json"]
+    settings = read_settings(tmp_path / "image.png")
+    assert settings["seed"] == result.seed and settings["method"]["name"] == "best-of-n"
+    assert da.techniques_of(settings) == ()
+
+
+REFUSED = [
+    ({"method": "best-of-m"}, "Unknown method 'best-of-m'. Nearest: best-of-n"),
+    ({"method": 5}, "takes a method like"),
+    ({"reward": "emoji-clap"}, "Unknown reward 'emoji-clap'. Nearest: emoji-clip"),
+    ({"reward": 5}, "takes a name, a reward, or a function"),
+    ({"method": "best-of-n", "budget": None}, "goes on until its budget ends"),
+    ({"budget": da.Budget(nfe=2 * NFE - 1)}, rf"one image \({NFE} NFE"),
+    ({"reward": lambda images, prompts: images}, "one score per image"),
+    ({"reward": lambda images, prompts: images.mean((1, 2, 3)) * float("nan")}, "finite"),
+    ({"latents": torch.zeros(1)}, "set by the sampler"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), REFUSED)
+def test_bad_input_is_refused_before_anything_runs(pipe, changes, text, monkeypatch):
+    def forward(*args, **kwargs):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(type(pipe.unet), "forward", forward)
+    options = {"method": "best-of-n:n=2", "reward": brightness, **CALL, **changes}
+    with pytest.raises((ValueError, TypeError), match=text):
+        da.align(pipe, PROMPT, **options)
+
+
+def test_a_budget_of_seconds_stops_the_search(pipe):
+    result = da.align(
+        pipe,
+        PROMPT,
+        method=da.BestOfN(batch=1),
+        reward=brightness,
+        budget=da.Budget(seconds=1.5),
+        **CALL,
+    )
+    assert result.end.startswith("budget") and result.scored >= 1
+
+
+def test_running_out_of_budget_before_one_image_says_so(pipe):
+    class Greedy(da.BestOfN):
+        def step(self, problem, state):
+            raise BudgetExceeded("nothing was done")
+
+    with pytest.raises(BudgetExceeded, match="nothing was done"):
+        da.align(pipe, PROMPT, method=Greedy(2), reward=brightness, **CALL)
