@@ -29,11 +29,11 @@ def test_what_is_saved_comes_back(tmp_path):
     best = Candidate(0.5, torch.rand(3, 4, 4), Lineage((Move(0, 7), Move(3, 8, back=1))))
     folder.save({"method": Memory(4, [state(0.5)]), "top": [best], "seeds": 9})
     again = Folder(tmp_path / "run", {"prompt": "a dog"}).load()
-    assert again["seeds"] == 9 and again["method"].count == 4
+    assert again["seeds"] == 9
+    assert again["method"].count == 4
     assert torch.equal(again["method"].states[0].latents, state(0.5).latents)
-    assert again["top"][0].lineage == best.lineage and torch.equal(
-        again["top"][0].image, best.image
-    )
+    assert again["top"][0].lineage == best.lineage
+    assert torch.equal(again["top"][0].image, best.image)
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path):

@@ -114,7 +114,8 @@ def test_judges_are_reported_and_not_optimised(pipe):
         pipe, PROMPT, method="best-of-n:n=3", reward=brightness, judges=[darkness], **CALL
     )
     first, last = result.judges["darkness"]
-    assert last == pytest.approx(-result.score) and first == pytest.approx(-result.first.score)
+    assert last == pytest.approx(-result.score)
+    assert first == pytest.approx(-result.first.score)
 
 
 def test_ties_are_settled_and_counted(pipe):
@@ -143,7 +144,8 @@ def test_an_interrupt_returns_the_best_so_far(pipe):
     result = da.align(
         pipe, PROMPT, method=da.BestOfN(batch=1), reward=final, budget=da.Budget(nfe=800), **CALL
     )
-    assert result.end == "interrupted" and result.scored == 2
+    assert result.end == "interrupted"
+    assert result.scored == 2
     assert not da.active(pipe)
 
 
@@ -170,8 +172,10 @@ def test_a_run_continues_where_it_stopped(pipe, tmp_path):
     again = da.align(pipe, PROMPT, show=lambda status: seen.append(status.step), **options)
     whole = da.align(pipe, PROMPT, **{**options, "folder": None})
     assert seen == [3]
-    assert again.seed == whole.seed and torch.equal(again.tensor, whole.tensor)
-    assert again.ledger.nfe == whole.ledger.nfe and again.scored == whole.scored == 6
+    assert again.seed == whole.seed
+    assert torch.equal(again.tensor, whole.tensor)
+    assert again.ledger.nfe == whole.ledger.nfe
+    assert again.scored == whole.scored == 6
     assert [m.score for m in again.history] == [m.score for m in whole.history]
 
 
@@ -180,7 +184,8 @@ def test_save_writes_pictures_and_numbers(pipe, tmp_path):
     names = sorted(path.name for path in result.save(tmp_path))
     assert names == ["before_after.png", "best.png", "curve.png", "image.png", "result.json"]
     settings = read_settings(tmp_path / "image.png")
-    assert settings["seed"] == result.seed and settings["method"]["name"] == "best-of-n"
+    assert settings["seed"] == result.seed
+    assert settings["method"]["name"] == "best-of-n"
     assert da.techniques_of(settings) == ()
 
 
@@ -217,7 +222,8 @@ def test_a_budget_of_seconds_stops_the_search(pipe):
         budget=da.Budget(seconds=1.5),
         **CALL,
     )
-    assert result.end.startswith("budget") and result.scored >= 1
+    assert result.end.startswith("budget")
+    assert result.scored >= 1
 
 
 def test_running_out_of_budget_before_one_image_says_so(pipe):

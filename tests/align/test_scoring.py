@@ -20,7 +20,8 @@ def candidate(score, level=0.0):
 def test_scores_are_float64_and_counted():
     meter = Meter()
     scores = Scorer(brightness, "a dog", meter)(torch.full((5, 3, 4, 4), 0.25))
-    assert scores.dtype == torch.float64 and scores.tolist() == [0.25] * 5
+    assert scores.dtype == torch.float64
+    assert scores.tolist() == [0.25] * 5
     assert meter.rewards == 5
 
 
@@ -69,7 +70,8 @@ def test_out_of_memory_halves_the_batch_and_is_remembered():
     images = torch.arange(7.0)[:, None, None, None].expand(7, 3, 2, 2)
     scorer = Scorer(reward, "a dog", Meter(), Fit(8))
     assert scorer(images).tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert sizes == [7, 4, 2, 2, 2, 1] and scorer.fit.size == 2
+    assert sizes == [7, 4, 2, 2, 2, 1]
+    assert scorer.fit.size == 2
 
 
 def test_out_of_memory_for_one_image_is_the_users_to_see():
@@ -85,10 +87,13 @@ def test_the_ranking_keeps_the_best_in_order():
     news = [ranking.add(candidate(score)) for score in (0.2, 0.5, 0.1, 0.5, 0.9)]
     assert news == [True, True, False, False, True]
     assert [c.score for c in ranking.top] == [0.9, 0.5, 0.5, 0.2, 0.1]
-    assert ranking.first.score == 0.2 and ranking.scored == 5 and ranking.equal == 1
+    assert ranking.first.score == 0.2
+    assert ranking.scored == 5
+    assert ranking.equal == 1
     for score in range(20):
         ranking.add(candidate(-score))
-    assert len(ranking.top) == KEPT and ranking.best.score == 0.9
+    assert len(ranking.top) == KEPT
+    assert ranking.best.score == 0.9
 
 
 def test_equal_scores_are_settled_by_the_next_reward():
@@ -99,14 +104,17 @@ def test_equal_scores_are_settled_by_the_next_reward():
     assert ranking.add(candidate(1.0, level=0.6))
     assert not ranking.add(candidate(1.0, level=0.4))
     assert [round(c.others[0], 6) for c in ranking.top] == [0.6, 0.4, 0.2]
-    assert ranking.equal == 3 and meter.rewards == 3
+    assert ranking.equal == 3
+    assert meter.rewards == 3
 
 
 def test_without_a_next_reward_the_earlier_image_stays():
     ranking = Ranking()
     first, second = candidate(1.0, 0.1), candidate(1.0, 0.2)
-    assert ranking.add(first) and not ranking.add(second)
-    assert ranking.best is first and ranking.equal == 2
+    assert ranking.add(first)
+    assert not ranking.add(second)
+    assert ranking.best is first
+    assert ranking.equal == 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -125,5 +133,6 @@ def test_names_of_rewards():
     class Named:
         name = "mine"
 
-    assert name_of(brightness) == "brightness" and name_of(Named()) == "mine"
+    assert name_of(brightness) == "brightness"
+    assert name_of(Named()) == "mine"
     assert name_of(object()) == "object"
