@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=150)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    del sys.path[0]  # transformers would take kernels.py of this folder for a package
     old = version(options.old.resolve())
     from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_unet_pipeline
 

@@ -1,0 +1,199 @@
+"""What does a search buy? Every method once on each prompt, beside best-of-N at equal NFE and at
+equal seconds.
+
+    python benchmarks/search.py [--prompts 60] [--nfe 1600] [--methods NAME ...] [--output ...]
+
+A run is anytime: the image that it would have returned after 100, 200, ... NFE is read from one
+run. The reward that is optimised is ``emoji-clip``; whether the image is right is said by the judge
+and by the audit judge, which no method sees. Finished runs are kept in ``--work`` and not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import Estimate, Row, command_line, save
+from rich.progress import Progress
+
+import diffalign as da
+from diffalign.core import Candidate
+from diffalign.core.technique import Technique
+from diffalign.eval.evidence import stratified, tag_of
+from diffalign.eval.statistics import interval
+from diffalign.generate.verdicts import verdicts
+from diffalign.tasks.geneval.verdict import prompts
+
+STEPS = 20
+READ = (100, 200, 400, 800, 1600)
+ETA = {"eta": 1.0}
+COLUMNS = {
+    "NFE": "denoiser rows, the final call not counted",
+    "seconds": "median wall seconds of a run up to there",
+    "reward": "emoji-clip of the best image, which is what is optimised",
+    "judge": "share of prompts whose best image is right",
+    "audit": "the same by the judge that shares nothing with the first",
+    "to best-of-N": "difference of the reward to best-of-N at equal NFE",
+    "audit to best-of-N": "difference of the audit judge's share to best-of-N at equal NFE",
+    "at equal seconds": "difference of the reward to best-of-N at equal seconds",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A method with the call that it is run in."""
+
+    method: str
+    call: dict[str, Any] = field(default_factory=dict)
+    techniques: tuple[Technique, ...] = ()
+
+
+WAYS = {
+    "best-of-n": Way("best-of-n"),
+    "best-of-n, adaptive guidance": Way("best-of-n", {}, (da.AdaptiveGuidance(),)),
+    "zero-order": Way("zero-order"),
+    "draft-commit, 8 steps": Way("draft-commit:steps=8"),
+    "beam, svdd": Way("beam:preset=svdd", ETA),
+    "beam, code": Way("beam:preset=code", ETA),
+    "rbf": Way("rbf", ETA),
+    "smc, max": Way("smc", ETA),
+    "dts, small": Way("dts:preset=small", ETA),
+    "dts-star, small": Way("dts-star:preset=small", ETA),
+    "dts-star, paper": Way("dts-star:preset=paper", ETA),
+    "prompt-search": Way("prompt-search"),
+}
+
+
+def run(way: Way, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, Any]:
+    """One run as data: what the best image was after how much work."""
+    record = prompts()[prompt_id]
+    images: list[torch.Tensor] = []
+
+    def improved(candidate: Candidate) -> None:
+        images.append(candidate.image)
+
+    result = da.align(
+        pipe,
+        str(record["prompt"]),
+        method=way.method,
+        reward="emoji-clip",
+        budget=da.Budget(nfe=options.nfe + 2 * STEPS),
+        techniques=way.techniques,
+        batch=8,
+        improved=improved,
+        num_inference_steps=STEPS,
+        guidance_scale=options.scale,
+        **way.call,
+    )
+    seen = torch.stack(images)
+    right = [
+        [
+            verdict is not None and verdict.correct
+            for verdict in verdicts(judge, seen, [record] * len(seen))
+        ]
+        for judge in (da.load("emoji-judge"), da.load("emoji-judge-audit"))
+    ]
+    points = [
+        {"nfe": m.nfe, "seconds": m.seconds, "reward": m.score, "judge": a, "audit": b}
+        for m, a, b in zip(result.history, *right, strict=True)
+    ]
+    return {
+        "prompt_id": prompt_id,
+        "points": points,
+        "nfe": result.ledger.nfe,
+        "seconds": result.ledger.seconds,
+        "scored": result.scored,
+        "equal": result.equal,
+    }
+
+
+def runs(name: str, pipe: Any, ids: Sequence[int], options: Namespace, bar: Progress) -> list[Any]:
+    """The runs of one way on all prompts, those that are finished read from their files."""
+    place = Path(options.work) / name.replace(", ", "-").replace(" ", "-")
+    place.mkdir(parents=True, exist_ok=True)
+    task = bar.add_task(name, total=len(ids))
+    found = []
+    for prompt_id in ids:
+        file = place / f"{prompt_id}-{options.nfe}.json"
+        if not file.exists():
+            part = file.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(run(WAYS[name], pipe, prompt_id, options)))
+            part.replace(file)
+        found.append(json.loads(file.read_text()))
+        bar.advance(task)
+    return found
+
+
+def at(record: dict[str, Any], key: str, limit: float) -> dict[str, Any]:
+    """The best image of a run when ``key`` ("nfe" or "seconds") had come to ``limit``; the first
+    one where none was finished by then."""
+    reached = [point for point in record["points"] if point[key] <= limit]
+    return dict(reached[-1] if reached else record["points"][0])
+
+
+def seconds_at(record: dict[str, Any], limit: int) -> float:
+    """Seconds of a run up to an NFE, by its mean speed."""
+    return float(record["seconds"]) * min(1.0, limit / record["nfe"])
+
+
+def rows_of(
+    name: str, found: list[Any], base: list[Any], ids: Sequence[int], nfe: int
+) -> list[Row]:
+    """The table's rows of one way."""
+    tags = [tag_of(prompt_id) for prompt_id in ids]
+
+    def mean(values: Sequence[float]) -> Estimate:
+        return Estimate.of(interval(values, tags))
+
+    rows: list[Row] = []
+    for limit in (limit for limit in READ if limit <= nfe):
+        here = [at(record, "nfe", limit) for record in found]
+        there = [at(record, "nfe", limit) for record in base]
+        times = [seconds_at(record, limit) for record in found]
+        timely = [at(record, "seconds", time) for record, time in zip(base, times)]
+        rows.append(
+            {
+                "method": name,
+                "NFE": limit,
+                "seconds": sorted(times)[len(times) // 2],
+                "reward": mean([point["reward"] for point in here]),
+                "judge": mean([float(point["judge"]) for point in here]),
+                "audit": mean([float(point["audit"]) for point in here]),
+                "to best-of-N": mean([a["reward"] - b["reward"] for a, b in zip(here, there)]),
+                "audit to best-of-N": mean(
+                    [float(a["audit"]) - float(b["audit"]) for a, b in zip(here, there)]
+                ),
+                "at equal seconds": mean([a["reward"] - b["reward"] for a, b in zip(here, timely)]),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = command_line(__doc__, prompts=60, nfe=1600, scale=3.0, work="build/search")
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--methods", nargs="*", default=list(WAYS), choices=list(WAYS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ids = stratified(options.prompts)
+    pipe = da.load(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    with Progress() as bar:
+        base = runs("best-of-n", pipe, ids, options, bar)
+        rows: list[Row] = []
+        ties: dict[str, float] = {}
+        for name in options.methods:
+            found = runs(name, pipe, ids, options, bar)
+            rows += rows_of(name, found, base, ids, options.nfe)
+            ties[name] = sum(record["equal"] > 1 for record in found) / len(found)
+    save("search", rows, options, COLUMNS, {"prompts": len(ids), "share of ties": ties})
+
+
+if __name__ == "__main__":
+    main()
