@@ -21,8 +21,8 @@ from diffalign.core.errors import (
 from diffalign.core.guidance import Guidance, TwoBranches
 from diffalign.core.option import CALL, FLOW, auto, filled, option
 from diffalign.core.reward import Reward
-from diffalign.core.rows import Rows
-from diffalign.core.sampler import Sampler, State
+from diffalign.core.rows import Rows, join_rows
+from diffalign.core.sampler import Sampler, State, Transition, join
 from diffalign.core.search import Candidate, Info, Lineage, Method, Move, Node, Problem, Tree
 from diffalign.core.technique import Technique
 from diffalign.core.types import CFG_PASSES, COND, UNCOND, Pass, Space, StepInfo, linear_mix
@@ -67,12 +67,15 @@ __all__ = [
     "Technique",
     "Tensor",
     "TokenTechnique",
+    "Transition",
     "Tree",
     "TwoBranches",
     "UnsupportedModel",
     "Windowed",
     "auto",
     "filled",
+    "join",
+    "join_rows",
     "linear_mix",
     "option",
 ]

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from diffalign.core.technique import Seam, Technique
+from diffalign.core.types import Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +99,10 @@ class AttentionTechnique(Technique):
         twice; use ``attend.narrow`` before calling it with some of the rows, queries or keys.
         """
         raise NotImplementedError
+
+    def repeats(self, pipe: Pipeline, denoiser: str) -> bool:
+        """Whether it adds a row for each row that carries the prompt, in that denoiser."""
+        return False
 
     def extension(self, generation: Any) -> Any:
         """What it adds around each denoiser call of a generation, None for nothing.

@@ -32,7 +32,8 @@ class Budget:
 
 @dataclass(slots=True)
 class Meter:
-    """Counts denoiser rows (one row is one NFE), calls, decodes, rewards and backward passes.
+    """Counts denoiser rows (one row is one NFE), calls, evaluations, decodes, rewards and backward
+    passes.
 
     ``charge`` raises ``BudgetExceeded`` before the work that would pass the budget, its own or one
     of ``others``, and then counts nothing.
@@ -44,6 +45,8 @@ class Meter:
     decodes: int = 0
     rewards: int = 0
     backward: int = 0
+    # images times evaluations of the model, whatever number of rows each needed
+    evaluations: int = 0
     # meters that are charged with the same work: those of the sessions around a generation
     others: tuple[Meter, ...] = ()
     started: float = field(default_factory=perf_counter)
@@ -65,6 +68,7 @@ class Meter:
         decodes: int = 0,
         rewards: int = 0,
         backward: int = 0,
+        evaluations: int = 0,
         joined: bool = False,
     ) -> None:
         """Count work before it is done. ``joined``: the rows join a call already counted."""
@@ -76,6 +80,7 @@ class Meter:
             meter.decodes += decodes
             meter.rewards += rewards
             meter.backward += backward
+            meter.evaluations += evaluations
 
     def check(self, rows: int = 0, decodes: int = 0, rewards: int = 0, backward: int = 0) -> None:
         """Raise ``BudgetExceeded`` when this work would pass the budget; count nothing."""

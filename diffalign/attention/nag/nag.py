@@ -22,9 +22,10 @@ from diffalign.core import (
     filled,
     option,
 )
+from diffalign.core.types import Pipeline
 from diffalign.families import family_of
 from diffalign.kernels.nag import NagCall, choose
-from diffalign.seams.swap import original_class
+from diffalign.seams.swap import original_class, unwrapped
 
 if TYPE_CHECKING:
     from diffalign.seams.denoiser.tap import Generation
@@ -117,6 +118,11 @@ class NAG(Windowed, AttentionTechnique):
                 window = context.look_up("sigma", "nag/sigma")
                 technique = dataclasses.replace(technique, sigma=window)
         return technique
+
+    def repeats(self, pipe: Pipeline, denoiser: str) -> bool:
+        second = family_of(original_class(pipe)).second_text
+        module = unwrapped(getattr(pipe, denoiser))
+        return not self.share_image or (second is not None and second.in_rows(module))
 
     def extension(self, generation: Generation) -> NegativeText:
         return NegativeText(self, generation)

@@ -54,7 +54,7 @@ class Parametrisation:
     def convert(
         self, prediction: Tensor, x: Tensor, sigma: float, source: Space, target: Space
     ) -> Tensor:
-        """``prediction`` [B, ...] in the space ``source`` as ``target``, in float32.
+        """``prediction`` [B, ...] in the space ``source`` as ``target``, in float32 or wider.
 
         Variance channels beyond the latent's are dropped; ``x`` may carry more channels or tokens
         (image conditions), which are ignored.
@@ -62,7 +62,7 @@ class Parametrisation:
         if source == target:
             return prediction
         common = tuple(slice(0, min(a, b)) for a, b in zip(prediction.shape, x.shape))
-        value, x = prediction[common].float(), x[common].float()
+        value, x = wide(prediction[common]), wide(x[common])
         if source == "native":
             x0, eps = self._read(self.sign * value, x, sigma)
         else:
@@ -91,6 +91,11 @@ class Parametrisation:
         if self.kind == "edm":
             return (x0 / self.data - self.data * alpha * x) / max(s, TINY)
         return {"eps": eps, "v": alpha * eps - s * x0, "x0": x0, "flow": eps - x0}[self.kind]
+
+
+def wide(value: Tensor) -> Tensor:
+    """``value`` in float32, or in float64 where it is that already."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def parametrisation_of(family: Family, scheduler: Any) -> Parametrisation:

@@ -25,7 +25,7 @@ from diffalign.core import (
 )
 from diffalign.families import Family
 from diffalign.seams.denoiser.branches import OneBatch, way_of
-from diffalign.seams.denoiser.call import PipelineCall, Step, pipeline_call
+from diffalign.seams.denoiser.call import Denoise, PipelineCall, Step, pipeline_call
 from diffalign.seams.denoiser.clock import Clock
 from diffalign.seams.denoiser.closed_loop import ClosedLoop
 from diffalign.seams.denoiser.combine import Combiner
@@ -48,6 +48,8 @@ class Start:
     whole: int | None
     # technique -> its state, as ``Generation.states``
     states: dict[str, Any]
+    # what stands around every evaluation of the generation, outside all techniques
+    around: Callable[[Generation], Callable[[Denoise], Denoise]] | None = None
 
 
 class Generation:
@@ -60,6 +62,8 @@ class Generation:
         self.clock = Clock(pipe.scheduler, family.mix, family.sigma)
         self.loop = ClosedLoop(pipe, family, self.clock)
         self.evaluator = Evaluator(family, meter)
+        if start is not None and start.around is not None:
+            self.evaluator.middleware.append(start.around(self))
         self.way = way_of(family.mode, plan.opened, bool(plan.guidances))
         parametrisation = parametrisation_of(family, pipe.scheduler)
         self.combiner = Combiner(plan, parametrisation, self.record)

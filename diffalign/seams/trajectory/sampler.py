@@ -2,64 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
-from diffalign.core import Meter, State, UnsupportedModel
-from diffalign.seams.denoiser.tap import Start
-from diffalign.seams.plan import bind
+from diffalign.core import Meter, SessionError, State
+from diffalign.core.sampler import Clamp, Mode, generator_states
+from diffalign.core.types import Pipeline
 from diffalign.seams.session import Session
-from diffalign.seams.swap import original_class
-from diffalign.seams.trajectory.schedule import Window, segment
+from diffalign.seams.trajectory import gradient
+from diffalign.seams.trajectory.facts import Facts
+from diffalign.seams.trajectory.guards import check_noise
+from diffalign.seams.trajectory.kernels import Kernel, check_kernel
+from diffalign.seams.trajectory.running import advance, generator_of, noised, states_of
 
-# arguments that follow the position in the loop, which a segment counts from 0
-LOOP_KEYED: Mapping[str, tuple[Any, str]] = {
-    "control_guidance_start": (0.0, "a ControlNet's window"),
-    "control_guidance_end": (1.0, "a ControlNet's window"),
-    "skip_guidance_layers": (None, "skip-layer guidance of the pipeline; use da.SkipLayerGuidance"),
-    "callback_on_step_end": (None, "a callback with step numbers"),
-}
+# the session of the sampler that is open on a pipeline
+_OPEN: weakref.WeakKeyDictionary[Pipeline, Session] = weakref.WeakKeyDictionary()
 
 
-class PipelineSampler:
-    """A ``Sampler`` over an unmodified pipeline; use it in a ``with`` block.
+class PipelineSampler(Facts):
+    """A ``Sampler`` over an unmodified pipeline; run it in a ``with`` block.
 
     ``call``: arguments of the pipeline, prompts included; ``latents``, ``generator`` and
-    ``output_type`` are the sampler's. Techniques stay active in every segment, and their states
-    travel with ``State``.
-    Raises: ``UnsupportedModel`` where the pipeline takes no start latents, and for arguments that
-    follow the position in the loop.
+    ``output_type`` are the sampler's. One prompt makes any number of images. Techniques stay
+    active in every segment, and their states travel with ``State``. ``tiny``: a small decoder for
+    previews, such as ``AutoencoderTiny``. A pipeline may have several samplers, one open at a time.
+    Cost: the texts are encoded once; ``meter`` counts evaluations, denoiser rows and decodes.
+    Raises: ``UnsupportedModel`` where the pipeline takes no start latents, for arguments that
+    follow the position in the loop, and for a kernel that cannot act on the scheduler.
     """
 
     def __init__(
-        self, pipe: Any, techniques: Sequence[Any] = (), meter: Meter | None = None, **call: Any
+        self,
+        pipe: Pipeline,
+        techniques: Sequence[Any] = (),
+        meter: Meter | None = None,
+        kernel: Kernel | None = None,
+        tiny: Pipeline = None,
+        **call: Any,
     ) -> None:
-        cls = original_class(pipe)
-        values = bind(cls, pipe, (), call).values
-        if "latents" not in values or "image" in values or "video" in values:
-            raise UnsupportedModel(
-                f"{cls.__name__} does not start from latents=, so its trajectories cannot be cut."
-            )
-        for name, (neutral, what) in LOOP_KEYED.items():
-            if values.get(name, neutral) not in (neutral, [neutral]):
-                raise UnsupportedModel(
-                    f"{name}={values[name]!r} is {what}: it follows the position in the loop, and "
-                    "a segment counts from 0. Leave it out."
-                )
-        for name in ("latents", "generator", "output_type"):
-            if call.get(name) is not None:
-                raise ValueError(
-                    f"PipelineSampler({name}=...) is set by the sampler; leave it out."
-                )
-        self.pipe, self.call = pipe, call
-        self.session = Session(pipe, techniques, meter)
+        super().__init__(pipe, techniques, kernel, call)
+        self.meter = Meter() if meter is None else meter
+        self.tiny = tiny
+        self._session: Session | None = None
 
     def __enter__(self) -> Self:
-        self.session.__enter__()
+        if _OPEN.get(self.pipe) is not None:
+            raise SessionError(
+                "Another sampler is open on this pipeline; leave its block before opening this one."
+            )
+        check_kernel(self.kernel, self.grid)
+        session = Session(self.pipe, self.techniques, self.meter)
+        session.__enter__()
+        self._session = _OPEN[self.pipe] = session
         return self
 
     def __exit__(
@@ -68,36 +66,70 @@ class PipelineSampler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.session.close()
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+            _OPEN.pop(self.pipe, None)
 
-    def start(self, noise: Tensor, seeds: Sequence[int]) -> State:
-        """The state before the first step. ``noise`` [B, ...] as the pipeline takes it."""
-        if len(seeds) != len(noise):
-            raise ValueError(f"start(seeds=...) needs {len(noise)} seeds; got {len(seeds)}.")
-        device = noise.device.type
-        rng = tuple(torch.Generator(device).manual_seed(seed).get_state() for seed in seeds)
-        return State(noise, 0, 0, rng)
+    @property
+    def is_open(self) -> bool:  # type: ignore[override]
+        """Whether the sampler's block runs."""
+        return self._session is not None
 
-    def run(self, state: State, until: int | None = None) -> State:
+    @property
+    def session(self) -> Session:
+        """The session of the sampler's block. Raises ``SessionError`` outside it."""
+        if self._session is None:
+            raise SessionError("The sampler is not open; run it in a `with sampler:` block.")
+        return self._session
+
+    def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
+        """The state before the first step, one image per seed.
+
+        ``noise`` [B, ...] as the pipeline takes it; None: what the pipeline itself draws from
+        ``torch.Generator().manual_seed(seed)``. The run is then the plain call with such
+        generators, bit for bit.
+        Raises: ValueError where there are no seeds, or ``noise`` has another shape.
+        """
+        if not len(seeds):
+            raise ValueError("start(seeds=...) needs at least one seed; got none.")
+        if noise is None:
+            noise, generators = self.segments.draw(seeds)
+            return State(noise, 0, self.count, states_of(generators))
+        check_noise(self.segments, noise, len(seeds))
+        return State(noise, 0, self.count, generator_states(seeds))
+
+    def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
         """Continue to evaluation ``until``, None for the end.
 
-        Cost: the evaluations between; the texts are encoded again.
-        Raises: ValueError for an ``until`` that is not ahead.
+        ``drift`` [B, ...]: added to the mean of the first step, for a kernel of ours.
+        Cost: the evaluations between.
+        Raises: ValueError for an ``until`` that is not ahead and for reseeded images that come out
+        alike; ``SessionError`` outside the sampler's block.
         """
-        if until is not None and until <= state.step:
-            raise ValueError(f"run(until={until}) must be above the state's step {state.step}.")
-        window = Window(state.step, until, state.scheduler)  # type: ignore[arg-type]
-        generators = [_generator(state.latents, rng) for rng in state.rng]
-        self.session.start = Start(state.step, state.count or None, dict(state.techniques or {}))
-        try:
-            with segment(self.pipe.scheduler, window):
-                latents = self._call(state.latents, generators, "latent")
-                snapshot = window.snapshot(self.pipe.scheduler, len(latents))
-        finally:
-            self.session.start = None
-        step = window.count if until is None else min(until, window.count)
-        rng = tuple(generator.get_state() for generator in generators)
-        return State(latents, step, window.count, rng, snapshot, self.session.states)
+        return advance(self, state, until, drift)
+
+    def renoise(self, state: State, to: int, seeds: Sequence[int]) -> State:
+        """The images noised again to the earlier evaluation ``to``; they go on from there.
+
+        With level ``(a, s)`` of the state and ``(a', s')`` of ``to`` the forward process is ``x' =
+        (a'/a) x + sqrt(s'^2 - (a'/a)^2 s^2) z``, z from the seeds. Scheduler history and technique
+        states begin anew.
+        Raises: ValueError for a ``to`` that is not earlier; ``UnsupportedModel`` for solvers of two
+        evaluations.
+        """
+        return noised(self, state, to, seeds)
+
+    def preview(self, state: State) -> Tensor:
+        """The images [B, 3, H, W] in [0, 1], or videos, of the prediction ``state.x0``.
+
+        Raises: ValueError for a state before its first step.
+        """
+        if state.x0 is None:
+            raise ValueError("preview needs a state with a prediction; run one step first.")
+        self.meter.charge(decodes=len(state.rng))
+        generators = [generator_of(rng) for rng in state.rng]
+        return self.segments.decode(state.x0.to(state.latents.dtype), generators, self.tiny)
 
     def decode(self, state: State) -> Tensor:
         """The images [B, 3, H, W] in [0, 1], or videos, of a finished state.
@@ -105,27 +137,31 @@ class PipelineSampler:
         The pipeline is called with no steps left, so it does nothing but decode.
         Raises: ValueError for a state that is not finished.
         """
-        if not state.count or not state.finished:
+        if not state.finished:
             raise ValueError(
-                f"decode needs a finished state; got step {state.step} of {state.count}."
+                f"decode needs a finished state; got step {state.step} of {state.count}. Use "
+                "preview(state) for its prediction."
             )
-        generators = [_generator(state.latents, rng) for rng in state.rng]
-        with segment(self.pipe.scheduler, Window(state.count, state.count)):
-            return self._call(state.latents, generators, "pt")
+        self.meter.charge(decodes=len(state.rng))
+        return self.segments.decode(state.latents, [generator_of(rng) for rng in state.rng])
 
-    def _call(self, latents: Tensor, generators: list[torch.Generator], output: str) -> Tensor:
-        generator = generators if len(generators) > 1 else generators[0]
-        arguments = {"latents": latents, "generator": generator, "output_type": output}
-        result = self.pipe(**self.call, **arguments, return_dict=False)[0]
-        if not isinstance(result, Tensor):
-            raise UnsupportedModel(
-                f"{original_class(self.pipe).__name__} returned {type(result).__name__} instead of "
-                "latents for output_type='latent'."
-            )
-        return result
+    def render(
+        self,
+        noise: Tensor,
+        grad: bool = True,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+        seeds: Sequence[int] | None = None,
+        exact: int = 1,
+    ) -> Tensor:
+        """The images [B, 3, H, W] of start noise, differentiable; see ``gradient.render``.
 
+        ``seeds``: of later noise, one per image; None for 0, 1, 2, ...
+        """
+        rendering = gradient.Rendering(grad, mode, clamp, exact)
+        seeds = range(len(noise)) if seeds is None else seeds
+        return gradient.render(self, noise, rendering, seeds)
 
-def _generator(latents: Tensor, state: Tensor) -> torch.Generator:
-    generator = torch.Generator(latents.device.type)
-    generator.set_state(state)
-    return generator
+    def twist(self, state: State, reward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """``reward`` [B] of the predicted images, and its gradient; see ``gradient.twist``."""
+        return gradient.twist(self, state, reward)

@@ -90,14 +90,14 @@ class Logged(TwoBranches[None]):
 
 def evaluations(sampler, noise):
     with sampler:
-        return sampler.run(sampler.start(noise, [3, 4])).count
+        return sampler.run(sampler.start([3, 4], noise)).count
 
 
 def cut_and_whole(sampler, noise, cut):
     """The end of an uncut run, and of one that is cut."""
     with sampler:
-        whole = sampler.run(sampler.start(noise, [3, 4]))
-        half = sampler.run(sampler.start(noise, [3, 4]), cut)
+        whole = sampler.run(sampler.start([3, 4], noise))
+        half = sampler.run(sampler.start([3, 4], noise), cut)
         assert half.step == cut
         assert half.count == whole.count
         kept = half.latents.clone()
@@ -131,10 +131,10 @@ def test_every_pipeline(name):
 def test_a_run_in_one_piece_is_the_plain_pipeline(name):
     sampler, noise = sampler_of(name)
     with sampler:
-        end = sampler.run(sampler.start(noise, [3, 4]))
+        end = sampler.run(sampler.start([3, 4], noise))
         images = sampler.decode(end)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    call = {**sampler.call, "latents": noise, "generator": generators, "return_dict": False}
+    call = {**sampler.segments.call.options, "latents": noise, "generator": generators, "return_dict": False}
     assert torch.equal(end.latents, sampler.pipe(**call, output_type="latent")[0])
     assert torch.equal(images, sampler.pipe(**call, output_type="pt")[0])
 
@@ -166,10 +166,10 @@ def test_steps_are_told_not_counted(scheduler, cut):
     sampler, noise = sampler_of(SD, Logged(), scheduler=scheduler)
     Logged.log.clear()
     with sampler:
-        sampler.run(sampler.start(noise, [3, 4]))
+        sampler.run(sampler.start([3, 4], noise))
         whole = list(Logged.log)
         Logged.log.clear()
-        sampler.run(sampler.run(sampler.start(noise, [3, 4]), cut))
+        sampler.run(sampler.run(sampler.start([3, 4], noise), cut))
     assert whole == Logged.log
     assert {count for _, count, *_ in whole} == {STEPS}
 
@@ -178,10 +178,11 @@ def test_rows_are_selected_with_all_that_travels():
     """Two images run together, one taken at the cut: its end is what it is alone, to rounding."""
     technique = da.APG(3.0, cap=5.0, momentum=-0.5)
     sampler, noise = sampler_of(SD, technique, scheduler="DPMSolverMultistepScheduler")
-    texts = {name: value for name, value in sampler.call.items() if name.endswith("embeds")}
-    sampler.call.update({name: value[[0, 0]] for name, value in texts.items()})
+    options = sampler.segments.call.options
+    texts = {name: value for name, value in options.items() if name.endswith("embeds")}
+    options.update({name: value[[0, 0]] for name, value in texts.items()})
     with sampler:
-        half = sampler.run(sampler.start(noise, [3, 4]), 3)
+        half = sampler.run(sampler.start([3, 4], noise), 3)
         end = sampler.run(half)
         swapped = sampler.run(half.select([1, 0]))
         doubled = sampler.run(half.select([1, 1]))
@@ -196,9 +197,9 @@ def test_the_scheduler_is_what_it_was():
     scheduler = sampler.pipe.scheduler
     cls, before = type(scheduler), dict(vars(scheduler))
     with sampler:
-        sampler.run(sampler.start(noise, [3, 4]), 2)
+        sampler.run(sampler.start([3, 4], noise), 2)
         with pytest.raises(ValueError, match="must be above"):
-            sampler.run(sampler.run(sampler.start(noise, [3, 4]), 2), 2)
+            sampler.run(sampler.run(sampler.start([3, 4], noise), 2), 2)
     assert type(scheduler) is cls
     assert dict(vars(scheduler)) == before
 
@@ -207,8 +208,8 @@ def test_without_the_history_a_multistep_cut_differs():
     """The negative control: what ``State`` carries is needed."""
     sampler, noise = sampler_of(SD, da.CFG(3.0), scheduler="DPMSolverMultistepScheduler")
     with sampler:
-        whole = sampler.run(sampler.start(noise, [3, 4]))
-        half = sampler.run(sampler.start(noise, [3, 4]), 3)
+        whole = sampler.run(sampler.start([3, 4], noise))
+        half = sampler.run(sampler.start([3, 4], noise), 3)
         forgetful = dataclasses.replace(half, scheduler=None)
         assert not torch.equal(sampler.run(forgetful).latents, whole.latents)
 
@@ -223,7 +224,7 @@ def test_what_cannot_be_cut_is_refused():
     with pytest.raises(ValueError, match="set by the sampler"):
         PipelineSampler(pipe, prompt="a", generator=torch.Generator())
     sampler, noise = sampler_of(SD)
-    with pytest.raises(ValueError, match="needs 2 seeds"):
-        sampler.start(noise, [1])
+    with pytest.raises(ValueError, match="for 1 seeds"):
+        sampler.start([1], noise)
     with sampler, pytest.raises(ValueError, match="finished"):
-        sampler.decode(sampler.run(sampler.start(noise, [1, 2]), 1))
+        sampler.decode(sampler.run(sampler.start([1, 2], noise), 1))

@@ -1,0 +1,136 @@
+"""One pipeline call as a sampler makes it: the same arguments for any number of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.core import UnsupportedModel
+from diffalign.core.types import Keywords, Pipeline
+from diffalign.families import Family, family_of
+from diffalign.seams.plan import Arguments, bind
+from diffalign.seams.swap import original_class
+from diffalign.seams.trajectory.schedule import one_or_all
+
+# arguments that follow the position in the loop, which a segment counts from 0
+LOOP_KEYED: Mapping[str, tuple[Any, str]] = {
+    "control_guidance_start": (0.0, "a ControlNet's window"),
+    "control_guidance_end": (1.0, "a ControlNet's window"),
+    "denoising_end": (None, "an end before the last step; run(state, until=...) stops there"),
+    "skip_guidance_layers": (None, "skip-layer guidance of the pipeline; use da.SkipLayerGuidance"),
+    "callback_on_step_end": (None, "a callback with step numbers"),
+    "callback": (None, "a callback with step numbers"),
+}
+COPIES = ("num_images_per_prompt", "num_videos_per_prompt")
+# schedulers whose trajectory cannot be cut or repeated -> why
+UNCUT = {
+    "DPMSolverSDEScheduler": (
+        "it draws from one random tree for all images, which cannot be cut or divided"
+    ),
+}
+
+
+class Call:
+    """Arguments of a pipeline that trajectories share.
+
+    Raises: ``UnsupportedModel`` where the pipeline takes no start latents, and for arguments that
+    follow the position in the loop; ValueError for arguments that the sampler sets.
+    """
+
+    def __init__(self, pipe: Pipeline, options: Keywords) -> None:
+        self.pipe, self.options = pipe, options
+        cls = original_class(pipe)
+        self.family: Family = family_of(cls)
+        self.bound: Arguments = bind(cls, pipe, (), options)
+        values = self.bound.values
+        if "latents" not in values or "image" in values or "video" in values:
+            raise UnsupportedModel(
+                f"{cls.__name__} does not start from latents=, so its trajectories cannot be cut."
+            )
+        scheduler = original_class(pipe.scheduler).__name__
+        if scheduler in UNCUT:
+            raise UnsupportedModel(f"{scheduler}: {UNCUT[scheduler]}. Use DDIMScheduler.")
+        for name, (neutral, what) in LOOP_KEYED.items():
+            if values.get(name, neutral) not in (neutral, [neutral]):
+                raise UnsupportedModel(
+                    f"{name}={values[name]!r} is {what}: it follows the position in the loop, and "
+                    "a segment counts from 0. Leave it out."
+                )
+        for name in ("latents", "generator", "output_type", "return_dict"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"PipelineSampler({name}=...) is set by the sampler; leave it out."
+                )
+        if self.texts == 0:
+            raise ValueError(
+                f"PipelineSampler needs prompt=... or {self.family.embeddings}=...; got neither."
+            )
+
+    @property
+    def texts(self) -> int:
+        """Prompts of the call, as texts or as embeddings."""
+        for name in ("prompt", self.family.embeddings):
+            value = self.bound.values.get(name)
+            if value is not None:
+                return 1 if isinstance(value, str) else len(value)
+        return 0
+
+    @property
+    def least(self) -> int:
+        """The smallest number of images of one call."""
+        return self.texts * self._copies if self.texts > 1 else 1
+
+    @property
+    def _copies(self) -> int:
+        values = self.bound.values
+        return next((int(values[name]) for name in COPIES if values.get(name)), 1)
+
+    def of(self, images: int) -> Keywords:
+        """The arguments for that many images.
+
+        A single prompt makes any number; several make their own number only.
+        Raises: ValueError for another number.
+        """
+        if images == self.texts * self._copies:
+            return dict(self.options)
+        name = next((name for name in COPIES if name in self.bound.values), None)
+        if self.texts == 1 and name is not None:
+            return {**self.options, name: images}
+        raise ValueError(
+            f"The call has {self.texts} prompts and makes {self.texts * self._copies} images; got "
+            f"a state of {images}. Make a sampler of one prompt to run any number."
+        )
+
+    def __call__(
+        self,
+        latents: Tensor | None,
+        generators: Sequence[torch.Generator],
+        output: str,
+        function: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """The pipeline's answer as a tensor [B, ...].
+
+        ``function``: how the pipeline is called, None for ``pipe(...)`` with its sessions.
+        """
+        arguments = {
+            **self.of(len(generators)),
+            "latents": latents,
+            "generator": one_or_all(generators),
+            "output_type": output,
+            "return_dict": False,
+        }
+        call = self.pipe if function is None else function
+        result = call(**arguments)[0]
+        if not isinstance(result, Tensor):
+            raise UnsupportedModel(
+                f"{original_class(self.pipe).__name__} returned {type(result).__name__} instead of "
+                f"a tensor for output_type={output!r}."
+            )
+        return result
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline as if no session were active on it."""
+        return original_class(self.pipe).__call__(self.pipe, *args, **kwargs)

@@ -1,0 +1,104 @@
+"""Calls of the pipeline that show it a part of the schedule: what lies beneath a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from diffalign.core import SessionError
+from diffalign.core.types import Keywords, Pipeline
+from diffalign.seams.swap import original_class
+from diffalign.seams.trajectory.call import Call
+from diffalign.seams.trajectory.grid import Grid, grid_of
+from diffalign.seams.trajectory.schedule import Window, segment
+from diffalign.seams.trajectory.texts import Texts
+
+
+class Segments:
+    """Segments of one pipeline and call: noise levels, start noise, decoded images."""
+
+    def __init__(self, pipe: Pipeline, options: Keywords) -> None:
+        self.pipe, self.call = pipe, Call(pipe, options)
+        self.texts = Texts()
+        self._grid: Grid | None = None
+        self._noise: Tensor | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The noise levels of a trajectory."""
+        if self._grid is None:
+            self.draw(range(self.call.least))
+        assert self._grid is not None
+        return self._grid
+
+    @property
+    def noise(self) -> Tensor:
+        """Start noise of the pipeline's own shape, dtype and device, [1, ...]."""
+        if self._noise is None:
+            self.draw(range(self.call.least))
+        assert self._noise is not None
+        return self._noise
+
+    @contextmanager
+    def within(self, window: Window) -> Iterator[None]:
+        """The pipeline shows that part of the schedule and encodes no text twice.
+
+        Raises: ``SessionError`` where the pipeline's scheduler is of another class by now.
+        """
+        scheduler = self.pipe.scheduler
+        name = original_class(scheduler).__name__
+        if self._grid is not None and name != self._grid.scheduler:
+            raise SessionError(
+                f"The pipeline's scheduler was {self._grid.scheduler} and is {name} now; make a "
+                "new sampler."
+            )
+        with self.texts.remembered(self.pipe), segment(scheduler, window):
+            yield
+
+    def draw(self, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
+        """The pipeline's own start noise [B, ...], and its generators afterwards.
+
+        A segment without steps behind the first: the pipeline returns what it starts from.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        window = Window(1, 1)
+        with self.within(window), torch.no_grad():
+            noise = self.call(None, generators, "latent", self.call.plain)
+            if self._grid is None:
+                self._noise = noise[:1].clone()
+                window.depth = 1  # the scheduler shows all that it has
+                self._grid = grid_of(
+                    self.call.family,
+                    self.pipe.scheduler,
+                    self._noise,
+                    dict(self.call.bound.values),
+                    window.multiplied,
+                )
+        return noise, generators
+
+    def decode(
+        self, latents: Tensor, generators: Sequence[torch.Generator], decoder: Pipeline = None
+    ) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of clean latents [B, ...].
+
+        ``decoder``: stands in for the pipeline's own, None for that one.
+        """
+        count = self.grid.count
+        with self.within(Window(count, count)), _decoder(self.pipe, decoder):
+            return self.call(latents, generators, "pt", self.call.plain)
+
+
+@contextmanager
+def _decoder(pipe: Pipeline, decoder: Pipeline) -> Iterator[None]:
+    if decoder is None:
+        yield
+        return
+    before = pipe.__dict__["vae"]
+    pipe.__dict__["vae"] = decoder
+    try:
+        yield
+    finally:
+        pipe.__dict__["vae"] = before
