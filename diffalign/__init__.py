@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with the table below
     from diffalign import core as core
     from diffalign import rewards as rewards
-    from diffalign.align import align as align
+    from diffalign.alignment import align as align
     from diffalign.attention import NAG as NAG
     from diffalign.attention import PLADIS as PLADIS
     from diffalign.core import Budget as Budget
@@ -35,12 +35,16 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from diffalign.seams import preset as preset
     from diffalign.seams import supports as supports
     from diffalign.seams import techniques_of as techniques_of
+    from diffalign.seams.trajectory.kernels import Eta as Eta
+    from diffalign.seams.trajectory.kernels import FlowSDE as FlowSDE
+    from diffalign.seams.trajectory.kernels import Native as Native
+    from diffalign.seams.trajectory.kernels import VPFlow as VPFlow
     from diffalign.search import *  # noqa: F403
 
 _ROOMS = ("core", "rewards")
 _WHOLE = ("diffalign.guidance", "diffalign.search")  # modules whose ``__all__`` is public here
 _NAMES = {
-    "diffalign.align": ("align",),
+    "diffalign.alignment": ("align",),
     "diffalign.attention": ("NAG", "PLADIS"),
     "diffalign.core": (
         "Budget",
@@ -64,6 +68,7 @@ _NAMES = {
         "supports",
         "techniques_of",
     ),
+    "diffalign.seams.trajectory.kernels": ("Eta", "FlowSDE", "Native", "VPFlow"),
 }
 
 

@@ -30,7 +30,7 @@ LAYERS = (
     ("embedded",),
     ("guidance", "attention", "pruning", "rewards"),
     ("search", "noise_opt"),
-    ("generate", "align"),
+    ("generate", "alignment"),
     ("calibration",),
     ("eval",),
     ("cli", "app"),

@@ -15,7 +15,7 @@ from diffalign.cli.problem import BadInput, checking, command
 from diffalign.cli.request import prepare, techniques_of
 
 if TYPE_CHECKING:
-    from diffalign.align.driver import Status
+    from diffalign.alignment.driver import Status
     from diffalign.core.budget import Budget
     from diffalign.core.types import Json
 

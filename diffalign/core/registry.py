@@ -230,6 +230,22 @@ METHODS: Registry[Method[Any]] = Registry(
 """The methods: what ``align(method=...)`` takes."""
 
 
+KERNELS: Registry[Any] = Registry(
+    "kernel",
+    "diffalign.kernels",
+    targets={
+        name: f"diffalign.seams.trajectory.kernels:{cls}"
+        for name, cls in (
+            ("native", "Native"),
+            ("eta", "Eta"),
+            ("flow-sde", "FlowSDE"),
+            ("vp-flow", "VPFlow"),
+        )
+    },
+)
+"""How ``align`` draws noise in the steps of a scheduler: what ``align(kernel=...)`` takes."""
+
+
 def methods() -> dict[str, type[Method[Any]]]:
     """Every method, those of other packages and of yours included: name -> class."""
     return cast("dict[str, type[Method[Any]]]", METHODS.all())

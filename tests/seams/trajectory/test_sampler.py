@@ -134,7 +134,12 @@ def test_a_run_in_one_piece_is_the_plain_pipeline(name):
         end = sampler.run(sampler.start([3, 4], noise))
         images = sampler.decode(end)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    call = {**sampler.segments.call.options, "latents": noise, "generator": generators, "return_dict": False}
+    call = {
+        **sampler.segments.call.options,
+        "latents": noise,
+        "generator": generators,
+        "return_dict": False,
+    }
     assert torch.equal(end.latents, sampler.pipe(**call, output_type="latent")[0])
     assert torch.equal(images, sampler.pipe(**call, output_type="pt")[0])
 

@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffalign.align.processes import World
-from diffalign.align.scoring import Fit, Ranking, Scorer
+from diffalign.alignment.processes import World
+from diffalign.alignment.scoring import Fit, Ranking, Scorer
 from diffalign.core import BudgetExceeded, Meter, State, Technique
 from diffalign.core.reward import Reward
 from diffalign.core.sampler import join

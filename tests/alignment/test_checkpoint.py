@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from diffalign.align.checkpoint import RUN, STATE, Folder
+from diffalign.alignment.checkpoint import RUN, STATE, Folder
 from diffalign.core import Candidate, Lineage, Move, State
 
 

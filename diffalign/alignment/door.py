@@ -10,14 +10,14 @@ from typing import Any, overload
 
 import torch
 
-from diffalign.align.checkpoint import Folder
-from diffalign.align.driver import Drive, Status
-from diffalign.align.problem import PipelineProblem, Progress, Setting
-from diffalign.align.processes import World
-from diffalign.align.result import Ledger, Result
-from diffalign.align.scoring import Fit, Ranking, Scorer, name_of
+from diffalign.alignment.checkpoint import Folder
+from diffalign.alignment.driver import Drive, Status
+from diffalign.alignment.problem import PipelineProblem, Progress, Setting
+from diffalign.alignment.processes import World
+from diffalign.alignment.result import Ledger, Result
+from diffalign.alignment.scoring import Fit, Ranking, Scorer, name_of
 from diffalign.core import Budget, BudgetExceeded, Meter, Technique
-from diffalign.core.registry import METHODS, to_config
+from diffalign.core.registry import KERNELS, METHODS, to_config
 from diffalign.core.reward import Reward
 from diffalign.core.search import Candidate, Method
 from diffalign.core.seeds import seed_of
@@ -65,8 +65,8 @@ def align(
     their prompts that returns scores [B]. ``budget``: limits of this prompt's run; None only for
     methods that end by themselves. ``techniques`` act in every call. ``judges``: rewards that
     are reported for the first image and the result, and never optimised. ``ties``: rewards that
-    settle equal scores. ``kernel``: how the scheduler's steps are made random, for methods that
-    branch. ``batch``: images at once, None for a usual number that halves where memory ends.
+    settle equal scores. ``kernel``: how the scheduler's steps draw noise, for methods that branch:
+    ``da.Eta()``, ``da.FlowSDE()``, ``da.VPFlow()`` or text like ``"eta:eta=0.5"``. ``batch``: images at once, None for a usual number that halves where memory ends.
     ``folder``: the run is saved there after each step and continues from there, also after it
     was killed. ``show`` is called after each step, ``improved`` with every new best image.
     The rest of the keywords go to the pipeline.
@@ -106,6 +106,8 @@ def align(
     rng = torch.Generator().manual_seed(seed_of(prompt, 0, seed) ^ 0x5EED)
     progress = Progress(meter, ranking, scorer, Fit(batch or _usual(pipe)), rng)
     progress.improved, progress.world = improved, world
+    if isinstance(kernel, str):
+        (kernel,) = KERNELS.make(kernel)
     setting = Setting(pipe, prompt, tuple(techniques), call, kernel)
     problem = PipelineProblem(setting, prompt, seed, progress)
     progress.reserve = problem.sampler.price()
@@ -171,11 +173,9 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
             f"{name} goes on until its budget ends; give one, like budget=da.Budget(nfe=400). One "
             f"image takes {problem.progress.reserve} NFE."
         )
-    if method.branches and not problem.sampler.branches:
-        raise ValueError(
-            f"{name} needs children that differ, and {problem.sampler.scheduler} is deterministic "
-            "here. Pass kernel=da.kernels.Eta() (or eta=1.0 for a DDIM scheduler)."
-        )
+    deterministic = problem.sampler.deterministic if method.branches else None
+    if deterministic is not None:
+        raise ValueError(f"{name} needs children that differ: {deterministic}")
     if method.needs_gradient and not getattr(problem.reward, "differentiable", False):
         raise ValueError(
             f"{name} needs a reward with gradient, and {name_of(problem.reward)} has none."
@@ -207,7 +207,7 @@ def _settings(method: Method[Any], problem: PipelineProblem, reward: Reward) -> 
         "techniques": [to_config(technique) for technique in setting.techniques],
         "kernel": None if setting.kernel is None else repr(setting.kernel),
         "pipeline": original_class(setting.pipe).__name__,
-        "scheduler": problem.sampler.scheduler,
+        "scheduler": original_class(setting.pipe.scheduler).__name__,
         "call": plain(_readable(setting.call)),
     }
 

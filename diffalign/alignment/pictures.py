@@ -12,11 +12,11 @@ from diffalign.drawing.sheet import Cell, contact_sheet
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffalign.align.result import Result
+    from diffalign.alignment.result import Result
 
 
 def _cell(image: Tensor, caption: str) -> Cell:
-    from diffalign.align.result import picture
+    from diffalign.alignment.result import picture
 
     return Cell(picture(image if image.ndim == 3 else image[0]), caption)
 

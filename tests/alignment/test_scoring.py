@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from diffalign.align.scoring import KEPT, Fit, Ranking, Scorer, expected_best, name_of
+from diffalign.alignment.scoring import KEPT, Fit, Ranking, Scorer, expected_best, name_of
 from diffalign.core import Budget, BudgetExceeded, Candidate, Lineage, Meter, Move
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffalign.align.problem import Moment
+from diffalign.alignment.problem import Moment
 from diffalign.core.search import Candidate, Lineage, Tree
 from diffalign.core.types import Json
 from diffalign.drawing.png import save_png
@@ -144,7 +144,7 @@ class Result:
         score against NFE, ``before_after.png`` the first image beside the result, ``best.png`` the
         best candidates; ``tree.png`` and ``tree.svg`` of a tree, ``noise.pt`` of a found noise.
         """
-        from diffalign.align.pictures import before_after, best_images, curve
+        from diffalign.alignment.pictures import before_after, best_images, curve
 
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from diffalign.align.checkpoint import Folder
-from diffalign.align.problem import PipelineProblem
+from diffalign.alignment.checkpoint import Folder
+from diffalign.alignment.problem import PipelineProblem
 from diffalign.core import BudgetExceeded, Cancelled
 from diffalign.core.search import Info, Method
 
