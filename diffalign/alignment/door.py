@@ -67,10 +67,10 @@ def align(
     are reported for the first image and the result, and never optimised. ``ties``: rewards that
     settle equal scores. ``kernel``: how the scheduler's steps draw noise, for methods that branch:
     ``da.Eta()``, ``da.FlowSDE()``, ``da.VPFlow()`` or text like ``"eta:eta=0.5"``. ``batch``:
-    images at once, None for four on a CPU and 16 elsewhere, halved where memory ends. ``folder``: the run is
-    saved there after each step and continues from there, also after it was killed. ``show`` is
-    called after each step, ``improved`` with every new best image. The rest of the keywords go to
-    the pipeline.
+    images at once, None for four on a CPU and 16 elsewhere, halved where memory ends. ``folder``:
+    the run is saved there after each step and continues from there, also after it was killed.
+    ``show`` is called after each step, ``improved`` with every new best image. The rest of the
+    keywords go to the pipeline.
 
     For a list of prompts, one result each; each has the whole budget and its own folder inside
     ``folder``. Ctrl-C returns the best image so far.
