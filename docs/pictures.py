@@ -20,14 +20,15 @@ LEVELS = (
     (("seams",), "the only code that touches diffusers"),
     (("embedded",), "models that ship, their world and networks"),
     (("guidance", "attention", "rewards"), "one file per technique or reward"),
-    (("generate",), "models by name, the one sampling loop"),
+    (("search",), "one file per method of align"),
+    (("generate", "alignment"), "the one sampling loop; the door of search"),
     (("calibration",), "fits a technique to a model"),
     (("eval",), "measures and compares"),
     (("cli", "app"), "command line and page"),
 )
 COLOURS = (
     "#dfe8f6", "#d9ead8", "#fbe3c8", "#efe0f2", "#fff2b8", "#d6eef0", "#e7e7ec", "#f6dcdc",
-    "#dfe8f6",
+    "#dfe8f6", "#d9ead8",
 )  # fmt: skip
 
 STEP = (

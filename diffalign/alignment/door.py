@@ -81,7 +81,7 @@ def align(
     image, and a folder of another run; ``UnsupportedModel`` where the pipeline cannot be cut.
     """
     if not isinstance(prompt, str):
-        places = _folders(folder, prompt)
+        places = folders_of(folder, prompt)
         options: dict[str, Any] = {
             "method": method,
             "reward": _reward(reward),
@@ -159,7 +159,8 @@ def _usual(pipe: Pipeline) -> int:
     return 4 if str(getattr(pipe, "device", "cpu")).startswith("cpu") else 16
 
 
-def _folders(folder: str | os.PathLike[str] | None, prompts: Sequence[str]) -> list[Path | None]:
+def folders_of(folder: str | os.PathLike[str] | None, prompts: Sequence[str]) -> list[Path | None]:
+    """The folder of each prompt's run inside ``folder``."""
     if folder is None:
         return [None] * len(prompts)
     slugs = (re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-") for text in prompts)

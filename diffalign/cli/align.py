@@ -79,6 +79,7 @@ def align(
     if resume and not started:
         raise BadInput(f"--resume: there is no run in {str(options.output)!r}.")
     import diffalign as da
+    from diffalign.alignment.door import folders_of
 
     request = prepare(options, techniques)
     place = options.output
@@ -101,8 +102,8 @@ def align(
             **request.model.call,
         )
     entries: list[Json] = []
-    for result in results if isinstance(results, list) else [results]:
-        folder = place if not isinstance(results, list) else place / f"{len(entries):03d}"
+    folders = folders_of(place, prompts) if isinstance(results, list) else [place]
+    for result, folder in zip(results if isinstance(results, list) else [results], folders):
         files = [str(file) for file in result.save(folder)]
         entries.append({**result.to_dict(), "files": files})
         if not options.json and not options.quiet:
