@@ -128,6 +128,48 @@ def overhead(result: Result) -> str:
     return page(result, "Session overhead: plain CFG through a session against native CFG")
 
 
+def search(result: Result) -> str:
+    facts, options = result.facts, result.options
+    ties = ", ".join(f"{name} {share:.2f}" for name, share in facts["share of ties"].items())
+    own = ", ".join(f"{name} {share:.3f}" for name, share in facts["share of the driver"].items())
+    return page(
+        result,
+        f"Search on {options['model']}: {facts['prompts']} GenEval prompts, 20 steps, scale "
+        f"{options['scale']:g}",
+        "One run per method and prompt, read at several budgets. emoji-clip is optimised; the "
+        "judges only look.",
+        f"Share of prompts whose highest score is shared by several images: {ties}.",
+        f"Share of the seconds that is neither denoiser, decoder nor reward, median: {own}.",
+        "![Score against NFE and seconds](search.png)",
+    )
+
+
+def plot_search(result: Result) -> dict[str, Image.Image]:
+    """Reward and audit judge against NFE, and reward against seconds."""
+    names = list(dict.fromkeys(row["method"] for row in result.rows))
+    pictures = [
+        line_chart(
+            [
+                Curve(
+                    name,
+                    [(row[x], row[y].value) for row in result.rows if row["method"] == name],
+                )
+                for name in names
+            ],
+            title=title,
+            x_label=x,
+            y_label=label,
+            log="x",
+        )
+        for x, y, title, label in (
+            ("NFE", "reward", "The reward that is optimised", "emoji-clip"),
+            ("NFE", "audit", "The audit judge, which no method sees", "share of right images"),
+            ("seconds", "reward", "The reward against processor seconds", "emoji-clip"),
+        )
+    ]
+    return {"search": stacked(pictures)}
+
+
 def kernels(result: Result) -> str:
     options = result.options
     gpu = options["device"] == "cuda"
@@ -294,6 +336,7 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "pladis": pladis,
     "cost": cost,
     "overhead": overhead,
+    "search": search,
     "kernels_cpu": kernels,
     "kernels_cuda": kernels,
 }
@@ -302,6 +345,7 @@ PLOTS: dict[str, Callable[[Result], dict[str, Image.Image]]] = {
     "adaptive": plot_adaptive,
     "dynamic": plot_dynamic,
     "negation": plot_negation,
+    "search": plot_search,
 }
 
 

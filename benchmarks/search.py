@@ -10,10 +10,14 @@ and by the audit judge, which no method sees. Finished runs are kept in ``--work
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import statistics
+import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,7 @@ READ = (100, 200, 400, 800, 1600)
 ETA = {"eta": 1.0}
 COLUMNS = {
     "NFE": "denoiser rows, the final call not counted",
-    "seconds": "median wall seconds of a run up to there",
+    "seconds": "median processor seconds of a run up to there",
     "reward": "emoji-clip of the best image, which is what is optimised",
     "judge": "share of prompts whose best image is right",
     "audit": "the same by the judge that shares nothing with the first",
@@ -70,27 +74,70 @@ WAYS = {
 }
 
 
+class Timed:
+    """A reward with the processor seconds that it took."""
+
+    name, differentiable = "emoji-clip", True
+
+    def __init__(self) -> None:
+        self.reward = da.rewards.load(self.name)
+        self.seconds = 0.0
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        start = time.process_time()
+        scores = self.reward(images, prompts)
+        self.seconds += time.process_time() - start
+        return scores
+
+
+@contextmanager
+def timed(module: torch.nn.Module, name: str) -> Iterator[list[float]]:
+    """Processor seconds in a method of a module's class, as a list of one number."""
+    spent, cls = [0.0], type(module)
+    method = getattr(cls, name)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            spent[0] += time.process_time() - start
+
+    setattr(cls, name, call)
+    try:
+        yield spent
+    finally:
+        setattr(cls, name, method)
+
+
 def run(way: Way, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, Any]:
     """One run as data: what the best image was after how much work."""
-    record = prompts()[prompt_id]
+    record, reward = prompts()[prompt_id], Timed()
     images: list[torch.Tensor] = []
+    times: list[float] = []
+    start = time.process_time()
 
     def improved(candidate: Candidate) -> None:
         images.append(candidate.image)
+        times.append(time.process_time() - start)
 
-    result = da.align(
-        pipe,
-        str(record["prompt"]),
-        method=way.method,
-        reward="emoji-clip",
-        budget=da.Budget(nfe=options.nfe + 2 * STEPS),
-        techniques=way.techniques,
-        batch=8,
-        improved=improved,
-        num_inference_steps=STEPS,
-        guidance_scale=options.scale,
-        **way.call,
-    )
+    with timed(pipe.unet, "forward") as network, timed(pipe.vae, "decode") as decoder:
+        result = da.align(
+            pipe,
+            str(record["prompt"]),
+            method=way.method,
+            reward=reward,
+            budget=da.Budget(nfe=options.nfe + 2 * STEPS),
+            techniques=way.techniques,
+            batch=8,
+            improved=improved,
+            num_inference_steps=STEPS,
+            guidance_scale=options.scale,
+            **way.call,
+        )
+    total = time.process_time() - start
+    own = total - network[0] - decoder[0] - reward.seconds
     seen = torch.stack(images)
     right = [
         [
@@ -100,14 +147,15 @@ def run(way: Way, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, An
         for judge in (da.load("emoji-judge"), da.load("emoji-judge-audit"))
     ]
     points = [
-        {"nfe": m.nfe, "seconds": m.seconds, "reward": m.score, "judge": a, "audit": b}
-        for m, a, b in zip(result.history, *right, strict=True)
+        {"nfe": m.nfe, "seconds": t, "reward": m.score, "judge": a, "audit": b}
+        for m, t, a, b in zip(result.history, times, *right, strict=True)
     ]
     return {
         "prompt_id": prompt_id,
         "points": points,
         "nfe": result.ledger.nfe,
-        "seconds": result.ledger.seconds,
+        "seconds": total,
+        "own": own / total,
         "scored": result.scored,
         "equal": result.equal,
     }
@@ -188,11 +236,14 @@ def main() -> None:
         base = runs("best-of-n", pipe, ids, options, bar)
         rows: list[Row] = []
         ties: dict[str, float] = {}
+        own: dict[str, float] = {}
         for name in options.methods:
             found = runs(name, pipe, ids, options, bar)
             rows += rows_of(name, found, base, ids, options.nfe)
             ties[name] = sum(record["equal"] > 1 for record in found) / len(found)
-    save("search", rows, options, COLUMNS, {"prompts": len(ids), "share of ties": ties})
+            own[name] = statistics.median(record["own"] for record in found)
+    facts = {"prompts": len(ids), "share of ties": ties, "share of the driver": own}
+    save("search", rows, options, COLUMNS, facts)
 
 
 if __name__ == "__main__":
