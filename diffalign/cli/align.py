@@ -104,7 +104,7 @@ def align(
     entries: list[Json] = []
     folders = folders_of(place, prompts) if isinstance(results, list) else [place]
     for result, folder in zip(results if isinstance(results, list) else [results], folders):
-        files = [str(file) for file in result.save(folder)]
+        files = [str(file) for file in result.save(folder or place)]
         entries.append({**result.to_dict(), "files": files})
         if not options.json and not options.quiet:
             show.text(result)
