@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from diffalign.core.registry import techniques as techniques
     from diffalign.embedded import load as load
     from diffalign.guidance import *  # noqa: F403
+    from diffalign.noise_opt import *  # noqa: F403
     from diffalign.seams import Report as Report
     from diffalign.seams import Session as Session
     from diffalign.seams import active as active
@@ -42,7 +43,11 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from diffalign.search import *  # noqa: F403
 
 _ROOMS = ("core", "rewards")
-_WHOLE = ("diffalign.guidance", "diffalign.search")  # modules whose ``__all__`` is public here
+_WHOLE = (
+    "diffalign.guidance",
+    "diffalign.noise_opt",
+    "diffalign.search",
+)  # modules whose ``__all__`` is public here
 _NAMES = {
     "diffalign.alignment": ("align",),
     "diffalign.attention": ("NAG", "PLADIS"),

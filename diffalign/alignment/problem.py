@@ -14,8 +14,8 @@ from diffalign.alignment.processes import World
 from diffalign.alignment.scoring import Fit, Ranking, Scorer
 from diffalign.core import BudgetExceeded, Meter, State, Technique
 from diffalign.core.reward import Reward
-from diffalign.core.sampler import join
-from diffalign.core.search import Candidate, Lineage
+from diffalign.core.sampler import Clamp, Mode, join
+from diffalign.core.search import Ascent, Candidate, Lineage, Move
 from diffalign.core.seeds import seed_of
 from diffalign.core.types import Pipeline
 from diffalign.seams.trajectory.sampler import PipelineSampler
@@ -220,6 +220,40 @@ class PipelineProblem:
 
     def score(self, images: Tensor) -> Tensor:
         return self.progress.scorer(images)
+
+    def ascend(
+        self,
+        noise: Tensor,
+        seeds: Sequence[int],
+        *,
+        parts: bool = False,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+    ) -> Ascent:
+        self.progress.use(self.sampler)
+        leaf = noise.detach().clone().requires_grad_()
+        images = self.sampler.render(leaf, True, mode, clamp, seeds)
+        rewards = self._parts_of(parts)
+        total, gradients = torch.zeros(len(noise), dtype=torch.float64), []
+        for number, (weight, reward) in enumerate(rewards):
+            with torch.enable_grad():
+                scores = self.progress.scorer.differentiable(images, reward)
+            last = number == len(rewards) - 1
+            (gradient,) = torch.autograd.grad(scores.sum(), leaf, retain_graph=not last)
+            gradients.append(gradient.float())
+            total += weight * scores.detach().to("cpu", torch.float64)
+        pictures = images.detach().to("cpu", torch.float32)
+        for row, (score, seed) in enumerate(zip(total.tolist(), seeds, strict=True)):
+            start = noise[row].detach().clone()
+            lineage = self._own(Lineage((Move(0, seed),), noise=start))
+            if not self.draft:
+                self._add(Candidate(score, pictures[row].clone(), lineage))
+        return Ascent(total, torch.stack(gradients))
+
+    def _parts_of(self, parts: bool) -> list[tuple[float, Reward]]:
+        """The weighted parts of the reward, or the reward as one part."""
+        weighted: list[tuple[float, Reward]] | None = getattr(self.reward, "parts", None)
+        return weighted if parts and weighted else [(1.0, self.reward)]
 
     def variant(
         self,

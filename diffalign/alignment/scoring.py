@@ -73,6 +73,24 @@ class Scorer:
             parts = list(self.fit.parts(len(images), lambda part: self._checked(images[part])))
         return torch.cat(parts)
 
+    def differentiable(self, images: Tensor, reward: Reward) -> Tensor:
+        """Scores [B] of images with a graph, by this or another reward; counted and checked.
+
+        Raises: ValueError for scores of another shape, not finite, or without a gradient.
+        """
+        self.meter.charge(rewards=len(images))
+        scores = reward(images, [self.prompt] * len(images))
+        name = name_of(reward)
+        if not isinstance(scores, Tensor) or scores.shape != (len(images),):
+            raise ValueError(f"The reward {name} must return a tensor of shape [{len(images)}].")
+        if not scores.requires_grad:
+            raise ValueError(f"The reward {name} has no gradient here; use another reward.")
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"The reward {name} returned {scores.tolist()}; scores must be finite."
+            )
+        return scores
+
     def _checked(self, images: Tensor) -> Tensor:
         scores = self.reward(images, [self.prompt] * len(images))
         name = name_of(self.reward)

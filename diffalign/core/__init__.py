@@ -23,7 +23,17 @@ from diffalign.core.option import CALL, FLOW, auto, filled, option
 from diffalign.core.reward import Reward
 from diffalign.core.rows import Rows, join_rows
 from diffalign.core.sampler import Sampler, State, Transition, join
-from diffalign.core.search import Candidate, Info, Lineage, Method, Move, Node, Problem, Tree
+from diffalign.core.search import (
+    Ascent,
+    Candidate,
+    Info,
+    Lineage,
+    Method,
+    Move,
+    Node,
+    Problem,
+    Tree,
+)
 from diffalign.core.technique import Technique
 from diffalign.core.types import CFG_PASSES, COND, UNCOND, Pass, Space, StepInfo, linear_mix
 from diffalign.core.window import Windowed
@@ -37,6 +47,7 @@ __all__ = [
     "COND",
     "FLOW",
     "UNCOND",
+    "Ascent",
     "Attend",
     "AttentionTechnique",
     "BlockSite",

@@ -28,9 +28,16 @@ Target = str | Callable[..., T]
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
+# names whose capitals do not begin words
+WRITTEN = {"ReNO": "reno"}
+
+
 def kebab(name: str) -> str:
     """``"IntervalCFG"`` -> ``"interval-cfg"``."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+    return (
+        WRITTEN.get(name)
+        or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+    )
 
 
 class Registry(Generic[T]):
@@ -222,7 +229,7 @@ def _is_method(value: object) -> bool:
 METHODS: Registry[Method[Any]] = Registry(
     "method",
     "diffalign.methods",
-    rooms=("diffalign.search",),
+    rooms=("diffalign.search", "diffalign.noise_opt"),
     belongs=_is_method,
     needs="a frozen dataclass that derives from diffalign.core.Method",
     advice="`diffalign methods` lists all.",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from diffalign.core.budget import Meter
     from diffalign.core.reward import Reward
-    from diffalign.core.sampler import Sampler, State
+    from diffalign.core.sampler import Clamp, Mode, Sampler, State
     from diffalign.core.technique import Technique
 
 S = TypeVar("S")
@@ -71,6 +71,16 @@ class Candidate:
     lineage: Lineage
     # by the rewards that settle ties, in their order; empty until a tie asks for them
     others: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ascent:
+    """Scores of start noises and where they rise."""
+
+    # [B], float64 on the CPU
+    scores: Tensor
+    # [R, B, ...] float32: of the reward in the start noise, or of each of its R parts
+    gradients: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +187,23 @@ class Problem(Protocol):
 
     def score(self, images: Tensor) -> Tensor:
         """Scores [B], float64 on the CPU, of images [B, 3, H, W]; checked for shape and NaN."""
+        ...
+
+    def ascend(
+        self,
+        noise: Tensor,
+        seeds: Sequence[int],
+        *,
+        parts: bool = False,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+    ) -> Ascent:
+        """Images of start noise [B, ...] with their scores and gradients, by one differentiable
+        run; the images are finished ones and remembered.
+
+        ``seeds``: of later noise. ``parts``: one gradient for each part of a weighted reward, its
+        weight left out. ``mode``, ``clamp``: see ``Sampler.render``.
+        """
         ...
 
     def variant(

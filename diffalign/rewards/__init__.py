@@ -3,5 +3,6 @@ Importing this loads no model."""
 
 from diffalign.core import Reward
 from diffalign.rewards.base import BaseReward, RewardInfo, available, load
+from diffalign.rewards.weighted import Scale, Weighted
 
-__all__ = ["BaseReward", "Reward", "RewardInfo", "available", "load"]
+__all__ = ["BaseReward", "Reward", "RewardInfo", "Scale", "Weighted", "available", "load"]

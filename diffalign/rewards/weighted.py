@@ -1,0 +1,89 @@
+"""Several rewards as one: a weighted sum of scores on a common scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign.core import Reward
+from diffalign.rewards.base import BaseReward, load
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Mean and standard deviation of a reward's scores on a set of images."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def of(cls, scores: Tensor) -> Scale:
+        """The scale of scores [N]. Raises ValueError for fewer than two, or all equal."""
+        if scores.numel() < 2 or not float(scores.std()) > 0:
+            raise ValueError(
+                "Scale.of(scores=...) needs at least two scores that differ; got "
+                f"{scores.flatten()[:4].tolist()}."
+            )
+        return cls(float(scores.mean()), float(scores.std()))
+
+
+class Weighted(BaseReward):
+    """``sum_i w_i (R_i - mean_i) / std_i``.
+
+    ``rewards``: name or object -> weight. ``scales``: scale of each by its place, so that a unit of
+    every part is one standard deviation (the z-score, an honest default: measure it with
+    ``Scale.of`` on images of the model); None leaves the scores as they are.
+    Differentiable where all parts are. Cost: the sum of the parts'.
+    Raises: ValueError without rewards, for weights that are not finite, or scales of another
+    number.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str | Reward, float] | Sequence[tuple[str | Reward, float]],
+        scales: Sequence[Scale] | None = None,
+    ) -> None:
+        items = list(rewards.items()) if isinstance(rewards, Mapping) else list(rewards)
+        if not items:
+            raise ValueError("Weighted(rewards=...) needs at least one reward; got none.")
+        if scales is not None and len(scales) != len(items):
+            raise ValueError(
+                f"Weighted(scales=...) needs one for each of {len(items)} rewards; got "
+                f"{len(scales)}."
+            )
+        places = scales or [Scale()] * len(items)
+        for (_, weight), place in zip(items, places):
+            if not torch.isfinite(torch.tensor(float(weight))) or not place.std > 0:
+                raise ValueError(
+                    "Weighted needs finite weights and scales with std above 0; got "
+                    f"{weight!r} and {place}."
+                )
+        loaded = [load(r) if isinstance(r, str) else r for r, _ in items]
+        self.parts: list[tuple[float, Reward]] = [
+            (float(weight), Scaled(reward, place))
+            for reward, (_, weight), place in zip(loaded, items, places)
+        ]
+        self.differentiable = all(r.differentiable for r in loaded)
+        self.name = "+".join(f"{weight:g} {part.name}" for weight, part in self._named())
+
+    def _named(self) -> list[tuple[float, Scaled]]:
+        return [(weight, part) for weight, part in self.parts if isinstance(part, Scaled)]
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        scores = [weight * part(images, prompts) for weight, part in self.parts]
+        return torch.stack(scores).sum(0)
+
+
+class Scaled(BaseReward):
+    """A reward in standard deviations of its own."""
+
+    def __init__(self, reward: Reward, scale: Scale) -> None:
+        self.reward, self.scale = reward, scale
+        self.differentiable = reward.differentiable
+        self.name = getattr(reward, "name", type(reward).__name__)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return (self.reward(images, prompts) - self.scale.mean) / self.scale.std

@@ -1,0 +1,67 @@
+"""A weighted sum of rewards on their own scales."""
+
+import pytest
+import torch
+
+from diffalign.rewards import Scale, Weighted
+
+
+class Channel:
+    differentiable = True
+
+    def __init__(self, index):
+        self.index = index
+        self.name = "rgb"[index]
+
+    def __call__(self, images, prompts):
+        return images[:, self.index].mean((1, 2))
+
+
+IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a dog"] * 4
+
+
+def test_it_is_the_weighted_sum():
+    reward = Weighted([(Channel(0), 2.0), (Channel(1), -1.0)])
+    expected = 2 * IMAGES[:, 0].mean((1, 2)) - IMAGES[:, 1].mean((1, 2))
+    assert torch.allclose(reward(IMAGES, PROMPTS), expected)
+    assert reward.name == "2 r+-1 g"
+    assert reward.differentiable
+
+
+def test_scales_make_standard_deviations():
+    scores = Channel(2)(IMAGES, PROMPTS)
+    reward = Weighted([(Channel(2), 1.0)], [Scale.of(scores)])
+    values = reward(IMAGES, PROMPTS)
+    assert float(values.mean()) == pytest.approx(0.0, abs=1e-6)
+    assert float(values.std()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_gradients_pass():
+    images = IMAGES.clone().requires_grad_()
+    Weighted([(Channel(0), 2.0), (Channel(1), -1.0)])(images, PROMPTS).sum().backward()
+    means = images.grad.sum((2, 3))[0]
+    assert means.tolist() == pytest.approx([2.0, -1.0, 0.0])
+
+
+def test_names_are_loaded():
+    assert Weighted({"emoji-clip": 0.5}).name == "0.5 emoji-clip"
+
+
+@pytest.mark.parametrize(
+    ("rewards", "scales", "text"),
+    [
+        ([], None, "at least one reward"),
+        ([(Channel(0), 1.0)], [Scale(), Scale()], "one for each of 1 rewards; got 2"),
+        ([(Channel(0), float("nan"))], None, "finite weights"),
+        ([(Channel(0), 1.0)], [Scale(0.0, 0.0)], "std above 0"),
+    ],
+)
+def test_bad_input(rewards, scales, text):
+    with pytest.raises(ValueError, match=text):
+        Weighted(rewards, scales)
+
+
+def test_a_scale_needs_scores_that_differ():
+    with pytest.raises(ValueError, match="two scores that differ"):
+        Scale.of(torch.tensor([1.0, 1.0]))
