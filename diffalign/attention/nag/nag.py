@@ -10,7 +10,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from diffalign.attention.nag import two_texts
-from diffalign.attention.nag.text import NEGATIVE, NegativeText, refusal
+from diffalign.attention.nag.spared import NEGATIVE
+from diffalign.attention.nag.text import NegativeText, refusal
 from diffalign.core import (
     Attend,
     AttentionTechnique,
@@ -132,6 +133,8 @@ class NAG(Windowed, AttentionTechnique):
         if site.copies:  # in the double blocks the published layout has one image stream
             one_image = not self.share_image and not site.layer.startswith("single_")
             return two_texts.two_rows(attend, q, k, v, site, guide, one_image)
+        if site.negatives:
+            return two_texts.borrowed(attend, q, k, v, site, guide)
         if NEGATIVE not in site.parts:
             return attend(q, k, v)
         return (two_texts.cross if site.kind == "cross" else two_texts.joint)(
