@@ -170,7 +170,7 @@ class Attachment:
         if mode.calls <= layer.call and not self.caches.active[layer.denoiser]:
             raise UnsupportedModel(
                 f"{type(layer.module.processor).__name__} at {layer.name!r} made {mode.calls} "
-                "attention calls that diffalign can follow where "
+                "calls of attention that diffalign can follow where "
                 f"{layer.call + 1} was expected, so {type(techniques[0]).__name__} cannot act "
                 "there. Set a processor of diffusers."
             )
