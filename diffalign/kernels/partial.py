@@ -30,20 +30,22 @@ def attend_part(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) 
     There is none where gradients are needed, under autocast, beside CPU and CUDA, and on CUDA in
     float32 or for head sizes that are not a multiple of 8 up to 256.
     """
+    kind = q.device.type
     alike = q.shape[-1] == v.shape[-1] and q.dtype == k.dtype == v.dtype
-    if not alike or needs_grad(q, k, v) or 0 in (*q.shape, *k.shape):
+    if kind not in ("cpu", "cuda", "meta") or not alike or 0 in (*q.shape, *k.shape):
         return None
     # autocast would change dtypes; whoever has switched torch's fused kernels off wants none
     fused: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
-    if torch.is_autocast_enabled(q.device.type) or not fused:
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)
+    if needs_grad(q, k, v) or casts or not fused:
         return None
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if q.device.type == "cpu":
+    if kind == "cpu":
         cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return Part(*cpu(q, k, v, scale=scale)[:2])
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 256:
         return None
-    if q.device.type == "meta" or (q.device.type == "cuda" and _has_flash(q, k, v)):
+    if kind == "meta" or _has_flash(q, k, v):
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return Part(*flash(q, k, v, scale=scale)[:2])
     return None
