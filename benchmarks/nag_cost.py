@@ -4,6 +4,10 @@ Floating-point operations are those of one step of the published models at 1024 
 shapes alone. Seconds are processor seconds on one thread of models with a quarter of the tokens and
 of the channels, whose parts have the same shares in the whole; each is beside plain steps of the
 same round. The floor is a step whose guided row reads both texts as if they were one prompt.
+
+The authors' figures are those of their code on models of other sizes, counted and timed elsewhere.
+Their layout is counted here: two whole attentions of the image, one with each text, and on Flux a
+second image stream in the single blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import random
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +39,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffalign as da
+from diffalign.seams.attention.dense import Dense
 from diffalign.testing.tiny.parts import image_vae
 
+ALWAYS = (0.0, float("inf"))
 # latents per side of an image of 1024 x 1024
 SIDE = 128
 
@@ -73,7 +80,8 @@ def sdxl(size: Size) -> StableDiffusionXLPipeline:
             block_out_channels=wide,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=[1, 2, 10],
+            layers_per_block=2 if size.depth == 1 else 1,
+            transformer_layers_per_block=[1, max(1, 2 // size.depth), max(1, 10 // size.depth)],
             attention_head_dim=[5, 10, 20],
             norm_num_groups=16,
             cross_attention_dim=2048 // size.part,
@@ -187,8 +195,7 @@ class Case:
 
     def technique(self, size: Size) -> da.NAG:
         embeds = None if self.borrows else MODELS[self.model].negative(size)
-        always = (0.0, float("inf"))
-        return da.NAG(5.0, sigma=always, negative_embeds=embeds, **self.options)
+        return da.NAG(5.0, sigma=ALWAYS, negative_embeds=embeds, **self.options)
 
 
 CASES = (
@@ -202,11 +209,33 @@ COLUMNS = {
     "plain TFLOP": "operations of a plain step, both branches where the model has them",
     "operations": "beside the plain step",
     "floor": "operations of the floor beside the plain step",
-    "authors": "operations of the authors' code beside the plain step",
+    "authors' layout": "operations of the authors' layout beside the plain step",
+    "authors": "operations of the authors' code beside its plain step",
     "seconds ratio": "processor seconds beside the plain step, median over rounds",
     "floor seconds": "processor seconds of the floor beside the plain step",
-    "authors' seconds": "seconds of the authors' code beside the plain step",
+    "authors' seconds": "seconds of the authors' code beside its plain step",
 }
+
+
+@contextmanager
+def two_attentions() -> Iterator[None]:
+    """Within the block, nothing that two texts could share is shared."""
+    shared = Dense.part
+    Dense.part = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Dense.part = shared  # type: ignore[method-assign]
+
+
+def layout(case: Case) -> float:
+    """Operations of the authors' layout in the place of ``case``."""
+    size, model = Size(), MODELS[case.model]
+    embeds = model.negative(size)
+    split = {"share_image": False} if case.model == "Flux.1" else {}
+    theirs = da.NAG(5.0, sigma=ALWAYS, negative_embeds=embeds, **split)
+    with two_attentions():
+        return operations(step(built(case.model, size), model.inputs(size), theirs))
 
 
 def on_meta(denoiser: nn.Module) -> None:
@@ -287,7 +316,7 @@ def floor(name: str, size: Size, measure: Callable[[Callable[[], Any]], float]) 
 
 def timed(options: Namespace) -> dict[tuple[str, str], list[float]]:
     """(model, what ran) -> seconds, round by round."""
-    size = Size(part=4, depth=4 if options.quick else 1)
+    size = Size(part=4, depth=12 if options.quick else 1)
     runs: dict[tuple[str, str], Callable[[], float]] = {}
     for name, model in MODELS.items():
         plain = step(built(name, size), model.inputs(size))
@@ -333,6 +362,7 @@ def study(options: Namespace) -> None:
                 "plain TFLOP": plain[name] / 1e12,
                 "operations": ours / plain[name],
                 "floor": least[name] / plain[name],
+                "authors' layout": layout(case) / plain[name],
                 "authors": case.authors[0],
                 "seconds ratio": ratio(name, case.layout),
                 "floor seconds": ratio(name, "floor"),
