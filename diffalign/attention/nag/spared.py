@@ -86,30 +86,36 @@ class Borrowed:
 
 
 def handlers_of(
-    running: RunningCall,
-    family: Family,
-    denoisers: Mapping[str, Any],
-    *,
-    tokens: str | None,
-    image: str | None,
+    running: RunningCall, family: Family, denoisers: Mapping[str, Any], *, one_image: bool
 ) -> Handlers:
     """Modules that leave out what nobody reads.
 
-    ``tokens``: regular expression of modules that treat text tokens one by one, besides those of
-    the attention layers. ``image``: of those of the image stream that two rows share.
+    ``one_image``: two rows share an image stream; else one row has both texts.
     """
+    second = family.second_text
+    assert second is not None
     handlers: Handlers = {}
     for name, denoiser in denoisers.items():
-        for layer in layers_of(family, name, denoiser):
-            parts = CROSS if layer.kind == "cross" else JOINT
-            for part in (getattr(layer.module, part, None) for part in parts):
-                if isinstance(part, nn.Module):
-                    handlers[part] = ("__call__", partial(_read_tokens, running))
-        for pattern, handler in ((tokens, _read_tokens), (image, _first_image)):
-            for path, module in unwrapped(denoiser).named_modules() if pattern is not None else ():
-                if re.fullmatch(pattern or "", path):
-                    handlers[module] = ("__call__", partial(handler, running))
+        model: nn.Module = unwrapped(denoiser)
+        modules: list[nn.Module] = []
+        if one_image:
+            modules += _matching(model, second.image_modules)
+        elif family.mode == "batched" and not second.in_rows(model):
+            modules += _matching(model, second.tokens)
+            for layer in layers_of(family, name, denoiser):
+                names = CROSS if layer.kind == "cross" else JOINT
+                parts = (getattr(layer.module, part, None) for part in names)
+                modules += [part for part in parts if isinstance(part, nn.Module)]
+        handler = _first_image if one_image else _read_tokens
+        handlers |= {module: ("__call__", partial(handler, running)) for module in modules}
     return handlers
+
+
+def _matching(model: nn.Module, pattern: str | None) -> list[nn.Module]:
+    """Modules whose dotted names match a regular expression as a whole."""
+    if pattern is None:
+        return []
+    return [module for path, module in model.named_modules() if re.fullmatch(pattern, path)]
 
 
 def _read_tokens(

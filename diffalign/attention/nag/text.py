@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from diffalign.seams.denoiser.call import DenoiserCall
     from diffalign.seams.denoiser.tap import Generation
 
+POOLED = "negative_pooled_prompt_embeds"
+
 
 def refusal(pipe: Any, family: Family, share_image: bool) -> str | None:
     """Why NAG cannot act on a pipeline, None when it can."""
@@ -68,15 +70,22 @@ class NegativeText:
                 "NAG: share_image=False, the published layout with a second image stream in the "
                 "single blocks"
             )
+        elif pooled_is_dropped(nag, generation):
+            notes.append(f"NAG does not use {POOLED}: {self._dropped()}")
+
+    def _dropped(self) -> str:
+        """What becomes of a negative pooled text that is not used."""
+        kept = "the negative text is modulated with the prompt's pooled text"
+        used = self.second.image_stack is not None
+        return f"{kept}; share_image=False uses it" if used else kept
 
     def handlers(self, running: RunningCall, denoisers: Mapping[str, Any]) -> Handlers:
         """Calls besides attention that must know about the negative text."""
         handlers: Handlers = {}
         if not running.opaque:  # in a compiled model each would break a graph
-            tokens = self.second.tokens if self.share_image else None
-            image = None if self.share_image else self.second.image_modules
-            family = self.generation.family
-            handlers = handlers_of(running, family, denoisers, tokens=tokens, image=image)
+            handlers = handlers_of(
+                running, self.generation.family, denoisers, one_image=not self.share_image
+            )
         for model in map(unwrapped, denoisers.values()):
             for name, call in self.second.around.items():
                 two_texts = partial(_for_two_texts, running, call)
@@ -181,6 +190,15 @@ class NegativeText:
                 "Encode both with the same max_sequence_length."
             )
         arguments[name] = torch.cat([prompt, negative], axis)
+
+
+def pooled_is_dropped(nag: NAG, generation: Generation) -> bool:
+    """Whether somebody has passed a negative pooled text that nothing reads."""
+    if nag.negative_embeds is not None:
+        return nag.negative_embeds.get(POOLED) is not None
+    if nag.negative_prompt is not None or generation.plan.opened:  # there the guidance reads it
+        return False
+    return generation.plan.values.get(POOLED) is not None
 
 
 def encoder_of(family: Family) -> Encoder:

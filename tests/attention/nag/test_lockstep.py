@@ -266,7 +266,7 @@ def test_layers_left_out_keep_the_texts_apart(name):
     assert 0 < acting == selected < met[0]
 
 
-def test_two_norm_of_the_first_flux_release():
+def test_two_norm_of_the_authors_flux_code():
     compare(
         "FluxPipeline",
         "",
