@@ -1,16 +1,19 @@
-"""Do negative prompts work without guidance (NAG), and does sparse text attention help (PLADIS)? On
-the embedded model.
+"""Do negative prompts work without guidance (NAG), what do they cost, and does sparse text
+attention help (PLADIS)? On the embedded model; costs on the shapes of published ones.
 
     python benchmarks/attention.py [--only negation] [--runs-folder runs/attention]
+    python benchmarks/attention.py --only cost [--quick] [--rounds 5]
 
 Negation (negation.py): how often a negated object or colour is gone while the rest stays, by
 emoji-judge, for nothing, CFG's negative prompt at several scales, NAG at CFG 1 and NAG under CFG,
 each NAG beside CFG's negative prompt at the same effective strength. PLADIS: verdicts on the
-evidence set beside a CFG sweep, whose images benchmarks/guidance.py shares.
+evidence set beside a CFG sweep, whose images benchmarks/guidance.py shares. Cost (nag_cost.py):
+operations and seconds of NAG beside a plain step, the floor and its authors' code.
 """
 
 from __future__ import annotations
 
+import nag_cost
 import negation
 import torch
 from results import UNITS, Estimate, Row, command_line, images, quality, save
@@ -23,10 +26,15 @@ from diffalign.eval.evidence import Config, Measured, compare
 
 def main() -> None:
     folders = {"runs_folder": "runs/attention", "evidence_folder": "runs/evidence"}
-    parser = command_line(__doc__, **folders, scale=1.5, steps=20, threads=1)
-    parser.add_argument("--only", choices=("negation", "pladis"))
+    parser = command_line(__doc__, **folders, scale=1.5, steps=20, threads=1, rounds=5)
+    parser.add_argument("--only", choices=("negation", "cost", "pladis"))
+    parser.add_argument("--quick", action="store_true", help="cost: time a few of the blocks")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.only in (None, "cost"):
+        nag_cost.study(options)
+    if options.only == "cost":
+        return
     pipe, judge, clip, scale = (
         load("emoji"),
         load("emoji-judge"),

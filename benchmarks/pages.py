@@ -124,6 +124,17 @@ def cost(result: Result) -> str:
     )
 
 
+def nag_cost(result: Result) -> str:
+    options = result.options
+    depth = "a few of the blocks" if options["quick"] else "all blocks"
+    text = (
+        f"Seconds: models with a quarter of the tokens and channels and {depth}, "
+        f"{options['rounds']} rounds. The authors' code was counted and timed elsewhere, on sizes "
+        "of its own; their layout is counted here, on the same model."
+    )
+    return page(result, "What NAG costs beside a plain step, 1024 x 1024, one image", text)
+
+
 def overhead(result: Result) -> str:
     return page(result, "Session overhead: plain CFG through a session against native CFG")
 
@@ -335,6 +346,7 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "negation": negation,
     "pladis": pladis,
     "cost": cost,
+    "nag_cost": nag_cost,
     "overhead": overhead,
     "search": search,
     "kernels_cpu": kernels,

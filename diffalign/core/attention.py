@@ -37,6 +37,8 @@ class Site:
     conditioned: tuple[bool, ...] = ()
     # rows that a technique added: (row, the row that repeats it with another text)
     copies: tuple[tuple[int, int], ...] = ()
+    # (row, the row whose own text is its negative text)
+    negatives: tuple[tuple[int, int], ...] = ()
 
 
 class Attend(Protocol):
@@ -56,6 +58,11 @@ class Attend(Protocol):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q`` [B, A, N, D], ``k`` [B, A, L, D], ``v`` [B, A, L, any] -> [B, A, N, any]."""
+        ...
+
+    def part(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Attention over a part of the keys [B, A, N, D] and the log-sum-exp of its scores
+        [B, A, N]; None where what stands below cannot tell it."""
         ...
 
     def narrow(

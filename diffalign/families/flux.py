@@ -34,7 +34,11 @@ FLUX = Family(
     text=(Argument("encoder_hidden_states", positions="txt_ids"),),
     encoder=Encoder(("prompt_embeds", "pooled_prompt_embeds", "text_ids"), TEXT_POOLED),
     attention=TextLayers(r"(single_)?transformer_blocks\.\d+\.attn", "joint"),
-    second_text=SecondText(image_stack="single_transformer_blocks", pooled="pooled_projections"),
+    second_text=SecondText(
+        image_stack="single_transformer_blocks",
+        image_modules=r"transformer_blocks\.\d+\.(ff|attn\.(to_[qkv]|to_qkv|to_out\.0))",
+        pooled="pooled_projections",
+    ),
     blocks={
         "FluxTransformerBlock": (TEXT, IMAGE),
         "FluxSingleTransformerBlock": (TEXT, IMAGE),

@@ -33,7 +33,7 @@ LTX = Family(
     text=HIDDEN_MASKED,
     encoder=Encoder(MASKED, TEXT_MASKED),
     attention=CROSS,
-    second_text=SecondText(),
+    second_text=SecondText(tokens=r"caption_projection"),
     blocks={"LTXVideoTransformerBlock": (IMAGE,)},
 )
 CONDITION = replace(LTX, pipelines=("LTXConditionPipeline",), mix=linear_mix, to_step=negated)

@@ -13,7 +13,7 @@ PIXART = Family(
     text=HIDDEN_MASKED,
     encoder=Encoder(MASKED, TEXT_MASKED),
     attention=CROSS,
-    second_text=SecondText(),
+    second_text=SecondText(tokens=r"caption_projection"),
     blocks={"BasicTransformerBlock": (IMAGE,)},
     defaults={
         "nag": entries(

@@ -22,7 +22,7 @@ SANA = Family(
     text=HIDDEN_MASKED,
     encoder=Encoder(MASKED, TEXT_MASKED),
     attention=CROSS,
-    second_text=SecondText(),
+    second_text=SecondText(tokens=r"caption_projection"),
     blocks={"SanaTransformerBlock": (IMAGE,)},
     defaults={
         "nag": entries(

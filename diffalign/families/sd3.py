@@ -26,7 +26,7 @@ SD3 = Family(
     },
     encoder=Encoder(POOLED, TEXT_POOLED),
     attention=TextLayers(r"transformer_blocks\.\d+\.attn", "joint", text="last"),
-    second_text=SecondText(),
+    second_text=SecondText(tokens=r"context_embedder|transformer_blocks\.\d+\.ff_context"),
     blocks={"JointTransformerBlock": (TEXT, IMAGE)},
     defaults={
         "nag": (

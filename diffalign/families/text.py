@@ -194,8 +194,13 @@ class SecondText:
     in_rows: Callable[[Any], bool] = field(default=lambda denoiser: False)
     # modules that number or count the text tokens: name in the denoiser -> their call for two texts
     around: Mapping[str, Around] = field(default_factory=dict)
+    # regular expression of modules, besides those of its attention layers, that treat text tokens
+    # one by one; None: there are none
+    tokens: str | None = None
     # stack of blocks in which the published layout runs a second image stream; None: no such layout
     image_stack: str | None = None
+    # regular expression of modules that, before that stack, have the same image tokens in both rows
+    image_modules: str | None = None
     # denoiser argument with the pooled text that modulates that second stream
     pooled: str | None = None
     # pipeline -> why it cannot take a second text, None when it can

@@ -61,6 +61,8 @@ class Report(Curves):
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)
     # technique -> number of steps in which it acted
     acted: dict[str, int] = field(default_factory=dict)
+    # attention backend -> layers at which it ran the dense calls of attention techniques
+    backends: dict[str, int] = field(default_factory=dict)
     # technique -> option -> (value, where it came from)
     resolved: dict[str, dict[str, tuple[Any, str]]] = field(default_factory=dict)
     # denoiser -> what its technique says beyond the above
@@ -87,6 +89,9 @@ class Report(Curves):
                 f"{name}: at {acting} of {selected} layers in {self.acted.get(name, 0)} of "
                 f"{self.steps} steps"
             )
+        if self.backends.keys() - {"native"}:
+            ran = ", ".join(f"{name} at {count}" for name, count in self.backends.items())
+            lines.append(f"attention backend of the techniques' layers: {ran}")
         for name, options in self.resolved.items():
             shown = ", ".join(
                 f"{key}={value!r}" + (f" ({source})" if source else "")

@@ -10,7 +10,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from diffalign.attention.nag import two_texts
-from diffalign.attention.nag.text import NEGATIVE, NegativeText, refusal
+from diffalign.attention.nag.spared import NEGATIVE
+from diffalign.attention.nag.text import NegativeText, refusal
 from diffalign.core import (
     Attend,
     AttentionTechnique,
@@ -44,9 +45,12 @@ class NAG(Windowed, AttentionTechnique):
     authors' code also uses s, some ports use phi. Where the family has a published window, that is
     the default one.
     Differs from the paper: on models with pooled text the negative text tokens are modulated with
-    the prompt's pooled text.
-    Cost: no extra pass; the negative text's tokens at every layer, and a second row per guided
-    image with ``share_image=False`` and where a model's texts cannot share one row.
+    the prompt's pooled text. On Flux the authors modulate with the negative pooled text:
+    ``NAG(norm="l2", share_image=False)`` is their diffusers code, ``NAG(norm="l1",
+    share_image=False)`` their ComfyUI code.
+    Cost: no extra pass; the negative text's tokens at every layer, none where CFG's negative text
+    is the same and layers attend to text alone, and a second row per guided image with
+    ``share_image=False`` and where a model's texts cannot share one row.
     """
 
     scale: float = auto("nag/scale", "1 is off", usual=(1.0, 12.0))
@@ -69,15 +73,18 @@ class NAG(Windowed, AttentionTechnique):
         saved="tensors",
     )
     norm: Literal["l1", "l2"] = option(
-        "l1", "of a token: l1 is the paper's, l2 that of the first Flux release, for old images"
+        "l1",
+        "of a token: l1 is that of the paper and of the authors' ComfyUI code, l2 that of their "
+        "diffusers code for Flux",
     )
     layers: tuple[str, ...] | None = option(
         None, "patterns of layer names with *; none is every text layer", nonempty=True
     )
     share_image: bool = option(
         True,
-        "one image stream serves both texts; false is the published layout of Flux: a second image "
-        "stream in the single blocks, modulated with the negative pooled text",
+        "one image stream serves both texts, and no negative pooled text is used; false is the "
+        "published layout of Flux: a second image stream in the single blocks, modulated with the "
+        "negative pooled text",
     )
 
     order: ClassVar[int] = 0
@@ -132,6 +139,8 @@ class NAG(Windowed, AttentionTechnique):
         if site.copies:  # in the double blocks the published layout has one image stream
             one_image = not self.share_image and not site.layer.startswith("single_")
             return two_texts.two_rows(attend, q, k, v, site, guide, one_image)
+        if site.negatives:
+            return two_texts.borrowed(attend, q, k, v, site, guide)
         if NEGATIVE not in site.parts:
             return attend(q, k, v)
         return (two_texts.cross if site.kind == "cross" else two_texts.joint)(

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffalign.attention.nag.rows import TextRows
+from diffalign.attention.nag.spared import NEGATIVE, Borrowed, handlers_of
 from diffalign.core import UnsupportedModel
 from diffalign.families import Family
 from diffalign.families.text import Argument, Around, Encoder, SecondText, has_text_encoder
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
     from diffalign.seams.denoiser.call import DenoiserCall
     from diffalign.seams.denoiser.tap import Generation
 
-NEGATIVE = "negative"
-"""Name of the negative text's tokens in ``Site.parts``."""
+POOLED = "negative_pooled_prompt_embeds"
 
 
 def refusal(pipe: Any, family: Family, share_image: bool) -> str | None:
@@ -45,48 +46,6 @@ def refusal(pipe: Any, family: Family, share_image: bool) -> str | None:
     return family.second_text.check(pipe)
 
 
-class TextRows:
-    """The negative text's arguments, a row for each image that asks."""
-
-    def __init__(self, text: Mapping[str, Any], generation: Generation) -> None:
-        # by the denoiser's names: tensors [texts, ...], or lists with one per text
-        self.text, self.generation = text, generation
-        # (name, images, device, dtype) -> rows; kept, since steps repeat them
-        self._rows: dict[Any, Tensor] = {}
-
-    def __call__(
-        self, name: str, images: Sequence[int], reference: Tensor, axis: int = 0
-    ) -> Tensor:
-        """Rows of the argument ``name``, on the device and in the dtype of ``reference``."""
-        key = (name, tuple(images), reference.device, reference.dtype)
-        if key not in self._rows:
-            index = torch.tensor(self.numbers(name, images, axis))
-            text = self.text[name].to(reference.device, reference.dtype)
-            self._rows[key] = text.index_select(axis, index.to(reference.device))
-        return self._rows[key]
-
-    def mask(self, name: str, images: Sequence[int], reference: Tensor, text: Tensor) -> Tensor:
-        """Rows of the mask ``name`` of the tokens ``text`` [rows, L, ...]."""
-        if name in self.text:
-            return self(name, images, reference)
-        return reference.new_ones(text.shape[:2])
-
-    def numbers(self, name: str, images: Sequence[int], axis: int = 0) -> list[int]:
-        """Which negative text each image takes; a prompt's images stand together."""
-        text, batch = self.text[name], self.generation.batch
-        texts = len(text) if isinstance(text, list) else text.shape[axis]
-        values = self.generation.plan.values
-        names = ("num_images_per_prompt", "num_videos_per_prompt")
-        copies = next((int(values[n]) for n in names if values.get(n)), 1)
-        if texts not in (1, batch // copies, batch):
-            many = f" with {copies} images each" if copies > 1 else ""
-            raise ValueError(
-                f"NAG got {texts} negative texts for {batch // copies} prompts{many}; give one, "
-                "or one per prompt."
-            )
-        return [image * texts // batch for image in images]
-
-
 class NegativeText:
     """One generation's negative text: a ``CallExtension`` that adds it to denoiser calls."""
 
@@ -98,6 +57,7 @@ class NegativeText:
         embeddings, source = negative_text(nag, generation)
         text = encoder_of(generation.family).denoiser(embeddings)
         self.rows = TextRows(text, generation)
+        self.borrowed = Borrowed(generation.family, self.rows)
         notes = generation.record.notes
         notes.append(f"NAG: negative text from {source}")
         if not self.share_image:
@@ -110,10 +70,22 @@ class NegativeText:
                 "NAG: share_image=False, the published layout with a second image stream in the "
                 "single blocks"
             )
+        elif pooled_is_dropped(nag, generation):
+            notes.append(f"NAG does not use {POOLED}: {self._dropped()}")
+
+    def _dropped(self) -> str:
+        """What becomes of a negative pooled text that is not used."""
+        kept = "the negative text is modulated with the prompt's pooled text"
+        used = self.second.image_stack is not None
+        return f"{kept}; share_image=False uses it" if used else kept
 
     def handlers(self, running: RunningCall, denoisers: Mapping[str, Any]) -> Handlers:
         """Calls besides attention that must know about the negative text."""
         handlers: Handlers = {}
+        if not running.opaque:  # in a compiled model each would break a graph
+            handlers = handlers_of(
+                running, self.generation.family, denoisers, one_image=not self.share_image
+            )
         for model in map(unwrapped, denoisers.values()):
             for name, call in self.second.around.items():
                 two_texts = partial(_for_two_texts, running, call)
@@ -133,6 +105,8 @@ class NegativeText:
         module = getattr(self.generation.pipe, call.denoiser)
         if not self.share_image or self.second.in_rows(unwrapped(module)):
             return self._add_rows(call, arguments, view, images)
+        if pairs := self.borrowed.pairs(call, arguments, images):
+            return call, arguments, replace(view, negatives=pairs)
         arguments, count = self._extend(arguments, images)
         return call, arguments, replace(view, added={**view.added, NEGATIVE: count})
 
@@ -216,6 +190,15 @@ class NegativeText:
                 "Encode both with the same max_sequence_length."
             )
         arguments[name] = torch.cat([prompt, negative], axis)
+
+
+def pooled_is_dropped(nag: NAG, generation: Generation) -> bool:
+    """Whether somebody has passed a negative pooled text that nothing reads."""
+    if nag.negative_embeds is not None:
+        return nag.negative_embeds.get(POOLED) is not None
+    if nag.negative_prompt is not None or generation.plan.opened:  # there the guidance reads it
+        return False
+    return generation.plan.values.get(POOLED) is not None
 
 
 def encoder_of(family: Family) -> Encoder:

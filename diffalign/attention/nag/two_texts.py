@@ -5,15 +5,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from diffalign.core import Attend, Site, Tensor
+from diffalign.kernels.partial import join
 from diffalign.seams.attention.intercept import cut, put, take, together
 
 # image tokens [B, A, N, D] under the prompt and under the negative text -> guided; None where the
 # layer is left alone
 Guide = Callable[[Tensor, Tensor], Tensor] | None
+
+
+class Tokens(NamedTuple):
+    """Queries, keys and values of some tokens, each [B, A, N, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Streams(NamedTuple):
+    """What a layer returns for one text: its own tokens [B, A, L, D], and the image's."""
+
+    text: Tensor
+    image: Tensor
 
 
 def cross(attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, guide: Guide) -> Tensor:
@@ -24,7 +41,7 @@ def cross(attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, guide: Gu
     z = attend.narrow(alone, keys=[prompt])(q, cut(k, [prompt]), cut(v, [prompt]))
     if guide is None:
         return z
-    rows = _conditioned(site)
+    rows = _rows(site, True)
     part = replace(
         site,
         parts={"prompt": _first(negative), "image": image},
@@ -35,35 +52,61 @@ def cross(attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, guide: Gu
     return put(z, rows, guide(take(z, rows), away))
 
 
+def borrowed(attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, guide: Guide) -> Tensor:
+    """Cross-attention where the negative text is that of other rows, those of the unconditional
+    branch: ``site.negatives`` says which."""
+    pairs, alone = site.negatives, replace(site, negatives=())
+    z = attend.narrow(alone)(q, k, v)
+    if guide is None:
+        return z
+    rows, others = ([pair[side] for pair in pairs] for side in (0, 1))
+    part = replace(alone, conditioned=(True,) * len(rows))
+    away = attend.narrow(part, others)(take(q, rows), take(k, others), take(v, others))
+    return put(z, rows, guide(take(z, rows), away))
+
+
 def joint(attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, guide: Guide) -> Tensor:
     """Prompt, negative text and image in one sequence, in any order: each text attends to itself
-    and the image, and goes on by itself."""
-    prompt, negative, image = (site.parts[name] for name in ("prompt", "negative", "image"))
-    rows = _conditioned(site)
-    ordered, (prompt_place, image_place) = together(prompt, image)
-    alone = replace(site, parts={"prompt": prompt_place, "image": image_place})
-    z = attend.narrow(alone, None, ordered, ordered)(*(cut(x, ordered) for x in (q, k, v)))
-    ordered, (negative_place, image_too) = together(negative, image)
-    part = replace(
-        site,
-        parts={"prompt": negative_place, "image": image_too},
-        conditioned=(True,) * len(rows),
-    )
-    below = attend.narrow(part, rows, ordered, ordered)
-    away = below(*(cut(take(x, rows), ordered) for x in (q, k, v)))
-    guided = cut(z, [image_place])
-    if guide is not None:
-        guided = put(guided, rows, guide(take(guided, rows), cut(away, [image_too])))
-    stream = cut(away, [negative_place])
-    if len(rows) < len(site.conditioned):
-        # rows of the unconditional branch have a negative stream that nobody reads
-        stream = put(z.new_zeros((z.shape[0], *stream.shape[1:])), rows, stream)
-    pieces = {
-        prompt.start: cut(z, [prompt_place]),
-        negative.start: stream,
-        image.start: guided,
-    }
-    return torch.cat([pieces[start] for start in sorted(pieces)], 2)
+    and the image, and goes on by itself.
+
+    Rows of the unconditional branch have a negative stream that nobody reads.
+    """
+    parts = tuple(site.parts[name] for name in ("prompt", "negative", "image"))
+    prompt, negative, image = parts
+    rows, others = _rows(site, True), _rows(site, False)
+    part = replace(site, conditioned=(True,) * len(rows))
+    qkv = Tokens(*(take(x, rows) for x in (q, k, v)))
+    texts = [Tokens(*(cut(x, [text]) for x in qkv)) for text in (prompt, negative)]
+    streams = once(attend, Tokens(*(cut(x, [image]) for x in qkv)), texts)
+    if streams is None:
+        streams = [_one(attend, qkv, part, rows, text) for text in (prompt, negative)]
+    (text, z), (away_text, away) = streams
+    guided = _sequence(parts, text, away_text, z if guide is None else guide(z, away))
+    if not others:
+        return guided
+    alone = replace(site, conditioned=(False,) * len(others))
+    qkv = Tokens(*(take(x, others) for x in (q, k, v)))
+    text, z = _one(attend, qkv, alone, others, prompt)
+    unread = z.new_zeros((*z.shape[:2], negative.stop - negative.start, z.shape[-1]))
+    plain = _sequence(parts, text, unread, z)
+    return _rows_together((rows, guided), (others, plain))
+
+
+def once(attend: Attend, image: Tokens, texts: Sequence[Tokens]) -> list[Streams] | None:
+    """Joint attention of one image with each of several texts; what the image attends to in itself
+    is computed once.
+
+    None where the attention below does not tell the log-sum-exps that this needs.
+    """
+    streams = []
+    itself = attend.part(*image)
+    for text in texts if itself is not None else ():
+        seen = attend.part(image.q, text.k, text.v)
+        parts = [attend.part(text.q, other.k, other.v) for other in (image, text)]
+        if itself is None or seen is None or parts[0] is None or parts[1] is None:
+            return None
+        streams.append(Streams(join(parts[0], parts[1]), join(itself, seen)))
+    return streams or None
 
 
 def two_rows(
@@ -78,6 +121,9 @@ def two_rows(
     rows = site.row_parts or (site.parts,) * q.shape[0]
     images = [parts["image"] for parts in rows]
     if one_image:
+        shared = _one_image(attend, Tokens(q, k, v), site, guide)
+        if shared is not None:
+            return shared
         q, k, v = (_copy_image(x, site.copies, images) for x in (q, k, v))
     z = attend.narrow(replace(site, copies=()))(q, k, v)
     guided = torch.stack([z[row, :, images[row]] for row, _ in site.copies])
@@ -90,13 +136,53 @@ def two_rows(
     return z
 
 
+def _one_image(attend: Attend, qkv: Tokens, site: Site, guide: Guide) -> Tensor | None:
+    """``two_rows`` with one image stream, None where it cannot be computed once."""
+    sides = [[pair[side] for pair in site.copies] for side in (0, 1)]
+    if site.row_parts or sides[0] + sides[1] != list(range(len(qkv.q))):
+        return None
+    prompt, image = site.parts["prompt"], site.parts["image"]
+    texts = [Tokens(*(cut(take(x, rows), [prompt]) for x in qkv)) for rows in sides]
+    streams = once(attend, Tokens(*(cut(take(x, sides[0]), [image]) for x in qkv)), texts)
+    if streams is None:
+        return None
+    (text, z), (away_text, away) = streams
+    guided = z if guide is None else guide(z, away)
+    parts = (prompt, image)
+    return torch.cat([_sequence(parts, stream, guided) for stream in (text, away_text)])
+
+
+def _one(attend: Attend, qkv: Tokens, site: Site, rows: Sequence[int], text: slice) -> Streams:
+    """One text and the image in one softmax; ``qkv`` are those of ``rows``."""
+    ordered, (text_place, image_place) = together(text, site.parts["image"])
+    site = replace(site, parts={"prompt": text_place, "image": image_place})
+    z = attend.narrow(site, rows, ordered, ordered)(*(cut(x, ordered) for x in qkv))
+    return Streams(cut(z, [text_place]), cut(z, [image_place]))
+
+
+def _sequence(parts: Sequence[slice], *streams: Tensor) -> Tensor:
+    """Streams [B, A, L, D], each in its place."""
+    pieces = {part.start: stream for part, stream in zip(parts, streams)}
+    return torch.cat([pieces[start] for start in sorted(pieces)], 2)
+
+
+def _rows_together(a: tuple[list[int], Tensor], b: tuple[list[int], Tensor]) -> Tensor:
+    """Two sets of rows, each (places, values), as one batch."""
+    first, second = sorted((a, b), key=lambda rows: rows[0][0])
+    places = first[0] + second[0]
+    if places == list(range(len(places))):
+        return torch.cat([first[1], second[1]])
+    empty = first[1].new_empty((len(places), *first[1].shape[1:]))
+    return put(put(empty, *first), *second)
+
+
 def _first(part: slice) -> slice:
     """Where ``part`` lies once it stands first."""
     return slice(0, part.stop - part.start)
 
 
-def _conditioned(site: Site) -> list[int]:
-    return [row for row, conditioned in enumerate(site.conditioned) if conditioned]
+def _rows(site: Site, conditioned: bool) -> list[int]:
+    return [row for row, flag in enumerate(site.conditioned) if flag is conditioned]
 
 
 def _copy_image(x: Tensor, pairs: Sequence[tuple[int, int]], images: Sequence[slice]) -> Tensor:

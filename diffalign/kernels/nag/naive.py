@@ -34,7 +34,7 @@ def check(z_pos: Tensor, z_neg: Tensor, scale: float, tau: float, alpha: float, 
         raise ValueError(f"nag: alpha must lie in [0, 1]; got {alpha}.")
     if norm not in ("l1", "l2"):
         raise ValueError(
-            f"nag: norm must be 'l1' (paper) or 'l2' (first Flux release); got {norm!r}."
+            f"nag: norm must be 'l1' (paper) or 'l2' (authors' Flux code); got {norm!r}."
         )
 
 

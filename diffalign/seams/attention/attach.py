@@ -16,9 +16,11 @@ from diffalign.seams import checkpoints
 from diffalign.seams.activity import Activity
 from diffalign.seams.attention.caches import Caches
 from diffalign.seams.attention.call import CallExtension, CallView, RunningCall
+from diffalign.seams.attention.dense import Dense, Usage
 from diffalign.seams.attention.intercept import Intercepted, start
 from diffalign.seams.attention.kernels import Kernels
 from diffalign.seams.attention.native import to_native
+from diffalign.seams.attention.seats import Arguments, seats_of
 from diffalign.seams.attention.sites import Layer, layers_of, row_parts, site_of, text_length
 from diffalign.seams.denoiser.cache import is_compiled
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall
@@ -77,6 +79,7 @@ class Attachment:
         self.running = RunningCall(opaque=any(map(is_compiled, denoisers.values())))
         self.caches = Caches(denoisers)
         self.kernels = Kernels(generation.record.notes)
+        self.usage = Usage()
         self.extensions: dict[AttentionTechnique, CallExtension] = {}
 
     @contextmanager
@@ -102,11 +105,18 @@ class Attachment:
         middleware = self.generation.evaluator.middleware
         with ExitStack() as stack:
             self.generation.record.notes += to_native(layers, stack)
+            stack.callback(self._tell)
             stack.enter_context(intercepted(handlers, self.running.opaque))
             checkpoints.remember(self.denoisers.values(), self._snapshot, stack)
             middleware.append(self._around)
             stack.callback(middleware.remove, self._around)
             yield
+
+    def _tell(self) -> None:
+        """What ran goes into the report."""
+        record = self.generation.record
+        record.notes += self.usage.notes()
+        record.backends = {name: len(layers) for name, layers in self.usage.layers.items()}
 
     def _snapshot(self) -> Callable[[], AbstractContextManager[None]]:
         return functools.partial(self.running.at, self.running.view)
@@ -146,22 +156,21 @@ class Attachment:
         if view is None or not techniques:
             return original(*args, **kwargs)
 
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
-        ) -> Tensor:
-            site = site_of(layer, view, q, k)
+        def attend(call: Arguments, dense: Dense) -> Tensor:
+            site = site_of(layer, view, call.q, call.k)
             for technique in techniques:
                 if technique.selects(site):
                     self.activity.note(technique, layer.denoiser, layer.name)
-            mask = _one_head(mask, layer)
-            return start(q, k, v, mask, options, site, techniques, self.kernels)
+            call = replace(call, mask=_one_head(call.mask, layer))
+            return start(call, dense, site, techniques, self.kernels)
 
-        with Intercepted(layer.call, attend) as mode:
+        seats = seats_of(layer.module)
+        with Intercepted(layer.call, seats, layer.name, self.usage, attend) as mode:
             output = original(*args, **kwargs)
         if mode.calls <= layer.call and not self.caches.active[layer.denoiser]:
             raise UnsupportedModel(
                 f"{type(layer.module.processor).__name__} at {layer.name!r} made {mode.calls} "
-                "calls of scaled_dot_product_attention where "
+                "calls of attention that diffalign can follow where "
                 f"{layer.call + 1} was expected, so {type(techniques[0]).__name__} cannot act "
                 "there. Set a processor of diffusers."
             )

@@ -33,6 +33,8 @@ class CallView:
     added: Mapping[str, int] = field(default_factory=dict)
     # rows that a technique added: (row, the row that repeats it with another text)
     copies: tuple[tuple[int, int], ...] = ()
+    # (row, the row whose own text is its negative text), where nothing is added for it
+    negatives: tuple[tuple[int, int], ...] = ()
     # positions in each row, empty where the family's rows are all alike
     row_parts: tuple[Parts, ...] = ()
 

@@ -1,50 +1,88 @@
-"""Interception: the user's own processor runs, and its call of ``scaled_dot_product_attention``
-goes through the techniques.
+"""Interception: the user's own processor runs, and its attention call goes through the techniques.
 
-A ``TorchFunctionMode`` belongs to the thread that entered it, so another thread that shares the
-module never notices.
+A ``TorchFunctionMode`` belongs to the thread that entered it, and ``seats.watched`` to its context,
+so another thread that shares the module never notices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from diffalign.core import AttentionTechnique, Site, UnsupportedModel
+from diffalign.kernels.partial import Part
+from diffalign.seams.attention.dense import Dense, Usage
+from diffalign.seams.attention.seats import (
+    NATIVE,
+    SDPA,
+    Arguments,
+    Form,
+    Seat,
+    TorchForm,
+    watched,
+)
 
+Attention = Callable[[Arguments, Dense], Tensor]
 Rows = Sequence[int]
-PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-SDPA = F.scaled_dot_product_attention
 
 
 class Intercepted(TorchFunctionMode):
-    """Sends the ``number``-th scaled-dot-product call inside the block through ``attend``."""
+    """Sends the ``number``-th attention call of one layer through ``attend``: the first argument is
+    the call, the second runs dense attention as the layer's processor would have run it.
+
+    Calls of torch's own function are caught by the mode itself, others where they are looked up.
+    """
 
     def __init__(
-        self,
-        number: int,
-        attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], Tensor],
+        self, number: int, seats: Sequence[Seat], layer: str, usage: Usage, attend: Attention
     ) -> None:
         super().__init__()
-        self.number, self.attend = number, attend
-        # scaled-dot-product calls so far
+        self.number, self.seats, self.layer, self.usage = number, seats, layer, usage
+        self.attend = attend
+        # attention calls so far
         self.calls = 0
+        # whether such a call is running, whose own calls are not intercepted
+        self.busy = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        with ExitStack() as stack:
+            stack.push(super().__exit__)
+            stack.enter_context(watched(self.seats, self._caught))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not SDPA:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not SDPA or self.busy:
+            return func(*args, **kwargs)
+        return self._one(NATIVE, TorchForm(), SDPA, args, kwargs)
+
+    def _caught(self, seat: Seat, function: Any, args: Any, kwargs: Any) -> Any:
+        return self._one(seat.name, seat.form, function, args, kwargs)
+
+    def _one(self, name: str, form: Form, function: Any, args: Any, kwargs: Any) -> Any:
+        """One attention call of the processor."""
         self.calls += 1
-        if self.calls - 1 != self.number:
-            return func(*args, **(kwargs or {}))
-        options = {**dict(zip(PARAMETERS, args)), **(kwargs or {})}
-        q, k, v = options.pop("query"), options.pop("key"), options.pop("value")
-        return self.attend(q, k, v, options.pop("attn_mask", None), options)
+        self.busy = True
+        try:
+            if self.calls - 1 != self.number:
+                return function(*args, **kwargs)
+            call = form.read(args, kwargs)
+            dense = Dense(name, function, form, call, self.layer, self.usage)
+            return form.answer(self.attend(call, dense))
+        finally:
+            self.busy = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +92,8 @@ class Below:
     site: Site
     # None, boolean (True = use) or additive, broadcastable to [B, A, N, L]
     mask: Tensor | None
-    # further arguments of scaled_dot_product_attention
-    options: dict[str, Any]
+    # attention without any technique, by the backend that the user chose
+    dense: Dense
     # techniques further in, outermost first
     techniques: tuple[AttentionTechnique, ...]
     # (operation, key, make) -> the kernel chosen once per key and run
@@ -63,13 +101,20 @@ class Below:
 
     @property
     def scale(self) -> float | None:
-        return self.options.get("scale")
+        return self.dense.arguments.options.get("scale")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.techniques:
             below = replace(self, techniques=self.techniques[1:])
             return self.techniques[0](below, q, k, v, self.site)
-        return SDPA(q, k, v, attn_mask=self.mask, **self.options)
+        return self.dense(q, k, v, self.mask)
+
+    def part(self, q: Tensor, k: Tensor, v: Tensor) -> Part | None:
+        """Attention over some of the keys and the log-sum-exp of its scores.
+
+        None where another technique or a mask stands below, or the backend does not tell it.
+        """
+        return None if self.techniques else self.dense.part(q, k, v, self.mask)
 
     def narrow(
         self,
@@ -92,25 +137,25 @@ class Below:
 
 
 def start(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    options: dict[str, Any],
+    call: Arguments,
+    dense: Dense,
     site: Site,
     techniques: Sequence[AttentionTechnique],
     kernel: Callable[[str, Any, Callable[[], Any]], Any],
 ) -> Tensor:
     """Send one intercepted call through ``techniques``, outermost first."""
+    options = call.options
     if options.get("is_causal") or options.get("dropout_p"):
         raise UnsupportedModel(
             f"{site.layer!r} uses causal or dropout attention, which attention techniques do not "
             "support."
         )
+    q, k, v = call.q, call.k, call.v
     if options.get("enable_gqa") and k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     options = {key: value for key, value in options.items() if key != "enable_gqa"}
-    return Below(site, mask, options, tuple(techniques), kernel)(q, k, v)
+    dense = replace(dense, arguments=replace(call, options=options))
+    return Below(site, call.mask, dense, tuple(techniques), kernel)(q, k, v)
 
 
 def cut(x: Tensor, parts: Sequence[slice], axis: int = 2) -> Tensor:

@@ -1,5 +1,5 @@
-"""Layers whose processor does not call ``scaled_dot_product_attention`` run on the native backend
-while a technique acts on them."""
+"""Layers whose processor computes its attention by itself run a processor of the same meaning that
+calls torch for it, while a technique acts on them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from diffalign.core import UnsupportedModel
+from diffalign.seams.attention.seats import xformers_ops
 from diffalign.seams.attention.sites import Layer
 
-# processor without such a call -> the one of the same meaning that has it
-NATIVE = {
-    "AttnProcessor": "AttnProcessor2_0",
-    "SlicedAttnProcessor": "AttnProcessor2_0",
+# processor without a call that can be caught -> the one of the same meaning that has it
+NATIVE = {"AttnProcessor": "AttnProcessor2_0", "SlicedAttnProcessor": "AttnProcessor2_0"}
+# the same for those of xformers, where it is not installed
+WITHOUT_XFORMERS = {
     "XFormersAttnProcessor": "AttnProcessor2_0",
     "XFormersJointAttnProcessor": "JointAttnProcessor2_0",
 }
@@ -24,11 +25,12 @@ NATIVE = {
 
 def to_native(layers: Sequence[Layer], stack: ExitStack) -> list[str]:
     """Switch what must be switched, undo it when ``stack`` closes, and say so: one note per kind of
-    switch.
+    processor.
 
     Raises ``UnsupportedModel`` for context-parallel layers.
     """
     switched: Counter[str] = Counter()
+    native = NATIVE if xformers_ops() is not None else NATIVE | WITHOUT_XFORMERS
     for layer in layers:
         processor: Any = layer.module.processor
         name = type(processor).__name__
@@ -37,42 +39,13 @@ def to_native(layers: Sequence[Layer], stack: ExitStack) -> list[str]:
                 f"{layer.name!r} runs in context parallel, where no layer sees the whole text; "
                 "switch it off."
             )
-        if name in NATIVE and not isinstance(processor, nn.Module):
-            stack.callback(_replace_processor(layer.module, NATIVE[name]))
+        if name in native and not isinstance(processor, nn.Module):
+            stack.callback(_replace_processor(layer.module, native[name]))
             switched[name] += 1
-        elif hasattr(processor, "_attention_backend"):
-            backend = _backend(processor)
-            if backend != "native":
-                stack.callback(_replace_backend(processor))
-                switched[f"attention backend {backend!r}"] += 1
     return [
         f"{what} gives way to native attention at {count} layers while the techniques act"
         for what, count in switched.items()
     ]
-
-
-def _backend(processor: Any) -> str:
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    active = processor._attention_backend
-    if active is None:
-        active = _AttentionBackendRegistry.get_active_backend()[0]
-    return str(getattr(active, "value", active))
-
-
-def _replace_backend(processor: Any) -> Any:
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    set_on_object = "_attention_backend" in vars(processor)
-    before, processor._attention_backend = processor._attention_backend, AttentionBackendName.NATIVE
-
-    def undo() -> None:
-        if set_on_object:
-            processor._attention_backend = before
-        else:
-            del processor._attention_backend
-
-    return undo
 
 
 def _replace_processor(module: Any, name: str) -> Any:

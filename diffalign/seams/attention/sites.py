@@ -120,7 +120,8 @@ def site_of(layer: Layer, view: CallView, q: Tensor, k: Tensor) -> Site:
         parts = _parts(layer, view, keys, queries)
         image = parts["image"]
     tokens = image.stop - image.start
-    return Site(layer.name, layer.kind, parts, rows, tokens, view.conditioned, view.copies)
+    texts = (view.conditioned, view.copies, view.negatives)
+    return Site(layer.name, layer.kind, parts, rows, tokens, *texts)
 
 
 def _parts(layer: Layer, view: CallView, keys: int, queries: int) -> Parts:

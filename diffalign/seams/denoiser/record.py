@@ -24,6 +24,8 @@ class Record:
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)
     # technique -> number of steps in which it acted
     acted: dict[str, int] = field(default_factory=dict)
+    # attention backend -> layers at which techniques' dense calls ran on it
+    backends: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     # step -> noise level
     sigma: dict[int, float] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class Record:
             "sigma": [self.sigma.get(step, float("nan")) for step in range(steps)],
             "layers": dict(self.layers),
             "acted": dict(self.acted),
+            "backends": dict(self.backends),
             "resolved": self.resolved,
             "notes": list(self.notes),
         }

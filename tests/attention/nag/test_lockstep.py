@@ -9,6 +9,7 @@ import torch
 
 import diffalign as da
 from diffalign.families import FAMILIES, families
+from diffalign.seams.attention.dense import Dense
 from diffalign.testing.lockstep import paper, share_double_blocks, walk
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_recipe
 
@@ -266,7 +267,7 @@ def test_layers_left_out_keep_the_texts_apart(name):
     assert 0 < acting == selected < met[0]
 
 
-def test_two_norm_of_the_first_flux_release():
+def test_two_norm_of_the_authors_flux_code():
     compare(
         "FluxPipeline",
         "",
@@ -284,3 +285,17 @@ def test_published_flux_layout(guided):
     )
     assert report.nfe == report.steps * (2 + guided)
     assert any("share_image=False" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "more"),
+    [
+        ("FluxPipeline", {}, None),
+        ("FluxPipeline", {"share_image": False}, share_double_blocks),
+        ("StableDiffusion3Pipeline", {}, None),
+    ],
+)
+def test_where_no_log_sum_exp_is_told(monkeypatch, name, options, more):
+    """As on other backends than torch's own, and under gradients: two whole attentions."""
+    monkeypatch.setattr(Dense, "part", lambda *_: None)
+    compare(name, "", True, ours(**options), theirs, more=more)
