@@ -81,7 +81,8 @@ class Grid:
 
     def check_levels(self, what: str) -> None:
         """Raise ``UnsupportedModel`` where ``what`` cannot be done with these noise levels."""
-        falling = all(a > b for a, b in zip(self.sigmas, self.following))
+        pairs = (*zip(self.sigmas, self.following), *zip(self.sigmas, self.sigmas[1:]))
+        falling = all(a > b for a, b in pairs)
         if self.order != 1 or not falling or (self.flow and max(self.sigmas) > 1.0):
             raise UnsupportedModel(
                 f"{what} needs one evaluation per step and noise levels that fall at each; "
