@@ -17,8 +17,8 @@ def sampler_for():
         dtype = {"dtype": rest.pop("dtype")} if "dtype" in rest else {}
         pipe = tiny_pipeline(name, text=text, **dtype)
         if scheduler is not None:
-            config = dict(pipe.scheduler.config) | (options or {})
-            pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
+            cls = getattr(diffusers, scheduler)
+            pipe.scheduler = cls.from_config(pipe.scheduler.config, **options or {})
         call = tiny_inputs(name, text=text, steps=steps, batch=batch, **dtype)
         call = {key: value for key, value in call.items() if key not in SET}
         kernel, meter, tiny = (rest.pop(key, None) for key in ("kernel", "meter", "tiny"))
