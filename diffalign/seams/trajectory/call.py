@@ -30,6 +30,7 @@ UNCUT = {
     "DPMSolverSDEScheduler": (
         "it draws from one random tree for all images, which cannot be cut or divided"
     ),
+    "IPNDMScheduler": "it has no noise levels, so nobody can say what its steps predict",
 }
 
 

@@ -156,21 +156,23 @@ def _unscaled(scheduler: Scheduler) -> bool:
 
 
 def _draws(scheduler: Scheduler, noise: Tensor, options: Keywords) -> bool:
-    """Whether two generators lead the first step to two results."""
+    """Whether two generators lead the scheduler's steps to two results; some draw late."""
     parameters = parameter_names(original_class(scheduler), "step")
     if "generator" not in parameters:
         return False
     # the one option that pipelines hand on
     given = {name: options[name] for name in ("eta",) if name in parameters and name in options}
-    results = []
-    for seed in (0, 1):
-        probe = copy.deepcopy(scheduler)
-        if hasattr(probe, "scale_model_input"):
-            probe.scale_model_input(noise, scheduler.__dict__["timesteps"][0])
-        generator = torch.Generator().manual_seed(seed)
-        time = scheduler.__dict__["timesteps"][0]
-        results.append(probe.step(noise, time, noise, **given, generator=generator)[0])
-    return not torch.equal(*results)
+    times = scheduler.__dict__["timesteps"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    probes, latents = [copy.deepcopy(scheduler) for _ in generators], [noise, noise]
+    for time in times:
+        for i, (probe, generator) in enumerate(zip(probes, generators)):
+            if hasattr(probe, "scale_model_input"):
+                probe.scale_model_input(noise, time)
+            latents[i] = probe.step(noise, time, latents[i], **given, generator=generator)[0]
+        if not torch.equal(*latents):
+            return True
+    return False
 
 
 def row_noise(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:

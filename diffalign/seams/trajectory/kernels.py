@@ -217,7 +217,7 @@ def why_alike(kernel: Kernel, grid: Grid) -> str | None:
         what, advice = f"{kernel!r}", FLOW_KERNELS if grid.flow else "kernel=Eta(1.0)"
     else:
         what, advice = grid.scheduler, FLOW_KERNELS if grid.flow else "kernel=Eta(1.0)"
-        if grid.scheduler.startswith("DDIM"):
+        if grid.scheduler.startswith(("DDIM", "TCD")):
             advice += ", or eta=1.0 in the call"
         elif grid.order != 1 or grid.scheduler.startswith("PNDM"):
             advice += " with DDIMScheduler"

@@ -48,7 +48,10 @@ def grid(value, unit):
 
 
 @pytest.mark.parametrize("name", [*NAMES, pytest.param(SANA, marks=slow)])
-def test_the_gradient_is_that_of_central_differences(sampler_for, name):
+def test_the_gradient_is_that_of_central_differences(sampler_for, monkeypatch, name):
+    narrow = torch.Tensor.float  # models and pipelines that round to float32 within no longer do
+    wide = torch.float64
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == wide else narrow(x))
     kernel = Eta(0.0) if name in EXACT else None
     sampler = sampler_for(name, da.CFG(3.0), dtype=torch.float64, steps=2, kernel=kernel)
     with sampler:
@@ -63,8 +66,8 @@ def test_the_gradient_is_that_of_central_differences(sampler_for, name):
             return (sampler.render(x, grad=False) * weights).double().sum()
 
         slope = float((gradient * direction).sum())
-        # some models round to float32 within, or have kinks: the best step lies between both
-        slopes = [float(central(loss, noise, direction, 2.0**-k)) for k in (8, 10, 12)]
+        # some models have kinks, and some still round: the best step lies between both
+        slopes = [float(central(loss, noise, direction, 2.0**-k)) for k in (8, 11, 14)]
         assert min(abs(found / slope - 1) for found in slopes) < 1e-4, (slope, slopes)
     assert all(p.requires_grad for p in sampler.pipe.vae.parameters())
     assert all(p.grad is None for p in sampler.pipe.vae.parameters())
