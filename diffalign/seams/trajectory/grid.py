@@ -150,9 +150,18 @@ def _unscaled(scheduler: Scheduler) -> bool:
     if not hasattr(scheduler, "scale_model_input"):
         return False
     one = torch.ones(1, device=scheduler.__dict__["timesteps"].device)
-    probe = copy.deepcopy(scheduler)
+    probe = _copy(scheduler)
     scaled = probe.scale_model_input(one, scheduler.__dict__["timesteps"][0])
     return not torch.equal(scaled, one)
+
+
+def _copy(scheduler: Scheduler) -> Scheduler:
+    """A scheduler before its first step."""
+    probe = copy.deepcopy(scheduler)
+    for name in ("_begin_index", "_step_index"):
+        if name in probe.__dict__:
+            probe.__dict__[name] = None
+    return probe
 
 
 def _draws(scheduler: Scheduler, noise: Tensor, options: Keywords) -> bool:
@@ -164,7 +173,7 @@ def _draws(scheduler: Scheduler, noise: Tensor, options: Keywords) -> bool:
     given = {name: options[name] for name in ("eta",) if name in parameters and name in options}
     times = scheduler.__dict__["timesteps"]
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    probes, latents = [copy.deepcopy(scheduler) for _ in generators], [noise, noise]
+    probes, latents = [_copy(scheduler) for _ in generators], [noise, noise]
     for time in times:
         for i, (probe, generator) in enumerate(zip(probes, generators)):
             if hasattr(probe, "scale_model_input"):

@@ -23,7 +23,7 @@ PIXART, SANA, QWEN, CHROMA, WAN = (
     "WanPipeline",
 )
 # schedulers of the Euler kind compute in float32, so float64 needs the same step by a kernel
-EXACT = {SDXL, SD3, FLUX, QWEN, CHROMA, SANA}
+EXACT = {SDXL, SD3, FLUX, QWEN, CHROMA}
 slow = pytest.mark.slow
 NAMES = [SD, SD3, *(pytest.param(n, marks=slow) for n in (SDXL, FLUX, PIXART, QWEN, CHROMA, WAN))]
 
@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_central_differences(sampler_for, monkeypatch, n
 
         slope = float((gradient * direction).sum())
         # some models have kinks, and some still round: the best step lies between both
-        slopes = [float(central(loss, noise, direction, 2.0**-k)) for k in (8, 11, 14)]
+        slopes = [float(central(loss, noise, direction, 2.0**-k)) for k in (8, 11, 14, 16)]
         assert min(abs(found / slope - 1) for found in slopes) < 1e-4, (slope, slopes)
     assert all(p.requires_grad for p in sampler.pipe.vae.parameters())
     assert all(p.grad is None for p in sampler.pipe.vae.parameters())
