@@ -151,33 +151,59 @@ class PipelineProblem:
         self.progress.use(self.sampler)
         return self.sampler.start(seeds, noise)
 
-    def run(self, state: State, until: int | None = None) -> State:
+    def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
         self.progress.use(self.sampler)
         before, start = self.meter.rows, perf_counter()
         rows = len(state.latents)
         if rows <= self.progress.fit.size:
             # the whole batch as it is, its bits those of a call with these images
-            states = [self._tried(state, until)]
+            result = self._tried(state, until, drift)
         else:
-            states = [self._tried(state.select(part), until) for part in self._parts(rows)]
+            result = self._divided(state, until, drift)
         self.progress.sampling += perf_counter() - start
         self.progress.sampled += self.meter.rows - before
-        return states[0] if len(states) == 1 else join(states)
+        return result
 
-    def _parts(self, rows: int) -> list[range]:
-        size = self.progress.fit.size
-        return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
+    def _divided(self, state: State, until: int | None, drift: Tensor | None) -> State:
+        """The images in parts of the largest batch that fits."""
+        rows, size = len(state.latents), self.progress.fit.size
+        parts = [range(first, min(first + size, rows)) for first in range(0, rows, size)]
+        shifts = [None if drift is None else drift[list(part)] for part in parts]
+        return join(
+            [self._tried(state.select(part), until, d) for part, d in zip(parts, shifts)]
+        )
 
-    def _tried(self, state: State, until: int | None) -> State:
+    def _tried(self, state: State, until: int | None, drift: Tensor | None) -> State:
         try:
-            return self.sampler.run(state, until)
+            return self.sampler.run(state, until, drift)
         except torch.OutOfMemoryError:
             rows = len(state.latents)
             if rows == 1:
                 raise
             self.progress.fit.size = (rows + 1) // 2
             torch.cuda.empty_cache()
-        return join([self._tried(state.select(part), until) for part in self._parts(rows)])
+        return self._divided(state, until, drift)
+
+    def twist(self, state: State) -> tuple[Tensor, Tensor]:
+        self.progress.use(self.sampler)
+
+        def reward(images: Tensor) -> Tensor:
+            self.meter.charge(rewards=len(images))
+            return self.reward(images, [self.prompt] * len(images))
+
+        pairs = list(
+            self.progress.fit.parts(
+                len(state.latents), lambda part: self.sampler.twist(state.select(part), reward)
+            )
+        )
+        scores = torch.cat([score for score, _ in pairs]).detach().to("cpu", torch.float64)
+        return scores, torch.cat([gradient for _, gradient in pairs])
+
+    def decode(self, state: State) -> Tensor:
+        self.progress.use(self.sampler)
+        rows = len(state.latents)
+        parts = self.progress.fit.parts(rows, lambda part: self.sampler.decode(state.select(part)))
+        return torch.cat(list(parts))
 
     def preview(self, state: State) -> Tensor:
         self.progress.use(self.sampler)
