@@ -117,7 +117,7 @@ class SMC(Method[Passes]):
         0.5, "resample below this share of effective particles; 1 is always", low=0.0, high=1.0
     )
     resampling: Scheme = option("systematic", "how particles are drawn by weight")
-    tempering: float = option(0.008, "how fast preset das lets the score in", low=0.0)
+    tempering: float = option(0.008, "how fast preset das lets the score in", low=0.0, high=1.0)
 
     @property
     def gradient(self) -> bool:

@@ -160,7 +160,7 @@ class Exact:
     chain: Chain
     reward: Function
     tilt: float = 1.0
-    points: int = 2001
+    points: int = 1001
     reach: float = 8.0
 
     @cached_property
