@@ -75,7 +75,8 @@ class TreeSearch(Method[Grown]):
         )
 
     def init(self, problem: Problem) -> Grown:
-        return Grown(self.rule(problem), branch_levels(problem.sampler.count, self.levels))
+        levels = branch_levels(problem.sampler.count, self.levels)
+        return Grown(self.rule(problem), levels, self.tilt, self.backup)
 
     def step(self, problem: Problem, state: Grown) -> tuple[Grown, Info]:
         work = Workspace(state)
@@ -83,24 +84,22 @@ class TreeSearch(Method[Grown]):
         seeds = problem.seeds(len(places))
         rollouts = [_rollout(state, place, seed) for place, seed in zip(places, seeds)]
         leaves, scores = roll_out(problem, work, rollouts)
-        work.back_up(leaves, self.tilt, self.backup)
+        work.back_up(leaves)
         tree = work.frozen(scores)
-        weighted = tree.weighted(self.tilt)
-        count = len(weighted.scores)
         values = {
-            "images": float(count),
-            "effective": weighted.effective,
-            "log_evidence": weighted.log_evidence,
+            "images": float(tree.images),
+            "effective": tree.effective,
+            "log_evidence": tree.log_evidence,
             "mean": sum(scores) / len(scores),
         }
-        return tree, Info(f"{count} images, {weighted.effective:.1f} effective", values)
+        return tree, Info(f"{tree.images} images, {tree.effective:.1f} effective", values)
 
     def tree(self, state: Grown) -> Tree | None:
         return state.drawing()
 
     def weighted(self, state: Grown) -> Weighted:
         """Scores and weights of the finished images, in the order of ``state.leaves``."""
-        return state.weighted(self.tilt)
+        return state.weighted()
 
     def samples(self, problem: Problem, state: Grown, count: int) -> Tensor:
         """``count`` images [count, 3, H, W] drawn by their weights; costs their decodes only."""

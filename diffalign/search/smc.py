@@ -137,8 +137,6 @@ class SMC(Method[Passes]):
             )
 
     def refuses(self, problem: Problem) -> str | None:
-        if not problem.sampler.branches:
-            return f"copies of a particle must differ. {problem.sampler.deterministic}"
         if self.gradient and not problem.reward.differentiable:
             return f"preset {self.preset} needs a reward with gradient; preset fk needs none."
         if self.gradient:

@@ -80,14 +80,34 @@ class Grown:
     rule: Rule
     # evaluations at which states are kept, the first is 0
     levels: tuple[int, ...]
+    # an image counts by exp(tilt * score)
+    tilt: float = 1.0
+    backup: Backup = "soft"
     spots: tuple[Spot, ...] = (Spot(-1, 0, Lineage(())),)
     children: tuple[tuple[int, ...], ...] = ((),)
-    # score of a finished image, soft or largest value of the others; NaN before the first
+    # score of a finished image; of others the soft mean ``log(mean(exp(tilt * v))) / tilt`` of
+    # their children, which are equal draws of the model, or the largest; NaN before the first
     values: tuple[float, ...] = (math.nan,)
     visits: tuple[int, ...] = (1,)
+    # log of the sums of the weights, and of their squares, of the images below each spot, where
+    # a descent that begins there weighs them
+    sums: tuple[float, ...] = (-math.inf,)
+    squares: tuple[float, ...] = (-math.inf,)
     batches: tuple[Batch, ...] = ()
+    # finished images
+    images: int = 0
     # lowest and highest score
     range: tuple[float, float] = (math.inf, -math.inf)
+
+    @property
+    def effective(self) -> float:
+        """``(sum W)^2 / sum W^2`` of ``weighted``."""
+        return math.exp(2 * self.sums[ROOT] - self.squares[ROOT])
+
+    @property
+    def log_evidence(self) -> float:
+        """Log of the estimate of Z."""
+        return self.sums[ROOT]
 
     @property
     def leaves(self) -> list[int]:
@@ -106,7 +126,7 @@ class Grown:
             way.append(self.spots[way[-1]].parent)
         return way[::-1]
 
-    def weighted(self, tilt: float) -> Weighted:
+    def weighted(self) -> Weighted:
         """The leaves with the weights of a descent that takes each child by ``exp(tilt * value)``.
 
         With the soft backup the probabilities of the descent telescope to ``log W = tilt * score -
@@ -119,8 +139,7 @@ class Grown:
         leaves = self.leaves
         scores = torch.tensor([self.values[i] for i in leaves], dtype=torch.float64)
         shares = torch.tensor([logs[i] for i in leaves], dtype=torch.float64)
-        log_weights = tilt * scores + shares
-        return Weighted(scores, log_weights, float(torch.logsumexp(log_weights, 0)))
+        return Weighted(scores, self.tilt * scores + shares, self.log_evidence)
 
     def greedy(self) -> list[int]:
         """The descent that takes the child of highest value, from the root to a leaf."""
@@ -165,18 +184,18 @@ class Workspace:
     children: list[tuple[int, ...]] = field(init=False)
     values: list[float] = field(init=False)
     visits: list[int] = field(init=False)
+    sums: list[float] = field(init=False)
+    squares: list[float] = field(init=False)
     batches: list[Batch] = field(init=False)
     # spot -> children on their way, which have no value yet but count as children
     pending: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tree = self.tree
-        self.spots, self.children, self.batches = (
-            list(tree.spots),
-            list(tree.children),
-            list(tree.batches),
-        )
+        self.spots, self.children = list(tree.spots), list(tree.children)
         self.values, self.visits = list(tree.values), list(tree.visits)
+        self.sums, self.squares = list(tree.sums), list(tree.squares)
+        self.batches = list(tree.batches)
 
     def opens(self, index: int) -> bool:
         """Whether the next visit of a spot draws a child of it.
@@ -193,8 +212,8 @@ class Workspace:
         for index in way:
             self.visits[index] += times
 
-    def attach(self, spot: Spot, value: float = math.nan) -> int:
-        """Add a spot below its parent; returns its index.
+    def attach(self, spot: Spot, score: float = math.nan) -> int:
+        """Add a spot below its parent; returns its index. ``score``: of a finished image.
 
         A state that a rollout passed has been visited twice: when it was made and by that rollout.
         """
@@ -202,11 +221,13 @@ class Workspace:
         self.spots.append(spot)
         self.children.append(())
         self.children[spot.parent] += (index,)
-        self.values.append(value)
+        self.values.append(score)
         self.visits.append(1 if spot.leaf else 2)
+        self.sums.append(self.tree.tilt * score)
+        self.squares.append(2 * self.tree.tilt * score)
         return index
 
-    def back_up(self, leaves: Sequence[int], tilt: float, backup: Backup) -> None:
+    def back_up(self, leaves: Sequence[int]) -> None:
         """New values of every spot above these leaves, deepest first."""
         above: set[int] = set()
         for leaf in leaves:
@@ -215,8 +236,15 @@ class Workspace:
                 above.add(index)
                 index = self.spots[index].parent
         for index in sorted(above, key=lambda i: (-self.spots[i].step, i)):
-            below = np.array([self.values[child] for child in self.children[index]])
-            self.values[index] = backed_up(below, tilt, backup)
+            children = self.children[index]
+            count = math.log(len(children))
+            self.sums[index] = _log_sum(self.sums, children) - count
+            self.squares[index] = _log_sum(self.squares, children) - 2 * count
+            self.values[index] = (
+                max(self.values[child] for child in children)
+                if self.tree.backup == "max"
+                else self.sums[index] / self.tree.tilt
+            )
 
     def frozen(self, scores: Sequence[float]) -> Grown:
         """The tree after the round. ``scores``: of the images that it finished."""
@@ -227,18 +255,19 @@ class Workspace:
             children=tuple(self.children),
             values=tuple(self.values),
             visits=tuple(self.visits),
+            sums=tuple(self.sums),
+            squares=tuple(self.squares),
             batches=tuple(self.batches),
+            images=self.tree.images + len(scores),
             range=(min((low, *scores)), max((high, *scores))),
         )
 
 
-def backed_up(values: np.ndarray, tilt: float, backup: Backup) -> float:
-    """The value of a state from those of its children, which are equal draws of the model: their
-    uniform soft mean ``log(mean(exp(tilt * v))) / tilt``, or the largest."""
-    high = float(values.max())
-    if backup == "max":
-        return high
-    return high + math.log(float(np.exp(tilt * (values - high)).mean())) / tilt
+def _log_sum(values: Sequence[float], places: Sequence[int]) -> float:
+    """Log of the sum of ``exp`` of the values at these places."""
+    terms = np.array([values[place] for place in places])
+    high = float(terms.max())
+    return high + math.log(float(np.exp(terms - high).sum()))
 
 
 def thumbnail(image: Tensor) -> Tensor:

@@ -293,8 +293,12 @@ def toy(
 def solve(
     problem: PointProblem, method: Method[S], rounds: int | None = None
 ) -> tuple[S, list[Info]]:
-    """Step until the method is finished, the budget is used up or ``rounds`` are over."""
-    reason = method.refuses(problem)
+    """Step until the method is finished, the budget is used up or ``rounds`` are over.
+
+    Raises: ValueError for a method that cannot act, as ``align`` does.
+    """
+    alike = problem.sampler.deterministic if method.branches else None
+    reason = alike or method.refuses(problem)
     if reason is not None:
         raise ValueError(reason)
     state, infos = method.init(problem), []

@@ -13,7 +13,6 @@ from diffalign.search.tree import (
     Rule,
     Spot,
     Workspace,
-    backed_up,
     branch_levels,
     thumbnail,
 )
@@ -22,7 +21,7 @@ from diffalign.search.tree import (
 def grown(shape, tilt=1.0, backup="soft"):
     """A tree from nested lists: a number is a leaf with that score."""
     images = Batch(State(torch.zeros(1, 1), 9, 9, ()), torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
-    work = Workspace(Grown(Rule(2.0, 0.8), (0, 3, 6), batches=(images,)))
+    work = Workspace(Grown(Rule(2.0, 0.8), (0, 3, 6), tilt, backup, batches=(images,)))
     leaves, scores = [], []
 
     def add(parent, item, depth):
@@ -36,7 +35,7 @@ def grown(shape, tilt=1.0, backup="soft"):
 
     for child in shape:
         add(0, child, 1)
-    work.back_up(leaves, tilt, backup)
+    work.back_up(leaves)
     return work.frozen(scores)
 
 
@@ -69,7 +68,7 @@ def test_backup_is_uniform_over_children():
     """Equal draws of the model: visits do not count."""
     tree = grown([[[2.0]], [[0.0]]])
     assert tree.values[0] == pytest.approx(soft([2.0, 0.0], 1.0))
-    assert backed_up(np.array([800.0, 0.0]), 1.0, "soft") == pytest.approx(800.0 - math.log(2))
+    assert grown([800.0, 0.0]).values[0] == pytest.approx(800.0 - math.log(2))
 
 
 def random_shape(rng, depth):
@@ -83,14 +82,17 @@ def test_descents_have_the_probability_of_the_weights(seed):
     """Products of softmax choices along the path to each leaf equal W / sum W."""
     tilt = 1.7
     tree = grown(random_shape(np.random.default_rng(seed), 3), tilt)
-    weighted = tree.weighted(tilt)
+    weighted = tree.weighted()
     for place, leaf in enumerate(tree.leaves):
         path, probability = tree.path(leaf), 1.0
         for above, child in zip(path, path[1:]):
             values = {c: math.exp(tilt * tree.values[c]) for c in tree.children[above]}
             probability *= values[child] / sum(values.values())
         assert probability == pytest.approx(float(weighted.shares[place]), abs=1e-9)
-    assert weighted.log_evidence == pytest.approx(tilt * tree.values[0], abs=1e-9)
+    total = float(torch.logsumexp(weighted.log_weights, 0))
+    assert weighted.log_evidence == pytest.approx(total, abs=1e-9)
+    assert tilt * tree.values[0] == pytest.approx(total, abs=1e-9)
+    assert tree.effective == pytest.approx(weighted.effective, rel=1e-9)
 
 
 def test_weighting_by_visits_breaks_the_identity():
@@ -100,7 +102,7 @@ def test_weighting_by_visits_breaks_the_identity():
     values = list(tree.values)
     left, right = tree.children[0]
     values[0] = math.log((2 * math.exp(values[left]) + math.exp(values[right])) / 3)
-    assert abs(values[0] - tree.weighted(tilt).log_evidence) > 0.05
+    assert abs(values[0] - tree.weighted().log_evidence) > 0.05
 
 
 def test_greedy_descent_is_not_the_best_leaf():
@@ -125,7 +127,7 @@ def test_a_round_leaves_the_tree_as_it_was():
     before = (tree.spots, tree.children, tree.values, tree.visits)
     work.visit([0, 1])
     work.attach(Spot(1, 9, Lineage(()), 0, leaf=True), 7.0)
-    work.back_up([len(work.spots) - 1], 1.0, "soft")
+    work.back_up([len(work.spots) - 1])
     after = work.frozen([7.0])
     assert (tree.spots, tree.children, tree.values, tree.visits) == before
     assert after.values[0] > tree.values[0]
