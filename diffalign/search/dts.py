@@ -200,9 +200,7 @@ class DTSStar(TreeSearch):
     Cost: as ``DTS``.
     """
 
-    explore: float = option(
-        1.0, "weight of children with few visits", low=0.0, usual=(0.0, 4.0)
-    )
+    explore: float = option(1.0, "weight of children with few visits", low=0.0, usual=(0.0, 4.0))
 
     def choose(self, work: Workspace, index: int, draw: float) -> int:
         low, high = work.tree.range

@@ -177,9 +177,7 @@ class Exact:
     def ends(self) -> Tensor:
         """[N, 1]: x0 that follows each point before the last evaluation, which adds no noise."""
         last = self.chain.count - 1
-        return self.chain.mean(
-            self.grid, self.chain.predict(self.mixture, self.grid, last), last
-        )
+        return self.chain.mean(self.grid, self.chain.predict(self.mixture, self.grid, last), last)
 
     @cached_property
     def values(self) -> tuple[Tensor, ...]:

@@ -123,9 +123,7 @@ class PointSampler:
         self.meter.charge(decodes=len(state.latents))
         return pixels(state.latents)
 
-    def twist(
-        self, state: State, reward: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def twist(self, state: State, reward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Reward of the predicted image [B] and its gradient with respect to the latents [B, D]."""
         rows = len(state.latents)
         self.meter.charge(rows=rows, decodes=rows, backward=rows)
