@@ -157,9 +157,9 @@ class DTS(TreeSearch):
 
     Every rollout is a whole trajectory, and only its finished image is scored. Its states at the
     branch levels become nodes. A state that has fewer than ``width * visits ** growth`` children
-    gets one more; else the descent goes on to a child with probability ``~ exp(tilt * value)``. Values
-    go up as uniform soft means. ``weighted`` gives the images with the weights of such descents,
-    their effective number and the estimate of Z.
+    gets one more; else the descent goes on to a child, with probability in proportion to
+    ``exp(tilt * value)``. Values go up as uniform soft means. ``weighted`` gives the images with
+    the weights of such descents, their effective number and the estimate of Z.
 
     The law is exact only in the limit. At a finite budget Z is estimated too low, the more so the
     faster the tree widens: with the paper's (2, 0.8) the first 36 rollouts are plain samples, and

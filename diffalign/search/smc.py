@@ -179,7 +179,8 @@ class SMC(Method[Passes]):
         """Share of the score that counts at an evaluation, 1 at the end."""
         if self.preset != "das" or step >= count:
             return 1.0
-        return min((1.0 + self.tempering) ** (100.0 * step / count) - 1.0, 1.0)
+        share: float = (1.0 + self.tempering) ** (100.0 * step / count) - 1.0
+        return min(share, 1.0)
 
     def _every(self, count: int) -> int:
         """Evaluations from one scoring to the next."""

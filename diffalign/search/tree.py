@@ -37,7 +37,8 @@ class Rule:
 
     def open(self, children: int, visits: int) -> bool:
         """Whether one more child may be drawn."""
-        return children < self.width * visits**self.growth
+        limit: float = self.width * visits**self.growth
+        return children < limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ Kind = Literal["eps", "v", "flow"]
 FACTOR = 8
 
 
-class MixtureUNet(UNet2DConditionModel):
+class MixtureUNet(UNet2DConditionModel):  # type: ignore[misc]  # diffusers has no types
     """The exact denoiser of a variance-preserving model; takes [B, D, 1, 1]."""
 
     mixture: Mixture
@@ -41,7 +41,7 @@ class MixtureUNet(UNet2DConditionModel):
     table: Tensor
     kind: Kind = "eps"
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, sample: Tensor, timestep: Any, *args: Any, return_dict: bool = True, **kwargs: Any
     ) -> Any:
         time = torch.as_tensor(timestep).double().reshape(-1)
@@ -57,24 +57,22 @@ class MixtureUNet(UNet2DConditionModel):
         return (value,) if not return_dict else {"sample": value}
 
 
-class MixtureTransformer(SD3Transformer2DModel):
+class MixtureTransformer(SD3Transformer2DModel):  # type: ignore[misc]
     """The exact velocity of a flow; takes [B, D, 1, 1]."""
 
     mixture: Mixture
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, *args: Any, timestep: Tensor, **kwargs: Any
-    ) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, timestep: Tensor, **kwargs: Any) -> Any:
         sigma = timestep.double().reshape(-1) / 1000
         x = hidden_states.flatten(1)
         x0 = self.mixture.clean(x, 1 - sigma, sigma)
         return (((x - x0) / sigma[:, None]).view_as(hidden_states),)
 
 
-class StripeVAE(AutoencoderKL):
+class StripeVAE(AutoencoderKL):  # type: ignore[misc]
     """A decoder that paints each channel of a latent pixel as a stripe."""
 
-    def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = z[:, :, 0, 0] / SPAN
         stripes = rows.repeat_interleave(FACTOR // rows.shape[1], dim=1)
         return (stripes[:, None, None].expand(-1, 3, FACTOR, -1),)
@@ -91,7 +89,7 @@ def _vae(size: int) -> StripeVAE:
         shift_factor=0.0,
         sample_size=FACTOR,
     )
-    return vae.double().eval()
+    return vae.double().eval()  # type: ignore[no-any-return]
 
 
 def mixture_pipeline(mixture: Mixture, kind: Kind = "eps", scheduler: Any = None) -> Pipeline:

@@ -16,7 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.core import BudgetExceeded, Candidate, Info, Lineage, Meter, Method, State, Technique
+from diffalign.core import (
+    BudgetExceeded,
+    Candidate,
+    Info,
+    Lineage,
+    Meter,
+    Method,
+    Reward,
+    State,
+    Technique,
+)
 from diffalign.core.sampler import Clamp, Mode, Transition
 from diffalign.core.seeds import seed_of
 from diffalign.testing.mixtures import Chain, Function, Mixture
@@ -37,7 +47,7 @@ def points_of(images: Tensor) -> Tensor:
     return (images[:, 0, 0] - 0.5) * (2 * SPAN)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PointReward:
     """A reward of images that is a function of the points they show."""
 
@@ -163,7 +173,7 @@ class PointProblem:
 
     models: Callable[[str], Mixture]
     chain: Chain
-    reward: PointReward
+    reward: Reward
     prompt: str = "a point"
     base: int = 0
     meter: Meter = field(default_factory=Meter)
@@ -171,6 +181,7 @@ class PointProblem:
     reserve: int = 0
     text: str | None = None
     shared: _Shared = field(default_factory=_Shared)
+    processes: int = 1
     rng: torch.Generator = field(init=False)
     sampler: PointSampler = field(init=False)
 
@@ -299,7 +310,8 @@ def solve(
     reason = alike or method.refuses(problem)
     if reason is not None:
         raise ValueError(reason)
-    state, infos = method.init(problem), []
+    state = method.init(problem)
+    infos: list[Info] = []
     while not method.finished(state) and (rounds is None or len(infos) < rounds):
         try:
             state, info = method.step(problem, state)
@@ -314,7 +326,8 @@ def _mix(keys: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))
+    mixed: np.ndarray = keys ^ (keys >> np.uint64(31))
+    return mixed
 
 
 def _normals(keys: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:

@@ -112,9 +112,10 @@ def test_other_budgets_are_kept():
     problem = toy(TWO, reward, chain=CHAIN, budget=meter)
     state, _ = solve(problem, DTS(preset="small", batch=4))
     assert meter.rewards == 23 == len(state.leaves)
+    poor = toy(TWO, reward, chain=CHAIN, budget=Meter(Budget(nfe=9)))
+    state = DTS().init(poor)
     with pytest.raises(BudgetExceeded):
-        poor = toy(TWO, reward, chain=CHAIN, budget=Meter(Budget(nfe=9)))
-        DTS().step(poor, DTS().init(poor))
+        DTS().step(poor, state)
 
 
 def test_rollouts_cost_what_is_left():

@@ -1,6 +1,7 @@
 """The tree itself: hand-made trees, the law of a descent, and what a round copies."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_descents_have_the_probability_of_the_weights(seed):
     weighted = tree.weighted()
     for place, leaf in enumerate(tree.leaves):
         path, probability = tree.path(leaf), 1.0
-        for above, child in zip(path, path[1:]):
+        for above, child in pairwise(path):
             values = {c: math.exp(tilt * tree.values[c]) for c in tree.children[above]}
             probability *= values[child] / sum(values.values())
         assert probability == pytest.approx(float(weighted.shares[place]), abs=1e-9)
