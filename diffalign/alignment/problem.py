@@ -10,11 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diffalign.alignment.parts import decode_in_parts, run_in_parts, twist_in_parts
 from diffalign.alignment.processes import World
 from diffalign.alignment.scoring import Fit, Ranking, Scorer
 from diffalign.core import BudgetExceeded, Meter, State, Technique
 from diffalign.core.reward import Reward
-from diffalign.core.sampler import join
 from diffalign.core.search import Candidate, Lineage
 from diffalign.core.seeds import seed_of
 from diffalign.core.types import Pipeline
@@ -154,35 +154,10 @@ class PipelineProblem:
     def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
         self.progress.use(self.sampler)
         before, start = self.meter.rows, perf_counter()
-        rows = len(state.latents)
-        if rows <= self.progress.fit.size:
-            # the whole batch as it is, its bits those of a call with these images
-            result = self._tried(state, until, drift)
-        else:
-            result = self._divided(state, until, drift)
+        result = run_in_parts(self.sampler, self.progress.fit, state, until, drift)
         self.progress.sampling += perf_counter() - start
         self.progress.sampled += self.meter.rows - before
         return result
-
-    def _divided(self, state: State, until: int | None, drift: Tensor | None) -> State:
-        """The images in parts of the largest batch that fits."""
-        rows, size = len(state.latents), self.progress.fit.size
-        parts = [range(first, min(first + size, rows)) for first in range(0, rows, size)]
-        shifts = [None if drift is None else drift[list(part)] for part in parts]
-        return join(
-            [self._tried(state.select(part), until, d) for part, d in zip(parts, shifts)]
-        )
-
-    def _tried(self, state: State, until: int | None, drift: Tensor | None) -> State:
-        try:
-            return self.sampler.run(state, until, drift)
-        except torch.OutOfMemoryError:
-            rows = len(state.latents)
-            if rows == 1:
-                raise
-            self.progress.fit.size = (rows + 1) // 2
-            torch.cuda.empty_cache()
-        return self._divided(state, until, drift)
 
     def twist(self, state: State) -> tuple[Tensor, Tensor]:
         self.progress.use(self.sampler)
@@ -191,19 +166,11 @@ class PipelineProblem:
             self.meter.charge(rewards=len(images))
             return self.reward(images, [self.prompt] * len(images))
 
-        pairs = list(
-            self.progress.fit.parts(
-                len(state.latents), lambda part: self.sampler.twist(state.select(part), reward)
-            )
-        )
-        scores = torch.cat([score for score, _ in pairs]).detach().to("cpu", torch.float64)
-        return scores, torch.cat([gradient for _, gradient in pairs])
+        return twist_in_parts(self.sampler, self.progress.fit, state, reward)
 
     def decode(self, state: State) -> Tensor:
         self.progress.use(self.sampler)
-        rows = len(state.latents)
-        parts = self.progress.fit.parts(rows, lambda part: self.sampler.decode(state.select(part)))
-        return torch.cat(list(parts))
+        return decode_in_parts(self.sampler, self.progress.fit, state)
 
     def preview(self, state: State) -> Tensor:
         self.progress.use(self.sampler)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffalign.core import Budget, Meter
-from diffalign.search import SMC
-from diffalign.search import smc as module
+from diffalign.search import SMC, smc
+from diffalign.search import particles as module
 from diffalign.testing.mixtures import Chain, Exact, Mixture, binned, total_variation
 from diffalign.testing.search import solve, toy
 
@@ -74,15 +74,15 @@ def test_evidence_is_unbiased_over_two_thousand_populations(way):
 def test_dropped_weights_are_noticed(monkeypatch):
     """Negative control: weights thrown away where nothing is resampled, as the published code
     does, shift the evidence by far more than the bound above."""
-    weigh = SMC._resampled
+    draw = smc.resampled
 
-    def forgetful(self, problem, particles):
-        after = weigh(self, problem, particles)
+    def forgetful(problem, particles, *options):
+        after = draw(problem, particles, *options)
         if after is particles:
             return module.replace(particles, log_weights=torch.zeros_like(particles.log_weights))
         return after
 
-    monkeypatch.setattr(SMC, "_resampled", forgetful)
+    monkeypatch.setattr(smc, "resampled", forgetful)
     _, _, state = one_pass(600)
     with pytest.raises(AssertionError):
         check_evidence(state, 600, 1.0)
@@ -193,18 +193,20 @@ def slow_tds(seeds, tilt, temper):
 def test_guided_weights_are_those_of_a_slow_loop(preset):
     _, method, state = one_pass(1, 4, preset=preset, threshold=0.0, tilt=0.7)
     problem = toy(TWO, reward, chain=CHAIN)
-    slow = slow_tds(problem.seeds(4), 0.7, lambda step: method.temper(step, CHAIN.count))
+    slow = slow_tds(
+        problem.seeds(4), 0.7, lambda step: method.steering(6).temper(step, CHAIN.count)
+    )
     assert torch.allclose(doubles(state.log_weights), doubles(slow), atol=1e-9)
 
 
 def test_tempering_by_hand():
-    das = SMC(preset="das")
+    das = SMC(preset="das").steering(100)
     assert das.temper(0, 100) == 0.0
     assert das.temper(10, 100) == pytest.approx(1.008**10 - 1)
     assert das.temper(86, 100) < 1.0 == das.temper(88, 100)
     assert das.temper(5, 50) == pytest.approx(1.008**10 - 1)  # percent, not steps
     assert das.temper(6, 6) == 1.0
-    assert SMC(preset="tds").temper(0, 100) == 1.0
+    assert SMC(preset="tds").steering(100).temper(0, 100) == 1.0
 
 
 def test_das_that_lets_the_score_in_at_once_is_tds():
