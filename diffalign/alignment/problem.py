@@ -10,11 +10,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diffalign.alignment.parts import decode_in_parts, run_in_parts, twist_in_parts
 from diffalign.alignment.processes import World
 from diffalign.alignment.scoring import Fit, Ranking, Scorer
 from diffalign.core import BudgetExceeded, Meter, State, Technique
 from diffalign.core.reward import Reward
-from diffalign.core.sampler import Clamp, Mode, join
+from diffalign.core.sampler import Clamp, Mode
 from diffalign.core.search import Ascent, Candidate, Lineage, Move
 from diffalign.core.seeds import seed_of
 from diffalign.core.types import Pipeline
@@ -151,33 +152,26 @@ class PipelineProblem:
         self.progress.use(self.sampler)
         return self.sampler.start(seeds, noise)
 
-    def run(self, state: State, until: int | None = None) -> State:
+    def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
         self.progress.use(self.sampler)
         before, start = self.meter.rows, perf_counter()
-        rows = len(state.latents)
-        if rows <= self.progress.fit.size:
-            # the whole batch as it is, its bits those of a call with these images
-            states = [self._tried(state, until)]
-        else:
-            states = [self._tried(state.select(part), until) for part in self._parts(rows)]
+        result = run_in_parts(self.sampler, self.progress.fit, state, until, drift)
         self.progress.sampling += perf_counter() - start
         self.progress.sampled += self.meter.rows - before
-        return states[0] if len(states) == 1 else join(states)
+        return result
 
-    def _parts(self, rows: int) -> list[range]:
-        size = self.progress.fit.size
-        return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
+    def twist(self, state: State) -> tuple[Tensor, Tensor]:
+        self.progress.use(self.sampler)
 
-    def _tried(self, state: State, until: int | None) -> State:
-        try:
-            return self.sampler.run(state, until)
-        except torch.OutOfMemoryError:
-            rows = len(state.latents)
-            if rows == 1:
-                raise
-            self.progress.fit.size = (rows + 1) // 2
-            torch.cuda.empty_cache()
-        return join([self._tried(state.select(part), until) for part in self._parts(rows)])
+        def reward(images: Tensor) -> Tensor:
+            self.meter.charge(rewards=len(images))
+            return self.reward(images, [self.prompt] * len(images))
+
+        return twist_in_parts(self.sampler, self.progress.fit, state, reward)
+
+    def decode(self, state: State) -> Tensor:
+        self.progress.use(self.sampler)
+        return decode_in_parts(self.sampler, self.progress.fit, state)
 
     def preview(self, state: State) -> Tensor:
         self.progress.use(self.sampler)

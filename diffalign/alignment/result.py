@@ -145,6 +145,7 @@ class Result:
         best candidates; ``tree.png`` and ``tree.svg`` of a tree, ``noise.pt`` of a found noise.
         """
         from diffalign.alignment.pictures import before_after, best_images, curve
+        from diffalign.drawing.tree import save_tree
 
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
@@ -159,6 +160,8 @@ class Result:
             save_png(image, place / name, settings)
         (place / "result.json").write_text(json.dumps(self.to_dict(), indent=2, default=str))
         files = [place / name for name in (*pictures, "result.json")]
+        if self.tree is not None and self.tree.images:
+            files += save_tree(self.tree, place, self.prompt)
         if self.noise is not None:
             torch.save(self.noise, place / "noise.pt")
             files.append(place / "noise.pt")

@@ -173,8 +173,20 @@ class Problem(Protocol):
         """States before the first step, of noise that the seeds draw or that is given [B, ...]."""
         ...
 
-    def run(self, state: State, until: int | None = None) -> State:
-        """Continue to evaluation ``until``, None for the end; any number of images."""
+    def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
+        """Continue to evaluation ``until``, None for the end; any number of images.
+
+        ``drift`` [B, ...] is added to the mean of the first step.
+        """
+        ...
+
+    def twist(self, state: State) -> tuple[Tensor, Tensor]:
+        """Scores [B], float64, of the images that the next evaluation would predict, and their
+        gradient [B, ...] in the latents; one more evaluation, forward and backward."""
+        ...
+
+    def decode(self, state: State) -> Tensor:
+        """The images [B, 3, H, W] of finished states, neither scored nor remembered."""
         ...
 
     def preview(self, state: State) -> Tensor:

@@ -1,0 +1,354 @@
+"""A whole search problem in microseconds: images are points, the denoiser is a formula.
+
+``toy`` makes a ``Problem`` whose pipeline is a ``Chain`` on a ``Mixture``: latents are points
+[B, D], an image is the point itself as pixels [3, 1, D]. Everything of the contract is there:
+batches, budgets, seeds, states that can be selected and joined, previews, gradients. All rows have
+random numbers of their own, so a batch is bit for bit its rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.core import (
+    BudgetExceeded,
+    Candidate,
+    Info,
+    Lineage,
+    Meter,
+    Method,
+    Reward,
+    State,
+    Technique,
+)
+from diffalign.core.sampler import Clamp, Mode, Transition
+from diffalign.core.seeds import seed_of
+from diffalign.testing.mixtures import Chain, Function, Mixture
+
+S = TypeVar("S")
+# points in [-SPAN, SPAN] are pixels in [0, 1]
+SPAN = 16.0
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def pixels(points: Tensor) -> Tensor:
+    """Points [B, D] as images [B, 3, 1, D]."""
+    return (0.5 + points / (2 * SPAN))[:, None, None].expand(-1, 3, 1, -1)
+
+
+def points_of(images: Tensor) -> Tensor:
+    """The points [B, D] that images show."""
+    return (images[:, 0, 0] - 0.5) * (2 * SPAN)
+
+
+@dataclass(slots=True)
+class PointReward:
+    """A reward of images that is a function of the points they show."""
+
+    function: Function
+    differentiable: bool = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(points_of(images))
+
+
+class PointSampler:
+    """The chain of a mixture as a ``Sampler``; a row of it costs one NFE an evaluation."""
+
+    def __init__(self, mixture: Mixture, chain: Chain, meter: Meter) -> None:
+        self.mixture, self.chain, self.meter = mixture, chain, meter
+
+    @property
+    def count(self) -> int:
+        """Evaluations of a trajectory."""
+        return self.chain.count
+
+    @property
+    def branches(self) -> bool:
+        """Whether children of one state can differ."""
+        return self.chain.eta > 0.0
+
+    @property
+    def deterministic(self) -> str | None:
+        """Why children of one state are alike, None where they differ."""
+        return None if self.branches else "The chain draws no noise; give it eta above 0."
+
+    def price(self, first: int = 0, last: int | None = None) -> int:
+        """Denoiser rows of one image between two evaluations."""
+        return (self.count if last is None else last) - first
+
+    def std(self, step: int) -> float:
+        """Standard deviation of the noise of an evaluation."""
+        return self.chain.std(step)
+
+    def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
+        """States before the first evaluation; noise is drawn by the seeds where none is given."""
+        keys, drawn = _normals(_mix(np.array(seeds, dtype=np.uint64)), self.mixture.size)
+        return State(drawn if noise is None else noise, 0, self.count, _rng(keys))
+
+    def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
+        """Continue to evaluation ``until``. ``drift`` [B, D] is added to the mean of the next."""
+        last = self.count if until is None else until
+        if not state.step < last <= self.count:
+            raise ValueError(f"run(until={until}) must be in ({state.step}, {self.count}].")
+        self.meter.charge(rows=len(state.latents) * (last - state.step))
+        x, keys = state.latents, _keys(state.rng)
+        for step in range(state.step, last):
+            x0 = self.chain.predict(self.mixture, x, step)
+            shift = drift if step == state.step else None
+            transition = Transition(self.chain.mean(x, x0, step), self.chain.std(step), shift)
+            x = transition.mean if shift is None else transition.mean + shift
+            if transition.std > 0.0:
+                keys, noise = _normals(keys, self.mixture.size)
+                x = x + transition.std * noise
+        return State(x, last, self.count, _rng(keys), x0=x0, transition=transition)
+
+    def renoise(self, state: State, to: int, seeds: Sequence[int]) -> State:
+        """Noise added by the forward process, back to evaluation ``to``."""
+        if not 0 <= to < state.step:
+            raise ValueError(f"renoise(to={to}) must be in [0, {state.step}).")
+        chain, step = self.chain, state.step
+        ratio = chain.signal[to] / chain.signal[step]
+        std = (chain.noise[to] ** 2 - (ratio * chain.noise[step]) ** 2) ** 0.5
+        keys, noise = _normals(_mix(np.array(seeds, dtype=np.uint64)), self.mixture.size)
+        return State(ratio * state.latents + std * noise, to, self.count, _rng(keys))
+
+    def preview(self, state: State) -> Tensor:
+        """Images of what the last evaluation predicted."""
+        if state.x0 is None:
+            raise ValueError("preview needs a state that has been run.")
+        self.meter.charge(decodes=len(state.latents))
+        return pixels(state.x0)
+
+    def decode(self, state: State) -> Tensor:
+        """Images of finished states."""
+        if not state.finished:
+            raise ValueError(f"decode needs a finished state; got step {state.step}.")
+        self.meter.charge(decodes=len(state.latents))
+        return pixels(state.latents)
+
+    def twist(self, state: State, reward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Reward of the predicted image [B] and its gradient with respect to the latents [B, D]."""
+        rows = len(state.latents)
+        self.meter.charge(rows=rows, decodes=rows, backward=rows)
+        with torch.enable_grad():
+            x = state.latents.detach().requires_grad_()
+            values = reward(pixels(self.chain.predict(self.mixture, x, state.step)))
+            (gradient,) = torch.autograd.grad(values.sum(), x)
+        return values.detach(), gradient
+
+    def render(
+        self,
+        noise: Tensor,
+        grad: bool = True,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+        seeds: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Images of start noise [B, D], differentiable; ``seeds`` fix the noise of the steps."""
+        numbers = range(len(noise)) if seeds is None else seeds
+        state = self.start(list(numbers), noise)
+        self.meter.charge(decodes=len(noise), backward=len(noise) if grad else 0)
+        with torch.set_grad_enabled(grad):
+            return pixels(self.run(state).latents)
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What variants of a problem have in common."""
+
+    seeds: int = 0
+    best: Candidate | None = None
+
+
+@dataclass(slots=True)
+class PointProblem:
+    """A ``Problem`` of points; ``toy`` makes it."""
+
+    models: Callable[[str], Mixture]
+    chain: Chain
+    reward: Reward
+    prompt: str = "a point"
+    base: int = 0
+    meter: Meter = field(default_factory=Meter)
+    # images that the budget keeps back for the final call
+    reserve: int = 0
+    text: str | None = None
+    shared: _Shared = field(default_factory=_Shared)
+    processes: int = 1
+    rng: torch.Generator = field(init=False)
+    sampler: PointSampler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = torch.Generator().manual_seed(seed_of(self.prompt, -1, self.base))
+        mixture = self.models(self.prompt if self.text is None else self.text)
+        self.sampler = PointSampler(mixture, self.chain, self.meter)
+
+    @property
+    def best(self) -> Candidate | None:
+        """The best finished image so far."""
+        return self.shared.best
+
+    def seeds(self, count: int) -> list[int]:
+        """Those of the next images of the prompt."""
+        first = self.shared.seeds
+        self.shared.seeds += count
+        return [seed_of(self.prompt, first + i, self.base) for i in range(count)]
+
+    def room(self, count: int, first: int = 0, last: int | None = None, scores: int = 1) -> int:
+        """How many of ``count`` images the budget lets run."""
+        price, whole = self.sampler.price(first, last), self.sampler.price()
+        for images in range(count, 0, -1):
+            kept = self.reserve
+            try:
+                self.meter.check(
+                    images * price + kept * whole, images * scores + kept, images * scores
+                )
+            except BudgetExceeded:
+                if images == 1:
+                    raise
+            else:
+                return images
+        raise ValueError(f"room(count={count}) must be at least 1.")
+
+    def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
+        """States before the first evaluation."""
+        return self.sampler.start(seeds, noise)
+
+    def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
+        """Continue to evaluation ``until``."""
+        return self.sampler.run(state, until, drift)
+
+    def twist(self, state: State) -> tuple[Tensor, Tensor]:
+        """Scores [B] of the next prediction and their gradient in the latents."""
+        self.meter.charge(rewards=len(state.latents))
+        return self.sampler.twist(state, lambda images: self.reward(images, []))
+
+    def decode(self, state: State) -> Tensor:
+        """The images of finished states."""
+        return self.sampler.decode(state)
+
+    def preview(self, state: State) -> Tensor:
+        """Scores [B] of the predicted images."""
+        return self.score(self.sampler.preview(state))
+
+    def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
+        """Decode and score finished states."""
+        images = self.sampler.decode(state)
+        scores = self.score(images)
+        candidates = [
+            Candidate(float(score), image.float(), lineage)
+            for score, image, lineage in zip(scores, images, lineages, strict=True)
+        ]
+        if self.text is None and self.shared is not None:
+            for candidate in candidates:
+                if self.shared.best is None or candidate.score > self.shared.best.score:
+                    self.shared.best = candidate
+        return candidates
+
+    def score(self, images: Tensor) -> Tensor:
+        """Scores [B]; checked for shape and for numbers that are none."""
+        self.meter.charge(rewards=len(images))
+        scores = self.reward(images, [self.prompt] * len(images)).double()
+        if scores.shape != (len(images),) or not bool(scores.isfinite().all()):
+            raise ValueError(f"reward must return {len(images)} finite scores; got {scores}.")
+        return scores
+
+    def variant(
+        self,
+        techniques: Sequence[Technique] | None = None,
+        call: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+    ) -> PointProblem:
+        """The problem with other ``num_inference_steps`` or another text; it knows no technique."""
+        if techniques or set(call or {}) - {"num_inference_steps"}:
+            raise ValueError(
+                f"variant(call=...) of a point takes num_inference_steps; got {call}, {techniques}."
+            )
+        steps = (call or {}).get("num_inference_steps", self.chain.count)
+        chain = self.chain
+        if steps != chain.count:
+            chain = Chain.of_steps(steps, chain.eta)
+        text = self.prompt if prompt is None else prompt
+        other = replace(self, chain=chain, text=text, reserve=self.reserve)
+        other.rng = self.rng
+        return other
+
+
+def toy(
+    mixture: Mixture | Callable[[str], Mixture],
+    function: Function,
+    *,
+    chain: Chain | int = 10,
+    budget: Meter | None = None,
+    seed: int = 0,
+    differentiable: bool = True,
+    reserve: int = 0,
+) -> PointProblem:
+    """A problem of points. ``mixture`` may depend on the text; ``chain``: or its evaluations."""
+    models = mixture if callable(mixture) else lambda text: mixture
+    levels = Chain.of_steps(chain) if isinstance(chain, int) else chain
+    reward = PointReward(function, differentiable)
+    meter = budget if budget is not None else Meter()
+    return PointProblem(models, levels, reward, base=seed, meter=meter, reserve=reserve)
+
+
+def solve(
+    problem: PointProblem, method: Method[S], rounds: int | None = None
+) -> tuple[S, list[Info]]:
+    """Step until the method is finished, the budget is used up or ``rounds`` are over.
+
+    Raises: ValueError for a method that cannot act, as ``align`` does.
+    """
+    alike = problem.sampler.deterministic if method.branches else None
+    reason = alike or method.refuses(problem)
+    if reason is not None:
+        raise ValueError(reason)
+    state = method.init(problem)
+    infos: list[Info] = []
+    while not method.finished(state) and (rounds is None or len(infos) < rounds):
+        try:
+            state, info = method.step(problem, state)
+        except BudgetExceeded:
+            break
+        infos.append(info)
+    return state, infos
+
+
+def _mix(keys: np.ndarray) -> np.ndarray:
+    """Splitmix64's output function: neighbouring numbers become unrelated ones."""
+    with np.errstate(over="ignore"):
+        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = keys ^ (keys >> np.uint64(31))
+    return mixed
+
+
+def _normals(keys: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:
+    """Advanced keys [B], and standard normal numbers [B, count] that each row's key alone fixes."""
+    steps = np.arange(1, 2 * count + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        bits = _mix(keys[:, None] + steps * _GOLDEN)
+        advanced = keys + steps[-1] * _GOLDEN
+    uniform = torch.from_numpy(((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+    radius = (-2.0 * uniform[:, :count].log()).sqrt()
+    return advanced, radius * torch.cos(2 * torch.pi * uniform[:, count:])
+
+
+def _rng(keys: np.ndarray) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(keys.view(np.int64).copy()).unbind())
+
+
+def _keys(rng: Sequence[Tensor]) -> np.ndarray:
+    """Keys of rows; the state of a torch generator, as ``State.reseed`` makes, begins with its
+    seed."""
+    numbers = [t if t.ndim == 0 else t[:8].view(torch.int64)[0] for t in rng]
+    fresh = np.array([t.ndim > 0 for t in rng])
+    keys = torch.stack(numbers).numpy().view(np.uint64)
+    return np.where(fresh, _mix(keys ^ _GOLDEN), keys)
