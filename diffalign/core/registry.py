@@ -58,6 +58,8 @@ class Registry(Generic[T]):
         self.targets: dict[str, Target[T]] = dict(targets or {})
         self.unlisted = dict(unlisted or {})
         self.registered: dict[str, Target[T]] = {}
+        # class -> its name; a run asks for the same few at every step
+        self._names: dict[type, str] = {}
         self.belongs, self.needs, self.advice = belongs, needs, advice
 
     @cached_property
@@ -100,6 +102,7 @@ class Registry(Generic[T]):
         if name in self._ours() or name in self.plugins or name in self.unlisted:
             raise ValueError(f"The {self.noun} name {name!r} is taken; choose another.")
         self.registered[name] = target
+        self._names.clear()
 
     def names(self) -> tuple[str, ...]:
         """Every name, in alphabetical order."""
@@ -159,6 +162,11 @@ class Registry(Generic[T]):
     def name_of(self, item: object) -> str:
         """The name of an object's class, or its class name where it has none here."""
         cls = type(item)
+        if cls not in self._names:
+            self._names[cls] = self._name_of(cls)
+        return self._names[cls]
+
+    def _name_of(self, cls: type) -> str:
         place = f"{cls.__module__}:{cls.__qualname__}"
         targets = {**self._listed(), **self.unlisted}
         names = (name for name, target in targets.items() if target is cls or target == place)

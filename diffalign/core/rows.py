@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -54,7 +57,7 @@ def join_rows(states: Sequence[R | None], sizes: Sequence[int]) -> R | None:
 
 
 def join_values(
-    values: Sequence[object], longer: Sequence[object], sizes: Sequence[int], where: str
+    values: Sequence[Any], longer: Sequence[Any], sizes: Sequence[int], where: str
 ) -> object:
     """``join_rows`` for a part of a state; ``longer``: the part for one image more of each.
 
@@ -74,57 +77,52 @@ def join_values(
         return type(first)(**parts)
     if isinstance(first, Mapping):
         keys = list(first)
-        if any(set(value) != set(keys) for value in values if isinstance(value, Mapping)):
+        if any(set(value) != set(keys) for value in values):
             raise ValueError(f"join: {where} has different entries in the states.")
         return {key: _joined_entry(values, longer, sizes, key, where) for key in keys}
-    if isinstance(first, list | tuple) and isinstance(probe, list | tuple):
-        lengths = [len(value) for value in values if isinstance(value, list | tuple)]
-        if len(probe) == sizes[0] + 1 and len(first) == sizes[0] != len(probe):
-            return type(first)(item for value in values for item in value)  # type: ignore[attr-defined]
-        if len(set(lengths)) == 1:
-            entries = (_joined_entry(values, longer, sizes, i, where) for i in range(len(first)))
-            return type(first)(entries)
-        raise ValueError(f"join: {where} has different lengths in the states: {lengths}.")
+    if isinstance(first, list | tuple):
+        if len(first) == sizes[0] and len(probe) == sizes[0] + 1:  # an entry for each image
+            return type(first)(item for value in values for item in value)
+        lengths = {len(value) for value in values}
+        if len(lengths) > 1:
+            raise ValueError(f"join: {where} has different lengths in the states: {lengths}.")
+        return type(first)(
+            _joined_entry(values, longer, sizes, i, where) for i in range(len(first))
+        )
     if any(value != first for value in values):
         raise ValueError(f"join: {where} differs between the states.")
     return first
 
 
 def _joined_part(
-    values: Sequence[object], longer: Sequence[object], sizes: Sequence[int], name: str, where: str
+    values: Sequence[Any], longer: Sequence[Any], sizes: Sequence[int], name: str, where: str
 ) -> object:
     parts, probes = ([getattr(value, name) for value in group] for group in (values, longer))
     return join_values(parts, probes, sizes, f"{where}.{name}")
 
 
 def _joined_entry(
-    values: Sequence[object],
-    longer: Sequence[object],
-    sizes: Sequence[int],
-    key: object,
-    where: str,
+    values: Sequence[Any], longer: Sequence[Any], sizes: Sequence[int], key: object, where: str
 ) -> object:
-    parts, probes = ([value[key] for value in group] for group in (values, longer))  # type: ignore[index]
+    parts, probes = ([value[key] for value in group] for group in (values, longer))
     return join_values(parts, probes, sizes, f"{where}[{key!r}]")
 
 
 def _join_tensors(
-    values: Sequence[object], longer: Sequence[object], sizes: Sequence[int], where: str
-) -> object:
+    tensors: Sequence[Tensor], longer: Sequence[Tensor], sizes: Sequence[int], where: str
+) -> Tensor:
     """Tensors put together along the axis in which ``longer`` is longer, or the one they share."""
     import torch
 
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    probes = [value for value in longer if isinstance(value, torch.Tensor)]
     axes = {
         axis
-        for tensor, probe in zip(tensors, probes)
+        for tensor, probe in zip(tensors, longer)
         for axis in range(tensor.ndim)
         if tensor.shape[axis] != probe.shape[axis]
     }
     if len(axes) == 1:
         try:
-            return torch.cat(tensors, axes.pop())
+            return torch.cat(list(tensors), axes.pop())
         except RuntimeError as error:
             raise ValueError(f"join: {where} has shapes that do not fit: {error}") from error
     if axes or any(not torch.equal(tensor, tensors[0]) for tensor in tensors):

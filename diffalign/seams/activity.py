@@ -44,11 +44,12 @@ class Activity(Generic[T]):
         """
         options = self.record.resolved.get(name_of(technique), {})
         window, source = options.get("sigma", (None, ""))
-        if not source or first.sigma >= window[0]:
+        begin = first.sigma if self.record.first is None else self.record.first
+        if not source or begin >= window[0]:
             return False
         options["sigma"] = (
             (0.0, math.inf),
-            f"the run begins at {first.sigma:.3g}, below {window[0]:g} of {source}",
+            f"the run begins at {begin:.3g}, below {window[0]:g} of {source}",
         )
         return True
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.core.rows import select_rows
+from diffalign.core.rows import join_rows, select_rows
 from diffalign.seams.denoiser.call import DenoiserCall
 
 Row = tuple[str, int]
@@ -28,7 +28,7 @@ def rows_of(call: DenoiserCall, batch: int) -> tuple[Row, ...]:
 class BlockStates:
     """The states of one block technique; every row is in one of them.
 
-    Rows that have not run in one call before begin anew: a state can be divided, not joined.
+    Rows that have not run in one call before begin anew.
     """
 
     # (denoiser, the rows of a state in its order, the state)
@@ -67,3 +67,28 @@ class BlockStates:
                 places, indices = zip(*pairs)
                 parts.append((denoiser, places, select_rows(state, list(indices))))
         return BlockStates(tuple(parts))
+
+    def join(self, others: Sequence[BlockStates], sizes: Sequence[int]) -> BlockStates:
+        """The states of all images.
+
+        Raises: ValueError where their rows have run in different calls.
+        """
+        states = [self, *others]
+        if len({tuple((name, *_names(rows)) for name, rows, _ in s.parts) for s in states}) > 1:
+            raise ValueError("join: block techniques have seen different calls in the states.")
+        parts = []
+        for i, (denoiser, _, _) in enumerate(self.parts):
+            known = [state.parts[i][1] for state in states]
+            rows = tuple(
+                (name, image + sum(sizes[:k]))
+                for k, places in enumerate(known)
+                for name, image in places
+            )
+            joined = join_rows([state.parts[i][2] for state in states], list(map(len, known)))
+            parts.append((denoiser, rows, joined))
+        return BlockStates(tuple(parts))
+
+
+def _names(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The passes of some rows."""
+    return tuple(dict.fromkeys(name for name, _ in rows))

@@ -25,6 +25,8 @@ class Record:
     # technique -> number of steps in which it acted
     acted: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    # noise level at which the trajectory begins, None before the first step
+    first: float | None = None
     # step -> noise level
     sigma: dict[int, float] = field(default_factory=dict)
     # steps that ran both branches

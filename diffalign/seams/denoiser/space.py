@@ -26,6 +26,8 @@ NAMED: dict[str, Kind] = {
     "sample": "x0",
     "flow_prediction": "flow",
 }
+# parts of names of schedulers for flow models
+FLOWS = ("FlowMatch", "AncestralRF")
 TINY = 1e-12
 
 
@@ -106,7 +108,7 @@ def parametrisation_of(family: Family, scheduler: Any) -> Parametrisation:
     cls, config, sign = original_class(scheduler), scheduler.config, family.target_sign
     if family.parametrisation == "flow" or getattr(config, "use_flow_sigmas", False):
         return Parametrisation("flow", sign)
-    if any("FlowMatch" in base.__name__ for base in cls.__mro__):
+    if any(name in base.__name__ for base in cls.__mro__ for name in FLOWS):
         return Parametrisation("flow", sign)
     named = getattr(config, "prediction_type", None)
     if named not in NAMED or not (hasattr(scheduler, "alphas_cumprod") or _has_sigmas(scheduler)):

@@ -193,6 +193,7 @@ class Generation:
             self.clock.start(first, None, begin=begin, whole=whole, offset=0)
         else:
             self.clock.start(first, self.pipe.__dict__.get("_num_timesteps"))
+        self.record.first = self.clock.sigmas[self.clock.offset]
         if self.family.seen is not None and call.denoiser:
             self.combiner.seen = self.family.seen(call.arguments)
         both = self.plan.opened and self.family.mode == "batched"

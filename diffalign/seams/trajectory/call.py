@@ -30,6 +30,7 @@ UNCUT = {
     "DPMSolverSDEScheduler": (
         "it draws from one random tree for all images, which cannot be cut or divided"
     ),
+    "IPNDMScheduler": "it has no noise levels, so nobody can say what its steps predict",
 }
 
 
@@ -42,6 +43,8 @@ class Call:
 
     def __init__(self, pipe: Pipeline, options: Keywords) -> None:
         self.pipe, self.options = pipe, options
+        # number of images -> embeddings with a row for each
+        self._repeated: dict[int, Keywords] = {}
         cls = original_class(pipe)
         self.family: Family = family_of(cls)
         self.bound: Arguments = bind(cls, pipe, (), options)
@@ -97,12 +100,28 @@ class Call:
         if images == self.texts * self._copies:
             return dict(self.options)
         name = next((name for name in COPIES if name in self.bound.values), None)
+        if self.texts == 1 and self.bound.values.get("prompt") is None:
+            # pipelines repeat texts, and not all of them what they are given in place of texts
+            return {**self.options, **({name: 1} if name else {}), **self._rows(images)}
         if self.texts == 1 and name is not None:
             return {**self.options, name: images}
         raise ValueError(
             f"The call has {self.texts} prompts and makes {self.texts * self._copies} images; got "
             f"a state of {images}. Make a sampler of one prompt to run any number."
         )
+
+    def _rows(self, images: int) -> Keywords:
+        """The embeddings and masks of the one prompt, a row for each image."""
+        if images not in self._repeated:
+            self._repeated[images] = {
+                name: value.repeat_interleave(images, 0)
+                if isinstance(value, Tensor)
+                else value * images
+                for name, value in self.options.items()
+                if name.endswith(("embeds", "mask")) and not name.startswith("ip_adapter")
+                if isinstance(value, Tensor | list) and len(value) == 1
+            }
+        return self._repeated[images]
 
     def __call__(
         self,

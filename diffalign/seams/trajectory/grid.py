@@ -81,7 +81,8 @@ class Grid:
 
     def check_levels(self, what: str) -> None:
         """Raise ``UnsupportedModel`` where ``what`` cannot be done with these noise levels."""
-        falling = all(a > b for a, b in zip(self.sigmas, self.following))
+        pairs = (*zip(self.sigmas, self.following), *zip(self.sigmas, self.sigmas[1:]))
+        falling = all(a > b for a, b in pairs)
         if self.order != 1 or not falling or (self.flow and max(self.sigmas) > 1.0):
             raise UnsupportedModel(
                 f"{what} needs one evaluation per step and noise levels that fall at each; "
@@ -149,27 +150,38 @@ def _unscaled(scheduler: Scheduler) -> bool:
     if not hasattr(scheduler, "scale_model_input"):
         return False
     one = torch.ones(1, device=scheduler.__dict__["timesteps"].device)
-    probe = copy.deepcopy(scheduler)
+    probe = _copy(scheduler)
     scaled = probe.scale_model_input(one, scheduler.__dict__["timesteps"][0])
     return not torch.equal(scaled, one)
 
 
+def _copy(scheduler: Scheduler) -> Scheduler:
+    """A scheduler before its first step."""
+    probe = copy.deepcopy(scheduler)
+    for name in ("_begin_index", "_step_index"):
+        if name in probe.__dict__:
+            probe.__dict__[name] = None
+    return probe
+
+
 def _draws(scheduler: Scheduler, noise: Tensor, options: Keywords) -> bool:
-    """Whether two generators lead the first step to two results."""
+    """Whether two generators lead the scheduler's steps to two results; some draw late."""
     parameters = parameter_names(original_class(scheduler), "step")
     if "generator" not in parameters:
         return False
     # the one option that pipelines hand on
     given = {name: options[name] for name in ("eta",) if name in parameters and name in options}
-    results = []
-    for seed in (0, 1):
-        probe = copy.deepcopy(scheduler)
-        if hasattr(probe, "scale_model_input"):
-            probe.scale_model_input(noise, scheduler.__dict__["timesteps"][0])
-        generator = torch.Generator().manual_seed(seed)
-        time = scheduler.__dict__["timesteps"][0]
-        results.append(probe.step(noise, time, noise, **given, generator=generator)[0])
-    return not torch.equal(*results)
+    times = scheduler.__dict__["timesteps"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    probes, latents = [_copy(scheduler) for _ in generators], [noise, noise]
+    for time in times:
+        for i, (probe, generator) in enumerate(zip(probes, generators)):
+            if hasattr(probe, "scale_model_input"):
+                probe.scale_model_input(noise, time)
+            latents[i] = probe.step(noise, time, latents[i], **given, generator=generator)[0]
+        if not torch.equal(*latents):
+            return True
+    return False
 
 
 def row_noise(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:

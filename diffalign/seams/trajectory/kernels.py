@@ -63,8 +63,8 @@ class Eta:
 
     Song, Meng and Ermon 2021, arXiv:2010.02502, eq. 12 and 16, for any ``x = a * x0 + s * eps``:
     ``std^2 = eta^2 * (s'^2 / s^2) * (s^2 - (a / a')^2 s'^2)``, ``p = a'``, ``q = sqrt(s'^2 -
-    std^2)``. With ``eta`` 0 it is DDIM, or Euler's method on flow models; with 1 DDPM. The last
-    step draws nothing. On flow models ``eta`` 1 forgets the start noise in the first step.
+    std^2)``. With ``eta`` 0 it is DDIM, or Euler's method on flow models; with 1 DDPM. A step to
+    level 0 draws nothing. On flow models ``eta`` 1 forgets the start noise in the first step.
     """
 
     # in [0, 1]; 0 is deterministic
@@ -217,7 +217,7 @@ def why_alike(kernel: Kernel, grid: Grid) -> str | None:
         what, advice = f"{kernel!r}", FLOW_KERNELS if grid.flow else "kernel=Eta(1.0)"
     else:
         what, advice = grid.scheduler, FLOW_KERNELS if grid.flow else "kernel=Eta(1.0)"
-        if grid.scheduler.startswith("DDIM"):
+        if grid.scheduler.startswith(("DDIM", "TCD")):
             advice += ", or eta=1.0 in the call"
         elif grid.order != 1 or grid.scheduler.startswith("PNDM"):
             advice += " with DDIMScheduler"

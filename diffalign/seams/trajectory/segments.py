@@ -12,6 +12,7 @@ from diffalign.core import SessionError
 from diffalign.core.types import Keywords, Pipeline
 from diffalign.seams.swap import original_class
 from diffalign.seams.trajectory.call import Call
+from diffalign.seams.trajectory.device import known
 from diffalign.seams.trajectory.grid import Grid, grid_of
 from diffalign.seams.trajectory.schedule import Window, segment
 from diffalign.seams.trajectory.texts import Texts
@@ -25,6 +26,8 @@ class Segments:
         self.texts = Texts()
         self._grid: Grid | None = None
         self._noise: Tensor | None = None
+        # device of the denoiser's weights -> where the pipeline runs
+        self._devices: dict[torch.device, torch.device] = {}
 
     @property
     def grid(self) -> Grid:
@@ -55,8 +58,21 @@ class Segments:
                 f"The pipeline's scheduler was {self._grid.scheduler} and is {name} now; make a "
                 "new sampler."
             )
-        with self.texts.remembered(self.pipe), segment(scheduler, window):
+        with (
+            known(self.pipe, self._device),
+            self.texts.remembered(self.pipe),
+            segment(scheduler, window),
+        ):
             yield
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the pipeline runs; asked again when the weights have moved."""
+        denoiser = next(iter(self.call.family.present(self.pipe).values()))
+        place = next(denoiser.parameters()).device
+        if place not in self._devices:
+            self._devices = {place: self.pipe._execution_device}
+        return self._devices[place]
 
     def draw(self, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
         """The pipeline's own start noise [B, ...], and its generators afterwards.
