@@ -11,6 +11,7 @@ from diffalign.alignment.checkpoint import Folder
 from diffalign.alignment.problem import PipelineProblem
 from diffalign.core import BudgetExceeded, Cancelled
 from diffalign.core.search import Info, Method
+from diffalign.core.types import Json
 
 IDLE = 1000
 """Steps in a row that cost nothing, after which a method is taken to go round in circles."""
@@ -34,6 +35,8 @@ class Drive:
 
     method: Method[Any]
     problem: PipelineProblem
+    # what the run is: its folder and its images carry this
+    settings: Json
     folder: Folder | None = None
     # called after each step
     show: Callable[[Status], None] | None = None

@@ -2,85 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from diffalign.alignment.ascent import ascent_of, parts_of
 from diffalign.alignment.parts import decode_in_parts, run_in_parts, twist_in_parts
-from diffalign.alignment.processes import World
-from diffalign.alignment.scoring import Fit, Ranking, Scorer
-from diffalign.core import BudgetExceeded, Meter, State, Technique
+from diffalign.alignment.progress import Progress
+from diffalign.alignment.setting import Setting, finished
+from diffalign.core import Meter, State, Technique
 from diffalign.core.reward import Reward
 from diffalign.core.sampler import Clamp, Mode
 from diffalign.core.search import Ascent, Candidate, Lineage, Move
 from diffalign.core.seeds import seed_of
-from diffalign.core.types import Pipeline
-from diffalign.seams.trajectory.sampler import PipelineSampler
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """What had been spent when the best image changed."""
-
-    nfe: int
-    evaluations: int
-    seconds: float
-    score: float
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a run shares with its variants: counters, the best images, the sampler that is open."""
-
-    meter: Meter
-    ranking: Ranking
-    scorer: Scorer
-    fit: Fit
-    rng: torch.Generator
-    # seeds drawn
-    seeds: int = 0
-    history: list[Moment] = field(default_factory=list)
-    world: World = field(default_factory=World)
-    # rows of the final call
-    reserve: int = 0
-    # seconds in the sampler and denoiser rows there, to foresee what further rows take
-    sampling: float = 0.0
-    sampled: int = 0
-    open: PipelineSampler | None = None
-    # called with the newest best image
-    improved: Callable[[Candidate], None] | None = None
-
-    def use(self, sampler: PipelineSampler | None) -> None:
-        """Open this sampler and close the one before."""
-        if self.open is sampler:
-            return
-        if self.open is not None:
-            self.open.__exit__(None, None, None)
-        self.open = None
-        if sampler is not None:
-            sampler.__enter__()
-            self.open = sampler
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How the pipeline is called."""
-
-    pipe: Pipeline
-    prompt: str
-    techniques: tuple[Technique, ...] = ()
-    # further arguments of the pipeline
-    call: Mapping[str, Any] = field(default_factory=dict)
-    kernel: Any = None
-
-    def sampler(self, meter: Meter) -> PipelineSampler:
-        """A sampler of this setting, not open yet."""
-        call = {**self.call, "prompt": self.prompt}
-        return PipelineSampler(self.pipe, self.techniques, meter, kernel=self.kernel, **call)
 
 
 class PipelineProblem:
@@ -114,39 +52,11 @@ class PipelineProblem:
         return self.progress.ranking.best
 
     def seeds(self, count: int) -> list[int]:
-        first, world = self.progress.seeds, self.progress.world
-        self.progress.seeds += count
-        # those of other processes lie between
-        indices = [index * world.size + world.rank for index in range(first, first + count)]
-        return [seed_of(self.prompt, index, self.seed) for index in indices]
+        numbers = self.progress.numbers(count)
+        return [seed_of(self.prompt, number, self.seed) for number in numbers]
 
     def room(self, count: int, first: int = 0, last: int | None = None, scores: int = 1) -> int:
-        if count < 1:
-            raise ValueError(f"room(count=...) must be at least 1; got {count}.")
-        price, reserve = self.sampler.price(first, last), self.progress.reserve
-        budget, meter = self.meter.budget, self.meter
-        shares = [
-            (budget.nfe, meter.rows + reserve, price),
-            (budget.decodes, meter.decodes + 1, scores),
-            (budget.rewards, meter.rewards + 1, scores),
-        ]
-        fits = [count]
-        fits += [(limit - spent) // each for limit, spent, each in shares if limit and each]
-        if budget.seconds is not None:
-            fits.append(self._in_time(budget.seconds - meter.seconds, price, reserve))
-        if min(fits) < 1:
-            raise BudgetExceeded(
-                f"The budget {_text(budget)} is used up: one more image takes {price} NFE, and "
-                f"{reserve} are kept for the final call; {meter.rows} are spent."
-            )
-        return min(fits)
-
-    def _in_time(self, left: float, price: int, reserve: int) -> int:
-        """Images of ``price`` rows that fit into ``left`` seconds beside the final call."""
-        if not self.progress.sampled:
-            return int(left > 0)
-        row = self.progress.sampling / self.progress.sampled
-        return int(max(0.0, left - reserve * row) / max(price * row, 1e-9))
+        return self.progress.room(count, self.sampler.price(first, last), scores)
 
     def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
         self.progress.use(self.sampler)
@@ -189,28 +99,23 @@ class PipelineProblem:
         parts = self.progress.fit.parts(rows, lambda part: self.sampler.decode(state.select(part)))
         candidates: list[Candidate] = []
         for images in parts:
-            scores = self.score(images).tolist()
-            pictures = images.detach().to("cpu", torch.float32)
-            for score, picture in zip(scores, pictures, strict=True):
-                lineage = self._own(lineages[len(candidates)])
-                candidates.append(Candidate(score, picture.clone(), lineage))
-                if not self.draft:
-                    self._add(candidates[-1])
+            known = lineages[len(candidates) : len(candidates) + len(images)]
+            candidates += self._candidates(images, self.score(images), known)
         return candidates
 
-    def _own(self, lineage: Lineage) -> Lineage:
-        """A lineage of a variant with its own text says which."""
-        if lineage.prompt is None and self.setting.prompt != self.prompt:
-            return replace(lineage, prompt=self.setting.prompt)
-        return lineage
-
-    def _add(self, candidate: Candidate) -> None:
-        progress, meter = self.progress, self.meter
-        if progress.ranking.add(candidate):
-            moment = Moment(meter.rows, meter.evaluations, meter.seconds, candidate.score)
-            progress.history.append(moment)
-            if progress.improved is not None:
-                progress.improved(candidate)
+    def _candidates(
+        self, images: Tensor, scores: Tensor, lineages: Sequence[Lineage]
+    ) -> list[Candidate]:
+        """Finished images with their scores; remembered unless they are drafts."""
+        text = None if self.setting.prompt == self.prompt else self.setting.prompt
+        pictures = images.detach().to("cpu", torch.float32)
+        candidates = []
+        for score, picture, lineage in zip(scores.tolist(), pictures, lineages, strict=True):
+            known = replace(lineage, prompt=text) if lineage.prompt is None else lineage
+            candidates.append(Candidate(score, picture.clone(), known))
+            if not self.draft:
+                self.progress.remember(candidates[-1])
+        return candidates
 
     def score(self, images: Tensor) -> Tensor:
         return self.progress.scorer(images)
@@ -227,27 +132,11 @@ class PipelineProblem:
         self.progress.use(self.sampler)
         leaf = noise.detach().clone().requires_grad_()
         images = self.sampler.render(leaf, True, mode, clamp, seeds)
-        rewards = self._parts_of(parts)
-        total, gradients = torch.zeros(len(noise), dtype=torch.float64), []
-        for number, (weight, reward) in enumerate(rewards):
-            with torch.enable_grad():
-                scores = self.progress.scorer.differentiable(images, reward)
-            last = number == len(rewards) - 1
-            (gradient,) = torch.autograd.grad(scores.sum(), leaf, retain_graph=not last)
-            gradients.append(gradient.float())
-            total += weight * scores.detach().to("cpu", torch.float64)
-        pictures = images.detach().to("cpu", torch.float32)
-        for row, (score, seed) in enumerate(zip(total.tolist(), seeds, strict=True)):
-            start = noise[row].detach().clone()
-            lineage = self._own(Lineage((Move(0, seed),), noise=start))
-            if not self.draft:
-                self._add(Candidate(score, pictures[row].clone(), lineage))
-        return Ascent(total, torch.stack(gradients))
-
-    def _parts_of(self, parts: bool) -> list[tuple[float, Reward]]:
-        """The weighted parts of the reward, or the reward as one part."""
-        weighted: list[tuple[float, Reward]] | None = getattr(self.reward, "parts", None)
-        return weighted if parts and weighted else [(1.0, self.reward)]
+        ascent = ascent_of(images, leaf, self.progress.scorer, parts_of(self.reward, parts))
+        starts = noise.detach().clone()
+        lineages = [Lineage((Move(0, seed),), start) for seed, start in zip(seeds, starts)]
+        self._candidates(images, ascent.scores, lineages)
+        return ascent
 
     def variant(
         self,
@@ -268,25 +157,5 @@ class PipelineProblem:
         """The image [1, 3, H, W] of a lineage, made alone from the beginning."""
         if lineage.prompt not in (None, self.setting.prompt):
             return self.variant(prompt=lineage.prompt).repeat(lineage)
-        first, *others = lineage.moves
-        noise = None if lineage.noise is None else lineage.noise[None]
-        state = self.start([first.seed], noise)
-        for move in others:
-            if move.step > state.step:
-                state = self.run(state, move.step)
-            if move.back is not None:
-                state = self.sampler.renoise(state, move.back, [move.seed])
-            else:
-                state = state.reseed([move.seed])
-        if not state.finished or not state.count:
-            state = self.run(state)
-        return self.sampler.decode(state)
-
-
-def _text(budget: object) -> str:
-    limits = {
-        name: getattr(budget, name)
-        for name in ("nfe", "rewards", "seconds", "decodes", "backward")
-        if getattr(budget, name) is not None
-    }
-    return ", ".join(f"{name}={limit:g}" for name, limit in limits.items()) or "without limits"
+        self.progress.use(self.sampler)
+        return self.sampler.decode(finished(self.sampler, lineage))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffalign.alignment.problem import Moment
+from diffalign.alignment.progress import Moment
 from diffalign.core.search import Candidate, Lineage, Tree
 from diffalign.core.types import Json
 from diffalign.drawing.png import save_png
@@ -38,6 +38,21 @@ class Ledger:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What happened in a run."""
+
+    # one entry for each time that the best image changed
+    history: list[Moment]
+    # numbers of the method's steps
+    log: list[dict[str, float]]
+    # why the run ended
+    end: str
+    # finished images, and how many of them share the highest score
+    scored: int
+    equal: int
+
+
 def picture(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] as a Pillow image of 8 bits, as diffusers rounds it."""
     from PIL import Image
@@ -60,23 +75,40 @@ class Result:
     score: float
     lineage: Lineage
     ledger: Ledger
-    # one entry for each time that the best image changed
-    history: list[Moment]
+    story: Story
     # the best candidates, best first, and the first image of the run
     top: list[Candidate]
     first: Candidate
     # reward -> (score of the first image, score of the result), of rewards that were not optimised
     judges: dict[str, tuple[float, float]]
-    # why the run ended
-    end: str
-    # finished images, and how many of them share the highest score
-    scored: int
-    equal: int
     settings: Json
-    # numbers of the method's steps
-    log: list[dict[str, float]] = field(default_factory=list)
     tree: Tree | None = None
     repeat: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def history(self) -> list[Moment]:
+        """One entry for each time that the best image changed."""
+        return self.story.history
+
+    @property
+    def log(self) -> list[dict[str, float]]:
+        """Numbers of the method's steps."""
+        return self.story.log
+
+    @property
+    def end(self) -> str:
+        """Why the run ended: finished, budget, interrupted or idle."""
+        return self.story.end
+
+    @property
+    def scored(self) -> int:
+        """Finished images."""
+        return self.story.scored
+
+    @property
+    def equal(self) -> int:
+        """Finished images that share the highest score."""
+        return self.story.equal
 
     @property
     def image(self) -> Image.Image:
@@ -107,35 +139,10 @@ class Result:
 
     def to_dict(self) -> Json:
         """Everything but images as JSON data."""
-        moves = [asdict(move) for move in self.lineage.moves]
-        return {
-            **self.settings,
-            "score": self.score,
-            "first_score": self.first.score,
-            "judges": {name: list(pair) for name, pair in self.judges.items()},
-            "seed": self.seed,
-            "moves": moves,
-            "own_noise": self.noise is not None,
-            "found_prompt": self.lineage.prompt,
-            "ledger": asdict(self.ledger),
-            "history": [asdict(moment) for moment in self.history],
-            "end": self.end,
-            "scored": self.scored,
-            "equal": self.equal,
-            "log": self.log,
-        }
+        return data_of(self)
 
     def __str__(self) -> str:
-        cost = self.ledger
-        lines = [
-            f"{self.score:.4f} (first image {self.first.score:.4f}) after {self.scored} images, "
-            f"{cost.nfe} NFE, {cost.seconds:.1f} s; {self.end}"
-        ]
-        for name, (before, after) in self.judges.items():
-            lines.append(f"{name}: {before:.4f} -> {after:.4f} (not optimised)")
-        if self.equal > 1:
-            lines.append(f"{self.equal} of {self.scored} images share the highest score")
-        return "\n".join(lines)
+        return text_of(self)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write image, settings, curve and sheets; the paths of what was written.
@@ -144,25 +151,61 @@ class Result:
         score against NFE, ``before_after.png`` the first image beside the result, ``best.png`` the
         best candidates; ``tree.png`` and ``tree.svg`` of a tree, ``noise.pt`` of a found noise.
         """
-        from diffalign.alignment.pictures import before_after, best_images, curve
-        from diffalign.drawing.tree import save_tree
+        return write(self, Path(folder))
 
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        settings = {**self.settings, "seed": self.seed, "score": self.score}
-        pictures: Mapping[str, Any] = {
-            "image.png": self.image,
-            "before_after.png": before_after(self),
-            "best.png": best_images(self),
-            "curve.png": curve(self),
-        }
-        for name, image in pictures.items():
-            save_png(image, place / name, settings)
-        (place / "result.json").write_text(json.dumps(self.to_dict(), indent=2, default=str))
-        files = [place / name for name in (*pictures, "result.json")]
-        if self.tree is not None and self.tree.images:
-            files += save_tree(self.tree, place, self.prompt)
-        if self.noise is not None:
-            torch.save(self.noise, place / "noise.pt")
-            files.append(place / "noise.pt")
-        return files
+
+def data_of(result: Result) -> Json:
+    """A result without images as JSON data."""
+    return {
+        **result.settings,
+        "score": result.score,
+        "first_score": result.first.score,
+        "judges": {name: list(pair) for name, pair in result.judges.items()},
+        "seed": result.seed,
+        "moves": [asdict(move) for move in result.lineage.moves],
+        "own_noise": result.noise is not None,
+        "found_prompt": result.lineage.prompt,
+        "ledger": asdict(result.ledger),
+        **asdict(result.story),
+    }
+
+
+def text_of(result: Result) -> str:
+    """A result in a few lines."""
+    cost = result.ledger
+    lines = [
+        f"{result.score:.4f} (first image {result.first.score:.4f}) after {result.scored} images, "
+        f"{cost.nfe} NFE, {cost.seconds:.1f} s; {result.end}"
+    ]
+    for name, (before, after) in result.judges.items():
+        lines.append(f"{name}: {before:.4f} -> {after:.4f} (not optimised)")
+    if result.equal > 1:
+        lines.append(f"{result.equal} of {result.scored} images share the highest score")
+    if result.lineage.prompt is not None:
+        lines.append(f"prompt: {result.lineage.prompt}")
+    return "\n".join(lines)
+
+
+def write(result: Result, place: Path) -> list[Path]:
+    """Write a result into a folder; the paths of its files."""
+    from diffalign.alignment.pictures import before_after, best_images, curve
+    from diffalign.drawing.tree import save_tree
+
+    place.mkdir(parents=True, exist_ok=True)
+    settings = {**result.settings, "seed": result.seed, "score": result.score}
+    pictures: Mapping[str, Any] = {
+        "image.png": result.image,
+        "before_after.png": before_after(result),
+        "best.png": best_images(result),
+        "curve.png": curve(result),
+    }
+    for name, image in pictures.items():
+        save_png(image, place / name, settings)
+    (place / "result.json").write_text(json.dumps(data_of(result), indent=2, default=str))
+    files = [place / name for name in (*pictures, "result.json")]
+    if result.tree is not None and result.tree.images:
+        files += save_tree(result.tree, place, result.prompt)
+    if result.noise is not None:
+        torch.save(result.noise, place / "noise.pt")
+        files.append(place / "noise.pt")
+    return files

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,10 +16,32 @@ from diffalign.cli.request import prepare, techniques_of
 
 if TYPE_CHECKING:
     from diffalign.alignment.driver import Status
+    from diffalign.alignment.result import Result
     from diffalign.core.budget import Budget
     from diffalign.core.types import Json
 
 PANEL = "How to search"
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=PANEL)
+
+
+Method = Annotated[str, _option("name:key=value,...; see diffalign methods.")]
+Reward = Annotated[str, _option("The score to raise.")]
+Limits = Annotated[
+    str | None, _option("nfe=400,seconds=20,...: any of nfe, seconds, rewards, decodes, backward.")
+]
+Judges = Annotated[list[str] | None, _option("A further score to report, never optimised.")]
+Ties = Annotated[list[str] | None, _option("A score that settles equal ones.")]
+Kernel = Annotated[
+    str | None,
+    _option(
+        "Random steps for methods that branch: eta, flow-sde, vp-flow; the scheduler's own if left "
+        "out."
+    ),
+]
+Resume = Annotated[bool, _option("Continue the run in --output.", "--resume")]
 
 
 @command
@@ -27,65 +49,26 @@ PANEL = "How to search"
 def align(
     options: arguments.Options,
     text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="name:key=value,...; see diffalign methods.",
-            rich_help_panel=PANEL,
-            show_default=True,
-        ),
-    ] = "best-of-n",
-    reward: Annotated[
-        str, typer.Option(help="The score to raise.", rich_help_panel=PANEL)
-    ] = "emoji-clip",
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="nfe=400,seconds=20,...: any of nfe, seconds, rewards, decodes, backward.",
-            rich_help_panel=PANEL,
-        ),
-    ] = None,
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(help="A further score to report, never optimised.", rich_help_panel=PANEL),
-    ] = None,
-    tie: Annotated[
-        list[str] | None,
-        typer.Option(help="A score that settles equal ones.", rich_help_panel=PANEL),
-    ] = None,
-    kernel: Annotated[
-        str | None,
-        typer.Option(
-            help="Random steps for methods that branch: eta, flow-sde, vp-flow; the scheduler's "
-            "own if left out.",
-            rich_help_panel=PANEL,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --output.", rich_help_panel=PANEL)
-    ] = False,
+    method: Method = "best-of-n",
+    reward: Reward = "emoji-clip",
+    budget: Limits = None,
+    judge: Judges = None,
+    tie: Ties = None,
+    kernel: Kernel = None,
+    resume: Resume = False,
 ) -> None:
     """Search for a better image of a prompt; Ctrl-C keeps the best so far."""
     if text is not None:
         options = dataclasses.replace(options, prompt=[text, *(options.prompt or [])])
     techniques = techniques_of(options.technique)
     limits = read_budget(budget)
-    started = (options.output / "run.json").exists() or any(options.output.glob("*/run.json"))
-    if started and not resume:
-        raise BadInput(
-            f"--output {str(options.output)!r} holds a run; continue it with --resume, or give "
-            "another folder."
-        )
-    if resume and not started:
-        raise BadInput(f"--resume: there is no run in {str(options.output)!r}.")
-    import diffalign as da
-    from diffalign.alignment.door import folders_of
+    check_folder(options.output, resume)
+    from diffalign.alignment.door import align as search
 
     request = prepare(options, techniques)
-    place = options.output
     prompts = list(request.prompts)
     with checking(), live(options.quiet or options.json) as line:
-        results = da.align(
+        results = search(
             request.model.pipe,
             prompts if len(prompts) > 1 else prompts[0],
             method=method,
@@ -97,20 +80,40 @@ def align(
             kernel=kernel,
             batch=options.batch,
             seed=options.seed,
-            folder=place,
+            folder=options.output,
             show=line,
             **request.model.call,
         )
+    say(options, prompts, results)
+
+
+def check_folder(place: Path, resume: bool) -> None:
+    """Raise ``BadInput`` for a run that nobody asked to continue, and for none to continue."""
+    started = (place / "run.json").exists() or any(place.glob("*/run.json"))
+    if started and not resume:
+        raise BadInput(
+            f"--output {str(place)!r} holds a run; continue it with --resume, or give another "
+            "folder."
+        )
+    if resume and not started:
+        raise BadInput(f"--resume: there is no run in {str(place)!r}.")
+
+
+def say(options: arguments.Options, prompts: Sequence[str], results: Result | list[Result]) -> None:
+    """Save the results and print what they are."""
+    from diffalign.alignment.door import folders_of
+
+    several = isinstance(results, list)
+    folders = folders_of(options.output, prompts) if several else [options.output]
     entries: list[Json] = []
-    folders = folders_of(place, prompts) if isinstance(results, list) else [place]
     for result, folder in zip(results if isinstance(results, list) else [results], folders):
-        files = [str(file) for file in result.save(folder or place)]
+        files = [str(file) for file in result.save(folder or options.output)]
         entries.append({**result.to_dict(), "files": files})
         if not options.json and not options.quiet:
             show.text(result)
             show.text("\n".join(files))
     if options.json:
-        show.text(show.to_json(entries if isinstance(results, list) else entries[0]))
+        show.text(show.to_json(entries if several else entries[0]))
 
 
 def read_budget(text: str | None) -> Budget | None:

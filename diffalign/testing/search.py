@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffalign.core import (
+    Ascent,
     BudgetExceeded,
     Candidate,
     Info,
@@ -259,6 +260,22 @@ class PointProblem:
         if scores.shape != (len(images),) or not bool(scores.isfinite().all()):
             raise ValueError(f"reward must return {len(images)} finite scores; got {scores}.")
         return scores
+
+    def ascend(
+        self,
+        noise: Tensor,
+        seeds: Sequence[int],
+        *,
+        parts: bool = False,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+    ) -> Ascent:
+        """Scores of start noise and their gradient; a point's reward has one part."""
+        leaf = noise.detach().clone().requires_grad_()
+        images = self.sampler.render(leaf, True, mode, clamp, seeds)
+        scores = self.score(images)
+        (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+        return Ascent(scores.detach(), gradient.float()[None])
 
     def variant(
         self,

@@ -56,7 +56,7 @@ class Generation:
     """One call of the pipeline: what the taps on denoiser and scheduler do, and what they know."""
 
     def __init__(self, pipe: Any, plan: Plan, meter: Meter, start: Start | None = None) -> None:
-        family = plan.family
+        family, parameters = plan.family, parametrisation_of(plan.family, pipe.scheduler)
         self.pipe, self.plan, self.meter, self.start = pipe, plan, meter, start
         self.record = Record(plan.resolved)
         self.clock = Clock(pipe.scheduler, family.mix, family.sigma)
@@ -65,13 +65,11 @@ class Generation:
         if start is not None and start.around is not None:
             self.evaluator.middleware.append(start.around(self))
         self.way = way_of(family.mode, plan.opened, bool(plan.guidances))
-        parametrisation = parametrisation_of(family, pipe.scheduler)
-        self.combiner = Combiner(plan, parametrisation, self.record)
+        self.combiner = Combiner(plan, parameters, self.record)
         # technique -> its state; every entry has select(rows) or is None
         self.states: dict[str, Any] = dict(start.states) if start is not None else {}
-        self.batch = 0
+        self.batch, self.cancelled = 0, False
         self.step: Step | None = None
-        self.cancelled = False
 
     @property
     def family(self) -> Family:

@@ -1,0 +1,170 @@
+"""An order for a search: everything that ``align`` was given, checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.alignment.checkpoint import Folder
+from diffalign.alignment.driver import Drive, Status
+from diffalign.alignment.problem import PipelineProblem
+from diffalign.alignment.processes import World
+from diffalign.alignment.progress import Progress
+from diffalign.alignment.scoring import Fit, Ranking, Scorer, name_of
+from diffalign.alignment.setting import Setting
+from diffalign.core import Budget, BudgetExceeded, Meter, Technique
+from diffalign.core.registry import KERNELS, METHODS, to_config
+from diffalign.core.reward import Reward
+from diffalign.core.search import Candidate, Method
+from diffalign.core.seeds import seed_of
+from diffalign.core.types import Json, Pipeline
+from diffalign.core.values import plain
+from diffalign.rewards import load
+from diffalign.seams.swap import original_class
+
+AnyReward = Reward | str
+AnyMethod = Method[Any] | str
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How to search, for any prompt."""
+
+    pipe: Pipeline
+    method: Method[Any]
+    reward: Reward
+    budget: Budget | None
+    techniques: tuple[Technique, ...]
+    judges: tuple[Reward, ...]
+    ties: tuple[Reward, ...]
+    kernel: Any
+    batch: int | None
+    seed: int
+    # further arguments of the pipeline
+    call: Mapping[str, Any]
+    show: Callable[[Status], None] | None = None
+    improved: Callable[[Candidate], None] | None = None
+    world: World = field(default_factory=World.current)
+
+    def drive(self, prompt: str, folder: str | os.PathLike[str] | None) -> Drive:
+        """The run for one prompt, checked and not begun.
+
+        Raises: ValueError and ``UnsupportedModel`` for what cannot work.
+        """
+        meter = Meter(self.world.share(self.budget or Budget()))
+        scorer = Scorer(self.reward, prompt, meter)
+        ranking = Ranking(tuple(Scorer(tie, prompt, meter) for tie in self.ties))
+        rng = torch.Generator().manual_seed(seed_of(prompt, 0, self.seed) ^ 0x5EED)
+        fit = Fit(self.batch or _usual(self.pipe))
+        progress = Progress(meter, ranking, scorer, fit, rng)
+        progress.improved, progress.world = self.improved, self.world
+        setting = Setting(self.pipe, prompt, self.techniques, self.call, self.kernel)
+        problem = PipelineProblem(setting, prompt, self.seed, progress)
+        progress.reserve = problem.sampler.price()
+        _check(self.method, problem, self.budget)
+        scorer.probe()
+        settings = _settings(self.method, problem, self.reward)
+        place = None if folder is None else Folder(_own(folder, self.world), settings)
+        return Drive(self.method, problem, settings, place, self.show)
+
+
+def _own(folder: str | os.PathLike[str], world: World) -> Path:
+    """The folder of this process."""
+    return Path(folder) if world.size == 1 else Path(folder) / f"process-{world.rank}"
+
+
+def method_of(method: AnyMethod) -> Method[Any]:
+    if isinstance(method, str):
+        parts = METHODS.make(method)
+        if len(parts) != 1:
+            raise ValueError(f"align(method={method!r}) must name one method; got {len(parts)}.")
+        return parts[0]
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"align(method=...) takes a method like da.BestOfN(8) or its text; got {method!r}. "
+            "`diffalign methods` lists them."
+        )
+    return method
+
+
+def reward_of(reward: AnyReward) -> Reward:
+    if isinstance(reward, str):
+        return load(reward)
+    if not callable(reward):
+        raise TypeError(
+            "align(reward=...) takes a name, a reward, or a function of images and prompts; got "
+            f"{reward!r}."
+        )
+    return reward
+
+
+def kernel_of(kernel: Any) -> Any:
+    """A kernel, or the one of that text."""
+    if isinstance(kernel, str):
+        (kernel,) = KERNELS.make(kernel)
+    return kernel
+
+
+def _usual(pipe: Pipeline) -> int:
+    """Images at once before memory has said anything."""
+    return 4 if str(getattr(pipe, "device", "cpu")).startswith("cpu") else 16
+
+
+def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None) -> None:
+    """Raise ValueError for what cannot work, before anything is run."""
+    name = type(method).__name__
+    if budget is None and not method.ends:
+        raise ValueError(
+            f"{name} goes on until its budget ends; give one, like budget=da.Budget(nfe=400). One "
+            f"image takes {problem.progress.reserve} NFE."
+        )
+    deterministic = problem.sampler.deterministic if method.branches else None
+    if deterministic is not None:
+        raise ValueError(f"{name} needs children that differ: {deterministic}")
+    if method.needs_gradient and not getattr(problem.reward, "differentiable", False):
+        raise ValueError(
+            f"{name} needs a reward with gradient, and {name_of(problem.reward)} has none."
+        )
+    reason = method.refuses(problem)
+    if reason is not None:
+        raise ValueError(f"{name} cannot act here: {reason}")
+    try:
+        problem.room(1)
+    except BudgetExceeded as error:
+        price = problem.progress.reserve
+        raise ValueError(
+            f"The budget is too small: a search needs one image ({price} NFE, one decode, one "
+            f"score) and the final call ({price} NFE, one decode, one score)."
+        ) from error
+
+
+def _settings(method: Method[Any], problem: PipelineProblem, reward: Reward) -> Json:
+    """What the run is: a folder belongs to these settings, and images carry them."""
+    from diffalign import __version__
+
+    setting = problem.setting
+    return {
+        "diffalign": __version__,
+        "prompt": problem.prompt,
+        "base_seed": problem.seed,
+        "method": METHODS.to_config(method),
+        "reward": name_of(reward),
+        "techniques": [to_config(technique) for technique in setting.techniques],
+        "kernel": None if setting.kernel is None else repr(setting.kernel),
+        "pipeline": original_class(setting.pipe).__name__,
+        "scheduler": original_class(setting.pipe.scheduler).__name__,
+        "call": plain(_readable(setting.call)),
+    }
+
+
+def _readable(call: Mapping[str, Any]) -> Json:
+    simple = (str, int, float, bool, type(None), list, tuple)
+    return {
+        name: value if isinstance(value, simple) else type(value).__name__
+        for name, value in call.items()
+    }

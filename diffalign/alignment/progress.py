@@ -1,0 +1,113 @@
+"""What a run and its variants share: counters, the best images, the sampler that is open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from diffalign.alignment.processes import World
+from diffalign.alignment.scoring import Fit, Ranking, Scorer
+from diffalign.core import Budget, BudgetExceeded, Meter
+from diffalign.core.search import Candidate
+from diffalign.seams.trajectory.sampler import PipelineSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What had been spent when the best image changed."""
+
+    nfe: int
+    evaluations: int
+    seconds: float
+    score: float
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counters, the best images, and the one sampler that is open."""
+
+    meter: Meter
+    ranking: Ranking
+    scorer: Scorer
+    fit: Fit
+    rng: torch.Generator
+    # seeds drawn
+    seeds: int = 0
+    history: list[Moment] = field(default_factory=list)
+    world: World = field(default_factory=World)
+    # rows of the final call
+    reserve: int = 0
+    # seconds in the sampler and denoiser rows there, to foresee what further rows take
+    sampling: float = 0.0
+    sampled: int = 0
+    open: PipelineSampler | None = None
+    # called with the newest best image
+    improved: Callable[[Candidate], None] | None = None
+
+    def use(self, sampler: PipelineSampler | None) -> None:
+        """Open this sampler and close the one before."""
+        if self.open is sampler:
+            return
+        if self.open is not None:
+            self.open.__exit__(None, None, None)
+        self.open = None
+        if sampler is not None:
+            sampler.__enter__()
+            self.open = sampler
+
+    def numbers(self, count: int) -> list[int]:
+        """Numbers of the next images; those of other processes lie between."""
+        first = self.seeds
+        self.seeds += count
+        return [i * self.world.size + self.world.rank for i in range(first, first + count)]
+
+    def remember(self, candidate: Candidate) -> None:
+        """Take over a finished image."""
+        if self.ranking.add(candidate):
+            meter = self.meter
+            moment = Moment(meter.rows, meter.evaluations, meter.seconds, candidate.score)
+            self.history.append(moment)
+            if self.improved is not None:
+                self.improved(candidate)
+
+    def room(self, count: int, price: int, scores: int) -> int:
+        """How many of ``count`` images of ``price`` rows and ``scores`` scores the budget lets run.
+
+        Raises: ``BudgetExceeded`` where not even one fits beside the final call.
+        """
+        if count < 1:
+            raise ValueError(f"room(count=...) must be at least 1; got {count}.")
+        budget, meter = self.meter.budget, self.meter
+        shares = [
+            (budget.nfe, meter.rows + self.reserve, price),
+            (budget.decodes, meter.decodes + 1, scores),
+            (budget.rewards, meter.rewards + 1, scores),
+        ]
+        fits = [count]
+        fits += [(limit - spent) // each for limit, spent, each in shares if limit and each]
+        if budget.seconds is not None:
+            fits.append(self._in_time(budget.seconds - meter.seconds, price))
+        if min(fits) < 1:
+            raise BudgetExceeded(
+                f"The budget {_text(budget)} is used up: one more image takes {price} NFE, and "
+                f"{self.reserve} are kept for the final call; {meter.rows} are spent."
+            )
+        return min(fits)
+
+    def _in_time(self, left: float, price: int) -> int:
+        """Images of ``price`` rows that fit into ``left`` seconds beside the final call."""
+        if not self.sampled:
+            return int(left > 0)
+        row = self.sampling / self.sampled
+        return int(max(0.0, left - self.reserve * row) / max(price * row, 1e-9))
+
+
+def _text(budget: Budget) -> str:
+    limits = {
+        name: getattr(budget, name)
+        for name in ("nfe", "rewards", "seconds", "decodes", "backward")
+        if getattr(budget, name) is not None
+    }
+    return ", ".join(f"{name}={limit:g}" for name, limit in limits.items()) or "without limits"
