@@ -111,7 +111,7 @@ def align(
         (kernel,) = KERNELS.make(kernel)
     setting = Setting(pipe, prompt, tuple(techniques), call, kernel)
     problem = PipelineProblem(setting, prompt, seed, progress)
-    progress.reserve = problem.sampler.price()
+    progress.reserve = search.repeat_price(problem)
     _check(search, problem, budget)
     scorer.probe()
     settings = _settings(search, problem, scorer.reward)
@@ -173,7 +173,7 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
     if budget is None and not method.ends:
         raise ValueError(
             f"{name} goes on until its budget ends; give one, like budget=da.Budget(nfe=400). One "
-            f"image takes {problem.progress.reserve} NFE."
+            f"image takes {problem.sampler.price()} NFE."
         )
     deterministic = problem.sampler.deterministic if method.branches else None
     if deterministic is not None:
@@ -188,10 +188,10 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
     try:
         problem.room(1)
     except BudgetExceeded as error:
-        price = problem.progress.reserve
+        price, final = problem.sampler.price(), problem.progress.reserve
         raise ValueError(
             f"The budget is too small: a search needs one image ({price} NFE, one decode, one "
-            f"score) and the final call ({price} NFE, one decode, one score)."
+            f"score) and the final call ({final} NFE, one decode, one score)."
         ) from error
 
 

@@ -18,6 +18,7 @@ from diffalign.core.reward import Reward
 from diffalign.core.search import Candidate, Lineage
 from diffalign.core.seeds import seed_of
 from diffalign.core.types import Pipeline
+from diffalign.seams.trajectory.cached import CachedSampler
 from diffalign.seams.trajectory.sampler import PipelineSampler
 
 
@@ -75,11 +76,17 @@ class Setting:
     # further arguments of the pipeline
     call: Mapping[str, Any] = field(default_factory=dict)
     kernel: Any = None
+    # threshold of the first-block cache, None for no cache
+    cache: float | None = None
 
     def sampler(self, meter: Meter) -> PipelineSampler:
         """A sampler of this setting, not open yet."""
         call = {**self.call, "prompt": self.prompt}
-        return PipelineSampler(self.pipe, self.techniques, meter, kernel=self.kernel, **call)
+        if self.cache is None:
+            return PipelineSampler(self.pipe, self.techniques, meter, kernel=self.kernel, **call)
+        return CachedSampler(
+            self.pipe, self.techniques, meter, kernel=self.kernel, cache=self.cache, **call
+        )
 
 
 class PipelineProblem:
@@ -219,14 +226,16 @@ class PipelineProblem:
         techniques: Sequence[Technique] | None = None,
         call: Mapping[str, Any] | None = None,
         prompt: str | None = None,
+        cache: float | None = None,
     ) -> Self:
         setting = replace(
             self.setting,
             techniques=self.setting.techniques if techniques is None else tuple(techniques),
             call={**self.setting.call, **(call or {})},
             prompt=prompt or self.setting.prompt,
+            cache=self.setting.cache if cache is None else cache,
         )
-        draft = self.draft or techniques is not None or bool(call)
+        draft = self.draft or techniques is not None or bool(call) or cache is not None
         return type(self)(setting, self.prompt, self.seed, self.progress, draft)
 
     def repeat(self, lineage: Lineage) -> Tensor:
