@@ -1,5 +1,5 @@
-"""Write the tables of techniques: a short one by purpose into README.md, all of them into
-guidance/README.md.
+"""Write the tables of techniques and methods: a short one by purpose into README.md, all techniques
+into guidance/README.md, all methods into search/README.md.
 
     python benchmarks/readme.py [--check]
 
@@ -10,20 +10,24 @@ and costs come from the techniques' documentation.
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import advice
 from results import FOLDER, Estimate, Result, Row, read
 
 import diffalign as da
-from diffalign.cli.techniques import describe
+from diffalign.cli.techniques import describe, paper_of, plain
+from diffalign.core.search import Method
+from diffalign.seams.support import cost_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = FOLDER
-SECTION = re.compile(r"(<!-- techniques: .*? -->\n).*?(<!-- end of techniques -->)", flags=re.S)
+SECTION = re.compile(r"(<!-- (techniques|methods): [^>]* -->\n).*?(<!-- end of \2 -->)", flags=re.S)
 ELSEWHERE = {"cfg-zero-star": "Flow models only, so not on `emoji`."}
 # the row of NAG(5), in the window of steps that is looked up for the model
 NAG_ROW = "NAG 5"
@@ -93,16 +97,47 @@ def catalogue() -> str:
 
 def row_of(name: str) -> list[str]:
     """The catalogue's row of a technique."""
-    module = da.techniques()[name].__module__
-    source = Path(module.replace(".", "/") + ".py")
-    test = Path("tests", source.parent.relative_to("diffalign"), f"test_{source.name}")
-    test = test if (ROOT / test).is_file() else test.parent
+    source, test = files_of(da.techniques()[name])
     facts = describe(name, da.techniques()[name])
     return [
         f"[`{name}`](../{source})",
-        re.sub(r"arXiv:(\S+)", r"[\1](https://arxiv.org/abs/\1)", facts["paper"]),
+        linked(facts["paper"]),
         facts["cost"].partition(". ")[0].rstrip("."),
         *measured(name),
+        f"[test](../{test})",
+    ]
+
+
+def files_of(cls: type) -> tuple[Path, Path]:
+    """The file of a class, and its test or the folder of its tests."""
+    source = Path(cls.__module__.replace(".", "/") + ".py")
+    test = Path("tests", source.parent.relative_to("diffalign"), f"test_{source.name}")
+    return source, test if (ROOT / test).is_file() else test.parent
+
+
+def linked(paper: str) -> str:
+    """A paper whose identifier is a link."""
+    return re.sub(r"arXiv:(\S+)", r"[\1](https://arxiv.org/abs/\1)", paper)
+
+
+def methods() -> str:
+    """The table of ``search/README.md``: every method."""
+    heads = ["method", "what it does", "needs", "paper", "cost", "test"]
+    return table(heads, [method_row(name, cls) for name, cls in da.methods().items()])
+
+
+def method_row(name: str, cls: type[Method[Any]]) -> list[str]:
+    """The catalogue's row of a method."""
+    source, test = files_of(cls)
+    what = plain(" ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split()))
+    needs = ["a sampler that draws noise"] if cls.branches else []
+    needs += ["a reward with gradient"] if cls.needs_gradient else []
+    return [
+        f"[`{name}`](../{source})",
+        what.partition(". ")[0].rstrip(".") + ".",
+        " and ".join(needs) or "–",
+        linked(paper_of(cls)),
+        cost_of(cls).partition(". ")[0].rstrip("."),
         f"[test](../{test})",
     ]
 
@@ -148,16 +183,20 @@ def evaluations(row: Row) -> str:
     return f"{round(row['NFE'], 1):g}"
 
 
-PAGES: dict[str, Callable[[], str]] = {"README.md": by_purpose, "guidance/README.md": catalogue}
+PAGES: dict[str, Callable[[], str]] = {
+    "README.md": by_purpose,
+    "guidance/README.md": catalogue,
+    "search/README.md": methods,
+}
 
 
 def render(name: str, text: str) -> str:
     """A page with its table written anew."""
     if not SECTION.search(text):
         raise ValueError(
-            f"{name}: expected the two comments around the table of techniques; put them back"
+            f"{name}: expected the two comments around the generated table; put them back"
         )
-    return SECTION.sub(lambda match: match[1] + PAGES[name]() + match[2], text)
+    return SECTION.sub(lambda match: match[1] + PAGES[name]() + match[3], text)
 
 
 def main() -> None:
@@ -174,7 +213,7 @@ def main() -> None:
         new = render(name, old)
         if options.check and new != old:
             sys.exit(
-                f"{name}: the table of techniques is not what the results say; run python "
+                f"{name}: the generated table is not what the results say; run python "
                 "benchmarks/readme.py"
             )
         if not options.check:

@@ -105,7 +105,7 @@ def test_commands_of_every_page_exist(page):
                 parse(words[i + 1].strip('"'))
 
 
-@pytest.mark.parametrize("name", ["README.md", "guidance/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "guidance/README.md", "search/README.md"])
 def test_the_tables_are_what_the_results_say(benchmark_module, name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert benchmark_module("readme").render(name, text) == text, "run python benchmarks/readme.py"

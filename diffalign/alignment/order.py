@@ -65,7 +65,7 @@ class Order:
         progress.improved, progress.world = self.improved, self.world
         setting = Setting(self.pipe, prompt, self.techniques, self.call, self.kernel)
         problem = PipelineProblem(setting, prompt, self.seed, progress)
-        progress.reserve = problem.sampler.price()
+        progress.reserve = self.method.repeat_price(problem)
         _check(self.method, problem, self.budget)
         scorer.probe()
         settings = _settings(self.method, problem, self.reward)
@@ -121,7 +121,7 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
     if budget is None and not method.ends:
         raise ValueError(
             f"{name} goes on until its budget ends; give one, like budget=da.Budget(nfe=400). One "
-            f"image takes {problem.progress.reserve} NFE."
+            f"image takes {problem.sampler.price()} NFE."
         )
     deterministic = problem.sampler.deterministic if method.branches else None
     if deterministic is not None:
@@ -136,10 +136,10 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
     try:
         problem.room(1)
     except BudgetExceeded as error:
-        price = problem.progress.reserve
+        price, final = problem.sampler.price(), problem.progress.reserve
         raise ValueError(
             f"The budget is too small: a search needs one image ({price} NFE, one decode, one "
-            f"score) and the final call ({price} NFE, one decode, one score)."
+            f"score) and the final call ({final} NFE, one decode, one score)."
         ) from error
 
 

@@ -143,14 +143,16 @@ class PipelineProblem:
         techniques: Sequence[Technique] | None = None,
         call: Mapping[str, Any] | None = None,
         prompt: str | None = None,
+        cache: float | None = None,
     ) -> Self:
         setting = replace(
             self.setting,
             techniques=self.setting.techniques if techniques is None else tuple(techniques),
             call={**self.setting.call, **(call or {})},
             prompt=prompt or self.setting.prompt,
+            cache=self.setting.cache if cache is None else cache,
         )
-        draft = self.draft or techniques is not None or bool(call)
+        draft = self.draft or techniques is not None or bool(call) or cache is not None
         return type(self)(setting, self.prompt, self.seed, self.progress, draft)
 
     def repeat(self, lineage: Lineage) -> Tensor:

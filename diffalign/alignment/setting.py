@@ -12,6 +12,7 @@ from diffalign.core import Meter, State, Technique
 from diffalign.core.sampler import Sampler
 from diffalign.core.search import Lineage
 from diffalign.core.types import Pipeline
+from diffalign.seams.trajectory.cached import CachedSampler
 from diffalign.seams.trajectory.sampler import PipelineSampler
 
 
@@ -25,11 +26,17 @@ class Setting:
     # further arguments of the pipeline
     call: Mapping[str, Any] = field(default_factory=dict)
     kernel: Any = None
+    # threshold of the first-block cache, None for no cache
+    cache: float | None = None
 
     def sampler(self, meter: Meter) -> PipelineSampler:
         """A sampler of this setting, not open yet."""
         call = {**self.call, "prompt": self.prompt}
-        return PipelineSampler(self.pipe, self.techniques, meter, kernel=self.kernel, **call)
+        if self.cache is None:
+            return PipelineSampler(self.pipe, self.techniques, meter, kernel=self.kernel, **call)
+        return CachedSampler(
+            self.pipe, self.techniques, meter, kernel=self.kernel, cache=self.cache, **call
+        )
 
 
 def finished(sampler: Sampler, lineage: Lineage) -> State:

@@ -19,7 +19,7 @@ from diffalign.core.option import Option, options_of
 from diffalign.core.search import Method
 from diffalign.core.technique import Technique
 from diffalign.core.types import Json
-from diffalign.core.values import converted, plain, split
+from diffalign.core.values import converted, plain, split, value_text
 
 T = TypeVar("T")
 Target = str | Callable[..., T]
@@ -65,8 +65,6 @@ class Registry(Generic[T]):
         self.targets: dict[str, Target[T]] = dict(targets or {})
         self.unlisted = dict(unlisted or {})
         self.registered: dict[str, Target[T]] = {}
-        # class -> its name; a run asks for the same few at every step
-        self._names: dict[type, str] = {}
         self.belongs, self.needs, self.advice = belongs, needs, advice
 
     @cached_property
@@ -109,7 +107,6 @@ class Registry(Generic[T]):
         if name in self._ours() or name in self.plugins or name in self.unlisted:
             raise ValueError(f"The {self.noun} name {name!r} is taken; choose another.")
         self.registered[name] = target
-        self._names.clear()
 
     def names(self) -> tuple[str, ...]:
         """Every name, in alphabetical order."""
@@ -169,11 +166,6 @@ class Registry(Generic[T]):
     def name_of(self, item: object) -> str:
         """The name of an object's class, or its class name where it has none here."""
         cls = type(item)
-        if cls not in self._names:
-            self._names[cls] = self._name_of(cls)
-        return self._names[cls]
-
-    def _name_of(self, cls: type) -> str:
         place = f"{cls.__module__}:{cls.__qualname__}"
         targets = {**self._listed(), **self.unlisted}
         names = (name for name, target in targets.items() if target is cls or target == place)
@@ -195,6 +187,26 @@ class Registry(Generic[T]):
         return self.build(config["name"], options)
 
 
+def written(registry: Registry[T], item: T) -> str:
+    """``item`` as the registry's ``make`` reads it; options at their default are left out.
+
+    Raises: ValueError for an option that has no text, such as a tensor or a function.
+    """
+    items, name = [], registry.name_of(item)
+    for key, spec in options_of(type(item)).items():
+        value = getattr(item, key)
+        if value == spec.default:
+            continue
+        if not isinstance(value, str | bool | int | float | tuple | None):
+            kind = type(value).__name__
+            raise ValueError(f"{name}: the option {key!r} ({kind}) has no text.")
+        text = value_text(value)
+        quote = "'" if '"' in text else '"'
+        quoted = isinstance(value, str) and not set(text).isdisjoint(",=' \"")
+        items.append(f"{key}={quote}{text}{quote}" if quoted else f"{key}={text}")
+    return f"{name}:{','.join(items)}" if items else name
+
+
 def _imported(place: str) -> object:
     module, _, attribute = place.partition(":")
     return getattr(import_module(module), attribute)
@@ -204,7 +216,9 @@ def _saved(spec: Option, value: Any) -> object:
     """An option as JSON data. Tensors leave a mark and objects their class name, which the
     technique refuses when read back."""
     if spec.saved == "objects":
-        return [item if isinstance(item, str) else type(item).__name__ for item in value]
+        several = value if isinstance(value, list | tuple) else [value]
+        names = [item if isinstance(item, str) else type(item).__name__ for item in several]
+        return names if several is value else names[0]
     return "given as tensors" if value is not None and spec.saved == "tensors" else plain(value)
 
 

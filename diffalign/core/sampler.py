@@ -226,6 +226,14 @@ class Sampler(Protocol):
         """
         ...
 
+    def redraw(self, state: State, seeds: Sequence[int]) -> State:
+        """Other outcomes of the step that made ``state``, one seed each, without an evaluation.
+
+        They are those of ``reseed(seeds)`` before that step.
+        Raises: ValueError where the state does not say how it was drawn, or nothing was drawn.
+        """
+        ...
+
     def renoise(self, state: State, to: int, seeds: Sequence[int]) -> State:
         """The images noised again, by the forward process, to the earlier evaluation ``to``."""
         ...

@@ -223,12 +223,13 @@ class Problem(Protocol):
         techniques: Sequence[Technique] | None = None,
         call: Mapping[str, Any] | None = None,
         prompt: str | None = None,
+        cache: float | None = None,
     ) -> Self:
         """The same problem with other techniques, other arguments of the pipeline (merged into
-        those of the run) or another text for the pipeline; budget, seeds and reward are shared,
-        images are scored against the problem's own prompt. What a variant with other techniques or
-        arguments finishes is a draft, which is never the best; with another text only, it is
-        remembered like any other."""
+        those of the run), another text for the pipeline, or the first-block cache of diffusers at
+        this threshold; budget, seeds and reward are shared, images are scored against the
+        problem's own prompt. What a variant finishes is a draft, which is never the best; only
+        that of a variant with nothing but another text is remembered like any other."""
         ...
 
 
@@ -244,6 +245,8 @@ class Method(ABC, Generic[S]):
     branches: ClassVar[bool] = False
     # whether it needs a reward with gradient
     needs_gradient: ClassVar[bool] = False
+    # whether each image follows from its first seed, and start noise, alone
+    seed_level: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -255,6 +258,10 @@ class Method(ABC, Generic[S]):
     def refuses(self, problem: Problem) -> str | None:
         """Why it cannot act on this problem, None when it can; asked before any compute."""
         return None
+
+    def repeat_price(self, problem: Problem) -> int:
+        """Largest number of denoiser rows that making one of its images again takes."""
+        return problem.sampler.price()
 
     @abstractmethod
     def init(self, problem: Problem) -> S:

@@ -23,13 +23,14 @@ class BestOfN(Method[Draws]):
     The N images are those of ``diffalign generate --count N``. The gain grows about as the square
     root of log N: each doubling adds less.
 
-    Paper: Ma et al. 2025, "Inference-time scaling for diffusion models beyond scaling denoising
-    steps", arXiv:2501.09732, section 3 (random search).
+    Paper: Ma et al. 2025, arXiv:2501.09732, section 3 (random search).
     Cost: N trajectories, N decoded and scored images.
     """
 
     n: int | None = option(None, "images to draw, none for as many as the budget allows", low=1)
     batch: int = option(4, "images in one round", low=1)
+
+    seed_level = True
 
     @property
     def ends(self) -> bool:

@@ -166,8 +166,7 @@ class DTS(TreeSearch):
     on an easy one-dimensional case it does not beat weighted plain samples. So a budget below 100
     trajectories takes (2, 0.3) with a fifth of the choices at random, unless options say otherwise.
 
-    Paper: Jain, Sareen, Pedramfar and Ravanbakhsh 2025, "Diffusion tree sampling: scalable
-    inference-time alignment of diffusion models", arXiv:2506.20701, algorithm 1.
+    Paper: Jain, Sareen, Pedramfar and Ravanbakhsh 2025, arXiv:2506.20701, algorithm 1.
     Differs from the paper: rollouts come in batches, each counted as a visit before it is back;
     ``epsilon_uniform``; slower widening for small budgets.
     Cost: a rollout below a state takes the evaluations that are left there, one decode and one

@@ -110,6 +110,15 @@ class PointSampler:
                 x = x + transition.std * noise
         return State(x, last, self.count, _rng(keys), x0=x0, transition=transition)
 
+    def redraw(self, state: State, seeds: Sequence[int]) -> State:
+        """Other outcomes of the last evaluation, without making it again."""
+        law = state.transition
+        if law is None or law.std == 0.0:
+            raise ValueError("redraw needs a state whose last evaluation drew noise.")
+        keys, noise = _normals(_keys(state.reseed(seeds).rng), self.mixture.size)
+        mean = law.mean if law.drift is None else law.mean + law.drift
+        return replace(state, latents=mean + law.std * noise, rng=_rng(keys))
+
     def renoise(self, state: State, to: int, seeds: Sequence[int]) -> State:
         """Noise added by the forward process, back to evaluation ``to``."""
         if not 0 <= to < state.step:
@@ -166,6 +175,8 @@ class _Shared:
 
     seeds: int = 0
     best: Candidate | None = None
+    # NFE of the final call
+    price: int = 0
 
 
 @dataclass(slots=True)
@@ -181,6 +192,8 @@ class PointProblem:
     # images that the budget keeps back for the final call
     reserve: int = 0
     text: str | None = None
+    # whether its images are never the best
+    draft: bool = False
     shared: _Shared = field(default_factory=_Shared)
     processes: int = 1
     rng: torch.Generator = field(init=False)
@@ -190,6 +203,8 @@ class PointProblem:
         self.rng = torch.Generator().manual_seed(seed_of(self.prompt, -1, self.base))
         mixture = self.models(self.prompt if self.text is None else self.text)
         self.sampler = PointSampler(mixture, self.chain, self.meter)
+        if not self.draft:
+            self.shared.price = self.sampler.price()
 
     @property
     def best(self) -> Candidate | None:
@@ -204,7 +219,7 @@ class PointProblem:
 
     def room(self, count: int, first: int = 0, last: int | None = None, scores: int = 1) -> int:
         """How many of ``count`` images the budget lets run."""
-        price, whole = self.sampler.price(first, last), self.sampler.price()
+        price, whole = self.sampler.price(first, last), self.shared.price
         for images in range(count, 0, -1):
             kept = self.reserve
             try:
@@ -247,7 +262,7 @@ class PointProblem:
             Candidate(float(score), image.float(), lineage)
             for score, image, lineage in zip(scores, images, lineages, strict=True)
         ]
-        if self.text is None and self.shared is not None:
+        if not self.draft:
             for candidate in candidates:
                 if self.shared.best is None or candidate.score > self.shared.best.score:
                     self.shared.best = candidate
@@ -282,9 +297,10 @@ class PointProblem:
         techniques: Sequence[Technique] | None = None,
         call: Mapping[str, Any] | None = None,
         prompt: str | None = None,
+        cache: float | None = None,
     ) -> PointProblem:
         """The problem with other ``num_inference_steps`` or another text; it knows no technique."""
-        if techniques or set(call or {}) - {"num_inference_steps"}:
+        if cache is not None or techniques or set(call or {}) - {"num_inference_steps"}:
             raise ValueError(
                 f"variant(call=...) of a point takes num_inference_steps; got {call}, {techniques}."
             )
@@ -293,7 +309,8 @@ class PointProblem:
         if steps != chain.count:
             chain = Chain.of_steps(steps, chain.eta)
         text = self.prompt if prompt is None else prompt
-        other = replace(self, chain=chain, text=text, reserve=self.reserve)
+        draft = self.draft or techniques is not None or bool(call)
+        other = replace(self, chain=chain, text=text, draft=draft)
         other.rng = self.rng
         return other
 
@@ -336,6 +353,22 @@ def solve(
             break
         infos.append(info)
     return state, infos
+
+
+def replay(problem: PointProblem, lineage: Lineage) -> Tensor:
+    """The point [D] of an image, made again by the moves of its lineage alone."""
+    first, *others = lineage.moves
+    noise = None if lineage.noise is None else lineage.noise[None]
+    sampler = replace(problem, meter=Meter()).sampler
+    state = sampler.start([first.seed], noise)
+    for move in others:
+        if move.step > state.step:
+            state = sampler.run(state, move.step)
+        if move.back is None:
+            state = state.reseed([move.seed])
+        else:
+            state = sampler.renoise(state, move.back, [move.seed])
+    return (state if state.finished else sampler.run(state)).latents[0]
 
 
 def _mix(keys: np.ndarray) -> np.ndarray:

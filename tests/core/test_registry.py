@@ -155,3 +155,29 @@ def test_a_plugin_may_not_take_a_name_of_ours(monkeypatch):
     things = Registry("thing", "some.group", targets={"whole": HalfGuidance})
     with pytest.raises(ValueError, match=r"'other:Whole' registers the thing 'whole', which is"):
         things.names()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cfg",
+        "cfg:scale=2.5",
+        "interval-cfg:start=0.2,stop=0.8",
+        'nag:scale=5,negative_prompt="a red, big one"',
+        "skip-layer-guidance:layers=(7,8,9)",
+    ],
+)
+def test_what_is_written_is_read_again(text):
+    (technique,) = TECHNIQUES.make(text)
+    again = room.written(TECHNIQUES, technique)
+    assert TECHNIQUES.make(again) == (technique,)
+
+
+def test_an_option_without_a_text_cannot_be_written():
+    import torch
+
+    from diffalign.attention import NAG
+
+    technique = NAG(negative_embeds={"negative_prompt_embeds": torch.zeros(1, 2, 3)})
+    with pytest.raises(ValueError, match="negative_embeds"):
+        room.written(TECHNIQUES, technique)

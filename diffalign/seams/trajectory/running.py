@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from diffalign.core import State
 from diffalign.seams.denoiser.tap import Start
 from diffalign.seams.trajectory.grid import row_noise
 from diffalign.seams.trajectory.guards import check_children, check_run, check_seeds
-from diffalign.seams.trajectory.kernels import drawing_of
+from diffalign.seams.trajectory.kernels import drawing_of, why_alike
 from diffalign.seams.trajectory.schedule import Snapshot, Window
 
 if TYPE_CHECKING:
@@ -66,6 +67,23 @@ def noised(sampler: PipelineSampler, state: State, to: int, seeds: Sequence[int]
     noise = row_noise(generators, state.latents)
     latents = sampler.grid.noised(state.latents, state.step, to, noise)
     return State(latents, to, state.count, states_of(generators))
+
+
+def redrawn(sampler: PipelineSampler, state: State, seeds: Sequence[int]) -> State:
+    """``PipelineSampler.redraw``: the last step's noise drawn again, nothing evaluated."""
+    check_seeds("redraw", seeds, len(seeds), len(state.rng))
+    law = state.transition
+    if law is None or law.std == 0.0:
+        reason = why_alike(sampler.kernel, sampler.grid) or (
+            "the first state and the last step have no noise of a step"
+            if law is not None or state.step == 0
+            else f"{sampler.grid.scheduler} does not say what it draws; pass kernel=Eta(1.0)"
+        )
+        raise ValueError(f"redraw needs a state whose last step drew noise: {reason}.")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    mean = law.mean if law.drift is None else law.mean + law.drift.to(law.mean)
+    latents = (mean + law.std * row_noise(generators, mean)).to(state.latents.dtype)
+    return replace(state, latents=latents, rng=states_of(generators), reseeded=False)
 
 
 def generator_of(state: Tensor) -> torch.Generator:

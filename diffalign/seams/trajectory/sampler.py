@@ -17,7 +17,13 @@ from diffalign.seams.trajectory import gradient
 from diffalign.seams.trajectory.facts import Facts
 from diffalign.seams.trajectory.guards import check_noise
 from diffalign.seams.trajectory.kernels import Kernel, check_kernel
-from diffalign.seams.trajectory.running import advance, generator_of, noised, states_of
+from diffalign.seams.trajectory.running import (
+    advance,
+    generator_of,
+    noised,
+    redrawn,
+    states_of,
+)
 
 # the session of the sampler that is open on a pipeline
 _OPEN: weakref.WeakKeyDictionary[Pipeline, Session] = weakref.WeakKeyDictionary()
@@ -108,6 +114,14 @@ class PipelineSampler(Facts):
         alike; ``SessionError`` outside the sampler's block.
         """
         return advance(self, state, until, drift)
+
+    def redraw(self, state: State, seeds: Sequence[int]) -> State:
+        """Other outcomes of the step that made ``state``, one seed each, without an evaluation.
+
+        They are bit for bit what ``reseed(seeds)`` before that step and the step itself give.
+        Raises: ValueError where the last step drew nothing, or its kernel does not say what.
+        """
+        return redrawn(self, state, seeds)
 
     def renoise(self, state: State, to: int, seeds: Sequence[int]) -> State:
         """The images noised again to the earlier evaluation ``to``; they go on from there.
