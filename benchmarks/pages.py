@@ -338,6 +338,51 @@ def plot_negation(result: Result) -> dict[str, Image.Image]:
     return {"negation": stacked(pictures)}
 
 
+def digits(result: Result) -> str:
+    facts, options = result.facts, result.options
+    rows = [row for row in result.rows if row["budget"] == options["nfe"]]
+    best = {
+        group: min((row for row in rows if row["targets"] == group), key=lambda r: r["distance"])
+        for group in dict.fromkeys(row["targets"] for row in rows)
+    }
+    nearest = "; ".join(
+        f"{group}: {row['method']} ({row['distance']:.3f})" for group, row in best.items()
+    )
+    return page(
+        result,
+        f"Sampling digits by a classifier: {options['nfe']} NFE a class, {options['seeds']} seeds",
+        f"Nearest to real held-out digits at {options['nfe']} NFE: {nearest}. Training digits are "
+        f"at {facts['distance of training digits']:.3f}.",
+        f"Both models were trained in {facts['training seconds']:.0f} processor seconds; the "
+        f"classifier is right on {facts['accuracy']:.3f} of the held-out digits.",
+        "![Fréchet distance against NFE](digits.png)",
+        "![Draws of every method](digits-images.png)",
+    )
+
+
+def plot_digits(result: Result) -> dict[str, Image.Image]:
+    """Fréchet distance against NFE, single digits and sets."""
+    groups = list(dict.fromkeys(row["targets"] for row in result.rows))
+    names = list(dict.fromkeys(row["method"] for row in result.rows))
+    pictures = []
+    for group in groups:
+        curves = []
+        for name in names:
+            rows = [r for r in result.rows if (r["method"], r["targets"]) == (name, group)]
+            errors = [2 * (row["distance error"] or 0.0) for row in rows]
+            curves.append(
+                Curve(
+                    name,
+                    [(row["NFE"], row["distance"]) for row in rows],
+                    low=[row["distance"] - e for row, e in zip(rows, errors)],
+                    high=[row["distance"] + e for row, e in zip(rows, errors)],
+                )
+            )
+        title = f"{group}: Fréchet distance to held-out digits, 2 standard errors"
+        pictures.append(line_chart(curves, title=title, x_label="NFE", y_label="distance", log="x"))
+    return {"digits": stacked(pictures)}
+
+
 PAGES: dict[str, Callable[[Result], str]] = {
     "guidance": guidance,
     "adaptive": adaptive,
@@ -349,6 +394,7 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "nag_cost": nag_cost,
     "overhead": overhead,
     "search": search,
+    "digits": digits,
     "kernels_cpu": kernels,
     "kernels_cuda": kernels,
 }
@@ -358,6 +404,7 @@ PLOTS: dict[str, Callable[[Result], dict[str, Image.Image]]] = {
     "dynamic": plot_dynamic,
     "negation": plot_negation,
     "search": plot_search,
+    "digits": plot_digits,
 }
 
 

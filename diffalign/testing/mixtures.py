@@ -12,12 +12,26 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 # points [B, D], float64 -> rewards [B], float64
 Function = Callable[[Tensor], Tensor]
+
+
+class Denoiser(Protocol):
+    """What a chain needs of a model."""
+
+    @property
+    def size(self) -> int:
+        """D, numbers of one image."""
+        ...
+
+    def clean(self, x: Tensor, alpha: float, s: float) -> Tensor:
+        """The prediction of x0 [B, D] at ``x = alpha * x0 + s * noise`` [B, D]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +137,9 @@ class Chain:
         rest = math.sqrt(max(self.noise[step + 1] ** 2 - self.std(step) ** 2, 0.0))
         return self.signal[step + 1] * x0 + rest * eps
 
-    def predict(self, mixture: Mixture, x: Tensor, step: int) -> Tensor:
+    def predict(self, model: Denoiser, x: Tensor, step: int) -> Tensor:
         """The denoiser: x0 predicted by evaluation ``step``."""
-        return mixture.clean(x, self.signal[step], self.noise[step])
+        return model.clean(x, self.signal[step], self.noise[step])
 
 
 def gaussian_law(mixture: Mixture, chain: Chain) -> tuple[Tensor, float]:

@@ -30,7 +30,7 @@ from diffalign.core import (
 )
 from diffalign.core.sampler import Clamp, Mode, Transition
 from diffalign.core.seeds import seed_of
-from diffalign.testing.mixtures import Chain, Function, Mixture
+from diffalign.testing.mixtures import Chain, Denoiser, Function
 
 S = TypeVar("S")
 # points in [-SPAN, SPAN] are pixels in [0, 1]
@@ -60,10 +60,10 @@ class PointReward:
 
 
 class PointSampler:
-    """The chain of a mixture as a ``Sampler``; a row of it costs one NFE an evaluation."""
+    """The chain of a model as a ``Sampler``; a row of it costs one NFE an evaluation."""
 
-    def __init__(self, mixture: Mixture, chain: Chain, meter: Meter) -> None:
-        self.mixture, self.chain, self.meter = mixture, chain, meter
+    def __init__(self, model: Denoiser, chain: Chain, meter: Meter) -> None:
+        self.model, self.chain, self.meter = model, chain, meter
 
     @property
     def count(self) -> int:
@@ -90,7 +90,7 @@ class PointSampler:
 
     def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
         """States before the first evaluation; noise is drawn by the seeds where none is given."""
-        keys, drawn = _normals(_mix(np.array(seeds, dtype=np.uint64)), self.mixture.size)
+        keys, drawn = _normals(_mix(np.array(seeds, dtype=np.uint64)), self.model.size)
         return State(drawn if noise is None else noise, 0, self.count, _rng(keys))
 
     def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
@@ -101,12 +101,12 @@ class PointSampler:
         self.meter.charge(rows=len(state.latents) * (last - state.step))
         x, keys = state.latents, _keys(state.rng)
         for step in range(state.step, last):
-            x0 = self.chain.predict(self.mixture, x, step)
+            x0 = self.chain.predict(self.model, x, step)
             shift = drift if step == state.step else None
             transition = Transition(self.chain.mean(x, x0, step), self.chain.std(step), shift)
             x = transition.mean if shift is None else transition.mean + shift
             if transition.std > 0.0:
-                keys, noise = _normals(keys, self.mixture.size)
+                keys, noise = _normals(keys, self.model.size)
                 x = x + transition.std * noise
         return State(x, last, self.count, _rng(keys), x0=x0, transition=transition)
 
@@ -126,7 +126,7 @@ class PointSampler:
         chain, step = self.chain, state.step
         ratio = chain.signal[to] / chain.signal[step]
         std = (chain.noise[to] ** 2 - (ratio * chain.noise[step]) ** 2) ** 0.5
-        keys, noise = _normals(_mix(np.array(seeds, dtype=np.uint64)), self.mixture.size)
+        keys, noise = _normals(_mix(np.array(seeds, dtype=np.uint64)), self.model.size)
         return State(ratio * state.latents + std * noise, to, self.count, _rng(keys))
 
     def preview(self, state: State) -> Tensor:
@@ -149,7 +149,7 @@ class PointSampler:
         self.meter.charge(rows=rows, decodes=rows, backward=rows)
         with torch.enable_grad():
             x = state.latents.detach().requires_grad_()
-            values = reward(pixels(self.chain.predict(self.mixture, x, state.step)))
+            values = reward(pixels(self.chain.predict(self.model, x, state.step)))
             (gradient,) = torch.autograd.grad(values.sum(), x)
         return values.detach(), gradient
 
@@ -183,7 +183,7 @@ class _Shared:
 class PointProblem:
     """A ``Problem`` of points; ``toy`` makes it."""
 
-    models: Callable[[str], Mixture]
+    models: Callable[[str], Denoiser]
     chain: Chain
     reward: Reward
     prompt: str = "a point"
@@ -201,8 +201,8 @@ class PointProblem:
 
     def __post_init__(self) -> None:
         self.rng = torch.Generator().manual_seed(seed_of(self.prompt, -1, self.base))
-        mixture = self.models(self.prompt if self.text is None else self.text)
-        self.sampler = PointSampler(mixture, self.chain, self.meter)
+        model = self.models(self.prompt if self.text is None else self.text)
+        self.sampler = PointSampler(model, self.chain, self.meter)
         if not self.draft:
             self.shared.price = self.sampler.price()
 
@@ -219,19 +219,19 @@ class PointProblem:
 
     def room(self, count: int, first: int = 0, last: int | None = None, scores: int = 1) -> int:
         """How many of ``count`` images the budget lets run."""
+        if count < 1:
+            raise ValueError(f"room(count={count}) must be at least 1.")
         price, whole = self.sampler.price(first, last), self.shared.price
-        for images in range(count, 0, -1):
-            kept = self.reserve
-            try:
-                self.meter.check(
-                    images * price + kept * whole, images * scores + kept, images * scores
-                )
-            except BudgetExceeded:
-                if images == 1:
-                    raise
-            else:
-                return images
-        raise ValueError(f"room(count={count}) must be at least 1.")
+        budget, meter = self.meter.budget, self.meter
+        shares = [
+            (budget.nfe, meter.rows + self.reserve * whole, price),
+            (budget.decodes, meter.decodes + self.reserve, scores),
+            (budget.rewards, meter.rewards + self.reserve, scores),
+        ]
+        fits = [count, *((limit - spent) // each for limit, spent, each in shares if limit)]
+        if min(fits) < 1:
+            raise BudgetExceeded(f"{budget} is used up: one more image takes {price} NFE.")
+        return min(fits)
 
     def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
         """States before the first evaluation."""
@@ -316,7 +316,7 @@ class PointProblem:
 
 
 def toy(
-    mixture: Mixture | Callable[[str], Mixture],
+    model: Denoiser | Callable[[str], Denoiser],
     function: Function,
     *,
     chain: Chain | int = 10,
@@ -325,8 +325,8 @@ def toy(
     differentiable: bool = True,
     reserve: int = 0,
 ) -> PointProblem:
-    """A problem of points. ``mixture`` may depend on the text; ``chain``: or its evaluations."""
-    models = mixture if callable(mixture) else lambda text: mixture
+    """A problem of points. ``model`` may depend on the text; ``chain``: or its evaluations."""
+    models = model if callable(model) else lambda text: model
     levels = Chain.of_steps(chain) if isinstance(chain, int) else chain
     reward = PointReward(function, differentiable)
     meter = budget if budget is not None else Meter()

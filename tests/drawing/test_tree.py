@@ -40,7 +40,7 @@ def test_every_image_is_painted_in_its_colour():
     colours = {(51 * i,) * 3 for i in range(4)}
     counts = {colour: n for n, colour in picture.getcolors(1 << 20)}
     for colour in colours:
-        assert counts.get(colour, 0) >= (SIDE - 4) ** 2, colour
+        assert counts.get(colour, 0) >= (SIDE - 6) ** 2, colour
 
 
 def test_svg_holds_scores_as_text_and_is_repeatable():
