@@ -35,4 +35,5 @@ def position_grid(denoiser: Any, call: Mapping[str, Any]) -> Grid:
     positions = call["img_ids"]
     positions = positions[0] if positions.ndim == 3 else positions
     made = positions[positions[:, 0] == positions[0, 0]]
-    return 1, *(int(last) + 1 for last in made[:, 1:].max(0).values)
+    row, column = made[:, 1:].max(0).values.tolist()
+    return 1, int(row) + 1, int(column) + 1

@@ -39,7 +39,7 @@ def blurred(queries: Tensor, grid: tuple[int, int, int], blur: float) -> Tensor:
     """
     frames, height, width = grid
     count = frames * height * width
-    image = wide(queries[:, :, :count]).unflatten(2, grid)
+    image = wide(queries[:, :, :count]).reshape(*queries.shape[:2], *grid, -1)
     down, across = (blur_matrix(size, blur).to(image) for size in (height, width))
     image = torch.einsum("hi,batiwd->bathwd", down, image)
     image = torch.einsum("wi,bathid->bathwd", across, image)
@@ -51,7 +51,7 @@ def blurred(queries: Tensor, grid: tuple[int, int, int], blur: float) -> Tensor:
 class BlurredQueries(MapChange):
     """The queries of image tokens are blurred over the image."""
 
-    blur: float
+    blur: float = option(meaning="as that of SEG", low=0.0, infinite=True)
 
     # outermost: techniques further in see the blurred queries
     order: ClassVar[int] = -1

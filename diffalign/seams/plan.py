@@ -311,9 +311,11 @@ def _warn(
     names = ("negative_prompt", f"negative_{embeddings}")
     negative = any(call.given.get(key) is not None for key in names)
     if negative and not resolved.needs_uncond and not any(t.reads_negative for t in techniques):
+        alone = resolved.asked_scale not in (None, 1.0)
+        where, advice = ("", "") if alone else (" at scale 1", " or a scale above 1")
         warn_once(
-            f"The negative prompt has no effect: {name} at scale 1 never evaluates it. Use da.NAG "
-            "or a scale above 1."
+            f"The negative prompt has no effect: {name}{where} never evaluates it. Use da.NAG"
+            f"{advice}."
         )
 
 

@@ -189,6 +189,15 @@ class _Run:
         return Report(pipeline=pipeline, **facts)
 
 
+def _pairs(data: Any, input_fields: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Each input with and without the prompt, from the names of both or of the first alone."""
+    names = [item if isinstance(item, tuple) else (item, None) for item in input_fields.values()]
+    return [
+        tuple(None if name is None else getattr(data, name, None) for name in pair)
+        for pair in names
+    ]
+
+
 class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no types
     """A technique as a guider of modular pipelines; saved and loaded like every guider.
 
@@ -210,7 +219,8 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
                 "Others act on classic pipelines."
             )
         self.technique: Guidance[Any] = value
-        self.register_to_config(technique=to_config(self.technique))
+        # a technique given by position counts as a default there, which copies would not get
+        self.register_to_config(technique=to_config(self.technique), _use_default_values=[])
         self._binding: _Binding | None = None
         self._run: _Run | None = None
         self._entered = ExitStack()
@@ -298,13 +308,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         return [self._prepare_batch(data, 0 if p.conditioned else 1, p.name) for p in passes]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
-        names = [
-            item if isinstance(item, tuple) else (item, None) for item in input_fields.values()
-        ]
-        pairs = [
-            tuple(None if name is None else getattr(data, name, None) for name in pair)
-            for pair in names
-        ]
+        pairs = _pairs(data, input_fields)
         return [
             self._prepare_batch_from_block_state(
                 input_fields, data, 0 if p.conditioned else 1, p.name

@@ -290,7 +290,9 @@ def test_refusals_say_what_to_do():
     assert "is linear" in rows["pag"].reason
     with pytest.raises(UnsupportedModel, match="knows no such layer in auraflow"):
         call(tiny_pipeline("AuraFlowPipeline"), PAG())
-    with pytest.raises(UnsupportedModel, match=r"no layer of sd fits mid\.\*\. Nearest: .*mid_block"):
+    with pytest.raises(
+        UnsupportedModel, match=r"no layer of sd fits mid\.\*\. Nearest: .*mid_block"
+    ):
         call(tiny_pipeline(SD), PAG(layers=("mid.*",)))
     native = diffusers.StableDiffusionPAGPipeline(**tiny_pipeline(SD).components)
     with pytest.raises(UnsupportedModel, match=r"enable_pag=False.* with da.PAG"):

@@ -36,7 +36,8 @@ class TestSEG(GuidanceContract):
 
 def call(pipe, *techniques, scale=4.0, steps=2, batch=2, **more):
     name = type(pipe).__name__
-    inputs = tiny_inputs(name, steps=steps, batch=batch)
+    dtype = more.pop("dtype", torch.float32)
+    inputs = tiny_inputs(name, steps=steps, batch=batch, dtype=dtype)
     gate = dict.fromkeys(FAMILIES[name].gates[:1], scale)
     with da.apply(pipe, *techniques) as session:
         return final(pipe, {**inputs, **gate, **more}), session.report()
@@ -112,7 +113,8 @@ class Smoothed:
 @pytest.mark.parametrize("sigma", [0.7, math.inf])
 @pytest.mark.parametrize("scale", [4.0, 1.0], ids=["with CFG", "without"])
 def test_seg_on_a_unet_is_blurred_queries(sigma, scale):
-    pipe, size = tiny_pipeline(SD), {"height": 24, "width": 16}
+    pipe = tiny_pipeline(SD, dtype=torch.float64)
+    size = {"height": 24, "width": 16, "dtype": torch.float64}
     twin = copy.deepcopy(pipe)
     sides, attention = [], twin.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     hook = twin.unet.mid_block.attentions[0].register_forward_pre_hook(
@@ -126,7 +128,8 @@ def test_seg_on_a_unet_is_blurred_queries(sigma, scale):
     cond, _ = call(pipe, CFG(1.0), steps=1, **size)
     worse, _ = call(twin, CFG(1.0), steps=1, **size)
     expected = cfg.double() + 2.0 * (cond.double() - worse.double())
-    bound = 64 * 6.0 * EPS * max(x.abs().max() for x in (cfg, cond, worse))
+    eps = torch.finfo(torch.float64).eps
+    bound = 64 * 6.0 * eps * max(x.abs().max() for x in (cfg, cond, worse))
     assert (on - expected).abs().max() <= bound
     assert (expected - cfg).abs().max() > 20 * bound
     assert report.rows == base.rows + 2
