@@ -48,14 +48,14 @@ def call(pipe, *techniques, scale=4.0, steps=2, batch=2, **more):
         return final(pipe, {**inputs, **gate, **more}), session.report()
 
 
-# diffusers' pipeline -> the plain class and its layers by their way of naming
+# diffusers' pipeline -> the plain class, its layers by their way of naming, and by ours
 THEIRS = {
-    "StableDiffusionPAGPipeline": (SD, "mid"),
-    "StableDiffusionXLPAGPipeline": ("StableDiffusionXLPipeline", "mid"),
-    "KolorsPAGPipeline": ("KolorsPipeline", "mid"),
-    "StableDiffusion3PAGPipeline": (SD3, "blocks.1"),
-    "PixArtSigmaPAGPipeline": ("PixArtSigmaPipeline", "blocks.1"),
-    "HunyuanDiTPAGPipeline": ("HunyuanDiTPipeline", "blocks.1"),
+    "StableDiffusionPAGPipeline": (SD, "mid", None),
+    "StableDiffusionXLPAGPipeline": ("StableDiffusionXLPipeline", "mid", None),
+    "KolorsPAGPipeline": ("KolorsPipeline", "mid", None),
+    "StableDiffusion3PAGPipeline": (SD3, "blocks.1", None),
+    "PixArtSigmaPAGPipeline": ("PixArtSigmaPipeline", "blocks.1", None),
+    "HunyuanDiTPAGPipeline": ("HunyuanDiTPipeline", "blocks.1", ("blocks.1.*",)),
 }
 QUICK = {"StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"}
 
@@ -66,13 +66,13 @@ QUICK = {"StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"}
     [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in THEIRS],
 )
 def test_pag_is_diffusers_own(theirs, scale):
-    name, layers = THEIRS[theirs]
+    name, layers, patterns = THEIRS[theirs]
     pipe = tiny_pipeline(name)
     if name == SD3:  # their processor leaves out the norms of queries and keys, which SD3.5 has
         for block in pipe.transformer.transformer_blocks:
             for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
                 setattr(block.attn, norm, None)
-    ours, report = call(pipe, PAG(pag_scale=2.0), scale=scale)
+    ours, report = call(pipe, PAG(pag_scale=2.0, layers=patterns), scale=scale)
     assert report.rows == 2 * 2 * (3 if scale != 1.0 else 2)
     cls = getattr(diffusers, theirs)
     known = inspect.signature(cls.__init__).parameters
