@@ -9,7 +9,7 @@ from torch import nn
 
 import diffalign as da
 from diffalign.core import COND, Pass, StepInfo, UnsupportedModel
-from diffalign.core.registry import from_config, to_config
+from diffalign.core.registry import from_config, make, to_config
 from diffalign.families import FAMILIES
 from diffalign.guidance import CFG, AutoGuidance
 from diffalign.testing.contracts import GuidanceContract
@@ -142,6 +142,8 @@ def test_refusals_say_what_to_do():
         AutoGuidance(2.0, weak=3)
     with pytest.raises(TypeError, match="weak"):
         AutoGuidance(2.0)
+    with pytest.raises(ValueError, match=r"auto-guidance needs weak=...: a denoiser of the class"):
+        make("auto-guidance", {"scale": 2.0})
 
 
 def test_passes():
