@@ -223,8 +223,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         self.register_to_config(technique=to_config(self.technique), _use_default_values=[])
         self._binding: _Binding | None = None
         self._run: _Run | None = None
-        self._entered = ExitStack()
-        self._report = Report()
+        self._entered, self._report = ExitStack(), Report()
 
     def new(self, **kwargs: Any) -> TechniqueGuider:
         """A copy for the same pipeline, with other options where ``kwargs`` name some."""

@@ -262,8 +262,7 @@ def test_nothing_to_save_is_refused() -> None:
 
 
 def test_the_cosine_of_a_large_latent_is_summed_in_float64():
-    """262,144 values, those of a 128 x 128 latent of 16 channels: within a few last places of
-    float64, where torch's cosine in float32 is off by 3e-6."""
+    """262,144 values, those of a 128 x 128 latent of 16 channels: as in float64, where torch's cosine in float32 is off by 3e-6."""
     rng = torch.Generator().manual_seed(0)
     cond = torch.randn(2, 16, 128, 128, generator=rng)
     uncond = cond + 0.1 * torch.randn(2, 16, 128, 128, generator=rng)
@@ -271,4 +270,5 @@ def test_the_cosine_of_a_large_latent_is_summed_in_float64():
     exact = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
     step = StepInfo(0, 4, 1.0)
     found = agreement(cond, uncond, dataclasses.replace(step, convert=lambda x, *_: x), "eps")
-    assert (found - exact).abs().max() <= 1e-14
+    bound = 262_144 * torch.finfo(torch.float64).eps  # of a sum of that many terms
+    assert (found - exact).abs().max() <= bound

@@ -1,6 +1,7 @@
 """Autoguidance: two denoisers called by hand, a state in place of a module, and what is refused."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -64,11 +65,13 @@ def test_a_step_is_two_denoisers_called_by_hand(name, monkeypatch):
     calls, outputs = [], []
     strong.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
     step = type(pipe.scheduler).step
-    monkeypatch.setattr(
-        type(pipe.scheduler),
-        "step",
-        lambda self, output, *a, **k: outputs.append(output) or step(self, output, *a, **k),
-    )
+
+    @functools.wraps(step)
+    def noted(self, model_output, *rest, **options):
+        outputs.append(model_output)
+        return step(self, model_output, *rest, **options)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", noted)
     _, report = call(pipe, AutoGuidance(2.5, weak=weak), steps=1)
     assert report.rows == 2 * 2
     (args, kwargs), (arrived,) = calls[0], outputs
