@@ -262,7 +262,8 @@ def test_nothing_to_save_is_refused() -> None:
 
 
 def test_the_cosine_of_a_large_latent_is_summed_in_float64():
-    """262,144 values, those of a 128 x 128 latent of 16 channels: as in float64, where torch's cosine in float32 is off by 3e-6."""
+    """262,144 values, those of a 128 x 128 latent of 16 channels; torch's cosine in float32 is off
+    by 3e-6."""
     rng = torch.Generator().manual_seed(0)
     cond = torch.randn(2, 16, 128, 128, generator=rng)
     uncond = cond + 0.1 * torch.randn(2, 16, 128, 128, generator=rng)
