@@ -39,6 +39,9 @@ class Site:
     copies: tuple[tuple[int, int], ...] = ()
     # (row, the row whose own text is its negative text)
     negatives: tuple[tuple[int, int], ...] = ()
+    # frames, height and width of the image in tokens of this layer, for techniques that read it;
+    # tokens behind these are padding, or those of a reference image
+    grid: tuple[int, int, int] | None = None
 
 
 class Attend(Protocol):
@@ -92,6 +95,8 @@ class AttentionTechnique(Technique):
     order: ClassVar[int] = 2
     # called at every text layer, also where ``selects`` is False, because it changes what they see
     everywhere: ClassVar[bool] = False
+    # whether it reads ``Site.grid``
+    spatial: ClassVar[bool] = False
     # patterns of layer names, None for every text layer; a field where users may choose
     layers: tuple[str, ...] | None = None
 

@@ -38,6 +38,8 @@ class CallFacts:
     flow: bool = False
     # model evaluations per solver step
     order: int = 1
+    # predictions are packed tokens [B, N, C], whose neighbours a filter cannot tell
+    packed: bool = False
     # the negative prompt when it is one text, or one text for every image; None otherwise
     negative_prompt: str | None = None
 

@@ -25,11 +25,20 @@ class Guidance(Technique, Generic[S]):
     seam: ClassVar[Seam] = "denoiser"
     # the space in which ``combine`` receives and returns predictions
     combine_space: ClassVar[Space] = "native"
+    # whether it acts without the unconditional branch, so that models whose guidance is distilled
+    # can have it
+    acts_alone: ClassVar[bool] = False
 
     @property
     def needs_uncond(self) -> bool:
         """False when no step can ask for the unconditional branch: it is then not even encoded."""
         return True
+
+    @property
+    def extra_passes(self) -> tuple[Pass, ...]:
+        """Passes with a change of attention or a denoiser of their own, of a resolved technique:
+        what they name is put in place before the first step."""
+        return ()
 
     @property
     def cosine_space(self) -> Literal["eps", "x0"]:

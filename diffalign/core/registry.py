@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from diffalign.core.errors import nearest
-from diffalign.core.option import Option, options_of
+from diffalign.core.option import REQUIRED, Option, options_of
 from diffalign.core.search import Method
 from diffalign.core.technique import Technique
 from diffalign.core.types import Json
@@ -142,6 +142,9 @@ class Registry(Generic[T]):
             if key not in known:
                 raise ValueError(f"{name} has no option {key!r}. Nearest: {nearest(key, known)}.")
             values[key] = converted(value, known[key].readable, f"{name}:{key}")
+        for key, spec in known.items():
+            if spec.default is REQUIRED and key not in values:
+                raise ValueError(f"{name} needs {key}=...: {spec.meaning}.")
         return cls(**values)
 
     def make(self, text: str) -> tuple[T, ...]:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
+
+    from diffalign.core.attention import AttentionTechnique
 
 Pipeline = Any
 """A pipeline of diffusers, which has no types."""
@@ -37,6 +40,15 @@ class Pass:
     blocks: tuple[str, ...] | None = field(default=None, compare=False)
     # images it is needed for, None is all; the prediction has len(rows) rows, in that order
     rows: tuple[int, ...] | None = field(default=None, compare=False)
+    # what it changes in the attention of chosen layers
+    attention: AttentionTechnique | None = field(default=None, compare=False)
+    # a denoiser that makes it in place of the pipeline's own, called with the same arguments
+    module: Module | None = field(default=None, compare=False)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it needs a denoiser call of its own."""
+        return any(part is not None for part in (self.blocks, self.attention, self.module))
 
 
 COND = Pass("cond", True)

@@ -21,6 +21,7 @@ __all__ = [
     "Family",
     "block_streams",
     "families",
+    "family_named",
     "family_of",
     "modular_families",
     "refusals",
@@ -59,6 +60,18 @@ FAMILIES: dict[str, Family] = _by_class(
 def modular_families() -> dict[str, Family]:
     """Exact name of a modular pipeline class -> its family."""
     return _by_class((name, family) for family in families() for name in family.modular)
+
+
+@cache
+def family_named(name: str) -> Family:
+    """The first family of that name: those of one name describe the same models.
+
+    Raises ``LookupError`` where there is none.
+    """
+    for family in families():
+        if family.name == name:
+            return family
+    raise LookupError(f"no model family is named {name!r}")
 
 
 @cache

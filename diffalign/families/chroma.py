@@ -6,6 +6,7 @@ import math
 
 from diffalign.families.arithmetic import per_thousand
 from diffalign.families.family import IMAGE, TEXT, Family, entries
+from diffalign.families.layout import position_grid
 from diffalign.families.text import Argument, Encoder, SecondText, TextLayers
 
 SOURCE = "public NAG workflow for Chroma"
@@ -15,6 +16,8 @@ CHROMA = Family(
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     mode="sequential",
     time=per_thousand,
+    packed=True,
+    grid=position_grid,
     # the mask goes on over the image tokens
     text=(Argument("encoder_hidden_states", mask="attention_mask", positions="txt_ids"),),
     encoder=Encoder(

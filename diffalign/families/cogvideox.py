@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffalign.families.arithmetic import upcast_mix
 from diffalign.families.family import IMAGE, TEXT, Family
+from diffalign.families.layout import Grid, patches
 from diffalign.families.text import Encoder, SecondText, TextLayers, always
+
+
+def grid(denoiser: Any, arguments: Mapping[str, Any]) -> Grid:
+    """Latents [B, T, C, H, W]."""
+    _, frames, _, height, width = arguments["hidden_states"].shape
+    depth, high, wide = patches(denoiser)
+    return frames // depth, height // high, width // wide
+
 
 COGVIDEOX = Family(
     "cogvideox",
@@ -16,6 +28,7 @@ COGVIDEOX = Family(
         "CogVideoXFunControlPipeline",
     ),
     mix=upcast_mix,
+    grid=grid,
     refuses={
         "use_dynamic_cfg": "the pipeline would change the scale by itself; use da.ScheduledCFG."
     },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diffalign.families.family import IMAGE, Family
-from diffalign.families.text import CROSS, Encoder, SecondText
+from diffalign.families.text import CROSS, SELF, Encoder, SecondText
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ COSMOS2 = Family(
     time=time,
     encoder=Encoder(),
     attention=CROSS,
+    self_attention=SELF,
     second_text=SecondText(),
     blocks={"CosmosTransformerBlock": (IMAGE,)},
     refusals={

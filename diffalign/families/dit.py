@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diffalign.families.family import IMAGE, Family, entries
+from diffalign.families.text import SELF
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,7 @@ DIT = Family(
     order="cu",
     to_step=every_row,
     text=(),
+    self_attention=SELF,
     blocks={"BasicTransformerBlock": (IMAGE,)},
     defaults={
         "apg": entries(

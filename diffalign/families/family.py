@@ -14,6 +14,7 @@ from diffalign.core import linear_mix
 from diffalign.core.presets import Entry
 from diffalign.core.types import Mix
 from diffalign.families.arithmetic import rescale, same
+from diffalign.families.layout import Grid, latent_grid
 from diffalign.families.text import (
     HIDDEN,
     Argument,
@@ -132,6 +133,11 @@ class Predictions:
     # arguments of the denoiser -> tokens of the prediction that reach the scheduler, where the
     # pipeline drops the others (those of reference images and given frames)
     seen: Callable[[Mapping[str, Any]], slice] | None = None
+    # whether predictions are packed tokens [B, N, C], whose neighbours a filter cannot tell
+    packed: bool = False
+    # (denoiser, arguments of its call) -> the image in tokens; tokens behind those are padding or a
+    # reference image
+    grid: Callable[[Any, Mapping[str, Any]], Grid] = latent_grid
     # whether tensors come as Python lists with one per row
     lists: bool = False
     # denoiser arguments that are never split by rows
@@ -164,6 +170,9 @@ class Family(Predictions, Branches):
     encoder: Encoder | None = None
     # attention layers that see text; None where diffalign does not know them or there are none
     attention: TextLayers | None = None
+    # regular expression of the names of attention layers that see the image alone; None where
+    # diffalign does not know them or there are none
+    self_attention: str | None = None
     # how a second text is carried; None where it cannot be
     second_text: SecondText | None = None
     # class of a transformer block -> parameters of its forward that it returns, in that order

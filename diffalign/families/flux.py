@@ -9,6 +9,7 @@ from typing import Any
 
 from diffalign.families.arithmetic import first_tokens, per_thousand
 from diffalign.families.family import IMAGE, TEXT, Family, entries
+from diffalign.families.layout import position_grid
 from diffalign.families.text import TEXT_POOLED, Argument, Encoder, SecondText, TextLayers
 
 
@@ -31,6 +32,8 @@ FLUX = Family(
     gates=("true_cfg_scale",),
     needs_negative=True,
     time=per_thousand,
+    packed=True,
+    grid=position_grid,
     text=(Argument("encoder_hidden_states", positions="txt_ids"),),
     encoder=Encoder(("prompt_embeds", "pooled_prompt_embeds", "text_ids"), TEXT_POOLED),
     attention=TextLayers(r"(single_)?transformer_blocks\.\d+\.attn", "joint"),

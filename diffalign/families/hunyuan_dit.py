@@ -26,5 +26,6 @@ HUNYUAN_DIT = Family(
     "hunyuan-dit",
     pipelines=("HunyuanDiTPipeline",),
     to_step=first_channels,
+    self_attention=r"blocks\.\d+\.attn1",
     options=(PipelineOption("guidance_rescale", 0.0, post=half_rescale),),
 )

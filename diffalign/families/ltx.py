@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 from diffalign.core import linear_mix
 from diffalign.families.arithmetic import negated, upcast_mix
 from diffalign.families.family import IMAGE, RESCALE, Family
-from diffalign.families.text import CROSS, HIDDEN_MASKED, MASKED, TEXT_MASKED, Encoder, SecondText
+from diffalign.families.layout import Grid
+from diffalign.families.text import (
+    CROSS,
+    HIDDEN_MASKED,
+    MASKED,
+    SELF,
+    TEXT_MASKED,
+    Encoder,
+    SecondText,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,15 +33,23 @@ def without_first_frame(guided: Tensor, arrival: Tensor) -> Tensor:
     return guided.reshape(b, t + 1, h, w, c).permute(0, 4, 1, 2, 3)[:, :, 1:]
 
 
+def grid(denoiser: Any, arguments: Mapping[str, Any]) -> Grid:
+    """Patches are of one latent."""
+    return arguments["num_frames"], arguments["height"], arguments["width"]
+
+
 LTX = Family(
     "ltx",
     live_scale=True,
     pipelines=("LTXPipeline",),
     mix=upcast_mix,
+    packed=True,
+    grid=grid,
     options=(RESCALE,),
     text=HIDDEN_MASKED,
     encoder=Encoder(MASKED, TEXT_MASKED),
     attention=CROSS,
+    self_attention=SELF,
     second_text=SecondText(tokens=r"caption_projection"),
     blocks={"LTXVideoTransformerBlock": (IMAGE,)},
 )

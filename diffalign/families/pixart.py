@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from diffalign.families.arithmetic import first_channels
 from diffalign.families.family import IMAGE, Family, entries
-from diffalign.families.text import CROSS, HIDDEN_MASKED, MASKED, TEXT_MASKED, Encoder, SecondText
+from diffalign.families.text import (
+    CROSS,
+    HIDDEN_MASKED,
+    MASKED,
+    SELF,
+    TEXT_MASKED,
+    Encoder,
+    SecondText,
+)
 
 PIXART = Family(
     "pixart",
@@ -13,6 +21,7 @@ PIXART = Family(
     text=HIDDEN_MASKED,
     encoder=Encoder(MASKED, TEXT_MASKED),
     attention=CROSS,
+    self_attention=SELF,
     second_text=SecondText(tokens=r"caption_projection"),
     blocks={"BasicTransformerBlock": (IMAGE,)},
     defaults={

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffalign.families.arithmetic import first_tokens, per_thousand, renorm
 from diffalign.families.family import IMAGE, TEXT, Family, PipelineOption
+from diffalign.families.layout import Grid
 from diffalign.families.text import Argument, Encoder, SecondText, TextLayers
 
 
@@ -25,8 +26,14 @@ def restart_positions(
     return image, torch.cat([text[:prompt], text[:second]])
 
 
+def grid(denoiser: Any, arguments: Mapping[str, Any]) -> Grid:
+    """The image that is made; the shapes of the references follow its own."""
+    frames, height, width = arguments["img_shapes"][0][0]
+    return frames, height, width
+
+
 def image_tokens(arguments: Mapping[str, Any]) -> slice:
-    """Tokens of the image that is made; the shapes of the references follow its own."""
+    """Tokens of the image that is made."""
     frames, height, width = arguments["img_shapes"][0][0]
     return slice(0, frames * height * width)
 
@@ -45,6 +52,8 @@ QWEN = Family(
     gates=("true_cfg_scale",),
     needs_negative=True,
     time=per_thousand,
+    packed=True,
+    grid=grid,
     # no argument of the call: it always renorms
     options=(PipelineOption("cfg_renorm", True, post=renorm),),
     text=(Argument("encoder_hidden_states", mask="encoder_hidden_states_mask"),),

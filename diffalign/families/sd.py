@@ -37,6 +37,7 @@ SD = Family(
     check=distilled,
     encoder=Encoder(),
     attention=TextLayers(r".*transformer_blocks\.\d+\.attn2", "cross"),
+    self_attention=r".*transformer_blocks\.\d+\.attn1",
     second_text=SecondText(),
     blocks={"BasicTransformerBlock": (IMAGE,)},
     defaults={

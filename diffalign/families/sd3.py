@@ -26,6 +26,8 @@ SD3 = Family(
     },
     encoder=Encoder(POOLED, TEXT_POOLED),
     attention=TextLayers(r"transformer_blocks\.\d+\.attn", "joint", text="last"),
+    # the second attention of SD3.5 medium
+    self_attention=r"transformer_blocks\.\d+\.attn2",
     second_text=SecondText(tokens=r"context_embedder|transformer_blocks\.\d+\.ff_context"),
     blocks={"JointTransformerBlock": (TEXT, IMAGE)},
     defaults={

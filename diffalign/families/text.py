@@ -13,6 +13,7 @@ from diffalign.core.attention import Parts
 # arguments of the pipeline call that change how a text is encoded
 ENCODING = (
     "max_sequence_length",
+    "prompt_template",
     "clip_skip",
     "clean_caption",
     "system_prompt",
@@ -177,6 +178,9 @@ class TextLayers:
 
 
 CROSS = TextLayers(r"transformer_blocks\.\d+\.attn2", "cross")
+
+SELF = r"transformer_blocks\.\d+\.attn1"
+"""Names of attention layers that see the image alone, in most models with cross-attention."""
 
 # (call of a module, its arguments, tokens of the prompt, tokens of the second text) -> its result
 Around = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], int, int], Any]

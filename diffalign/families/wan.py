@@ -23,6 +23,7 @@ WAN = Family(
     mode="sequential",
     encoder=Encoder(),
     attention=TextLayers(r"(vace_)?blocks\.\d+\.attn2", "cross"),
+    self_attention=r"blocks\.\d+\.attn1",
     second_text=SecondText(in_rows=reads_an_image),
     blocks={"WanTransformerBlock": (IMAGE,)},
     defaults={

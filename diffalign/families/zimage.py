@@ -9,6 +9,7 @@ from diffalign.core import UnsupportedModel
 from diffalign.core.attention import Parts
 from diffalign.families.arithmetic import backwards
 from diffalign.families.family import Family, PipelineOption
+from diffalign.families.layout import Grid
 from diffalign.families.text import Argument, Encoder, SecondText, TextLayers, always
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ def row_parts(denoiser: Any, call: Mapping[str, Any]) -> tuple[Parts, ...]:
     return tuple(rows)
 
 
+def grid(denoiser: Any, call: Mapping[str, Any]) -> Grid:
+    """Latents [C, T, H, W] in a list, in patches of the call."""
+    patch, depth = int(call.get("patch_size", 2)), int(call.get("f_patch_size", 1))
+    frames, height, width = call["x"][0].shape[-3:]
+    return frames // depth, height // patch, width // patch
+
+
 def without_controlnet(pipe: Any) -> str | None:
     if getattr(pipe, "controlnet", None) is None:
         return None
@@ -86,6 +94,7 @@ ZIMAGE = Family(
     off=0.0,
     offset=1.0,
     lists=True,
+    grid=grid,
     mix=mix,
     to_step=to_step,
     target_sign=-1,

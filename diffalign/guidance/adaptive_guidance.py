@@ -57,11 +57,14 @@ def agreement(
     rows: Sequence[int] | None = None,
 ) -> Tensor:
     """Cosine of each image's two native predictions, read in ``space``, over all its values: [B,
-    ...] twice -> [B] float32.
+    ...] twice -> [B].
 
-    ``rows``: which images of the run these are, None for all.
+    Summed in float64, in float32 on devices without it. ``rows``: which images of the run these
+    are, None for all.
     """
     a, b = (rowwise(step.convert(value, "native", space, rows)) for value in (cond, uncond))
+    if a.device.type != "mps":
+        a, b = a.double(), b.double()
     return torch.nn.functional.cosine_similarity(a, b, dim=1)
 
 
@@ -71,7 +74,7 @@ class AdaptiveGuidance(TwoBranches[AdaptiveState]):
 
     Castillo et al. 2023, arXiv:2312.12487, section 5: with K guided steps of S an image costs S + K
     evaluations instead of 2S. Two predictions agree when their cosine reaches ``threshold``, over
-    all values of the image in float32. Each image decides for itself, once per step, and never goes
+    all values of the image. Each image decides for itself, once per step, and never goes
     back to guidance. ``diffalign calibrate adaptive-guidance`` measures your model's threshold.
     Cost: 2 passes for images still guided, 1 for the others; one device synchronisation per guided
     step.

@@ -38,7 +38,8 @@ class CFGZeroStar(TwoBranches[ZeroStarState]):
     """Scales the unconditional velocity by ``s`` before it mixes: ``s u + scale * (c - s u)``.
 
     Fan et al. 2025, arXiv:2503.18886, algorithm 1, for flow models: ``s = <c, u> / |u|^2`` for each
-    image.
+    image. ``zero_steps`` counts the still steps, as diffusers does; the authors' code and its ports
+    name the last of them, one less.
     Cost: 2 passes per step. A still step uses nothing of the prediction; since the pipeline calls
     its model all the same, it evaluates the conditional branch of one image, the least a call can
     be (all images on a compiled model). 1 pass per step at scale 1.

@@ -73,7 +73,7 @@ class FDG(TwoBranches[None]):
         return (self.scale, self.high) not in ((1.0, None), (1.0, 1.0))
 
     def resolve(self, context: Context) -> Self:
-        if hasattr(context.pipe, "_pack_latents"):
+        if context.packed:
             raise UnsupportedModel(REFUSAL.format(context.pipeline))
         return filled(self, context)
 

@@ -53,6 +53,10 @@ class Activity(Generic[T]):
         )
         return True
 
+    def acts(self, technique: T, step: StepInfo) -> None:
+        """What a pass changes acts at a step."""
+        self._steps.setdefault(type(technique).__name__, set()).add(step.index)
+
     def note(self, technique: T, denoiser: str, place: str) -> None:
         """A technique acted at a layer or block of a denoiser."""
         self._places.add((type(technique).__name__, denoiser, place))

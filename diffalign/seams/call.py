@@ -86,7 +86,8 @@ def tapped(generation: Generation) -> Iterator[None]:
 def _attach(generation: Generation, techniques: Sequence[Technique], stack: ExitStack) -> None:
     """Install the techniques of the other seams, by seam and never by the user's order."""
     attention = [t for t in techniques if isinstance(t, AttentionTechnique)]
-    if attention:
+    guidances = generation.plan.guidances.values()
+    if attention or any(p.attention for g in guidances for p in g.extra_passes):
         from diffalign.seams.attention.attach import attach
 
         stack.enter_context(attach(attention, generation))

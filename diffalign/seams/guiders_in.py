@@ -16,9 +16,9 @@ from diffalign.core import COND, UNCOND, Guidance, Pass, StepInfo, UnsupportedMo
 
 INSTEAD = {
     "SkipLayerGuidance": "da.SkipLayerGuidance, or da.S2Guidance",
-    "AutoGuidance": "da.S2Guidance",
-    "PerturbedAttentionGuidance": "da.S2Guidance",
-    "SmoothedEnergyGuidance": "da.S2Guidance",
+    "AutoGuidance": "da.AutoGuidance with a weaker model, or da.S2Guidance",
+    "PerturbedAttentionGuidance": "da.PAG",
+    "SmoothedEnergyGuidance": "da.SEG",
 }
 
 
@@ -70,8 +70,15 @@ class DiffusersGuider(Guidance[GuiderState]):
         guider = self._fresh()
         base = sys.modules["diffusers.guiders.guider_utils"].BaseGuidance
         hooks = type(guider).prepare_models is not base.prepare_models
-        if hooks or len(guider._input_predictions) > 2:
-            instead = INSTEAD.get(self.guider, "a technique of diffalign")
+        instead = INSTEAD.get(self.guider, "a technique of diffalign")
+        count = len(guider._input_predictions)
+        if count > 2 and not hooks:
+            raise UnsupportedModel(
+                f"{self.guider} combines up to {count} predictions "
+                f"({', '.join(guider._input_predictions)}), and only the first two exist here; use "
+                f"{instead} instead."
+            )
+        if hooks:
             raise UnsupportedModel(
                 f"{self.guider} changes layers inside the denoiser, which works on few models; use "
                 f"{instead} instead."

@@ -18,4 +18,4 @@ def guider(technique: Any, pipe: Any, *, denoiser: str | None = None) -> Any:
     """
     from diffalign.seams.technique_guider import TechniqueGuider
 
-    return TechniqueGuider(technique).bind(pipe, denoiser)
+    return TechniqueGuider(technique=technique).bind(pipe, denoiser)

@@ -109,7 +109,8 @@ def plan(
     guided = any(isinstance(technique, Guidance) for technique in techniques)
     reason = family.check(pipe)
     if guided:
-        _refuse(pipe, family, call, reason)
+        alone = all(t.acts_alone for t in techniques if isinstance(t, Guidance))
+        _refuse(pipe, family, call, None if alone else reason)
     contexts = {
         name: context_of(pipe, family, name, call, meter)
         for name in family.denoisers
@@ -125,10 +126,12 @@ def plan(
                 _warn(technique, guidances[name], context, call, techniques, family.embeddings)
             elif context is next(iter(contexts.values())):
                 others.append(resolve(technique, context, resolved))
+    if any(guidance.needs_uncond for guidance in guidances.values()):
+        _refuse(pipe, family, call, reason)
     guidance_name = next((name_of(t) for t in techniques if isinstance(t, Guidance)), "")
     opened = _is_open(pipe, family, call) and reason is None
     arguments = dict(call.given)
-    if guidances and family.gates:
+    if guidances and family.gates and reason is None:
         opened = any(guidance.needs_uncond for guidance in guidances.values())
         arguments |= _gates(pipe, family, call, opened)
     options = {o.name: call.values.get(o.name, o.neutral) for o in family.options}
@@ -205,6 +208,8 @@ def context_of(
         # the first gate decides whether the pipeline guides at all
         opens = family.scale(_native(family, _gate_of(family, family.denoisers[0]), call.values))
         scale = family.scale(native) if opens != 1.0 else 1.0
+    if family.check(pipe) is not None:  # what the call names is an input of the model
+        scale = 1.0
     return Context(
         pipeline=cls.__name__,
         family=family.name,
@@ -215,6 +220,7 @@ def context_of(
         steps=arguments.steps,
         flow=parametrisation_of(family, scheduler).flow,
         order=int(getattr(scheduler, "order", 1)),
+        packed=family.packed,
         negative_prompt=arguments.negative_prompt,
         module=getattr(pipe, name, None),
         pipe=pipe,
@@ -305,9 +311,11 @@ def _warn(
     names = ("negative_prompt", f"negative_{embeddings}")
     negative = any(call.given.get(key) is not None for key in names)
     if negative and not resolved.needs_uncond and not any(t.reads_negative for t in techniques):
+        alone = resolved.asked_scale not in (None, 1.0)
+        where, advice = ("", "") if alone else (" at scale 1", " or a scale above 1")
         warn_once(
-            f"The negative prompt has no effect: {name} at scale 1 never evaluates it. Use da.NAG "
-            "or a scale above 1."
+            f"The negative prompt has no effect: {name}{where} never evaluates it. Use da.NAG"
+            f"{advice}."
         )
 
 

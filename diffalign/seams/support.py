@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.core import Context, Technique, UnsupportedModel
+from diffalign.core import Context, Guidance, Technique, UnsupportedModel
 from diffalign.core.option import REQUIRED, options_of
 from diffalign.core.registry import techniques
 from diffalign.families import family_of
@@ -64,18 +64,20 @@ def reason_against(technique: Technique | type[Technique], context: Context) -> 
 
     A class stands for its default options; one that cannot be made without options is not refused.
     """
-    seam = technique.seam
-    if seam == "denoiser":
-        reason = family_of(original_class(context.pipe)).check(context.pipe)
-        if reason:
-            return reason
+    distilled = family_of(original_class(context.pipe)).check(context.pipe)
+    guidance = technique if isinstance(technique, type) else type(technique)
+    if distilled and issubclass(guidance, Guidance) and not guidance.acts_alone:
+        return distilled
     try:
         if isinstance(technique, type):
             if any(option.default is REQUIRED for option in options_of(technique).values()):
                 return ""
             technique = technique()
         fresh = context.fresh()
-        return refusal(technique.resolve(fresh), fresh) or ""
+        technique = technique.resolve(fresh)
+        if distilled and isinstance(technique, Guidance) and technique.needs_uncond:
+            return distilled
+        return refusal(technique, fresh) or ""
     except (ValueError, LookupError) as error:  # an option that has no value for this model, too
         return str(error)
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +15,26 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor
 
-from diffalign.core import COND, UNCOND, Context, Guidance, Meter, Pass, StepInfo, UnsupportedModel
+from diffalign.core import (
+    COND,
+    UNCOND,
+    AttentionTechnique,
+    Context,
+    Guidance,
+    Meter,
+    Pass,
+    StepInfo,
+    UnsupportedModel,
+)
 from diffalign.core.option import with_scale
 from diffalign.core.registry import from_config, to_config
 from diffalign.families import Family, modular_families
+from diffalign.seams.activity import Activity
+from diffalign.seams.attention.attach import Attachment, layers_for
 from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser import space
 from diffalign.seams.denoiser.cache import fixed_rows
-from diffalign.seams.denoiser.call import pipeline_call
+from diffalign.seams.denoiser.call import DenoiserCall, pipeline_call
 from diffalign.seams.denoiser.clock import Clock
 from diffalign.seams.denoiser.record import Record
 from diffalign.seams.denoiser.rows import count_rows, take_arguments
@@ -71,6 +83,8 @@ class _Run:
     step: StepInfo = field(default_factory=lambda: StepInfo(0, 1, 0.0))
     # input of the first denoiser call of the step
     latents: Tensor | None = None
+    # the layers that a pass changes, from the first such pass on
+    attachment: Attachment | None = None
     # passes of the step, None between steps
     passes: tuple[Pass, ...] | None = None
 
@@ -133,10 +147,32 @@ class _Run:
         if p.rows is not None and not fixed_rows(module):
             arguments, rows = take_arguments(arguments, p.rows, rows, self.family), len(p.rows)
         self.meter.charge(rows=rows)
-        if p.blocks is None:
+        if p.module is not None:
+            return p.module(**arguments)
+        if p.attention is not None:
+            return self._changed(p, p.attention, module, original, arguments, rows)
+        with nullcontext() if p.blocks is None else skipped(module, p.blocks):
             return original(**arguments)
-        with skipped(module, p.blocks):
-            return original(**arguments)
+
+    def _changed(
+        self,
+        p: Pass,
+        change: AttentionTechnique,
+        module: Any,
+        original: Callable[..., Any],
+        arguments: dict[str, Any],
+        rows: int,
+    ) -> Any:
+        """The denoiser's call of a pass that changes attention layers."""
+        if self.attachment is None:
+            activity: Activity[AttentionTechnique] = Activity((), self.record)
+            layers = layers_for(self.family, "", module, (), (change,))
+            self.attachment = Attachment(activity, self.family, {"": module}, layers, (change,))
+        run = self.attachment.around(lambda _, given: original(**given))
+        with self.attachment.installed():
+            output = run(DenoiserCall("", self.step, (p,), (p.conditioned,) * rows), arguments)
+        self.attachment.activity.finish({change: len(self.attachment.layers)}, complete=False)
+        return output
 
     def combine(self, preds: Mapping[Pass, Tensor]) -> Tensor:
         """The guided prediction of the step."""
@@ -151,6 +187,15 @@ class _Run:
         evaluations, order = self.clock.calls + 1, self.clock.order
         facts = self.record.facts(self.meter, self.batch, evaluations, order)
         return Report(pipeline=pipeline, **facts)
+
+
+def _pairs(data: Any, input_fields: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Each input with and without the prompt, from the names of both or of the first alone."""
+    names = [item if isinstance(item, tuple) else (item, None) for item in input_fields.values()]
+    return [
+        tuple(None if name is None else getattr(data, name, None) for name in pair)
+        for pair in names
+    ]
 
 
 class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no types
@@ -174,11 +219,17 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
                 "Others act on classic pipelines."
             )
         self.technique: Guidance[Any] = value
-        self.register_to_config(technique=to_config(self.technique))
+        # a technique given by position counts as a default there, which copies would not get
+        self.register_to_config(technique=to_config(self.technique), _use_default_values=[])
         self._binding: _Binding | None = None
         self._run: _Run | None = None
-        self._entered = ExitStack()
-        self._report = Report()
+        self._entered, self._report = ExitStack(), Report()
+
+    def new(self, **kwargs: Any) -> TechniqueGuider:
+        """A copy for the same pipeline, with other options where ``kwargs`` name some."""
+        copy: TechniqueGuider = super().new(**kwargs)
+        copy._binding = self._binding
+        return copy
 
     def bind(self, pipe: Any, denoiser: str | None = None) -> TechniqueGuider:
         """Learn scheduler, scale and blocks from ``pipe``.
@@ -256,13 +307,7 @@ class TechniqueGuider(BaseGuidance):  # type: ignore[misc]  # diffusers has no t
         return [self._prepare_batch(data, 0 if p.conditioned else 1, p.name) for p in passes]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
-        names = [
-            item if isinstance(item, tuple) else (item, None) for item in input_fields.values()
-        ]
-        pairs = [
-            tuple(None if name is None else getattr(data, name, None) for name in pair)
-            for pair in names
-        ]
+        pairs = _pairs(data, input_fields)
         return [
             self._prepare_batch_from_block_state(
                 input_fields, data, 0 if p.conditioned else 1, p.name

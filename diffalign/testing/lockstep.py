@@ -123,7 +123,11 @@ def hooked(
                 )  # type: ignore[misc]
             else:
                 part.register_forward_hook(
-                    lambda _, inputs, output, visit=visit: visit(output)  # type: ignore[misc]
+                    lambda _, inputs, output, visit=visit: (  # type: ignore[misc]
+                        (visit(output[0]), *output[1:])
+                        if isinstance(output, tuple)
+                        else visit(output)
+                    )
                 )
     return twin
 

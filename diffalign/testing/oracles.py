@@ -61,8 +61,8 @@ class TwoGaussians:
     """Images are ``N(mean_cond, std^2)`` with the prompt and ``N(mean_uncond, std^2)`` without: the
     denoiser is exact, in float64.
 
-    ``mean_cond``, ``mean_uncond``: ``[B, ...]``, one mean per row. A pass that skips blocks sees a
-    wider Gaussian (25% per block).
+    ``mean_cond``, ``mean_uncond``: ``[B, ...]``, one mean per row. A pass that is made worse, by
+    skipped blocks, changed attention or a weaker denoiser, sees a wider Gaussian (25% for each).
     """
 
     mean_cond: Tensor
@@ -74,7 +74,8 @@ class TwoGaussians:
         mean = (self.mean_cond if request.conditioned else self.mean_uncond).double()[rows]
         noisy = x.double()[rows]
         alpha, s = amplitudes(sigma, kind == "flow")
-        variance = (self.std * (1.0 + 0.25 * len(request.blocks or ()))) ** 2
+        changes = sum(part is not None for part in (request.attention, request.module))
+        variance = (self.std * (1.0 + 0.25 * (len(request.blocks or ()) + changes))) ** 2
         x0 = mean + alpha * variance / (alpha * alpha * variance + s * s) * (noisy - alpha * mean)
         eps = (noisy - alpha * x0) / s
         return express(x0, eps, alpha, s, kind).to(x.dtype)

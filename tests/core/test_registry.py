@@ -87,9 +87,10 @@ def test_names_and_classes_that_cannot_be_registered(name, cls, error, text):
 
 def test_names_are_those_of_the_exports():
     names = {
-        "adaptive-guidance", "apg", "beta-cfg", "cfg", "cfg-plus-plus", "cfg-zero-star",
-        "dynamic-cfg", "interval-cfg", "linear-ag", "magnitude-aware", "nag", "pladis",
-        "rescaled-cfg", "s2-guidance", "scheduled-cfg", "skip-layer-guidance", "tcfg",
+        "adaptive-guidance", "apg", "auto-guidance", "beta-cfg", "cfg", "cfg-plus-plus",
+        "cfg-zero-star", "dynamic-cfg", "interval-cfg", "linear-ag", "magnitude-aware", "nag",
+        "pag", "pladis", "rescaled-cfg", "s2-guidance", "scheduled-cfg", "seg",
+        "skip-layer-guidance", "tcfg",
     }  # fmt: skip
     assert names <= set(da.techniques())
     assert list(da.techniques()) == sorted(da.techniques())

@@ -71,6 +71,39 @@ def test_the_layers_that_see_text_are_there(pipe, family):
         assert (True in crossing) <= (family.attention.kind == "cross")
 
 
+def test_the_layers_that_see_the_image_alone_are_there(pipe, family):
+    """Self-attention has a softmax map; where diffalign knows none, the techniques that change it
+    are refused."""
+    if family.self_attention is None:
+        joint = family.attention is not None and family.attention.kind == "joint"
+        refused = {"pag", "seg"} <= set(family.refusals)
+        assert joint or refused or family.name in ("auraflow", "cogview4")
+        return
+    for module in family.present(pipe).values():
+        layers = [
+            part
+            for name, part in module.named_modules()
+            if hasattr(part, "processor") and re.fullmatch(family.self_attention, name)
+        ]
+        assert layers or family.name == "sd3"  # SD3.5 medium alone has a second attention
+        assert not any(getattr(part, "is_cross_attention", False) for part in layers)
+
+
+def test_packed_predictions_are_lists_of_tokens(pipe, family):
+    """The first prediction of the denoiser has three axes exactly where the family says so."""
+    name = type(pipe).__name__
+    if name != family.pipelines[0]:
+        return
+    seen = []
+    module = next(iter(family.present(pipe).values()))
+    handle = module.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    pipe(**tiny_inputs(name, steps=2))
+    handle.remove()
+    value = seen[0][0] if isinstance(seen[0], tuple) else seen[0].sample
+    axes = value[0].ndim + 1 if isinstance(value, list) else value.ndim
+    assert family.packed == (axes == 3)
+
+
 def test_a_second_text_finds_its_modules(pipe, family):
     second = family.second_text
     if second is None:

@@ -1,8 +1,8 @@
 """Defects of the guiders in diffusers 0.42.1, by number: what stands for each guider here does not
 have them.
 
-1, 4 and 5 are one test, passes that are paid for but leave every block in. 2 has no counterpart: a
-guider that blurs or perturbs attention is refused by name (``tests/seams/test_guiders.py``). 3:
+1, 4 and 5 are one test, passes that are paid for but leave every block in. 2:
+``test_seg.py``, the finite blur and the infinite one, each where it was asked for. 3:
 ``test_s2_guidance.py``, a list of layers is one pass. 10, attention that another backend hides:
 ``tests/attention/test_composition.py``. 11, only one rule tested: ``test_on_pipelines.py`` runs
 every rule on every family. Reproduced in diffusers: 1 (hook condition never true), 3 (TypeError), 4

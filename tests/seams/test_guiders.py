@@ -15,6 +15,7 @@ from diffusers.guiders import (
     AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
+    LTX2Guidance,
     MagnitudeAwareGuidance,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
@@ -184,9 +185,10 @@ def test_state_of_a_guider_is_explicit():
     ("make", "instead"),
     [
         (lambda: SkipLayerGuidance(skip_layer_config=LayerSkipConfig([1])), "da.SkipLayerGuidance"),
-        (lambda: PerturbedAttentionGuidance(perturbed_guidance_layers=[1]), "da.S2Guidance"),
-        (lambda: SmoothedEnergyGuidance(seg_guidance_layers=[1]), "da.S2Guidance"),
-        (lambda: AutoGuidance(auto_guidance_layers=[1], dropout=0.1), "da.S2Guidance"),
+        (lambda: PerturbedAttentionGuidance(perturbed_guidance_layers=[1]), "da.PAG"),
+        (lambda: SmoothedEnergyGuidance(seg_guidance_layers=[1]), "da.SEG"),
+        (lambda: AutoGuidance(auto_guidance_layers=[1], dropout=0.1), "da.AutoGuidance"),
+        (LTX2Guidance, r"LTX2Guidance combines up to 4 predictions \(pred_cond, .*_modality\)"),
     ],
 )
 def test_guiders_that_hook_layers_are_refused(make, instead):
@@ -323,6 +325,7 @@ OPTIONS = {
     "magnitude-aware": {"alpha": 0.5},
     "s2-guidance": {"blocks": ("*",), "start": 0.0, "stop": 1.0},
     "skip-layer-guidance": {"layers": (0,), "start": 0.0, "stop": 1.0},
+    "auto-guidance": {},
 }
 GUIDANCES = [name for name, cls in techniques().items() if cls.seam == "denoiser"]
 
@@ -349,6 +352,9 @@ def test_modular_is_classic_to_rounding(name, technique, tmp_path):
     latents = torch.randn(1, channels, *sizes[name], generator=torch.Generator().manual_seed(0))
     inputs |= {"latents": latents, "guidance_scale": 4.0}
     options = OPTIONS.get(technique, {})
+    if technique == "auto-guidance":
+        weak = tiny_pipeline(name, seed=1)
+        options = {"weak": weak.components.get("unet", weak.components.get("transformer"))}
     made = make(technique, options if technique == "cfg-plus-plus" else options | {"scale": 4.0})
     if technique == "linear-ag":
         plan, weights = (
@@ -576,6 +582,20 @@ def test_saved_and_loaded(tmp_path):
     again.bind(pipe)
     assert torch.equal(call(pipe, name), expected)
     assert again.new().technique == again.technique
+
+
+def test_a_copy_serves_the_same_pipeline():
+    name = "WanPipeline"
+    technique = IntervalCFG(4.0, start=0.25, stop=0.75)
+    pipe = modular(name, lambda pipe: da.guider(technique, pipe))
+    expected = call(pipe, name)
+    pipe.update_components(guider=pipe.guider.new())
+    assert pipe.guider.technique == technique
+    assert torch.equal(call(pipe, name), expected)
+    by_position = TechniqueGuider(technique).bind(pipe).new()
+    assert by_position.technique == technique
+    other = pipe.guider.new(technique=CFG(4.0))
+    assert other.technique == CFG(4.0)
 
 
 def test_two_experts_with_a_guider_each():

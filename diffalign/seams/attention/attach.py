@@ -1,4 +1,5 @@
-"""Attention techniques on one generation: which layers, what is installed, what a call becomes."""
+"""Attention techniques and what passes change in attention: which layers, what is installed, what a
+call becomes."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from diffalign.core import AttentionTechnique, UnsupportedModel
 from diffalign.core.errors import nearest
+from diffalign.families.family import Family
+from diffalign.families.layout import Grid
 from diffalign.seams import checkpoints
 from diffalign.seams.activity import Activity
 from diffalign.seams.attention.caches import Caches
@@ -21,35 +24,78 @@ from diffalign.seams.attention.intercept import Intercepted, start
 from diffalign.seams.attention.kernels import Kernels
 from diffalign.seams.attention.native import to_native
 from diffalign.seams.attention.seats import Arguments, seats_of
-from diffalign.seams.attention.sites import Layer, layers_of, row_parts, site_of, text_length
+from diffalign.seams.attention.sites import (
+    Layer,
+    layers_of,
+    map_layers,
+    row_parts,
+    site_of,
+    text_length,
+)
 from diffalign.seams.denoiser.cache import is_compiled
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall
 from diffalign.seams.denoiser.tap import Generation
-from diffalign.seams.swap import intercepted
+from diffalign.seams.swap import intercepted, unwrapped
 
 
 @contextmanager
 def attach(techniques: Sequence[AttentionTechnique], generation: Generation) -> Iterator[None]:
-    """``techniques`` act on every denoiser call of a generation until the context is left.
+    """``techniques`` act on every denoiser call of a generation until the context is left; what
+    passes of its guidance change acts on theirs.
 
     Raises ``UnsupportedModel`` where one cannot.
     """
-    denoisers = generation.family.present(generation.pipe)
+    family, denoisers = generation.family, generation.family.present(generation.pipe)
+    passes = [
+        (name, p)
+        for name, guidance in generation.plan.guidances.items()
+        for p in guidance.extra_passes
+    ]
+    changes = tuple(dict.fromkeys(p.attention for _, p in passes if p.attention is not None))
     layers = [
         layer
         for name, module in denoisers.items()
-        for layer in layers_of(generation.family, name, module)
+        for layer in layers_for(family, name, module, techniques, changes)
     ]
-    selected = {technique: _selected(technique, layers) for technique in techniques}
+    selected = {technique: _selected(technique, layers) for technique in (*techniques, *changes)}
     acting = sorted((t for t in techniques if not t.off), key=lambda t: t.order)
-    activity = Activity(acting, generation.record)
-    complete = False
+    # denoisers that make passes in place of the pipeline's have layers of their own
+    others = {f"{name} of {p.name}": p.module for name, p in passes if p.module is not None}
+    layers += [
+        layer
+        for name, p in passes
+        if p.module is not None
+        for layer in layers_for(family, name, p.module, acting)
+    ]
+    activity, complete = Activity(acting, generation.record), False
     try:
-        with Attachment(activity, generation, denoisers, layers).installed():
+        with ExitStack() as stack:
+            if acting or changes:
+                everyone = {**denoisers, **others}
+                attachment = Attachment(activity, family, everyone, layers, changes)
+                attachment.extend(generation)
+                stack.enter_context(attachment.installed())
+                generation.evaluator.middleware.append(attachment.around)
+                stack.callback(generation.evaluator.middleware.remove, attachment.around)
             yield
         complete = True
     finally:
         activity.finish(selected, complete)
+
+
+def layers_for(
+    family: Family,
+    name: str,
+    module: Any,
+    techniques: Sequence[AttentionTechnique],
+    changes: Sequence[AttentionTechnique] = (),
+) -> list[Layer]:
+    """Layers of one denoiser at which ``techniques`` and the ``changes`` of passes act."""
+    layers = {layer.name: layer for layer in layers_of(family, name, module)} if techniques else {}
+    for layer in map_layers(family, name, module) if changes else ():
+        if any(change.selects(layer.site) for change in changes):
+            layers.setdefault(layer.name, layer)
+    return list(layers.values())
 
 
 def _selected(technique: AttentionTechnique, layers: Sequence[Layer]) -> int:
@@ -65,75 +111,83 @@ def _selected(technique: AttentionTechnique, layers: Sequence[Layer]) -> int:
 
 
 class Attachment:
-    """The attention techniques of one generation, in place."""
+    """Attention techniques, and changes of passes, at the layers of denoisers."""
 
     def __init__(
         self,
         activity: Activity[AttentionTechnique],
-        generation: Generation,
+        family: Family,
         denoisers: dict[str, Any],
         layers: Sequence[Layer],
+        changes: Sequence[AttentionTechnique] = (),
     ) -> None:
-        self.activity, self.generation = activity, generation
-        self.denoisers, self.layers = denoisers, layers
+        self.activity, self.family, self.denoisers = activity, family, denoisers
+        techniques = activity.techniques
+        self.layers = [
+            layer
+            for layer in layers
+            if layer.chain(techniques) or any(change.selects(layer.site) for change in changes)
+        ]
         self.running = RunningCall(opaque=any(map(is_compiled, denoisers.values())))
+        self.kernels = Kernels(activity.record.notes)
         self.caches = Caches(denoisers)
-        self.kernels = Kernels(generation.record.notes)
         self.usage = Usage()
+        if self.layers:
+            joint = any(layer.kind == "joint" for layer in layers)
+            longer = joint and any(t.everywhere for t in techniques)
+            self.caches.refuse(longer and family.mode == "sequential", bool(changes))
+        # technique -> what it adds around each call
         self.extensions: dict[AttentionTechnique, CallExtension] = {}
+        # denoiser -> the image in tokens, the same in every call
+        self.grids: dict[str, Grid] = {}
+
+    def extend(self, generation: Generation) -> None:
+        """Ask the techniques what they add around each call of a generation."""
+        for technique in self.activity.techniques:
+            extension = technique.extension(generation)
+            if extension is not None:
+                self.extensions[technique] = extension
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Everything in place, put back on leaving, also after an exception."""
-        techniques = self.activity.techniques
-        if not techniques:
-            yield
-            return
-        joint = any(layer.kind == "joint" for layer in self.layers)
-        longer = joint and any(t.everywhere for t in techniques)
-        self.caches.refuse(longer and self.generation.family.mode == "sequential")
-        for technique in techniques:
-            extension = technique.extension(self.generation)
-            if extension is not None:
-                self.extensions[technique] = extension
-        layers = [layer for layer in self.layers if layer.chain(techniques)]
-        handlers = self.running.handlers
-        for layer in layers:
+        handlers, notes = self.running.handlers, self.activity.record.notes
+        for layer in self.layers:
             handlers[layer.module] = ("__call__", functools.partial(self._attend, layer))
         for extension in self.extensions.values():
             handlers.update(extension.handlers(self.running, self.denoisers))
-        middleware = self.generation.evaluator.middleware
         with ExitStack() as stack:
-            self.generation.record.notes += to_native(layers, stack)
+            notes += [note for note in to_native(self.layers, stack) if note not in notes]
             stack.callback(self._tell)
             stack.enter_context(intercepted(handlers, self.running.opaque))
             checkpoints.remember(self.denoisers.values(), self._snapshot, stack)
-            middleware.append(self._around)
-            stack.callback(middleware.remove, self._around)
             yield
 
     def _tell(self) -> None:
         """What ran goes into the report."""
-        record = self.generation.record
-        record.notes += self.usage.notes()
+        record = self.activity.record
+        record.notes += [note for note in self.usage.notes() if note not in record.notes]
         record.backends = {name: len(layers) for name, layers in self.usage.layers.items()}
 
     def _snapshot(self) -> Callable[[], AbstractContextManager[None]]:
         return functools.partial(self.running.at, self.running.view)
 
-    def _around(self, inner: Denoise) -> Denoise:
+    def around(self, inner: Denoise) -> Denoise:
         """The denoiser with the techniques around it."""
 
         def denoise(call: DenoiserCall, arguments: dict[str, Any]) -> Any:
-            family, module = self.generation.family, self.denoisers[call.denoiser]
-            active = self.activity.active(call.step)
-            prompt = text_length(family, arguments)
-            view = CallView(call.denoiser, active, call.conditioned, prompt)
+            active, change = self.activity.active(call.step), call.passes[0].attention
+            prompt = text_length(self.family, arguments)
+            view = CallView(call.denoiser, active, call.conditioned, prompt, change=change)
             extensions = [self.extensions[t] for t in active if t in self.extensions]
             for extension in extensions:
                 call, arguments, view = extension.open(call, arguments, view)
-            if active:
-                view = replace(view, row_parts=row_parts(family, module, arguments))
+            if active or change is not None:
+                module = self.denoisers[call.denoiser]
+                view = replace(view, row_parts=row_parts(self.family, module, arguments))
+            if change is not None:
+                self.activity.acts(change, call.step)
+                view = replace(view, grid=self._grid(call, arguments) if change.spatial else None)
             self.caches.empty_stale(view)
             with self.running.at(view):
                 output = inner(call, arguments)
@@ -142,6 +196,12 @@ class Attachment:
             return output
 
         return denoise
+
+    def _grid(self, call: DenoiserCall, arguments: dict[str, Any]) -> Grid:
+        name = call.denoiser
+        if name not in self.grids:
+            self.grids[name] = self.family.grid(unwrapped(self.denoisers[name]), arguments)
+        return self.grids[name]
 
     def _attend(
         self,
@@ -152,7 +212,7 @@ class Attachment:
     ) -> Any:
         """One layer was called: its own processor runs, and the techniques around its attention."""
         view = self.running.view
-        techniques = [] if view is None else layer.chain(view.active)
+        techniques = [] if view is None else layer.chain(view.active, view.change)
         if view is None or not techniques:
             return original(*args, **kwargs)
 

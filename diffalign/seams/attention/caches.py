@@ -27,10 +27,11 @@ class Caches:
         # denoiser -> with which techniques and added texts its cache was filled
         self._filled: dict[str, Any] = {}
 
-    def refuse(self, two_lengths: bool) -> None:
+    def refuse(self, two_lengths: bool, changes: bool) -> None:
         """Raise ``UnsupportedModel`` for a cache that cannot live beside the techniques.
 
         ``two_lengths``: the branches come in calls of their own with texts of unequal lengths.
+        ``changes``: a pass of the guidance changes attention layers.
         """
         for module in self.denoisers.values():
             config = type(getattr(unwrapped(module), "_cache_config", None)).__name__
@@ -38,6 +39,12 @@ class Caches:
                 raise UnsupportedModel(
                     f"{config} cannot be combined with attention techniques: {REFUSED[config]}. "
                     "Disable the cache."
+                )
+            if config == "PyramidAttentionBroadcastConfig" and changes:
+                raise UnsupportedModel(
+                    f"{config} cannot be combined with a guidance that changes attention in a pass "
+                    "of its own: it hands attention outputs of one pass to the next. Disable the "
+                    "cache."
                 )
             if config == "PyramidAttentionBroadcastConfig" and two_lengths:
                 raise UnsupportedModel(

@@ -37,6 +37,10 @@ class CallView:
     negatives: tuple[tuple[int, int], ...] = ()
     # positions in each row, empty where the family's rows are all alike
     row_parts: tuple[Parts, ...] = ()
+    # what the pass of this call changes in chosen layers
+    change: AttentionTechnique | None = None
+    # the image in tokens, None where the change does not ask
+    grid: tuple[int, int, int] | None = None
 
 
 class CallExtension(Protocol):

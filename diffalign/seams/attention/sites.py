@@ -1,4 +1,5 @@
-"""Where text enters attention: the layers of a denoiser, and what one call looks like to them."""
+"""Attention layers of a denoiser, those that see text and those that see the image alone, and what
+one call looks like to them."""
 
 from __future__ import annotations
 
@@ -10,24 +11,26 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from diffalign.core import AttentionTechnique, Site, UnsupportedModel
-from diffalign.core.attention import Parts
+from diffalign.core.attention import Parts, matches
+from diffalign.core.errors import nearest
 from diffalign.families.family import Family
+from diffalign.families.layout import Grid
 from diffalign.seams.attention.call import CallView
 from diffalign.seams.swap import unwrapped
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One attention module that sees text."""
+    """One attention module."""
 
     # dotted name in the model, without any wrapper
     name: str
     # attribute of the pipeline that holds the denoiser
     denoiser: str
     module: nn.Module
-    kind: Literal["cross", "joint"]
-    # whether the text stands before or behind the image in a joint sequence
-    text: Literal["first", "last"]
+    kind: Literal["self", "cross", "joint"]
+    # whether the text stands before or behind the image in a joint sequence, None without text
+    text: Literal["first", "last"] | None
     # which of its scaled-dot-product calls has the text keys, counted from 0
     call: int = 0
 
@@ -36,9 +39,16 @@ class Layer:
         """The layer without the facts of a call, as ``selects`` sees it."""
         return Site(self.name, self.kind)
 
-    def chain(self, techniques: Sequence[AttentionTechnique]) -> list[AttentionTechnique]:
-        """Those of ``techniques`` that are called here, outermost first."""
-        return [t for t in techniques if t.everywhere or t.selects(self.site)]
+    def chain(
+        self, techniques: Sequence[AttentionTechnique], change: AttentionTechnique | None = None
+    ) -> list[AttentionTechnique]:
+        """Those of ``techniques`` that are called here, and the ``change`` of a pass, outermost
+        first."""
+        called = [t for t in techniques if self.text is not None]
+        called = [t for t in called if t.everywhere or t.selects(self.site)]
+        if change is not None and change.selects(self.site):
+            called = sorted([*called, change], key=lambda t: t.order)
+        return called
 
 
 def refusal(family: Family) -> str | None:
@@ -77,6 +87,52 @@ def layers_of(family: Family, name: str, denoiser: nn.Module) -> Iterator[Layer]
             )
 
 
+def map_layers(family: Family, name: str, denoiser: nn.Module) -> Iterator[Layer]:
+    """The layers of one denoiser in which image tokens attend to one another, as they are
+    registered."""
+    known = family.attention
+    joint = layers_of(family, name, denoiser) if known and known.kind == "joint" else ()
+    by_name = {layer.name: layer for layer in joint}
+    for path, module in unwrapped(denoiser).named_modules():
+        if path in by_name:
+            yield by_name[path]
+        elif (
+            family.self_attention is not None
+            and hasattr(module, "processor")
+            and re.fullmatch(family.self_attention, path)
+        ):
+            yield Layer(path, name, module, "self", None)
+
+
+def select_maps(
+    owner: str, family: Family, denoiser: nn.Module, layers: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Names of layers from ``map_layers``: those that fit one of the shell patterns ``layers``.
+
+    None picks those of a U-Net's middle, or of the middle one of a transformer's blocks. Raises
+    ``UnsupportedModel`` when nothing is picked.
+    """
+    listed = [layer.name for layer in map_layers(family, "", denoiser)]
+    if not listed:
+        raise UnsupportedModel(
+            f"{owner} changes how image tokens attend to one another, and diffalign knows no such "
+            f"layer in {family.name}. Use S2Guidance."
+        )
+    if layers is not None:
+        picked = tuple(name for name in listed if matches(tuple(layers), name))
+        if not picked:
+            raise UnsupportedModel(
+                f"{owner}(layers=...): no layer of {family.name} fits {', '.join(layers)}. "
+                f"Nearest: {nearest(' '.join(layers), listed)}."
+            )
+        return picked
+    middle = tuple(name for name in listed if name.startswith("mid_block."))
+    if middle:
+        return middle
+    block = listed[len(listed) // 2].rpartition(".")[0]
+    return tuple(name for name in listed if name.rpartition(".")[0] == block)
+
+
 def row_parts(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tuple[Parts, ...]:
     """Positions in each row, in the families where they differ between rows; empty elsewhere."""
     if family.attention is None or family.attention.row_parts is None:
@@ -85,7 +141,10 @@ def row_parts(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tu
 
 
 def text_length(family: Family, arguments: Mapping[str, Any]) -> int:
-    """Tokens of the prompt, padding included (of the longest row where rows differ)."""
+    """Tokens of the prompt, padding included (of the longest row where rows differ); 0 without
+    text."""
+    if not family.text:
+        return 0
     argument = family.text[0]
     value = arguments[argument.name]
     if isinstance(value, list):
@@ -107,7 +166,7 @@ def site_of(layer: Layer, view: CallView, q: Tensor, k: Tensor) -> Site:
         raise UnsupportedModel(
             f"Expected {len(view.conditioned)} rows at {layer.name!r}; got {q.shape[0]}."
         )
-    if layer.kind == "joint" and keys != queries:
+    if layer.kind != "cross" and keys != queries:
         raise UnsupportedModel(
             f"Expected as many keys as queries at {layer.name!r}; got {keys} and {queries}."
         )
@@ -120,12 +179,32 @@ def site_of(layer: Layer, view: CallView, q: Tensor, k: Tensor) -> Site:
         parts = _parts(layer, view, keys, queries)
         image = parts["image"]
     tokens = image.stop - image.start
+    grid = None if view.grid is None else grid_at(view.grid, tokens, layer)
     texts = (view.conditioned, view.copies, view.negatives)
-    return Site(layer.name, layer.kind, parts, rows, tokens, *texts)
+    return Site(layer.name, layer.kind, parts, rows, tokens, *texts, grid)
+
+
+def grid_at(grid: Grid, tokens: int, layer: Layer) -> Grid:
+    """The image in tokens of a layer that has ``tokens`` of them: a U-Net's deeper layers see every
+    second, fourth or eighth row and column.
+
+    Raises ``UnsupportedModel`` where they do not fit.
+    """
+    frames, height, width = grid
+    while frames * height * width > tokens and max(height, width) > 1:
+        height, width = -(-height // 2), -(-width // 2)
+    size = frames * height * width
+    if size > tokens or (layer.kind == "self" and size != tokens):
+        raise UnsupportedModel(
+            f"Expected {frames} x {height} x {width} image tokens at {layer.name!r}; got {tokens}."
+        )
+    return frames, height, width
 
 
 def _parts(layer: Layer, view: CallView, keys: int, queries: int) -> Parts:
     """Positions by name, the same in every row."""
+    if layer.kind == "self":
+        return {"image": slice(0, queries)}
     total = view.prompt + sum(view.added.values())
     if layer.kind == "cross":
         if keys != total:

@@ -71,15 +71,15 @@ class Evaluator:
     ) -> tuple[Any, dict[Pass, Tensor]]:
         """The first call's output and the prediction of each pass.
 
-        Plain passes go together in one call, in the pipeline's own order of branches; passes that
-        skip blocks have a call of their own.
+        Plain passes go together in one call, in the pipeline's own order of branches; the others
+        have a call of their own.
         """
-        plain = [p for p in passes if p.blocks is None]
+        plain = [p for p in passes if not p.alone]
         plain.sort(key=lambda p: p.conditioned is (self.family.order == "uc"))
         if plain and branches.uncond and keeps_both(call.module):
             return self._both(call, step, plain, branches)
         groups = [plain] if plain else []
-        groups += [[p] for p in passes if p.blocks is not None]
+        groups += [[p] for p in passes if p.alone]
         template: Any = None
         preds: dict[Pass, Tensor] = {}
         for group in groups:
@@ -127,7 +127,8 @@ class Evaluator:
             empty_cache(call.module)
         self._last_rows = len(rows)
         conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
-        with cache_context(call.module, group[0]) if group[0].blocks is not None else nullcontext():
+        module = group[0].module or call.module
+        with cache_context(module, group[0]) if group[0].alone else nullcontext():
             output = self.run(call, step, tuple(group), conditioned, arguments)
         predictions = prediction_of(output).split_with_sizes(sizes)
         for p, prediction in zip(group, predictions):
@@ -142,9 +143,10 @@ class Evaluator:
 
 
 def _denoiser(call: PipelineCall, evaluation: DenoiserCall, arguments: dict[str, Any]) -> Any:
-    """The denoiser beneath every technique, without the blocks that a pass skips."""
-    blocks = evaluation.passes[0].blocks
-    if blocks is None:
-        return call.original(**arguments)
-    with skipped(call.module, blocks):
+    """The denoiser beneath every technique: that of the pass, or the pipeline's without the blocks
+    that the pass skips."""
+    p = evaluation.passes[0]
+    if p.module is not None:
+        return p.module(**arguments)
+    with nullcontext() if p.blocks is None else skipped(call.module, p.blocks):
         return call.original(**arguments)

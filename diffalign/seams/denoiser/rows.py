@@ -83,15 +83,19 @@ def doubled(value: Any, rows: int) -> Any:
 def parameter_names(cls: type, method: str = "forward") -> tuple[str, ...]:
     """Names of the positional parameters of a denoiser's forward, or of another method.
 
-    A subclass that takes ``*args`` hands them on, so the names are those of the class above it.
+    A subclass that takes ``*args`` hands them on, so the names are those of the class above it,
+    where there is one that has them all.
     """
+    first: tuple[str, ...] = ()
     for base in cls.__mro__:
         if method not in vars(base):
             continue
         parameters = inspect.signature(vars(base)[method]).parameters.values()
-        if not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
             return tuple(p.name for p in parameters)[1:]
-    return ()
+        first = first or names
+    return first
 
 
 def count_rows(hidden: Any) -> int:

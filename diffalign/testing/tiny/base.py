@@ -58,7 +58,7 @@ class Hook:
 
     # regular expression which the layers' names match as a whole
     layers: str
-    # module of the layer whose input they exchange, "" for the layer's own output
+    # module of the layer whose input they exchange, "" for the layer's own output or its first
     inner: str = "to_out.0"
     # (that tensor [B, S, E], arguments of the denoiser's call, row) -> its image tokens
     image: Callable[[Tensor, Inputs, int], slice] = everything

@@ -234,10 +234,12 @@ def test_every_guidance(name, tmp_path):
     model = SD3 if name == "cfg-zero-star" else SD
     pipe = tiny_pipeline(model)
     if name in registered():
-        technique = make(
-            name,
-            policy(pipe, tmp_path) if name == "linear-ag" else OPTIONS.get(name, {"scale": 3.0}),
-        )
+        options = OPTIONS.get(name, {"scale": 3.0})
+        if name == "linear-ag":
+            options = policy(pipe, tmp_path)
+        elif name == "auto-guidance":
+            options = {"scale": 3.0, "weak": tiny_pipeline(model, seed=1).unet}
+        technique = make(name, options)
     else:
         technique = AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5)
     plain, alone = run(pipe, model, technique, num_inference_steps=4)
@@ -246,7 +248,8 @@ def test_every_guidance(name, tmp_path):
     assert torch.isfinite(got).all()
     assert not torch.equal(got, plain)
     assert all(acting == selected > 0 for acting, selected in report().layers.values())
-    assert report().layers.keys() == {"NAG", "PLADIS"}
+    changes = {"pag": {"IdentityMaps"}, "seg": {"BlurredQueries"}}.get(name, set())
+    assert report().layers.keys() == {"NAG", "PLADIS"} | changes
     if name != "adaptive-guidance":  # whose decision depends on the predictions
         assert report().rows == alone().rows
     assert_untouched(pipe, before)
