@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,12 +15,12 @@ from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo
 from diffalign.families.family import Family
 from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser.cache import (
-    cache_context,
     check_rows,
     empty_cache,
     fixed_rows,
     is_cached,
     keeps_both,
+    uncached,
 )
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments
@@ -76,12 +77,13 @@ class Evaluator:
         """
         plain = [p for p in passes if p.blocks is None]
         plain.sort(key=lambda p: p.conditioned is (self.family.order == "uc"))
-        if plain and branches.uncond and keeps_both(call.module):
-            return self._both(call, step, plain, branches)
-        groups = [plain] if plain else []
-        groups += [[p] for p in passes if p.blocks is not None]
         template: Any = None
         preds: dict[Pass, Tensor] = {}
+        if plain and branches.uncond and keeps_both(call.module):
+            template, preds = self._both(call, step, plain, branches)
+            plain = []
+        groups = [plain] if plain else []
+        groups += [[p] for p in passes if p.blocks is not None]
         for group in groups:
             output = self._group(call, step, group, branches, preds)
             template = output if template is None else template
@@ -122,12 +124,14 @@ class Evaluator:
         arguments = call.arguments
         if rows != list(range(call.rows)):
             arguments = take_arguments(arguments, rows, call.rows, self.family)
-        check_rows(call.module, len(rows), call.rows)
-        if self._last_rows not in (0, len(rows)) and is_cached(call.module):
-            empty_cache(call.module)
-        self._last_rows = len(rows)
         conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
-        with cache_context(call.module, group[0]) if group[0].blocks is not None else nullcontext():
+        plain = group[0].blocks is None
+        if plain:
+            check_rows(call.module, len(rows), call.rows)
+            if self._last_rows not in (0, len(rows)) and is_cached(call.module):
+                empty_cache(call.module)
+            self._last_rows = len(rows)
+        with nullcontext() if plain else uncached(call.module):
             output = self.run(call, step, tuple(group), conditioned, arguments)
         predictions = prediction_of(output).split_with_sizes(sizes)
         for p, prediction in zip(group, predictions):
@@ -143,6 +147,11 @@ class Evaluator:
 
 def _denoiser(call: PipelineCall, evaluation: DenoiserCall, arguments: dict[str, Any]) -> Any:
     """The denoiser beneath every technique, without the blocks that a pass skips."""
+    # models take what they need out of lists and dictionaries, and a step may call them again
+    arguments = {
+        name: copy.copy(value) if type(value) in (list, dict) else value
+        for name, value in arguments.items()
+    }
     blocks = evaluation.passes[0].blocks
     if blocks is None:
         return call.original(**arguments)

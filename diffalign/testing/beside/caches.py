@@ -20,7 +20,6 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 
-from diffalign.core import Guidance, Technique
 from diffalign.core.types import Pipeline
 from diffalign.testing.beside.base import STEPS, Arguments, Neighbour, Refusal, by_seam, nothing
 
@@ -95,19 +94,7 @@ def faster(pipe: Pipeline, times: tuple[int, int]) -> FasterCacheConfig:
     )
 
 
-def leaves_rows_out(name: str, cls: type[Technique]) -> bool:
-    """Guidances that run one branch alone at some step."""
-    alone = ("interval-cfg", "adaptive-guidance", "linear-ag", "scheduled-cfg", "beta-cfg")
-    return issubclass(cls, Guidance) and name in (*alone, "cfg-zero-star")
-
-
-def skips_blocks(name: str, cls: type[Technique]) -> bool:
-    """Guidances with a pass of their own."""
-    return name in ("s2-guidance", "skip-layer-guidance")
-
-
 GROUP = "Feature caches"
-MIXES_IMAGES = "FasterCache takes the first half of every batch"
 NEIGHBOURS = [
     Neighbour(
         name="FirstBlockCache",
@@ -188,7 +175,6 @@ NEIGHBOURS = [
         branches=False,
         remembers=True,
         refusals=(
-            Refusal(skips_blocks, MIXES_IMAGES),
             Refusal(by_seam("attention"), "FasterCacheConfig cannot be combined with attention"),
         ),
     ),

@@ -124,7 +124,7 @@ NEIGHBOURS = [
         group=GROUP,
         pipelines=(UNION,),
         put=itself,
-        images=True,
+        note="images of one batch depend on each other in diffusers itself",
     ),
     Neighbour(
         name="compiled ControlNet",
