@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo
+from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo, UnsupportedModel
 from diffalign.families.family import Family
 from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser.cache import (
@@ -24,6 +24,7 @@ from diffalign.seams.denoiser.cache import (
 )
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments
+from diffalign.seams.swap import original_class, unwrapped
 
 Rows = Sequence[int]
 
@@ -65,7 +66,16 @@ class Evaluator:
         for wrap in reversed(self.middleware):
             denoise = wrap(denoise)
         self.meter.charge(rows=len(conditioned))
-        return denoise(DenoiserCall(call.denoiser, step, passes, conditioned), arguments)
+        try:
+            return denoise(DenoiserCall(call.denoiser, step, passes, conditioned), arguments)
+        except RuntimeError as error:
+            inside = self.middleware or passes[0].blocks is not None
+            if inside and type(error).__module__.startswith("torch._dynamo"):
+                raise UnsupportedModel(
+                    f"{original_class(unwrapped(call.module)).__name__} is compiled as one graph, "
+                    "in which no technique can act; compile the model without fullgraph=True."
+                ) from error
+            raise
 
     def passes(
         self, call: PipelineCall, step: StepInfo, passes: Sequence[Pass], branches: Branches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
-from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from diffalign.core.types import Pipeline
@@ -74,16 +75,12 @@ def layerwise_casting(pipe: Pipeline) -> Iterator[Arguments]:
 def rounded(pipe: Pipeline) -> Iterator[Arguments]:
     """The weights that layerwise casting computes with, resident in float32."""
     model = getattr(pipe, denoiser_of(pipe))
-    model.enable_layerwise_casting(storage_dtype=STORED, compute_dtype=torch.float32)
-    layers = [
-        module
-        for module in model.modules()
-        if hasattr(module, "_diffusers_hook")
-        and module._diffusers_hook.get_hook("layerwise_casting") is not None
-    ]
-    for layer in layers:
-        HookRegistry.check_if_exists_or_initialize(layer).remove_hook("layerwise_casting")
-        layer.to(STORED).to(torch.float32)
+    other = copy.deepcopy(model)
+    other.enable_layerwise_casting(storage_dtype=STORED, compute_dtype=torch.float32)
+    for name, layer in other.named_modules():
+        registry = vars(layer).get("_diffusers_hook")
+        if registry is not None and registry.get_hook("layerwise_casting") is not None:
+            model.get_submodule(name).to(STORED).to(torch.float32)
     yield nothing
 
 
