@@ -270,7 +270,7 @@ class Cells:
 @functools.cache
 def is_absent(name: str, pipeline: str, variant: str = "", text: bool = False) -> bool:
     """Whether a technique cannot act on a class of pipelines, whatever else is on it."""
-    pipe = tiny_pipeline(pipeline, variant=variant, text=text)
+    pipe = _bare(pipeline, variant, text)
     neighbour = Neighbour(name="", group="", pipelines=(pipeline,), put=_no_one, text=text)
     with TemporaryDirectory() as folder:
         here = Setting(neighbour, pipeline, pipe, nothing, Path(folder))
@@ -280,6 +280,12 @@ def is_absent(name: str, pipeline: str, variant: str = "", text: bool = False) -
         except UnsupportedModel:
             return True
     return False
+
+
+@functools.cache
+def _bare(pipeline: str, variant: str, text: bool) -> Pipeline:
+    """A tiny pipeline to ask, never to change."""
+    return tiny_pipeline(pipeline, variant=variant, text=text)
 
 
 @contextmanager
