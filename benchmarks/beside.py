@@ -23,14 +23,15 @@ HEAD = """# Beside what else a pipeline carries
 A pipeline may already have a LoRA, an IP-Adapter, a cache, a compiled ControlNet, a callback. Each
 technique was tried beside each of them, on tiny pipelines of real diffusers classes. `yes` means:
 switched off it changes no bit, switched on it is right, and afterwards the pipeline is bit for bit
-what it was. `no` means that it refuses with the sentence below the table, before anything runs.
+what it was. `no` means that it refuses with the sentence below the table and changes nothing.
 `–` means that the technique does not exist on these families, whatever else they carry.
 
 Right is what the last column of the first table says. *Branches*: every prediction equals that of
 the pipeline itself, run with that branch only. *Images*: every image of a batch equals the image
 made alone. *Without*: the result equals the same computed without the mechanism (fused instead of
 loaded, resident instead of offloaded). *Faint*: what is computed from earlier steps stays what it
-is natively under a technique of almost no weight, and images do not mix.
+is natively under a technique of almost no weight, and images do not mix. Every technique was tried
+on the first class of pipelines that is named, one technique of each way of acting on the others.
 
 This page is made by `python benchmarks/beside.py`; `tests/beside/test_matrix.py` checks every cell.
 """
@@ -44,7 +45,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def short(pipeline: str) -> str:
     """A pipeline class without its last word."""
-    return pipeline.removesuffix("Pipeline").replace("StableDiffusion", "SD ").strip()
+    return pipeline.removesuffix("Pipeline")
 
 
 def oracles(neighbour: Neighbour) -> str:

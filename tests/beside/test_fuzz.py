@@ -18,9 +18,11 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 import diffalign as da
-from diffalign.core.registry import techniques
+from diffalign.core.registry import TECHNIQUES, techniques
 from diffalign.families import FAMILIES
-from diffalign.testing.beside.check import differences, footprint, is_absent
+from diffalign.seams.plan import context_of
+from diffalign.seams.support import reason_against
+from diffalign.testing.beside.check import differences, footprint
 from diffalign.testing.beside.examples import NEUTRAL
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_names, tiny_pipeline, tiny_recipe
@@ -82,12 +84,17 @@ CALLBACKS = {
 }
 
 
+def off(name):
+    """The technique of that name, doing what the pipeline does."""
+    return TECHNIQUES.build(name, NEUTRAL[name].options)
+
+
 class Case:
     """One random call, the same for the same seed."""
 
     def __init__(self, seed):
         self.rng = rng = random.Random(seed)
-        self.name = rng.choice(tiny_names())
+        self.name = rng.choice([name for name in tiny_names() if name in FAMILIES])
         recipe = tiny_recipe(self.name)
         self.make = {
             "variant": rng.choice(recipe.variants),
@@ -96,7 +103,7 @@ class Case:
         }
         self.call = {
             **self.make,
-            "batch": rng.choice([1, 1, 2, 3]),
+            "batch": 1 if "VACE" in self.name else rng.choice([1, 1, 2, 3]),
             "steps": rng.choice([1, 2, 3]) if recipe.slow else rng.choice([1, 2, 3, 4, 5]),
             "seed": rng.randrange(5),
             "guided": rng.random() < 0.8,
@@ -145,7 +152,8 @@ class Case:
         """Up to three names of techniques that must change nothing, and how each is switched
         off."""
         names = [n for n, neutral in NEUTRAL.items() if neutral.branch == "both"]
-        names = [n for n in names if n != "dynamic-cfg" and not is_absent(n, self.name)]
+        context = context_of(self.pipeline(), FAMILIES[self.name])
+        names = [n for n in names if n != "dynamic-cfg" and not reason_against(off(n), context)]
         guidances = [n for n in names if techniques()[n].seam == "denoiser"]
         chosen = [n for n in names if n not in guidances and self.rng.random() < 0.4]
         if guidances and (self.rng.random() < 0.85 or not chosen):
@@ -182,17 +190,20 @@ class Case:
         return inputs
 
     def result(self, pipe):
-        """The result of one call, or the error that ended it."""
-        try:
-            return final(pipe, self.inputs())
-        except Exception as error:
-            return error
+        """The result of one call, or the error that ended it, and where the global generator is.
+
+        Some pipelines encode their images with it.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            try:
+                return final(pipe, self.inputs()), torch.get_rng_state()
+            except Exception as error:
+                return error, torch.get_rng_state()
 
     def sessions(self, pipe, stack):
         """Open the techniques in this case's way."""
-        chosen = [
-            da.core.registry.make(name, dict(NEUTRAL[name].options)) for name in self.techniques
-        ]
+        chosen = list(map(off, self.techniques))
         if self.shape == "enable":
             da.enable(pipe, *chosen)
             stack.callback(da.disable, pipe)
@@ -203,40 +214,50 @@ class Case:
             stack.enter_context(da.apply(pipe, *chosen))
 
 
-def same(a, b):
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+def differ(case, a, b):
+    """By how much two results differ more than they may; 0 if they do not."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    worst = float((a.nan_to_num().double() - b.nan_to_num().double()).abs().max())
+    # these pipelines map each prediction before they mix them, so what they are handed comes back
+    # up to rounding: the bound of tests/seams/denoiser/test_identity.py in the call's dtype
+    eps = torch.finfo(case.make["dtype"]).eps
+    bound = 25 * eps * float(a.abs().max()) if FAMILIES[case.name].affine else 0.0
+    return worst if worst > bound else 0.0
 
 
 def verdict(case):
     """What became of a case: equal, refused, an error with and without us; or what is wrong."""
     pipe = case.pipeline()
-    plain = case.result(pipe)
-    before, state = footprint(pipe), torch.get_rng_state()
-    other = nullcontext()
-    if case.shape == "shared":
-        other = da.apply(copy.copy(pipe), da.CFG(2.0))
-    with ExitStack() as stack, other:
+    before = footprint(pipe)
+    plain, generator = case.result(pipe)
+    restless = set(differences(before, footprint(pipe)))
+    before, neighbour = footprint(pipe), copy.copy(pipe)
+    other = da.apply(neighbour, da.PLADIS(0.0)) if case.shape == "shared" else nullcontext()
+    with ExitStack() as stack:
         try:
+            stack.enter_context(other)
             case.sessions(pipe, stack)
         except OURS as error:
-            return f"refused: {error}" if not isinstance(plain, Exception) else "error"
+            return "error" if isinstance(plain, Exception) else f"refused: {error}"
         results = [case.result(pipe) for _ in range(1 + (case.shape == "twice"))]
-    after = case.result(pipe)
+    after, _ = case.result(pipe)
     if isinstance(plain, Exception):
-        return "error" if all(isinstance(r, Exception) for r in results) else "WRONG: only we run"
-    if isinstance(after, Exception) or not same(plain, after):
+        alike = all(isinstance(result, Exception) for result, _ in results)
+        return "error" if alike else "WRONG: only we run"
+    if isinstance(after, Exception) or differ(case, plain, after):
         return "WRONG: something was left behind"
-    if changed := differences(before, footprint(pipe)):
-        return f"WRONG: left changed {changed[:3]}"
-    if not torch.equal(state, torch.get_rng_state()) and "Ancestral" not in str(case.scheduler):
-        return "WRONG: the global generator moved"
-    for result in results:
+    if changed := set(differences(before, footprint(pipe))) - restless:
+        return f"WRONG: left changed {sorted(changed)[:3]}"
+    for result, drawn in results:
         if isinstance(result, OURS):
             return f"refused: {result}"
         if isinstance(result, Exception):
             return f"WRONG: {type(result).__name__} {result}"
-        if not same(plain, result):
-            return f"WRONG: differs by {float((plain - result).abs().max())}"
+        if distance := differ(case, plain, result):
+            return f"WRONG: differs by {distance}"
+        if not torch.equal(drawn, generator):
+            return "WRONG: the global generator moved"
     return "equal"
 
 
@@ -255,4 +276,3 @@ def test_random_calls(start, record_property):
     print(dict(outcomes))
     assert not wrong, "\n" + "\n".join(wrong)
     assert outcomes["equal"] >= 0.5 * sum(outcomes.values()), dict(outcomes)
-    assert set(FAMILIES) >= set()
