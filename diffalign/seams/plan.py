@@ -339,6 +339,7 @@ def _gates(pipe: Any, family: Family, call: Arguments, opened: bool) -> dict[str
         if gate == family.gates[0] or getattr(pipe, name, None) is not None
     ]
     changed: dict[str, Any] = dict.fromkeys(present, family.placeholder if opened else family.off)
+    changed |= _pictures(call, _is_open(pipe, family, call), opened)
     if opened:
         reason = family.missing_negative(pipe, call.values)
         if reason is not None:
@@ -348,3 +349,23 @@ def _gates(pipe: Any, family: Family, call: Arguments, opened: bool) -> dict[str
             changed["negative_prompt"] = [""] * len(prompt) if isinstance(prompt, list) else ""
     changed |= {o.name: o.neutral for o in family.options if o.name in call.values}
     return changed
+
+
+def _pictures(call: Arguments, before: bool, opened: bool) -> dict[str, Any]:
+    """Pictures of adapters for a call whose guidance is on or off by us, not as the user wrote it.
+
+    U-Nets and SD3 take the negative pictures in front of the others, where guidance is on.
+    """
+    name = "ip_adapter_image_embeds"
+    pictures = call.values.get(name)
+    if pictures is None or before == opened or f"negative_{name}" in call.values:
+        return {}
+    if opened:
+        raise ValueError(
+            f"{name} has no negative pictures, since this call asks for no guidance, and the "
+            "technique guides. Put the negative pictures in front and ask for a guidance scale "
+            "above 1."
+        )
+    if isinstance(pictures, list | tuple):
+        return {name: [tensor.chunk(2)[1] for tensor in pictures]}
+    return {name: pictures.chunk(2)[1]}

@@ -115,7 +115,7 @@ class PointSampler:
         law = state.transition
         if law is None or law.std == 0.0:
             raise ValueError("redraw needs a state whose last evaluation drew noise.")
-        keys, noise = _normals(_keys(state.reseed(seeds).rng), self.mixture.size)
+        keys, noise = _normals(_keys(state.reseed(seeds).rng), self.model.size)
         mean = law.mean if law.drift is None else law.mean + law.drift
         return replace(state, latents=mean + law.std * noise, rng=_rng(keys))
 

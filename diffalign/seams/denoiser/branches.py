@@ -159,6 +159,11 @@ class OneCall:
     def answer(
         self, generation: Generation, call: PipelineCall, step: Step, guidance: Guidance[Any]
     ) -> Any:
+        if call.rows != generation.batch:
+            raise UnsupportedModel(
+                f"Expected {generation.batch} rows at the denoiser; got {call.rows}. If a callback "
+                "raises the guidance scale, ask for guidance in the call too: it began without."
+            )
         passes = generation.passes(guidance, step)
         if not all(p.conditioned for p in passes):
             raise UnsupportedModel(

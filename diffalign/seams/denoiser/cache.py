@@ -3,11 +3,23 @@ its place."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from diffalign.core import Pass, UnsupportedModel
+from diffalign.core import UnsupportedModel
 from diffalign.seams.swap import unwrapped
+
+# modules of diffusers.hooks
+CACHES = (
+    "faster_cache",
+    "first_block_cache",
+    "mag_cache",
+    "pyramid_attention_broadcast",
+    "sea_cache",
+    "taylorseer_cache",
+    "text_kv_cache",
+)
 
 
 def is_cached(module: Any) -> bool:
@@ -77,9 +89,39 @@ def empty_cache(module: Any) -> None:
         part.set_context(context)
 
 
-def cache_context(module: Any, p: Pass) -> AbstractContextManager[Any]:
-    """The cache context of a pass of our own, where the model runs a feature cache."""
-    if not is_cached(module):
-        return nullcontext()
-    context: AbstractContextManager[Any] = unwrapped(module).cache_context(p.name)
-    return context
+@contextmanager
+def uncached(module: Any) -> Iterator[None]:
+    """Within the block the model computes everything: its cache neither gives nor takes.
+
+    For passes of our own. Their blocks differ from those that filled the cache, some caches count
+    calls, and some keep no branches apart.
+    """
+    changed: list[tuple[Any, dict[str, Any]]] = []
+    for hook in _cache_hooks(module) if is_cached(module) else ():
+        reference = hook.fn_ref
+        changed.append((reference, dict(vars(reference))))
+        if reference.original_forward is not None:
+            reference.forward = reference.original_forward
+        reference.pre_forward, reference.post_forward = _arguments, _output
+    try:
+        yield
+    finally:
+        for reference, before in changed:
+            vars(reference).update(before)
+
+
+def _cache_hooks(module: Any) -> Iterator[Any]:
+    """Hooks of diffusers' feature caches, and none of offloading or casting."""
+    for part in module.modules():
+        registry = vars(part).get("_diffusers_hook")
+        for hook in registry.hooks.values() if registry is not None else ():
+            if type(hook).__module__.rpartition(".")[2] in CACHES:
+                yield hook
+
+
+def _arguments(module: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs
+
+
+def _output(module: Any, output: Any) -> Any:
+    return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,19 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo
+from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo, UnsupportedModel
 from diffalign.families.family import Family
 from diffalign.seams.blocks.skip import skipped
 from diffalign.seams.denoiser.cache import (
-    cache_context,
     check_rows,
     empty_cache,
     fixed_rows,
     is_cached,
     keeps_both,
+    uncached,
 )
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments
+from diffalign.seams.swap import original_class, unwrapped
 
 Rows = Sequence[int]
 
@@ -64,7 +66,16 @@ class Evaluator:
         for wrap in reversed(self.middleware):
             denoise = wrap(denoise)
         self.meter.charge(rows=len(conditioned))
-        return denoise(DenoiserCall(call.denoiser, step, passes, conditioned), arguments)
+        try:
+            return denoise(DenoiserCall(call.denoiser, step, passes, conditioned), arguments)
+        except RuntimeError as error:
+            inside = self.middleware or passes[0].blocks is not None
+            if inside and type(error).__module__.startswith("torch._dynamo"):
+                raise UnsupportedModel(
+                    f"{original_class(unwrapped(call.module)).__name__} is compiled as one graph, "
+                    "in which no technique can act; compile the model without fullgraph=True."
+                ) from error
+            raise
 
     def passes(
         self, call: PipelineCall, step: StepInfo, passes: Sequence[Pass], branches: Branches
@@ -76,12 +87,13 @@ class Evaluator:
         """
         plain = [p for p in passes if not p.alone]
         plain.sort(key=lambda p: p.conditioned is (self.family.order == "uc"))
-        if plain and branches.uncond and keeps_both(call.module):
-            return self._both(call, step, plain, branches)
-        groups = [plain] if plain else []
-        groups += [[p] for p in passes if p.alone]
         template: Any = None
         preds: dict[Pass, Tensor] = {}
+        if plain and branches.uncond and keeps_both(call.module):
+            template, preds = self._both(call, step, plain, branches)
+            plain = []
+        groups = [plain] if plain else []
+        groups += [[p] for p in passes if p.alone]
         for group in groups:
             output = self._group(call, step, group, branches, preds)
             template = output if template is None else template
@@ -122,13 +134,14 @@ class Evaluator:
         arguments = call.arguments
         if rows != list(range(call.rows)):
             arguments = take_arguments(arguments, rows, call.rows, self.family)
-        check_rows(call.module, len(rows), call.rows)
-        if self._last_rows not in (0, len(rows)) and is_cached(call.module):
-            empty_cache(call.module)
-        self._last_rows = len(rows)
         conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
-        module = group[0].module or call.module
-        with cache_context(module, group[0]) if group[0].alone else nullcontext():
+        plain = not group[0].alone
+        if plain:
+            check_rows(call.module, len(rows), call.rows)
+            if self._last_rows not in (0, len(rows)) and is_cached(call.module):
+                empty_cache(call.module)
+            self._last_rows = len(rows)
+        with nullcontext() if plain else uncached(group[0].module or call.module):
             output = self.run(call, step, tuple(group), conditioned, arguments)
         predictions = prediction_of(output).split_with_sizes(sizes)
         for p, prediction in zip(group, predictions):
@@ -145,6 +158,11 @@ class Evaluator:
 def _denoiser(call: PipelineCall, evaluation: DenoiserCall, arguments: dict[str, Any]) -> Any:
     """The denoiser beneath every technique: that of the pass, or the pipeline's without the blocks
     that the pass skips."""
+    # models take what they need out of lists and dictionaries, and a step may call them again
+    arguments = {
+        name: copy.copy(value) if type(value) in (list, dict) else value
+        for name, value in arguments.items()
+    }
     p = evaluation.passes[0]
     if p.module is not None:
         return p.module(**arguments)

@@ -38,6 +38,19 @@ def take(value: Any, rows: Sequence[int], total: int, lists: bool = False, axis:
     return value
 
 
+def take_pictures(value: Any, rows: Sequence[int], total: int) -> Any:
+    """Rows of the pictures of an adapter, in each tensor of the containers.
+
+    Where a row has several pictures, they stand together on the first axis.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(take_pictures(item, rows, total) for item in value)
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] % total:
+        return value
+    each = value.shape[0] // total
+    return take(value, [row * each + i for row in rows for i in range(each)], value.shape[0])
+
+
 # entries of the arguments that pipelines hand on to their attention processors
 ROWS_WITHIN = ("ip_adapter_image_embeds", "ip_hidden_states", "image_embeds")
 SHARED_WITHIN = ("ip_adapter_masks", "scale")
@@ -54,6 +67,8 @@ def take_arguments(
     def entry(name: str, value: Any, whole: bool) -> Any:
         if name in SHARED_WITHIN or (whole and name not in ROWS_WITHIN):
             return value
+        if name in ROWS_WITHIN:
+            return take_pictures(value, rows, total)
         return take(value, rows, total, family.lists)
 
     axes, arguments = family.row_axes, {}

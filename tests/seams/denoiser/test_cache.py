@@ -1,12 +1,13 @@
 """Feature caches and compiled models: what they are known by, and what they forbid."""
 
 import pytest
+import torch
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
-from diffalign.core import COND, UnsupportedModel
+from diffalign.core import UnsupportedModel
 from diffalign.seams.denoiser import cache
 
 
@@ -82,10 +83,38 @@ def test_an_emptied_cache_keeps_its_place():
         assert hook.state.get_state().value == 0
 
 
-def test_a_pass_of_ours_has_a_context_of_its_name():
-    model, hook = Model(FirstBlockCacheConfig()), Remembering()
-    HookRegistry.check_if_exists_or_initialize(model.block).register_hook(hook, "remember")
-    with cache.cache_context(model, COND):
-        assert getattr(hook.state.context, "name", hook.state.context) == "cond"
-    with cache.cache_context(Model(), COND) as nothing:
-        assert nothing is None
+class Doubled(ModelHook):
+    """A cache of diffusers, by the module that it says it is of."""
+
+    __module__ = "diffusers.hooks.mag_cache"
+
+    def new_forward(self, module, value):
+        return 2 * self.fn_ref.original_forward(value)
+
+    def post_forward(self, module, output):
+        return output + 1
+
+
+class Shifted(Doubled):
+    """A hook that is no cache."""
+
+    __module__ = "elsewhere"
+
+    def new_forward(self, module, value):
+        return self.fn_ref.original_forward(value) + 100
+
+
+def test_a_pass_of_ours_neither_gives_to_a_cache_nor_takes():
+    model, value = Model(FirstBlockCacheConfig()), torch.ones(1, 1)
+    plain = model.block(value)
+    registry = HookRegistry.check_if_exists_or_initialize(model.block)
+    registry.register_hook(Doubled(), "doubled")
+    registry.register_hook(Shifted(), "shifted")
+    hooked = model.block(value)
+    assert torch.equal(hooked, 2 * plain + 102)
+    with cache.uncached(wrapped(model)):
+        assert torch.equal(model.block(value), plain + 101)
+    assert torch.equal(model.block(value), hooked)
+    with pytest.raises(KeyError), cache.uncached(model):
+        raise KeyError
+    assert torch.equal(model.block(value), hooked)

@@ -71,6 +71,15 @@ def test_pictures_of_adapters_are_split_and_their_masks_are_not():
     assert within["ip_hidden_states"][0] is pictures
 
 
+def test_several_pictures_of_a_row_stand_together():
+    pictures, alone = torch.arange(6.0).reshape(6, 1), torch.zeros(1, 1)
+    within = {"image_embeds": (pictures, [alone])}
+    changed = take_arguments({"added_cond_kwargs": within}, [2, 0], 3, FLUX)
+    first, (second,) = changed["added_cond_kwargs"]["image_embeds"]
+    assert first[:, 0].tolist() == [4.0, 5.0, 0.0, 1.0]
+    assert second is alone
+
+
 def test_a_list_is_a_batch_only_where_the_family_says_so():
     rows = [torch.full((2,), float(i)) for i in range(3)]
     plain = take_arguments({"x": rows}, [2, 0], 3, FLUX)["x"]
