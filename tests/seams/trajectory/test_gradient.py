@@ -23,7 +23,7 @@ PIXART, SANA, QWEN, CHROMA, WAN = (
     "WanPipeline",
 )
 slow = pytest.mark.slow
-NAMES = [SD, SD3, *(pytest.param(n, marks=slow) for n in (SDXL, FLUX, PIXART, QWEN, CHROMA, WAN))]
+NAMES = [SD, *(pytest.param(n, marks=slow) for n in (SDXL, SD3, FLUX, PIXART, QWEN, CHROMA, WAN))]
 
 
 def weights_of(images):
@@ -121,6 +121,7 @@ def saved_bytes(sampler, mode):
     return sum(t.numel() * t.element_size() for t in kept.values())
 
 
+@slow
 def test_memory_grows_at_least_five_times_slower(sampler_for):
     growth = {}
     for mode in ("plain", "checkpoint"):
@@ -166,7 +167,14 @@ def test_a_saturated_pixel_passes_its_gradient_on_where_asked(sampler_for):
     assert "denormalize" not in vars(sampler.pipe.image_processor)
 
 
-@pytest.mark.parametrize(("name", "kernel"), [(SD, None), (SDXL, Eta(1.0)), (SD3, FlowSDE())])
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        (SD, None),
+        pytest.param(SDXL, Eta(1.0), marks=slow),
+        pytest.param(SD3, FlowSDE(), marks=slow),
+    ],
+)
 def test_a_twist_is_the_reward_of_x0_and_its_gradient(sampler_for, name, kernel):
     sampler = sampler_for(name, da.CFG(3.0), dtype=torch.float64, kernel=kernel)
 
