@@ -22,8 +22,18 @@ SAYING = (
 )
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SAYING)
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    [
+        ("DDIMScheduler", "v_prediction"),
+        ("KDPM2DiscreteScheduler", "epsilon"),
+        *(
+            pytest.param(name, prediction, marks=pytest.mark.slow)
+            for name in SAYING
+            for prediction in ("epsilon", "v_prediction")
+        ),
+    ],
+)
 def test_x0_is_the_schedulers_own(sampler_for, name, prediction):
     options = {"prediction_type": prediction}
     sampler = sampler_for(SD, scheduler=name, options=options, steps=3)

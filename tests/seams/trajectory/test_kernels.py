@@ -101,18 +101,22 @@ def ends(sampler, cut=None):
 
 
 NATIVE = (
-    (SD, "DDIMScheduler", Eta(0.0), {}),
     (SD, "DDIMScheduler", Eta(0.6), {"eta": 0.6}),
-    (SD, "DDIMScheduler", Eta(1.0), {"eta": 1.0}),
-    (SDXL, "EulerDiscreteScheduler", Eta(0.0), {}),
     (SDXL, "EulerAncestralDiscreteScheduler", Eta(1.0), {}),
     (SD3, None, Eta(0.0), {}),
+    (SD, "DDIMScheduler", Eta(0.0), {}),
+    (SD, "DDIMScheduler", Eta(1.0), {"eta": 1.0}),
+    (SDXL, "EulerDiscreteScheduler", Eta(0.0), {}),
     (FLUX, None, FlowSDE(0.0), {}),
     (SD3, None, VPFlow("none"), {}),
 )
 
 
-@pytest.mark.parametrize(("name", "scheduler", "kernel", "call"), NATIVE, ids=repr)
+@pytest.mark.parametrize(
+    ("name", "scheduler", "kernel", "call"),
+    [*NATIVE[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in NATIVE[3:])],
+    ids=repr,
+)
 def test_where_a_scheduler_makes_the_same_step(sampler_for, name, scheduler, kernel, call):
     """To rounding, noise included: both draw it from each image's generator."""
     native = ends(sampler_for(name, da.CFG(3.0), scheduler=scheduler, **call))
@@ -123,16 +127,20 @@ def test_where_a_scheduler_makes_the_same_step(sampler_for, name, scheduler, ker
 
 KERNELS = (
     (SDXL, Eta(1.0)),
+    (FLUX, FlowSDE()),
     (SDXL, Eta(0.5)),
     (SD3, Eta(1.0)),
     (SD3, FlowSDE("s2")),
-    (FLUX, FlowSDE()),
     (FLUX, FlowSDE(0.7)),
     (SD3, VPFlow()),
 )
 
 
-@pytest.mark.parametrize(("name", "kernel"), KERNELS, ids=repr)
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [*KERNELS[:2], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in KERNELS[2:])],
+    ids=repr,
+)
 def test_children_of_one_state_differ_and_cuts_do_not_show(sampler_for, name, kernel):
     sampler = sampler_for(name, da.APG(3.0, cap=5.0, momentum=-0.5), kernel=kernel, steps=3)
     assert sampler.branches
@@ -180,7 +188,7 @@ def test_a_transition_says_where_the_latents_came_from(sampler_for):
         torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", [SD3, FLUX])
+@pytest.mark.parametrize("name", [SD3, pytest.param(FLUX, marks=pytest.mark.slow)])
 def test_flow_pipelines_draw_from_the_generators_of_the_images(sampler_for, name):
     """They hand no generator to their scheduler; here each image has its own all the same."""
     options = {"stochastic_sampling": True}

@@ -1,6 +1,7 @@
 """Two segments are one run, bit for bit, at every cut, for every pair that the table names."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -24,13 +25,7 @@ SD, SDXL, SD3, FLUX = (
     "StableDiffusion3Pipeline",
     "FluxPipeline",
 )
-QUICK = {
-    (SD, "DPMSolverSinglestepScheduler"),
-    (SD, "HeunDiscreteScheduler"),
-    (SDXL, "EulerAncestralDiscreteScheduler"),
-    (SD3, "UniPCMultistepScheduler"),
-    (FLUX, "FlowMatchEulerDiscreteScheduler"),
-}
+QUICK = {(SD, "HeunDiscreteScheduler"), (SD3, "UniPCMultistepScheduler")}
 MARKED = [
     pytest.param(*pair, marks=() if pair[:2] in QUICK else pytest.mark.slow) for pair in PAIRS
 ]
@@ -73,13 +68,13 @@ def test_two_segments_are_one_run(sampler_for, name, scheduler, group, technique
             assert all(map(torch.equal, end.rng, whole.rng)), cut
 
 
-def differs(sampler, cut=3):
-    """Whether a cut shows."""
+def differs(sampler, cut=3, forget=False):
+    """Whether a cut shows; ``forget``: without any history of the scheduler."""
     with sampler:
         start = sampler.start([3])
-        return not torch.equal(
-            sampler.run(sampler.run(start, cut)).latents, sampler.run(start).latents
-        )
+        half = sampler.run(start, cut)
+        half = replace(half, scheduler=None) if forget else half
+        return not torch.equal(sampler.run(half).latents, sampler.run(start).latents)
 
 
 @pytest.mark.parametrize("name", ["model_outputs", "lower_order_nums"])
@@ -95,7 +90,10 @@ def test_a_history_without_one_of_its_parts_shows(sampler_for, monkeypatch, name
     sampler = sampler_for(SD, scheduler="DPMSolverMultistepScheduler", steps=STEPS)
     assert not differs(sampler)
     monkeypatch.setattr(schedule, "_restore", forgetful)
-    assert differs(sampler)
+    try:
+        assert differs(sampler)
+    except TypeError as error:  # the solver misses its last outputs
+        assert "NoneType" in str(error)
 
 
 def test_without_a_start_scale_of_one_a_cut_shows(sampler_for, monkeypatch):
@@ -110,9 +108,9 @@ def test_without_a_start_scale_of_one_a_cut_shows(sampler_for, monkeypatch):
 
 def test_without_the_place_of_the_window_a_cut_shows(sampler_for, monkeypatch):
     sampler = sampler_for(FLUX, steps=STEPS)
-    assert not differs(sampler)
+    assert not differs(sampler, forget=True)  # a single-step scheduler has no history but its place
     monkeypatch.setattr(schedule, "_shifted", lambda window, args, kwargs: (args, kwargs))
-    assert differs(sampler)
+    assert differs(sampler, forget=True)
 
 
 def test_lists_that_siblings_share_show(sampler_for, monkeypatch):

@@ -14,7 +14,6 @@ SD, SDXL, SD3 = (
     "StableDiffusion3Pipeline",
 )
 OTHERS = (
-    "FluxPipeline",
     "PixArtSigmaPipeline",
     "SanaPipeline",
     "QwenImagePipeline",
@@ -35,9 +34,16 @@ def plain(sampler, output, *seeds):
     return sampler.pipe(**arguments, generator=rng, output_type=output, return_dict=False)[0]
 
 
-@pytest.mark.parametrize(("name", "text"), [(SD, True), (SDXL, True), *((n, 0) for n in OTHERS)])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (SD, True),
+        ("FluxPipeline", False),
+        *(pytest.param(n, n == SDXL, marks=pytest.mark.slow) for n in (SDXL, *OTHERS)),
+    ],
+)
 def test_a_run_from_seeds_is_the_plain_call_with_generators(sampler_for, name, text):
-    sampler = sampler_for(name, text=bool(text), steps=2)
+    sampler = sampler_for(name, text=text, steps=2)
     for seeds in ((5,), (5, 6)):
         with sampler:
             end = sampler.run(sampler.run(sampler.start(seeds), 1))
