@@ -3,7 +3,7 @@
     python benchmarks/bounds.py newest|oldest [--folder .venv-newest] [--output outputs]
                                 [-- arguments of pytest]
 
-Makes an environment of its own, installs what pyproject.toml asks for with these three at the chosen
+Makes an environment of its own, installs what pyproject.toml asks for with these three at that
 end, runs the tests that are not slow, prints a summary and writes it to ``outputs/newest.md``. The
 exit status is that of pytest. Needs the standard library and pip alone.
 """

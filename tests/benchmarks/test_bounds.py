@@ -8,7 +8,8 @@ ROOT = Path(__file__).parents[2]
 LINES = ["torch>=2.10", "diffusers>=0.42.1,<0.44", "transformers[x]>=5", "numpy>=2; sys_platform"]
 XML = """<testsuites><testsuite tests="4" skipped="1" time="2.5">
 <testcase classname="tests.a" name="test_one"/>
-<testcase classname="tests.a" name="test_two"><failure message="  ValueError: no&#10;more"/></testcase>
+<testcase classname="tests.a" name="test_two">
+<failure message="  ValueError: no&#10;more"/></testcase>
 <testcase classname="tests.b" name="test_three"><error/></testcase>
 <testcase classname="tests.b" name="test_four"><skipped/></testcase>
 </testsuite></testsuites>"""
