@@ -126,14 +126,15 @@ def main() -> int:
     parser.add_argument("end", choices=("newest", "oldest"))
     parser.add_argument("--folder", type=Path, help="of the environment")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs")
-    parser.add_argument("tests", nargs="*", help="arguments of pytest")
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options, tests = parser.parse_args(words[:end]), words[end + 1 :]
     folder = (options.folder or ROOT / f".venv-{options.end}").resolve()
     python = install(folder, options.end)
     options.output.mkdir(parents=True, exist_ok=True)
     report = (options.output / f"{options.end}.xml").resolve()
     command = [str(python), "-m", "pytest", "-m", "not slow", f"--junitxml={report}"]
-    status = subprocess.run([*command, *options.tests], cwd=ROOT).returncode
+    status = subprocess.run([*command, *tests], cwd=ROOT).returncode
     page = summary(options.end, versions_of(python), outcome(report))
     (options.output / f"{options.end}.md").write_text(page, encoding="utf-8")
     print(page)
