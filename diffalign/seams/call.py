@@ -46,7 +46,7 @@ def generate(
         generation = Generation(pipe, planned, meter, sessions[-1].start)
         for session in sessions:
             session.generation = generation
-        with tapped(generation), published(generation):
+        with tapped(generation), published(generation), swap.beneath(pipe):
             result = original(**planned.arguments)
         report = generation.report()
         for session in sessions:
