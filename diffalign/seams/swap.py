@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
@@ -86,10 +86,8 @@ def _standing_in(meta: type) -> type:
             return _as_read(getattr(type.__getattribute__(cls, "_diffalign_base"), name), find)
 
         def __setattr__(cls, name: str, value: Any) -> None:
-            try:
+            with suppress(TypeError):  # it cannot be a key
                 value = _READ.get(value, value)
-            except TypeError:  # it cannot be a key
-                pass
             setattr(type.__getattribute__(cls, "_diffalign_base"), name, value)
 
         def __delattr__(cls, name: str) -> None:

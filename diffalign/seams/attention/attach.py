@@ -77,7 +77,7 @@ class Attachment:
         self.activity, self.generation = activity, generation
         self.denoisers, self.layers = denoisers, layers
         self.running = RunningCall(opaque=any(map(is_compiled, denoisers.values())))
-        self.caches = Caches(denoisers)
+        self.caches = Caches(denoisers, generation.evaluator.cached_calls)
         self.kernels = Kernels(generation.record.notes)
         self.usage = Usage()
         self.extensions: dict[AttentionTechnique, CallExtension] = {}
@@ -91,7 +91,8 @@ class Attachment:
             return
         joint = any(layer.kind == "joint" for layer in self.layers)
         longer = joint and any(t.everywhere for t in techniques)
-        self.caches.refuse(longer and self.generation.family.mode == "sequential")
+        plan = self.generation.plan
+        self.caches.refuse(longer and plan.opened and plan.family.mode == "sequential")
         for technique in techniques:
             extension = technique.extension(self.generation)
             if extension is not None:

@@ -61,7 +61,7 @@ class Generation:
         self.record = Record(plan.resolved)
         self.clock = Clock(pipe.scheduler, family.mix, family.sigma)
         self.loop = ClosedLoop(pipe, family, self.clock)
-        self.evaluator = Evaluator(family, meter)
+        self.evaluator = Evaluator(family, meter, plan.opened and family.mode == "sequential")
         if start is not None and start.around is not None:
             self.evaluator.middleware.append(start.around(self))
         self.way = way_of(family.mode, plan.opened, bool(plan.guidances))
