@@ -6,7 +6,7 @@ is a claim about the pipelines' source, which tests check against the real class
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,6 +132,9 @@ class Predictions:
     # arguments of the denoiser -> tokens of the prediction that reach the scheduler, where the
     # pipeline drops the others (those of reference images and given frames)
     seen: Callable[[Mapping[str, Any]], slice] | None = None
+    # arguments of the first denoiser call -> scheduler timestep from which on each token of the
+    # prediction reaches the latents, where given tokens are held back; None: all do at every step
+    releases: Callable[[Mapping[str, Any]], Sequence[float] | None] | None = None
     # whether tensors come as Python lists with one per row
     lists: bool = False
     # denoiser arguments that are never split by rows

@@ -42,6 +42,8 @@ class BranchLog:
         )
         if vectors.requires_grad:
             vectors = vectors.detach()
+        if self._waiting and self._waiting[0][1].shape[2:] != vectors.shape[2:]:
+            self._reduce()  # other tokens than before
         self._steps[index] = vectors.shape[1]
         self._waiting.append((index, vectors))
         if len(self._waiting) * vectors.numel() > PENDING:

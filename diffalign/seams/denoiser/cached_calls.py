@@ -10,13 +10,7 @@ from typing import Any
 
 from diffalign.core import Pass, StepInfo
 from diffalign.seams.denoiser import cache_dit
-from diffalign.seams.denoiser.cache import (
-    cache_context,
-    check_extra,
-    empty_cache,
-    is_cached,
-    is_keyed,
-)
+from diffalign.seams.denoiser.cache import cache_context, empty_cache, is_cached, is_keyed
 
 Kind = tuple[int, str]
 """A model by its id, and which of its calls: ``""`` for the pipeline's own."""
@@ -64,8 +58,6 @@ class CachedCalls:
             self._step = (step.index, step.evaluation)
             self._evaluation += 1
         p = group[0]
-        if p.blocks is not None:
-            check_extra(module, p, self.alternating)
         kind, theirs = self._kind(module, p), cache_dit.manager_of(module) is None
         stale = self._is_stale(module, p, rows)
         if stale and theirs:  # all kinds of calls are emptied together

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo
 from diffalign.families.family import Family
 from diffalign.seams.blocks.skip import skipped
-from diffalign.seams.denoiser.cache import check_rows, fixed_rows, keeps_both
+from diffalign.seams.denoiser.cache import check_extra, check_rows, fixed_rows, keeps_both
 from diffalign.seams.denoiser.cached_calls import CachedCalls
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments
@@ -67,6 +67,9 @@ class Evaluator:
         Plain passes go together in one call, in the pipeline's own order of branches; passes that
         skip blocks have a call of their own.
         """
+        for p in passes:
+            if p.blocks is not None:
+                check_extra(call.module, p, self.cached_calls.alternating)
         plain = [p for p in passes if p.blocks is None]
         plain.sort(key=lambda p: p.conditioned is (self.family.order == "uc"))
         if plain and branches.uncond and keeps_both(call.module):
