@@ -27,7 +27,6 @@ STEPS = 6
 def _classes_are_put_back():
     """Whatever a test leaves enabled would be on the classes of the next one."""
     import diffusers
-
     from cache_dit.caching.block_adapters import FakeDiffusionPipeline
 
     classes = [FakeDiffusionPipeline, *(getattr(diffusers, name) for name in (*NAMES, WAN))]
@@ -154,7 +153,9 @@ def test_a_skip_layer_pass_of_no_weight_changes_nothing(name):
     image = run(pipe, skip_layer())
     scale = float(cached.abs().max())
     assert (image - cached).abs().max() <= 1e-4 * scale
-    assert native < len(computed) <= 2 * native  # the extra pass has a cache of its own, which fires
+    assert (
+        native < len(computed) <= 2 * native
+    )  # the extra pass has a cache of its own, which fires
 
 
 @pytest.mark.parametrize("name", [*NAMES, WAN])

@@ -1,5 +1,5 @@
-"""Editing, image-to-video and conditioned pipelines drop predictions of given tokens: no norm, cosine,
-projection or report counts what never reaches the latents."""
+"""Editing, image-to-video and conditioned pipelines drop predictions of given tokens: no norm,
+cosine, projection or report counts what never reaches the latents."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ SLOW = ("QwenImageEditPipeline", "FluxKontextInpaintPipeline")
 
 
 def tripled(dropped):
-    """Another prediction on tokens that the pipeline drops; None: those with a time of their own."""
+    """Another prediction on tokens that the pipeline drops; None: those with their own time."""
 
     def hook(module, args, kwargs, output):
         value = output[0].clone()

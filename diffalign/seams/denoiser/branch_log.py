@@ -70,8 +70,8 @@ class BranchLog:
     ) -> tuple[list[float | None], list[float | None], list[float | None]]:
         """Scale, orthogonal part and cosine, one entry per step, means over images.
 
-        None where one branch ran alone, and for scale and orthogonal part also where the branches
-        agree up to rounding. One transfer from the device for all.
+        None where one branch ran alone, for scale and orthogonal part also where the branches agree
+        up to rounding, and for the cosine where one is zero. One transfer from the device for all.
         """
         if not steps:
             return [], [], []
@@ -95,7 +95,8 @@ class BranchLog:
         square = square.where(apart, torch.nan)
         scale = along / square
         orthogonal = (guided / square - scale.square()).clamp_min(0).sqrt()
-        cosine = across / (first * second).sqrt().clamp_min(1e-30)
+        sizes = (first * second).sqrt()
+        cosine = across / sizes.where(sizes > 0.0, torch.nan)  # nothing has no direction
         values = torch.stack((scale, orthogonal, cosine), dim=1)
         means = [part.nanmean(0) for part in torch.split(values, list(self._steps.values()))]
         return [
