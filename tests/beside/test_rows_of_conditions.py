@@ -42,6 +42,12 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def half(pictures, guided):
+    """Negative and positive pictures [2 K, ...]; a pipeline without guidance wants the second half
+    alone."""
+    return pictures if guided else pictures[len(pictures) // 2 :]
+
+
 def unet_adapters(pipe, count, text):
     def new(key):
         width = pipe.unet.get_submodule(key.removesuffix(".processor")).to_q.in_features
@@ -65,11 +71,15 @@ def sd_two_with_masks():
     unet_adapters(pipe, 2, 32)
     masks = torch.zeros(2, 1, 16, 16)
     masks[0, ..., :8] = masks[1, ..., 8:] = 1.0
-    given = {
-        "ip_adapter_image_embeds": [noise(2, 1, 16), noise(2, 1, 16, seed=1)],
-        "cross_attention_kwargs": {"ip_adapter_masks": masks},
-    }
-    return name, pipe, lambda images: given
+    pictures = [noise(2, 1, 16), noise(2, 1, 16, seed=1)]
+
+    def given(images, guided):
+        return {
+            "ip_adapter_image_embeds": [half(picture, guided) for picture in pictures],
+            "cross_attention_kwargs": {"ip_adapter_masks": masks},
+        }
+
+    return name, pipe, given
 
 
 def sdxl_one(*shape):
@@ -77,7 +87,11 @@ def sdxl_one(*shape):
         name = "StableDiffusionXLPipeline"
         pipe = tiny_pipeline(name)
         unet_adapters(pipe, 1, 32)
-        return name, pipe, lambda images: {"ip_adapter_image_embeds": [noise(*shape)]}
+
+        def given(images, guided):
+            return {"ip_adapter_image_embeds": [half(noise(*shape), guided)]}
+
+        return name, pipe, given
 
     return make
 
@@ -99,7 +113,11 @@ def sd3_one():
         model.image_proj = IPAdapterTimeImageProjection(
             16, size, 32, heads=2, dim_head=16, num_queries=5, timestep_in_dim=8
         )
-    return name, pipe, lambda images: {"ip_adapter_image_embeds": noise(2, 5, 16)}
+
+    def given(images, guided):
+        return {"ip_adapter_image_embeds": half(noise(2, 5, 16), guided)}
+
+    return name, pipe, given
 
 
 def flux_two(pictures):
@@ -119,7 +137,7 @@ def flux_two(pictures):
             pipe.transformer.encoder_hid_proj = MultiIPAdapterImageProjection(projections)
         embeds = [noise(pictures, 1, 16, seed=i) for i in range(4)]
         names = ("ip_adapter_image_embeds", "negative_ip_adapter_image_embeds")
-        return name, pipe, lambda images: dict(zip(names, (embeds[:2], embeds[2:])))
+        return name, pipe, lambda images, guided: dict(zip(names, (embeds[:2], embeds[2:])))
 
     return make
 
@@ -129,7 +147,7 @@ def control(name, key="image"):
 
     def make():
         pipe, pictures = tiny_pipeline(name), torch.rand(BATCH, 3, 16, 16)
-        return name, pipe, lambda images: {key: pictures[images]}
+        return name, pipe, lambda images, guided: {key: pictures[images]}
 
     return make
 
@@ -154,7 +172,7 @@ def test_each_image_keeps_its_condition(condition):
     """Row subsets, then no unconditional pass at all: every image is what it is alone."""
     name, pipe, rows = CONDITIONS[condition]()
 
-    def run(images, *techniques):
+    def run(images, *techniques, on=True):
         whole = tiny_inputs(name, batch=BATCH, steps=3)
         inputs = {
             key: value[images] if torch.is_tensor(value) and len(value) == BATCH else value
@@ -162,11 +180,10 @@ def test_each_image_keeps_its_condition(condition):
         }
         inputs["generator"] = [inputs["generator"][i] for i in images]
         with da.apply(pipe, *techniques):
-            return final(pipe, {**inputs, **rows(images)})
+            return final(pipe, {**inputs, **rows(images, on)})
 
     every = list(range(BATCH))
-    guided, plain = da.CFG(3.0), da.CFG(1.0)
-    alone = {i: [run([i], technique)[0] for technique in (guided, plain)] for i in every}
+    alone = {i: [run([i], da.CFG(3.0))[0], run([i], da.CFG(1.0), on=False)[0]] for i in every}
     slack = 1e-5 * float(max(image.abs().max() for pair in alone.values() for image in pair))
     some, none = run(every, Some()), run(every, da.IntervalCFG(3.0, sigma=(0.0, 1e-9)))
     assert (alone[0][0] - alone[0][1]).abs().max() > 100 * slack
