@@ -6,7 +6,7 @@ WORKERS ?= -n 2 --dist worksteal
 READY := $(VENV)/.ready
 TORCH := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 
-.PHONY: demo test check lint bench app embedded help
+.PHONY: demo test check lint bench app embedded newest oldest help
 
 help:
 	@echo "make demo      six GenEval prompts on the embedded model, plain guidance beside"
@@ -15,6 +15,8 @@ help:
 	@echo "make check     format, lint, types, README, and the tests that are not slow"
 	@echo "make bench     benchmarks, after the quick tests"
 	@echo "make app       the demo in a browser"
+	@echo "make newest    the quick tests with the newest diffusers, transformers and torch"
+	@echo "make oldest    the same with the oldest that pyproject.toml allows"
 	@echo "make embedded  train the embedded models again (hours)"
 
 # The tested versions; where this platform lacks them, and not in CI, the newest that pyproject.toml
@@ -54,6 +56,10 @@ check: lint
 bench: $(READY)
 	$(PY) -m pytest -m "not slow" $(WORKERS)
 	$(PY) benchmarks/overhead.py --compile
+
+# Environments of their own; what passed goes to outputs/newest.md and outputs/oldest.md.
+newest oldest:
+	$(PYTHON) benchmarks/bounds.py $@ -- $(WORKERS)
 
 # Hours: autoencoder, denoiser, judges, reward, evaluator; each stage resumes what an earlier run
 # left in runs/, and nothing shipped is touched.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from diffalign.core import Budget as Budget
     from diffalign.core import BudgetExceeded as BudgetExceeded
     from diffalign.core import Cancelled as Cancelled
+    from diffalign.core import Guidance as Guidance
     from diffalign.core import GuidanceMismatch as GuidanceMismatch
     from diffalign.core import SessionError as SessionError
     from diffalign.core import UnsupportedModel as UnsupportedModel
@@ -55,6 +56,7 @@ _NAMES = {
         "Budget",
         "BudgetExceeded",
         "Cancelled",
+        "Guidance",
         "GuidanceMismatch",
         "SessionError",
         "UnsupportedModel",

@@ -6,7 +6,7 @@ is a claim about the pipelines' source, which tests check against the real class
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,6 +138,9 @@ class Predictions:
     # (denoiser, arguments of its call) -> the image in tokens; tokens behind those are padding or a
     # reference image
     grid: Callable[[Any, Mapping[str, Any]], Grid] = latent_grid
+    # arguments of the first denoiser call -> scheduler timestep from which on each token of the
+    # prediction reaches the latents, where given tokens are held back; None: all do at every step
+    releases: Callable[[Mapping[str, Any]], Sequence[float] | None] | None = None
     # whether tensors come as Python lists with one per row
     lists: bool = False
     # denoiser arguments that are never split by rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,22 @@ LTX = Family(
     second_text=SecondText(tokens=r"caption_projection"),
     blocks={"LTXVideoTransformerBlock": (IMAGE,)},
 )
-CONDITION = replace(LTX, pipelines=("LTXConditionPipeline",), mix=linear_mix, to_step=negated)
+
+
+def releases(arguments: Mapping[str, Any]) -> list[float] | None:
+    """Given tokens are held back until the noise has fallen to theirs: each has a time of its own
+    [rows, tokens], the lower of the step's and that of its strength."""
+    times = arguments["timestep"]
+    if times.ndim < 2 or times.shape[1] == 1:
+        return None
+    values: list[float] = times[0].float().tolist()
+    first = max(values)
+    return None if min(values) == first else [math.inf if t == first else t for t in values]
+
+
+CONDITION = replace(
+    LTX, pipelines=("LTXConditionPipeline",), mix=linear_mix, to_step=negated, releases=releases
+)
 
 
 def later_frames(arguments: Mapping[str, Any]) -> slice:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.core import AttentionTechnique, BlockTechnique, Meter, SessionError, Technique
 from diffalign.seams import swap
+from diffalign.seams.denoiser import cache_dit
 from diffalign.seams.denoiser.tap import Generation
 from diffalign.seams.plan import plan
 from diffalign.seams.published import published
@@ -46,7 +47,7 @@ def generate(
         generation = Generation(pipe, planned, meter, sessions[-1].start)
         for session in sessions:
             session.generation = generation
-        with tapped(generation), published(generation):
+        with tapped(generation), published(generation), swap.beneath(pipe):
             result = original(**planned.arguments)
         report = generation.report()
         for session in sessions:
@@ -76,11 +77,22 @@ def tapped(generation: Generation) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(swap.intercepted(handlers))
+            if generation.plan.guidances or generation.plan.others:
+                _begin_caches(generation, stack)
             _attach(generation, generation.plan.others, stack)
             yield
     finally:
         if announced is not None:
             pipe.__dict__.setdefault("_num_timesteps", announced)
+
+
+def _begin_caches(generation: Generation, stack: ExitStack) -> None:
+    """Contexts of cache-dit that nobody else makes anew for this pipeline: before the call, since
+    they hold another image, and after it, since techniques may have changed what they count."""
+    for module in generation.family.present(generation.pipe).values():
+        if cache_dit.is_foreign(module, generation.pipe):
+            cache_dit.refresh(module)
+            stack.callback(cache_dit.refresh, module)
 
 
 def _attach(generation: Generation, techniques: Sequence[Technique], stack: ExitStack) -> None:

@@ -241,12 +241,30 @@ def _native(family: Family, gate: str, values: Mapping[str, Any]) -> float | Non
     """The pipeline's own scale; a second gate that is not given follows the first."""
     value = values.get(gate)
     value = values.get(family.gates[0]) if value is None and family.gates else value
-    return float(value) if isinstance(value, int | float) else None
+    return _number(value)
+
+
+def _number(value: Any) -> float | None:
+    """A number of the user's, also as a tensor or array of one; None for anything else."""
+    if isinstance(value, int | float):
+        return float(value)
+    try:
+        return float(value.item())
+    except (AttributeError, ValueError, RuntimeError, TypeError):
+        return None
+
+
+def _is_given(value: Any) -> bool:
+    """Whether the user asked for something: zero, False and None are off, and so is nothing."""
+    number = _number(value)
+    if number is not None:
+        return number != 0.0
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
 
 
 def _refuse(pipe: Any, family: Family, call: Arguments, reason: str | None) -> None:
     for name, why in family.refuses.items():
-        if call.values.get(name) not in (None, 0, 0.0, False):
+        if _is_given(call.values.get(name)):
             raise UnsupportedModel(
                 f"{name}={call.values[name]!r} cannot be combined with a guidance: {why}"
             )
@@ -323,9 +341,9 @@ def _is_open(pipe: Any, family: Family, call: Arguments) -> bool:
     """Whether the pipeline's own guidance is on in this call."""
     if not family.gates:
         return False
-    native = call.values.get(family.gates[0])
+    native = _number(call.values.get(family.gates[0]))
     on = native is not None and native > family.on_above
-    return bool(on and family.negative_given(pipe, call.values))
+    return on and family.negative_given(pipe, call.values)
 
 
 def _gates(pipe: Any, family: Family, call: Arguments, opened: bool) -> dict[str, Any]:

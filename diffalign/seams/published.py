@@ -31,8 +31,20 @@ class Published:
         self.values = {
             name: plan.values[name] for name in replaced if plan.values.get(name) is not None
         }
+        # what the pipeline keeps after the call
+        self.given = dict(self.values)
         # argument -> the engine's value
         self.engine = {name: plan.arguments[name] for name in self.values if name in plan.arguments}
+        for name in generation.family.gates:
+            self._show(name)
+
+    def _show(self, gate: str) -> None:
+        """Where the user's scale says "off" and the technique guides, callbacks read its scale:
+        they choose rows by it, and both branches are there."""
+        plan, family = self.generation.plan, self.generation.family
+        scale = next(iter(plan.guidances.values())).asked_scale if plan.guidances else None
+        if gate in self.values and self.values[gate] <= family.on_above and scale is not None:
+            self.values[gate] = max(family.native(scale), family.placeholder)
 
     def call(self, callback: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a user's callback with the user's values in place, outside the session."""
@@ -48,8 +60,9 @@ class Published:
     def _take(self, name: str, value: Any) -> None:
         """What a callback left in an attribute; the engine's own value goes back in."""
         family = self.generation.family
-        changed = value != self.values[name]
-        self.values[name] = value
+        changed = bool(value != self.values[name])
+        if changed:
+            self.values[name] = self.given[name] = value
         if name not in family.gates:
             self.generation.plan.options[name] = value
         elif changed and value <= family.on_above:
@@ -83,7 +96,7 @@ class Published:
         """After the call, or an exception: the user's values."""
         for name in self.engine:
             if f"_{name}" in vars(self.pipe):
-                setattr(self.pipe, f"_{name}", self.values[name])
+                setattr(self.pipe, f"_{name}", self.given[name])
 
 
 @contextmanager

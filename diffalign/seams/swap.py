@@ -4,6 +4,9 @@ A swapped object gets a same-named subclass of its class, created once per (clas
 cached, so that a compiled model sees at most two classes in its life. The override asks a
 ``ContextVar`` for its handler and passes straight through without one: another thread, or another
 pipeline that shares the module, never notices. Copies and pickles are of the original class.
+
+Other packages replace methods of classes too, and may do it while a class of ours stands in: what
+they set on ``obj.__class__`` then goes to the original class, and stays there.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -25,6 +29,10 @@ _COUNTS: dict[int, int] = {}
 _LOCK = threading.RLock()
 _NONE: Mapping[int, Handler] = MappingProxyType({})
 _HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("diffalign_handlers", default=_NONE)
+# objects whose handler is running the original method
+_BENEATH: ContextVar[frozenset[int]] = ContextVar("diffalign_beneath", default=frozenset())
+# what somebody read from a class of ours -> the method of the original class that it stands for
+_READ: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def _override(original: Callable[[], Any], find: Callable[[Any], Handler | None]) -> Any:
@@ -46,6 +54,56 @@ def _override(original: Callable[[], Any], find: Callable[[Any], Handler | None]
     if hasattr(inner, "__wrapped__"):
         override.__wrapped__ = _override(lambda: original().__wrapped__, find)
     return override
+
+
+@functools.cache
+def _as_read(method: Any, find: Callable[[Any], Handler | None]) -> Any:
+    """What reading ``obj.__class__.method`` gives: ``method``, asking for a handler first.
+
+    Whoever reads it may put it into a method of his own and that into the class. Called from there,
+    with the handler running already or after the swap, it is the method alone.
+    """
+
+    def find_outermost(obj: Any) -> Handler | None:
+        plain = id(obj) in _BENEATH.get() or original_class(obj) is type(obj)
+        return None if plain else find(obj)
+
+    override = _override(lambda: method, find_outermost)
+    _READ[override] = method
+    return override
+
+
+@functools.cache
+def _standing_in(meta: type) -> type:
+    """The class of our subclasses of pipelines and schedulers: attributes that others read from it
+    or set on it are those of the original class."""
+
+    class StandIn(meta):  # type: ignore[misc, valid-type]
+        def __getattribute__(cls, name: str) -> Any:
+            method, find = type.__getattribute__(cls, "_diffalign_override")
+            if name != method:
+                return super().__getattribute__(name)
+            return _as_read(getattr(type.__getattribute__(cls, "_diffalign_base"), name), find)
+
+        def __setattr__(cls, name: str, value: Any) -> None:
+            with suppress(TypeError):  # it cannot be a key
+                value = _READ.get(value, value)
+            setattr(type.__getattribute__(cls, "_diffalign_base"), name, value)
+
+        def __delattr__(cls, name: str) -> None:
+            delattr(type.__getattribute__(cls, "_diffalign_base"), name)
+
+    return StandIn
+
+
+@contextmanager
+def beneath(obj: Any) -> Iterator[None]:
+    """Within the block the handler of ``obj`` runs the original method."""
+    token = _BENEATH.set(_BENEATH.get() | {id(obj)})
+    try:
+        yield
+    finally:
+        _BENEATH.reset(token)
 
 
 def _rebuild(cls: type) -> Any:
@@ -80,10 +138,17 @@ def subclass(
                 "__qualname__": base.__qualname__,
                 "__doc__": base.__doc__,
             }
-            swapped: Any = type(base)(
+            module = issubclass(base, torch.nn.Module)  # a compiler looks into those
+            swapped: Any = (type(base) if module else _standing_in(type(base)))(
                 base.__name__,
                 (base,),
-                {**names, method: override, "__reduce_ex__": reduce, "_diffalign_base": base},
+                {
+                    **names,
+                    method: override,
+                    "__reduce_ex__": reduce,
+                    "_diffalign_base": base,
+                    "_diffalign_override": (method, find),
+                },
             )
             _CLASSES[base, method, opaque] = swapped
         swapped_class: type = _CLASSES[base, method, opaque]
@@ -156,10 +221,11 @@ def in_place(handlers: Mapping[Any, tuple[str, Handler]]) -> bool:
 def outside(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A handler: the call runs as if nothing were intercepted, so that what a user's callback runs
     is its own."""
-    token = _HANDLERS.set({})
+    token, below = _HANDLERS.set({}), _BENEATH.set(frozenset())
     try:
         return original(*args, **kwargs)
     finally:
+        _BENEATH.reset(below)
         _HANDLERS.reset(token)
 
 

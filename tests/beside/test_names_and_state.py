@@ -329,10 +329,17 @@ def test_a_model_is_itself_in_another_dtype_fused_or_with_an_adapter_of_no_effec
     assert model_hash(other.unet) != plain
 
 
-def test_the_shipped_folder_runs_as_it_is_loaded():
+def test_shipped_folders_run_as_they_are_loaded():
     from diffalign.embedded.load import FOLDER
 
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER / "emoji", local_files_only=True)
+    folders = sorted(path.parent for path in FOLDER.glob("*/model_index.json"))
+    assert folders
+    for folder in folders:
+        check_folder(folder)
+
+
+def check_folder(folder):
+    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a photo of a red apple", num_inference_steps=2, output_type="pt").images
     assert image.dtype == torch.float32

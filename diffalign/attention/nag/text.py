@@ -297,7 +297,9 @@ def _one_image(
     view = running.view
     if view is None or not view.copies:
         return original(*args, **kwargs)
-    image = kwargs["hidden_states"].clone()
+    image = (args[0] if args else kwargs["hidden_states"]).clone()
     for row, copy in view.copies:
         image[copy] = image[row]
-    return original(*args, **{**kwargs, "hidden_states": image})
+    if args:  # as cache-dit calls blocks
+        return original(image, *args[1:], **kwargs)
+    return original(**{**kwargs, "hidden_states": image})

@@ -33,6 +33,7 @@ from diffalign.seams.attention.sites import (
     text_length,
 )
 from diffalign.seams.denoiser.cache import is_compiled
+from diffalign.seams.denoiser.cached_calls import CachedCalls
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall
 from diffalign.seams.denoiser.tap import Generation
 from diffalign.seams.swap import intercepted, unwrapped
@@ -72,7 +73,8 @@ def attach(techniques: Sequence[AttentionTechnique], generation: Generation) -> 
         with ExitStack() as stack:
             if acting or changes:
                 everyone = {**denoisers, **others}
-                attachment = Attachment(activity, family, everyone, layers, changes)
+                calls = generation.evaluator.cached_calls
+                attachment = Attachment(activity, family, everyone, layers, changes, calls)
                 attachment.extend(generation)
                 stack.enter_context(attachment.installed())
                 generation.evaluator.middleware.append(attachment.around)
@@ -120,6 +122,7 @@ class Attachment:
         denoisers: dict[str, Any],
         layers: Sequence[Layer],
         changes: Sequence[AttentionTechnique] = (),
+        calls: CachedCalls | None = None,
     ) -> None:
         self.activity, self.family, self.denoisers = activity, family, denoisers
         techniques = activity.techniques
@@ -130,7 +133,7 @@ class Attachment:
         ]
         self.running = RunningCall(opaque=any(map(is_compiled, denoisers.values())))
         self.kernels = Kernels(activity.record.notes)
-        self.caches = Caches(denoisers)
+        self.caches = Caches(denoisers, calls or CachedCalls())
         self.usage = Usage()
         if self.layers:
             joint = any(layer.kind == "joint" for layer in layers)

@@ -7,8 +7,9 @@ from typing import Any
 
 from diffalign.core import UnsupportedModel
 from diffalign.seams.attention.call import CallView
-from diffalign.seams.denoiser.cache import empty_cache, is_cached
-from diffalign.seams.swap import unwrapped
+from diffalign.seams.denoiser.cache import config_name, is_cached
+from diffalign.seams.denoiser.cache_dit import manager_of, separates_branches
+from diffalign.seams.denoiser.cached_calls import CachedCalls
 
 # caches that reuse what an attention technique changes between calls
 REFUSED = {
@@ -20,8 +21,8 @@ REFUSED = {
 class Caches:
     """The feature caches of one generation's denoisers."""
 
-    def __init__(self, denoisers: Mapping[str, Any]) -> None:
-        self.denoisers = denoisers
+    def __init__(self, denoisers: Mapping[str, Any], calls: CachedCalls) -> None:
+        self.denoisers, self.calls = denoisers, calls
         # denoiser -> whether it runs a cache
         self.active = {name: is_cached(module) for name, module in denoisers.items()}
         # denoiser -> with which techniques and added texts its cache was filled
@@ -34,7 +35,7 @@ class Caches:
         ``changes``: a pass of the guidance changes attention layers.
         """
         for module in self.denoisers.values():
-            config = type(getattr(unwrapped(module), "_cache_config", None)).__name__
+            config = config_name(module)
             if config in REFUSED:
                 raise UnsupportedModel(
                     f"{config} cannot be combined with attention techniques: {REFUSED[config]}. "
@@ -51,6 +52,12 @@ class Caches:
                     f"{config} cannot be combined with NAG here: it hands attention outputs of one "
                     "branch to the other, which has another text length. Disable the cache."
                 )
+            if manager_of(module) is not None and two_lengths and not separates_branches(module):
+                raise UnsupportedModel(
+                    "cache-dit keeps one cache for both branches here, and with NAG their texts "
+                    "have different lengths. Enable it with "
+                    "DBCacheConfig(enable_separate_cfg=True, ...)."
+                )
 
     def empty_stale(self, view: CallView) -> None:
         """Empty a cache that was filled with other techniques, or with other shapes."""
@@ -59,5 +66,5 @@ class Caches:
             return
         contents = (view.active, bool(view.added), bool(view.copies))
         if self._filled.setdefault(name, contents) != contents:
-            empty_cache(self.denoisers[name])
+            self.calls.empty(self.denoisers[name])
             self._filled[name] = contents

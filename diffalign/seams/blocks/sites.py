@@ -31,9 +31,16 @@ def sites(denoiser: nn.Module) -> tuple[BlockSite, ...]:
         for name, module in unwrapped(denoiser).named_modules()
         if original_class(module).__name__ in streams and "refiner" not in name
     ]
-    # a U-Net registers its middle last
+    # a U-Net registers its middle last, and cache-dit puts lists back in another order; families
+    # name the classes of their blocks in the order in which they run
     stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    listed.sort(key=lambda item: stage.get(item[0].partition(".")[0], 0))
+    order = {name: i for i, name in enumerate(streams)}
+    listed.sort(
+        key=lambda item: (
+            stage.get(item[0].partition(".")[0], 0),
+            order[original_class(item[1]).__name__],
+        )
+    )
     last = len(listed) - 1
     return tuple(
         BlockSite(

@@ -42,6 +42,8 @@ class BranchLog:
         )
         if vectors.requires_grad:
             vectors = vectors.detach()
+        if self._waiting and self._waiting[0][1].shape[2:] != vectors.shape[2:]:
+            self._reduce()  # other tokens than before
         self._steps[index] = vectors.shape[1]
         self._waiting.append((index, vectors))
         if len(self._waiting) * vectors.numel() > PENDING:
@@ -68,8 +70,8 @@ class BranchLog:
     ) -> tuple[list[float | None], list[float | None], list[float | None]]:
         """Scale, orthogonal part and cosine, one entry per step, means over images.
 
-        None where one branch ran alone, and for scale and orthogonal part also where the branches
-        agree up to rounding. One transfer from the device for all.
+        None where one branch ran alone, for scale and orthogonal part also where the branches agree
+        up to rounding, and for the cosine where one is zero. One transfer from the device for all.
         """
         if not steps:
             return [], [], []
@@ -93,7 +95,8 @@ class BranchLog:
         square = square.where(apart, torch.nan)
         scale = along / square
         orthogonal = (guided / square - scale.square()).clamp_min(0).sqrt()
-        cosine = across / (first * second).sqrt().clamp_min(1e-30)
+        sizes = (first * second).sqrt()
+        cosine = across / sizes.where(sizes > 0.0, torch.nan)  # nothing has no direction
         values = torch.stack((scale, orthogonal, cosine), dim=1)
         means = [part.nanmean(0) for part in torch.split(values, list(self._steps.values()))]
         return [

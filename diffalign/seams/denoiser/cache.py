@@ -4,10 +4,11 @@ its place."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from diffalign.core import UnsupportedModel
+from diffalign.core import Pass, UnsupportedModel
+from diffalign.seams.denoiser import cache_dit
 from diffalign.seams.swap import unwrapped
 
 # modules of diffusers.hooks
@@ -20,11 +21,33 @@ CACHES = (
     "taylorseer_cache",
     "text_kv_cache",
 )
+# caches of diffusers that keep one state for each cache context; others have one for all calls
+KEYED = (
+    "FirstBlockCacheConfig",
+    "MagCacheConfig",
+    "SeaCacheConfig",
+    "TaylorSeerCacheConfig",
+    "TextKVCacheConfig",
+)
 
 
 def is_cached(module: Any) -> bool:
-    """Whether the model runs a feature cache of diffusers."""
-    return bool(getattr(unwrapped(module), "is_cache_enabled", False))
+    """Whether the model runs a feature cache, of diffusers or cache-dit's."""
+    model = unwrapped(module)
+    return cache_dit.manager_of(model) is not None or bool(
+        getattr(model, "is_cache_enabled", False)
+    )
+
+
+def config_name(module: Any) -> str:
+    """Class name of the configuration of the model's cache of diffusers."""
+    # getattr on a module without it would build an error message at every step
+    return type(vars(unwrapped(module)).get("_cache_config")).__name__
+
+
+def is_keyed(module: Any) -> bool:
+    """Whether the model's cache keeps the calls of different cache contexts apart."""
+    return cache_dit.manager_of(module) is not None or config_name(module) in KEYED
 
 
 def is_compiled(module: Any) -> bool:
@@ -49,9 +72,7 @@ def _has_graph(part: Any) -> bool:
 
 def keeps_both(module: Any) -> bool:
     """Whether the model's cache takes the halves of every batch for the two branches."""
-    # getattr on a module without it would build an error message at every step
-    config = vars(unwrapped(module)).get("_cache_config")
-    return type(config).__name__ == "FasterCacheConfig"
+    return config_name(module) == "FasterCacheConfig"
 
 
 def check_rows(module: Any, rows: int, whole: int) -> None:
@@ -60,6 +81,20 @@ def check_rows(module: Any, rows: int, whole: int) -> None:
         raise UnsupportedModel(
             "FasterCache takes the first half of every batch for one branch, so a guidance that "
             f"runs {rows} of {whole} rows would mix images up. Disable the cache, or use da.CFG."
+        )
+
+
+def check_extra(module: Any, p: Pass, alternating: bool) -> None:
+    """Raise ``UnsupportedModel`` where a pass of our own would get what another call left.
+
+    ``alternating``: the pipeline calls its model once for each branch, so rows cannot tell.
+    """
+    if alternating and is_cached(module) and not is_keyed(module):
+        name = config_name(module).removesuffix("Config")
+        raise UnsupportedModel(
+            f"{name} keeps one state for all calls of the model, so the pass {p.name!r}, which "
+            "skips blocks, would get parts of another pass. Disable the cache, or use a guidance "
+            "that skips no blocks."
         )
 
 
@@ -72,6 +107,9 @@ def fixed_rows(module: Any) -> bool:
 def empty_cache(module: Any) -> None:
     """Forget what a model's feature cache holds, but not in which cache context the pipeline is
     calling."""
+    if cache_dit.manager_of(module) is not None:
+        cache_dit.refresh(module)
+        return
     hooks = [
         hook
         for m in module.modules()
@@ -125,3 +163,11 @@ def _arguments(module: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...],
 
 def _output(module: Any, output: Any) -> Any:
     return output
+
+
+def cache_context(module: Any, p: Pass) -> AbstractContextManager[Any]:
+    """The cache context of a pass of our own, where the model runs a cache of diffusers."""
+    if not getattr(unwrapped(module), "is_cache_enabled", False):
+        return nullcontext()
+    context: AbstractContextManager[Any] = unwrapped(module).cache_context(p.name)
+    return context

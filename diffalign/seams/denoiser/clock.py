@@ -96,6 +96,11 @@ class Clock:
         """The noise level there."""
         return self.sigmas[self.place]
 
+    @property
+    def time(self) -> float:
+        """The scheduler's timestep there."""
+        return self.timesteps[self.place]
+
     def now(self, convert: Callable[..., Tensor]) -> StepInfo:
         i = self.place
         return StepInfo(

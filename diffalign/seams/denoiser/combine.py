@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,30 @@ class Combiner:
     def __init__(self, plan: Plan, parametrisation: space.Parametrisation, record: Record) -> None:
         self.plan, self.parametrisation, self.record = plan, parametrisation, record
         # tokens that reach the scheduler, None for all
-        self.seen: slice | None = None
+        self.seen: slice | Tensor | None = None
+        # timestep from which on each token does, None where that never changes
+        self.releases: Tensor | None = None
+
+    def begin(self, call: PipelineCall) -> None:
+        """The first call of the run: which tokens reach the scheduler."""
+        family = self.plan.family
+        if family.seen is not None and call.denoiser:
+            self.seen = family.seen(call.arguments)
+        if family.releases is not None and call.denoiser:
+            times = family.releases(call.arguments)
+            self.releases = None if times is None else torch.tensor(times)
+
+    def at(self, timestep: float, device: torch.device, state: Any) -> Any:
+        """A step begins: the tokens that reach the scheduler from here on, and the technique's
+        state for them."""
+        if self.releases is None:
+            return state
+        open_now = self.releases >= timestep - 1e-3
+        before = self.seen
+        if isinstance(before, Tensor) and len(before) == int(open_now.sum()):
+            return state
+        self.seen = open_now.nonzero().squeeze(1).to(device)
+        return state if before is None else _for_tokens(state, before, self.seen)
 
     def combine(self, guidance: Guidance[Any], step: Step, state: Any) -> tuple[Tensor, Any]:
         """The guided prediction [B, ...] of a step, and the technique's next state."""
@@ -117,3 +141,18 @@ class Combiner:
                 info.convert(uncond, "native", where, rows),
             )
         self.record.log.record(info.index, cond, uncond, guided, pair)
+
+
+def _for_tokens(state: Any, before: Any, after: Tensor) -> Any:
+    """A technique's state with zeros for the tokens that are new: tensors [B, tokens, ...]."""
+    if not dataclasses.is_dataclass(state) or isinstance(state, type):
+        return state
+    places = torch.searchsorted(after, before)
+    changed = {}
+    for f in dataclasses.fields(state):
+        value = getattr(state, f.name)
+        if isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == len(before):
+            wider = value.new_zeros((len(value), len(after), *value.shape[2:]))
+            wider[:, places] = value
+            changed[f.name] = wider
+    return dataclasses.replace(state, **changed) if changed else state

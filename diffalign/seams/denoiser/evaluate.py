@@ -14,14 +14,8 @@ from torch import Tensor
 from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo, UnsupportedModel
 from diffalign.families.family import Family
 from diffalign.seams.blocks.skip import skipped
-from diffalign.seams.denoiser.cache import (
-    check_rows,
-    empty_cache,
-    fixed_rows,
-    is_cached,
-    keeps_both,
-    uncached,
-)
+from diffalign.seams.denoiser.cache import check_rows, fixed_rows, keeps_both
+from diffalign.seams.denoiser.cached_calls import CachedCalls
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments
 from diffalign.seams.swap import original_class, unwrapped
@@ -44,14 +38,14 @@ class Branches:
 class Evaluator:
     """Runs the denoiser with everything that techniques have put around it, and meters its rows."""
 
-    def __init__(self, family: Family, meter: Meter) -> None:
+    def __init__(self, family: Family, meter: Meter, two_calls: bool = False) -> None:
+        """``two_calls``: the pipeline calls its denoiser once for each branch."""
         self.family, self.meter = family, meter
         # outermost first
         self.middleware: list[Callable[[Denoise], Denoise]] = []
         # modules whose row counts must stay {B, 2B}
         self._fixed: dict[int, bool] = {}
-        # rows of the last call, for caches that hold tensors of that many
-        self._last_rows = 0
+        self.cached_calls = CachedCalls(two_calls)
 
     def run(
         self,
@@ -135,13 +129,9 @@ class Evaluator:
         if rows != list(range(call.rows)):
             arguments = take_arguments(arguments, rows, call.rows, self.family)
         conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
-        plain = not group[0].alone
-        if plain:
+        if not group[0].alone:
             check_rows(call.module, len(rows), call.rows)
-            if self._last_rows not in (0, len(rows)) and is_cached(call.module):
-                empty_cache(call.module)
-            self._last_rows = len(rows)
-        with nullcontext() if plain else uncached(group[0].module or call.module):
+        with self.cached_calls.around(group[0].module or call.module, group, len(rows), step):
             output = self.run(call, step, tuple(group), conditioned, arguments)
         predictions = prediction_of(output).split_with_sizes(sizes)
         for p, prediction in zip(group, predictions):

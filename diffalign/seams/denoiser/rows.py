@@ -61,7 +61,8 @@ def take_arguments(
 ) -> dict[str, Any]:
     """``take`` on every argument of the family's denoiser that is split by rows.
 
-    Within a dictionary, pictures of adapters are split by rows and their masks never are.
+    Within a dictionary, pictures of adapters are split by rows, several to a row where there are as
+    many, and their masks never are.
     """
 
     def entry(name: str, value: Any, whole: bool) -> Any:
@@ -80,6 +81,16 @@ def take_arguments(
             value = take(value, rows, total, family.lists, axes.get(name, 0))
         arguments[name] = value
     return arguments
+
+
+def _take_groups(value: Any, rows: Sequence[int], total: int) -> Any:
+    """``take`` where each of ``total`` rows has as many neighbouring entries as the others."""
+    if isinstance(value, list | tuple):
+        return type(value)(_take_groups(item, rows, total) for item in value)
+    if not isinstance(value, Tensor) or not value.ndim or len(value) % total:
+        return value
+    count = len(value) // total
+    return take(value, [row * count + i for row in rows for i in range(count)], len(value))
 
 
 def doubled(value: Any, rows: int) -> Any:

@@ -61,7 +61,7 @@ class Generation:
         self.record = Record(plan.resolved)
         self.clock = Clock(pipe.scheduler, family.mix, family.sigma)
         self.loop = ClosedLoop(pipe, family, self.clock)
-        self.evaluator = Evaluator(family, meter)
+        self.evaluator = Evaluator(family, meter, plan.opened and family.mode == "sequential")
         if start is not None and start.around is not None:
             self.evaluator.middleware.append(start.around(self))
         self.way = way_of(family.mode, plan.opened, bool(plan.guidances))
@@ -98,6 +98,9 @@ class Generation:
             self._start_clock(call)
             if guidance is not None and self.plan.guidance_name not in self.states:
                 self.states[self.plan.guidance_name] = guidance.init(self.batch)
+        if guidance is not None and isinstance(call.latents, Tensor):
+            name, (time, device) = self.plan.guidance_name, (self.clock.time, call.latents.device)
+            self.states[name] = self.combiner.at(time, device, self.states[name])
         info = self.clock.now(self.combiner.converter(call, self.clock.sigma, self.batch))
         self.record.sigma.setdefault(info.index, info.sigma)
         self.step = Step(info, self.combiner.shape(call))
@@ -192,8 +195,7 @@ class Generation:
         else:
             self.clock.start(first, self.pipe.__dict__.get("_num_timesteps"))
         self.record.first = self.clock.sigmas[self.clock.offset]
-        if self.family.seen is not None and call.denoiser:
-            self.combiner.seen = self.family.seen(call.arguments)
+        self.combiner.begin(call)
         both = self.plan.opened and self.family.mode == "batched"
         self.batch = call.rows // 2 if both else call.rows
         if both and (call.rows % 2 or not halves_equal(call.latents)):

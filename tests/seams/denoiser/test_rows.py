@@ -80,6 +80,15 @@ def test_several_pictures_of_a_row_stand_together():
     assert second is alone
 
 
+def test_several_pictures_of_a_row_stay_together():
+    pictures = torch.arange(6.0)[:, None]
+    within = {"image_embeds": [pictures, pictures[:2], pictures[:5]]}
+    (three, one, other) = take_arguments({"added": within}, [1], 2, FLUX)["added"]["image_embeds"]
+    assert three.flatten().tolist() == [3.0, 4.0, 5.0]
+    assert one.flatten().tolist() == [1.0]
+    assert len(other) == 5  # five for two rows: no row's own
+
+
 def test_a_list_is_a_batch_only_where_the_family_says_so():
     rows = [torch.full((2,), float(i)) for i in range(3)]
     plain = take_arguments({"x": rows}, [2, 0], 3, FLUX)["x"]

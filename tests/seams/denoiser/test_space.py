@@ -30,8 +30,17 @@ SAYING = (
     "EulerDiscreteScheduler",
     "EDMEulerScheduler",
     "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
 )
+# classes whose ``convert_model_output`` gives the clean image, with the options that make it so
+CONVERTING = {
+    "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++"},
+    "DPMSolverSinglestepScheduler": {"algorithm_type": "dpmsolver++"},
+    "SASolverScheduler": {"algorithm_type": "data_prediction"},
+    "UniPCMultistepScheduler": {"predict_x0": True},
+}
 
 
 VALUES = []
@@ -76,6 +85,30 @@ def test_x0_is_the_schedulers(name, prediction):
             scale, compared = float(theirs.abs().max()), compared + 1
             torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-5 * scale)
     assert compared
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("name", CONVERTING)
+def test_x0_is_what_multistep_solvers_convert_to(name, prediction):
+    options = {**CONVERTING[name], "prediction_type": prediction}
+    if prediction == "flow_prediction":
+        options["use_flow_sigmas"] = True
+    pipe, outputs = tiny_pipeline(SDXL), []
+    pipe.scheduler = getattr(diffusers, name)(**options)
+    real = pipe.scheduler.convert_model_output
+
+    def convert(*args, **kwargs):
+        outputs.append(real(*args, **kwargs))
+        return outputs[-1]
+
+    pipe.scheduler.convert_model_output = convert
+    VALUES.clear()
+    with da.apply(pipe, Look()):
+        pipe(**tiny_inputs(SDXL, steps=4))
+    assert len(VALUES) == len(outputs) == 4
+    for ours, theirs in zip(VALUES, outputs):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-5 * scale)
 
 
 def test_edm_multistep_is_preconditioned_too():
