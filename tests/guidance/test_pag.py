@@ -16,7 +16,9 @@ from diffalign.core import Site, UnsupportedModel
 from diffalign.families import FAMILIES
 from diffalign.guidance import CFG, PAG
 from diffalign.guidance.pag import IdentityMaps
+from diffalign.seams.attention.dense import Dense, Usage
 from diffalign.seams.attention.intercept import start
+from diffalign.seams.attention.seats import SDPA, Arguments, TorchForm
 from diffalign.testing.contracts import GuidanceContract
 from diffalign.testing.deep import deep_pipeline
 from diffalign.testing.final import final
@@ -92,6 +94,13 @@ def test_pag_is_diffusers_own(theirs, scale):
     assert (ours - plain).abs().max() > 100 * bound
 
 
+def through(q, k, v, mask, site, techniques):
+    """One call of torch's attention at ``site``, sent through ``techniques``."""
+    call = Arguments(q, k, v, mask, {})
+    dense = Dense("native", SDPA, TorchForm(), call, site.layer, Usage())
+    return start(call, dense, site, techniques, lambda op, key, make: make().call)
+
+
 def slow(q, k, v, image, bias):
     """Attention in float64 with a full mask: image queries see themselves and the text."""
     size = q.shape[2]
@@ -120,14 +129,14 @@ def test_joint_attention_is_the_slow_one(image, mask, dtype, monkeypatch):
         bias = torch.zeros(shape).masked_fill(~given, -math.inf)
     site = Site("x", "joint", {"image": image}, conditioned=(True, True))
     change = IdentityMaps(names=frozenset("x"))
-    out = start(q, k, v, given, {}, site, [change], lambda *_: None)
+    out = through(q, k, v, given, site, [change])
     expected = slow(q, k, v, image, None if bias is None else bias.double())
     assert out.dtype == dtype
     # the text queries are torch's own attention
     worst = (out - expected).abs().max() / expected.abs().max()
     assert worst <= 16 * torch.finfo(dtype).eps
     per_row = dataclasses.replace(site, parts={}, row_parts=({"image": image},) * 2)
-    again = start(q, k, v, given, {}, per_row, [change], lambda *_: None)
+    again = through(q, k, v, given, per_row, [change])
     assert (again - out).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
@@ -138,7 +147,7 @@ def test_pladis_sharpens_the_perturbed_map():
     text, image = slice(0, 4), slice(4, 11)
     site = Site("x", "joint", {"image": image, "prompt": text}, conditioned=(True,))
     chain = [PLADIS(1.0, alpha=2.0), IdentityMaps(names=frozenset("x"))]
-    out = start(q, k, v, None, {}, site, chain, lambda op, key, make: make().call)
+    out = through(q, k, v, None, site, chain)
     dense = slow(q, k, v, image, None)
     mass = slow(q, k, torch.zeros_like(v).index_fill(2, torch.arange(4), 1.0), image, None)
     own = dense - slow(q, k, v.index_fill(2, torch.arange(4, 11), 0.0), image, None)
