@@ -91,9 +91,10 @@ def test_a_history_without_one_of_its_parts_shows(sampler_for, monkeypatch, name
     assert not differs(sampler)
     monkeypatch.setattr(schedule, "_restore", forgetful)
     try:
-        assert differs(sampler)
-    except TypeError as error:  # the solver misses its last outputs
-        assert "NoneType" in str(error)
+        wrong = differs(sampler)
+    except TypeError:  # the solver misses its last outputs
+        wrong = True
+    assert wrong
 
 
 def test_without_a_start_scale_of_one_a_cut_shows(sampler_for, monkeypatch):
