@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from diffalign.core import Technique
 from diffalign.core.types import Pipeline
 from diffalign.testing.beside.base import Arguments, Neighbour, Refusal, denoiser_of, nothing
 
@@ -43,6 +44,11 @@ def compiled(
         for module in model.modules():
             module._compiled_call_impl = None
         torch._dynamo.reset()
+
+
+def acts_inside(name: str, cls: type[Technique]) -> bool:
+    """Techniques that change what the denoiser does, not only how it is called."""
+    return cls.seam == "attention" or name in ("s2-guidance", "skip-layer-guidance")
 
 
 GROUP = "Compiled models"
@@ -82,11 +88,6 @@ NEIGHBOURS = [
         without=plain,
         branches=False,
         slow=True,
-        refusals=(
-            Refusal(
-                lambda name, cls: cls.seam == "attention",
-                "compile the model without fullgraph=True",
-            ),
-        ),
+        refusals=(Refusal(acts_inside, "compile the model without fullgraph=True"),),
     ),
 ]
