@@ -106,7 +106,8 @@ def acting(name: str, pipe: Pipeline, shape: Sequence[int], steps: int, folder: 
         return FURTHER[name]()
     if name == "linear-ag":
         identity = identity_of(pipe, steps, 3.0, tuple(shape), "")
-        rest: tuple[Mode, ...] = ("conditional",) * (steps - 2)
+        last: Mode = "conditional"
+        rest = tuple(last for _ in range(steps - 2))
         plan: tuple[Mode, ...] = ("guided", "estimated", *rest)
         weights = {1: torch.tensor([0.1, 0.5, 0.4], dtype=torch.float64)}
         LinearPolicy(identity, plan, weights, {}, {}, 0).save(folder / "policy")

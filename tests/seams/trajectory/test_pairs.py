@@ -77,8 +77,8 @@ def differs(sampler, cut=3, forget=False):
         return not torch.equal(sampler.run(half).latents, sampler.run(start).latents)
 
 
-@pytest.mark.parametrize("name", ["model_outputs", "lower_order_nums"])
-def test_a_history_without_one_of_its_parts_shows(sampler_for, monkeypatch, name):
+def forget(monkeypatch, name):
+    """From here on one part of the history is lost at every cut."""
     before = schedule._restore
 
     def forgetful(scheduler, window):
@@ -87,14 +87,21 @@ def test_a_history_without_one_of_its_parts_shows(sampler_for, monkeypatch, name
             window.history = schedule.Snapshot(values, window.history.batch)
         before(scheduler, window)
 
+    monkeypatch.setattr(schedule, "_restore", forgetful)
+
+
+def test_a_history_without_one_of_its_parts_shows(sampler_for, monkeypatch):
     sampler = sampler_for(SD, scheduler="DPMSolverMultistepScheduler", steps=STEPS)
     assert not differs(sampler)
-    monkeypatch.setattr(schedule, "_restore", forgetful)
-    try:
-        wrong = differs(sampler)
-    except TypeError:  # the solver misses its last outputs
-        wrong = True
-    assert wrong
+    forget(monkeypatch, "lower_order_nums")
+    assert differs(sampler)
+
+
+def test_a_history_without_its_predictions_ends_the_run(sampler_for, monkeypatch):
+    sampler = sampler_for(SD, scheduler="DPMSolverMultistepScheduler", steps=STEPS)
+    forget(monkeypatch, "model_outputs")
+    with pytest.raises(TypeError, match="NoneType"):
+        differs(sampler)
 
 
 def test_without_a_start_scale_of_one_a_cut_shows(sampler_for, monkeypatch):
