@@ -22,7 +22,7 @@ result = da.align(
     reward="emoji-clip",
     judges=("emoji-judge",),
     show=tell,
-    num_inference_steps=20,
+    num_inference_steps=10,
     guidance_scale=1.5,
 )
 print(result)

@@ -11,7 +11,9 @@ methods = {
     # eight images of 8 steps, then the best one again with all 20
     "steps": da.DraftCommit(da.BestOfN(8), steps=8, commits=1),
     # eight images that stop being guided when guidance has done its work
-    "guidance": da.DraftCommit(da.BestOfN(8), techniques=(da.AdaptiveGuidance(),), commits=1),
+    "guidance": da.DraftCommit(
+        da.BestOfN(8), techniques=(da.AdaptiveGuidance(space="x0", threshold=0.96),), commits=1
+    ),
 }
 for name, method in methods.items():
     result = da.align(
