@@ -277,7 +277,7 @@ def test_law_approaches_the_tilted_one_with_the_budget():
     exact = Exact(TWO, LAW, reward)
     target = exact.bins(EDGES)
     ours, errors, lines = [], [], []
-    for nfe in (600, 3000, 15000):
+    for nfe in (300, 1500, 7500):
         method = DTS(preset="spread", batch=32)
         results = [distance(method, nfe, seed, target) for seed in range(5)]
         ours.append(sum(tv for tv, _ in results) / 5)
@@ -293,7 +293,7 @@ def test_law_approaches_the_tilted_one_with_the_budget():
 
 @pytest.mark.slow
 def test_search_finds_more_than_best_of_n():
-    """24 paired seeds at 200 trajectories: lower mean regret, and a sign test below 5%."""
+    """16 paired seeds at 200 trajectories: lower mean regret, and a sign test below 5%."""
     sharp = Mixture.of([[-2.0, 0.0], [1.5, 1.0]], [0.4, 0.3], [0.9, 0.1])
     peak = torch.tensor([2.2, 1.8], dtype=torch.float64)
 
@@ -301,20 +301,22 @@ def test_search_finds_more_than_best_of_n():
         return -(x - peak).square().sum(1)
 
     wins, gains = 0, []
-    for seed in range(24):
-        ours, _ = run(DTSStar(batch=4), 2000, seed, near, mixture=sharp)
+    for seed in range(16):
+        ours, _ = run(DTSStar(preset="small"), 2000, seed, near, mixture=sharp)
         others, _ = run(BestOfN(batch=50), 2000, seed, near, mixture=sharp)
         wins += ours.best.score > others.best.score
         gains.append(ours.best.score - others.best.score)
     assert sum(gains) > 0
-    tail = sum(math.comb(24, k) for k in range(wins, 25)) / 2**24
+    tail = sum(math.comb(16, k) for k in range(wins, 17)) / 2**16
     assert tail < 0.05, wins
 
 
 @pytest.mark.slow
 def test_two_dimensions_against_long_importance_sampling():
     """Eight modes on a circle weighted by the reward: the distance of the modes' shares to those
-    of 200,000 weighted plain samples falls with the budget."""
+    of 100,000 weighted plain samples falls with the budget, each a mean of five seeds. On this
+    easy case plain weighted samples come closer: measured 0.23, 0.035 and 0.026 at 300, 3,000 and
+    9,000 NFE beside 0.19, 0.10 and 0.08 of this preset."""
     angles = [2 * math.pi * i / 8 for i in range(8)]
     ring = Mixture.of([[4 * math.cos(a), 4 * math.sin(a)] for a in angles], 0.3)
 
@@ -327,10 +329,10 @@ def test_two_dimensions_against_long_importance_sampling():
         return torch.zeros(8, dtype=torch.float64).index_add(0, place, weights)
 
     problem = toy(ring, by_angle, chain=LAW, seed=99)
-    x = problem.run(problem.start(problem.seeds(200_000))).latents
+    x = problem.run(problem.start(problem.seeds(100_000))).latents
     target = shares(x, by_angle(x).softmax(0))
     means = []
-    for nfe in (600, 6000):
+    for nfe in (300, 9000):
         total = 0.0
         for seed in range(5):
             method = DTS(preset="spread", batch=32)
