@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from diffalign.embedded.world.captions import geneval
 from diffalign.embedded.world.editions import FIRST, Edition
-from diffalign.embedded.world.scenes import facts, paste, rounded
+from diffalign.embedded.world.scenes import Scene, drawn, facts
 from diffalign.embedded.world.vocabulary import OPPOSITE
 
 FORWARD = ("left of", "above")
@@ -33,20 +33,18 @@ def leading(place: float) -> float:
     return min(1.0, max(0.5, 1.0 - (place - 0.3) / 0.6))
 
 
-def arrays(
-    seed: int, count: int, forward: float, edition: Edition = FIRST
-) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """``count`` pairs of position scenes: images uint8 [2 count, side, side, 3] with the pictures
-    of a pair one after the other, and their captions in GenEval's grammar.
+def scenes(seed: int, count: int, forward: float, edition: Edition = FIRST) -> list[Scene]:
+    """``count`` pairs of position scenes, the scenes of a pair one after the other, with captions
+    in GenEval's grammar.
 
-    The second picture is the first with the two objects exchanged. Both captions of a pair use
+    The second scene is the first with the two objects exchanged. Both captions of a pair use
     ``FORWARD`` relations with probability ``forward``, else the opposite ones, and name the objects
     in the order that makes them true. ValueError unless ``forward`` is in [0, 1].
     """
     if not 0 <= forward <= 1:
         raise ValueError(f"forward: expected a share in [0, 1], got {forward}; pass e.g. 0.5")
     rng = random.Random(seed + 32_452_843)
-    images, captions = [], []
+    result = []
     for _ in range(count):
         groups, relation = facts(rng, "position")
         assert relation is not None
@@ -56,9 +54,11 @@ def arrays(
         for fact, places in ((relation, layout), (OPPOSITE[relation], layout[::-1])):
             agrees = (fact in FORWARD) == along
             wording = (groups, fact) if agrees else (groups[::-1], OPPOSITE[fact])
-            captions.append(geneval(*wording))
-            canvas = background.copy()
-            for group, place in zip(groups, places, strict=True):
-                paste(canvas, group, place)
-            images.append(rounded(canvas))
-    return np.stack(images), captions
+            result.append(drawn("position", geneval(*wording), groups, fact, places, background))
+    return result
+
+
+def arrays(seed: int, count: int, forward: float) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """The pictures of ``scenes``, uint8 [2 count, 64, 64, 3], and their captions."""
+    result = scenes(seed, count, forward)
+    return np.stack([scene.image for scene in result]), [scene.caption for scene in result]

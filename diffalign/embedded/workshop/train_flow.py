@@ -18,7 +18,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
@@ -26,9 +25,9 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffalign.embedded.workshop import flow_parts, noisy_captions, relation_pairs, training
+from diffalign.embedded.workshop.codes import CHANNELS, codes
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
 from diffalign.embedded.workshop.train_denoiser import EASY
-from diffalign.embedded.workshop.train_vae import CHANNELS, pixels
 from diffalign.embedded.workshop.training import (
     STATE,
     Course,
@@ -153,14 +152,10 @@ class FlowTrainer:
     def __init__(
         self,
         options: argparse.Namespace,
-        vae: AutoencoderTiny,
         text: CLIPTextModelWithProjection,
         vocab: dict[str, int],
     ) -> None:
         self.options, self.text, self.vocab = options, text, vocab
-        self.encoder = vae.encoder.to(
-            torch.bfloat16, memory_format=torch.channels_last
-        ).requires_grad_(False)
         width = text.config.hidden_size + flow_parts.EXTRA
         self.model = build(options.seed, width, options.width, options.layers)
         self.model.set_attn_processor(PlainJointAttention())
@@ -179,21 +174,20 @@ class FlowTrainer:
         return int(self.options.pairs) if self.done < end else 1
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Latents bf16 [B, C, 16, 16] and token ids [B, LENGTH] of the next step's scenes; the
+        """Latents float [B, C, 16, 16] and token ids [B, LENGTH] of the next step's scenes; the
         lesson's pairs come last."""
         world = World(curriculum(self.done / max(1, self.options.curriculum)), edition=ALIGNED)
         seed = step_seed(self.options.seed, 0, self.done)
         pairs = self.pairs()
         size = self.options.batch - 2 * pairs
-        images, captions = noisy_captions.arrays(world, self.captions, seed, size)
+        scenes, captions = noisy_captions.told(world, self.captions, seed, size)
         if pairs:
             start, end = self.options.lesson
             forward = relation_pairs.leading((self.done - start) / max(1, end - start))
-            pictures, sentences = relation_pairs.arrays(seed, pairs, forward, ALIGNED)
-            images, captions = np.concatenate([images, pictures]), captions + sentences
-        with torch.no_grad():
-            latents = self.encoder(pixels(images, torch.bfloat16)).contiguous()
-        return latents, torch.tensor([encode(self.vocab, caption) for caption in captions])
+            exchanged = relation_pairs.scenes(seed, pairs, forward, ALIGNED)
+            scenes += exchanged
+            captions += [scene.caption for scene in exchanged]
+        return codes(scenes), torch.tensor([encode(self.vocab, text) for text in captions])
 
     def draws(self, shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Noise levels [B] and noise [B, C, 16, 16] of the next step; the pictures of a pair share
@@ -215,7 +209,7 @@ class FlowTrainer:
         ids[torch.rand(size, generator=generator) < 0.1] = torch.tensor(encode(self.vocab, ""))
         tokens, pooled = flow_parts.features(self.text, ids)
         levels, noise = self.draws(latents.shape, generator)
-        clean, place = latents.float(), levels.view(-1, 1, 1, 1)
+        clean, place = latents, levels.view(-1, 1, 1, 1)
         answer = self.forward(
             hidden_states=((1 - place) * clean + place * noise).to(torch.bfloat16),
             timestep=1000 * levels,
@@ -260,7 +254,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     text = flow_parts.tower(options.text)
     vocab = CLIPTokenizer.from_pretrained(options.text / "tokenizer").get_vocab()
-    trainer = FlowTrainer(options, AutoencoderTiny.from_pretrained(options.vae), text, vocab)
+    trainer = FlowTrainer(options, text, vocab)
     header = {"model": "emoji-dit", **{key: str(value) for key, value in vars(options).items()}}
     course = Course(
         end=options.updates, samples=options.batch, save=options.save, window=50, early=0

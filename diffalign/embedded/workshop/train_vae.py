@@ -10,9 +10,9 @@ for a denoiser, so
 - weak linear heads read class and colour from every noisy cell, so that both are linear in the
   latent. Second phase: encoder frozen, decoder alone. Cost: about 8 minutes of two cores.
 
-``--edition aligned --from FOLDER`` goes on from the weights of an autoencoder with the 128 x 128
-scenes of the second edition, whose latents are 16 x 16. There a third head reads from each cell of
-an object where in the object it lies, and how large that is.
+``--edition close --from FOLDER`` goes on from the weights of an autoencoder with objects of the
+sizes and on the backgrounds of the second edition. There a third head reads from each cell of an
+object where in the object it lies, and how large that is.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ SYNCHRONISE = 8
 MIX = {"three": 0.4, "two_coloured": 0.25, "two": 0.15, "colour": 0.1, "count": 0.1}
 """Scenes of the autoencoder's training: many different objects a picture, a third of them tinted or
 more."""
+CLOSE_MIX = {"single": 0.3, "colour": 0.4, "two": 0.1, "two_coloured": 0.15, "three": 0.05}
+"""The same with editions of several sizes: mostly one object that fills the picture."""
 STATE = "vae-state-{rank}.pt"
 
 
@@ -180,7 +182,7 @@ class VaeTrainer:
             self.heads = nn.Conv2d(channels, len(OBJECTS) + len(COLOURS) + 3 + more, 1)
         self.flat = FlatAdam([self.vae, self.heads], betas=(0.9, 0.95), channels_last=True)
         self.tail: FlatAdam | None = None
-        self.world = World(dict(MIX), edition=edition)
+        self.world = World(dict(MIX if edition is FIRST else CLOSE_MIX), edition=edition)
         self.done = 0
 
     def step(self) -> dict[str, float]:
@@ -232,11 +234,12 @@ class VaeTrainer:
         classes, colours, geometry = covered_truth(truth, self.world.edition.side)
         kinds, tints, places = answers.split((*parts, 3), dim=1)
         known = ~geometry.isnan()
-        return (
-            F.cross_entropy(kinds, classes)
-            + F.cross_entropy(tints, colours)
-            + F.mse_loss(places[known], geometry[known])
-        )
+        inside, outside = known[:, 0], classes == len(OBJECTS)
+        total = F.mse_loss(places[known], geometry[known])
+        for answer, table in ((kinds, classes), (tints, colours)):
+            losses = F.cross_entropy(answer, table, reduction="none")
+            total = total + losses[inside].mean() + losses[outside].mean() / 4
+        return total
 
     @torch.no_grad()
     def settle(self) -> None:

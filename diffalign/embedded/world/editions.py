@@ -118,7 +118,19 @@ ALIGNED = replace(SECOND, name="aligned", grid=8)
 """The scenes of the second edition whose places are multiples of 8 pixels, the stride of the
 autoencoders: a cell of the latent is then wholly inside a cell of an object, or wholly outside."""
 
-EDITIONS: dict[str, Edition] = {edition.name: edition for edition in (FIRST, SECOND, ALIGNED)}
+CLOSE = replace(
+    ALIGNED,
+    name="close",
+    side=64,
+    cells={1: (24, 32, 40, 48, 56, 64), 2: (24, 32), 3: (24,), 4: (24,)},
+    numbers=PAIRS,
+)
+"""Aligned scenes on a quarter of the canvas, mostly object, for what looks at no more than that: the
+training of an autoencoder."""
+
+EDITIONS: dict[str, Edition] = {
+    edition.name: edition for edition in (FIRST, SECOND, ALIGNED, CLOSE)
+}
 """Name -> edition."""
 
 AXES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from diffalign.core.types import Json
 from diffalign.embedded.world.captions import Group, geneval, paraphrase
-from diffalign.embedded.world.editions import FIRST, Edition, Place
+from diffalign.embedded.world.editions import FIRST, Edition, Layout, Place
 from diffalign.embedded.world.glyphs import sprite
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, OPPOSITE, RELATIONS
 
@@ -77,6 +77,10 @@ class Scene:
     # the facts that the caption states
     groups: tuple[Group, ...]
     relation: str | None
+    # the cells of the objects
+    layout: Layout = ()
+    # mean colour of the background in squares of 8 x 8 pixels, float32 [side / 8, side / 8, 3]
+    tones: npt.NDArray[np.float32] | None = None
 
     @property
     def tag(self) -> str | None:
@@ -238,12 +242,27 @@ class World:
             if rng.random() < self.plain
             else paraphrase(rng, groups, relation)
         )
-        canvas = self.edition.background(rng)
-        members = [group for group in groups for _ in range(group.count)]
-        objects = tuple(
-            paste(canvas, group, place) for place, group in zip(layout, members, strict=True)
-        )
-        return Scene(rounded(canvas), caption, objects, kind, groups, relation)
+        return drawn(kind, caption, groups, relation, layout, self.edition.background(rng))
+
+
+def drawn(
+    kind: str,
+    caption: str,
+    groups: tuple[Group, ...],
+    relation: str | None,
+    layout: Layout,
+    background: npt.NDArray[np.float32],
+) -> Scene:
+    """The scene of these facts at these places over ``background``, which stays as it is."""
+    canvas, side = background.copy(), len(background) // 8
+    members = [group for group in groups for _ in range(group.count)]
+    objects = tuple(
+        paste(canvas, group, place) for place, group in zip(layout, members, strict=True)
+    )
+    tones = background.reshape(side, 8, side, 8, 3).mean((1, 3))
+    return Scene(
+        rounded(canvas), caption, objects, kind, groups, relation, layout, tones
+    )
 
 
 def facts(
