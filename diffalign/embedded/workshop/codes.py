@@ -1,9 +1,9 @@
 """The latent of ``emoji-dit``: what each 8 x 8 pixels of a scene show, as sixteen numbers.
 
-A learnt latent of scenes with many sizes did not hold what an object is: after 6,000 updates its
-class could be read from 9% of the cells. So the latent is laid down, in the way of an
-error-correcting code: words far apart for the classes and the colours, and smooth numbers for the
-rest. The decoder is trained to draw from it, under noise; the encoder, to read it.
+A latent learnt on scenes with many sizes did not hold what an object is: in a pilot of 2,500
+updates, linear heads read the class from 6% of an object's cells. So the latent is laid down, in
+the way of an error-correcting code: words far apart for the classes and the colours, and smooth
+numbers for the rest. The decoder is trained to draw from it, under noise; the encoder, to read it.
 
 | channels | on an object | on the background |
 |---|---|---|
@@ -59,9 +59,9 @@ def colour_words() -> npt.NDArray[np.float32]:
     corners = sorted(
         point for point in itertools.product((-1, 0, 1), repeat=3) if point.count(0) == 1
     )
-    table: npt.NDArray[np.float32] = (
-        np.array(corners[: len(COLOURS) + 1]) * np.sqrt(1.5)
-    ).astype(np.float32)
+    table: npt.NDArray[np.float32] = (np.array(corners[: len(COLOURS) + 1]) * np.sqrt(1.5)).astype(
+        np.float32
+    )
     return table
 
 
@@ -77,9 +77,7 @@ def code(scene: Scene) -> npt.NDArray[np.float32]:
     latent[13:] = (scene.tones.transpose(2, 0, 1) / 255 - 0.53) * 5
     centres = np.arange(side) * STRIDE + STRIDE / 2
     for (x, y, length), thing in zip(scene.layout, scene.objects, strict=True):
-        across, down = (
-            (centres - start - length / 2) / (length / 2) for start in (x, y)
-        )
+        across, down = ((centres - start - length / 2) / (length / 2) for start in (x, y))
         columns, rows = (np.flatnonzero(np.abs(offset) < 1) for offset in (across, down))
         cell = latent[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         colour = COLOURS.index(thing.colour) if thing.colour != NATIVE else len(COLOURS)

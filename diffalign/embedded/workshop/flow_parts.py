@@ -70,7 +70,9 @@ def tower(folder: Path) -> CLIPTextModelWithProjection:
     config.projection_dim = config.hidden_size
     config.architectures = None
     result = CLIPTextModelWithProjection(config)
-    weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in source.state_dict().items()}
+    weights = {
+        f"text_model.{k.removeprefix('text_model.')}": v for k, v in source.state_dict().items()
+    }
     result.load_state_dict(weights, strict=False)
     text = result.text_model
     for embedding in (text.embeddings.token_embedding, text.embeddings.position_embedding):

@@ -96,9 +96,7 @@ def arrays(
     return np.stack([scene.image for scene in scenes]), captions
 
 
-def told(
-    world: World, noise: CaptionNoise, seed: int, count: int
-) -> tuple[list[Scene], list[str]]:
+def told(world: World, noise: CaptionNoise, seed: int, count: int) -> tuple[list[Scene], list[str]]:
     """The scenes of ``world.scenes(seed, count)`` and a caption each.
 
     The faults come from a stream of their own, so the scenes are those of the same seed without

@@ -87,9 +87,7 @@ def pairs(
             other_layout = swapped or FIRST.layout(rng, 2, other_relation)
         else:
             other_layout = (
-                layout
-                if len(layout) == _total(others)
-                else FIRST.layout(rng, _total(others), None)
+                layout if len(layout) == _total(others) else FIRST.layout(rng, _total(others), None)
             )
         style = rng.random()
         captions = []

@@ -69,9 +69,13 @@ class CodeTrainer:
         batch holds whole scenes."""
         seed = step_seed(self.options.seed, 0, self.done)
         whole = self.done % 4 == 3
-        world, count = (self.wide, self.options.batch // 4) if whole else (
-            self.close,
-            self.options.batch,
+        world, count = (
+            (self.wide, self.options.batch // 4)
+            if whole
+            else (
+                self.close,
+                self.options.batch,
+            )
         )
         scenes = list(world.scenes(seed, count))
         target = pixels(np.stack([scene.image for scene in scenes]), torch.bfloat16)

@@ -1,14 +1,14 @@
 """Train the flow-matching model ``emoji-dit``: ``python -m diffalign.embedded.workshop.train_flow
 --vae FOLDER --text FOLDER --out FOLDER [--resume]``.
 
-An ``SD3Transformer2DModel`` over the 16 x 16 x 16 latents of the second edition of the world (its
-aligned scenes), one token each, by flow matching (Lipman et al., "Flow Matching for Generative Modeling", 2022,
-arXiv:2210.02747; noise levels as in Esser et al., "Scaling Rectified Flow Transformers for
-High-Resolution Image Synthesis", 2024, arXiv:2403.03206, equation 19). Its text tower is that of an
-``emoji`` pipeline and stays as it is. Captions leave facts out or get them wrong
-(``workshop.noisy_captions``), so that the model needs guidance. Scenes are rendered and encoded on
-the fly; early batches hold mostly single objects. ``--export`` writes the averaged weights of a
-saved state as a ``StableDiffusion3Pipeline`` folder in fp16. Cost: one thread, about two hours.
+An ``SD3Transformer2DModel`` over the codes (``workshop.codes``) of aligned scenes of the world's
+second edition, 16 x 16 tokens, by flow matching (Lipman et al., "Flow Matching for Generative
+Modeling", 2022, arXiv:2210.02747; noise levels as in Esser et al., "Scaling Rectified Flow
+Transformers for High-Resolution Image Synthesis", 2024, arXiv:2403.03206, equation 19). Its text
+tower is that of an ``emoji`` pipeline and stays as it is. Captions leave facts out or get them
+wrong (``workshop.noisy_captions``), so that the model needs guidance. Early batches hold mostly
+single objects. ``--export`` writes the averaged weights of a saved state as a
+``StableDiffusion3Pipeline`` folder in fp16. Cost: one thread, about two hours.
 """
 
 from __future__ import annotations
@@ -272,7 +272,9 @@ def export(
     """
     saved = load_state(options.out / STATE)
     if saved is None:
-        raise ValueError(f"out: expected a training state in {options.out}, found none; train first")
+        raise ValueError(
+            f"out: expected a training state in {options.out}, found none; train first"
+        )
     encoder = flow_parts.tower(options.text)
     text = encoder.config.hidden_size + flow_parts.EXTRA
     model = build(0, text, options.width, options.layers)

@@ -73,9 +73,7 @@ def shape(model: str, edition: Edition) -> Json:
     return kind[2] | {"side": edition.side} if fixed else dict(kind[2])
 
 
-def build(
-    model: str, seed: int, edition: Edition = FIRST, source: Path | None = None
-) -> nn.Module:
+def build(model: str, seed: int, edition: Edition = FIRST, source: Path | None = None) -> nn.Module:
     """The network in fp32, with initial weights from ``seed`` or those of a judge's folder
     ``source``, whose places are stretched over a larger image."""
     network: Any = KINDS[model][0]

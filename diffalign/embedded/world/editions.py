@@ -125,8 +125,8 @@ CLOSE = replace(
     cells={1: (24, 32, 40, 48, 56, 64), 2: (24, 32), 3: (24,), 4: (24,)},
     numbers=PAIRS,
 )
-"""Aligned scenes on a quarter of the canvas, mostly object, for what looks at no more than that: the
-training of an autoencoder."""
+"""Aligned scenes on a quarter of the canvas, mostly object, for the training of an autoencoder, to
+which it makes no difference."""
 
 EDITIONS: dict[str, Edition] = {
     edition.name: edition for edition in (FIRST, SECOND, ALIGNED, CLOSE)

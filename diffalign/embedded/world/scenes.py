@@ -260,9 +260,7 @@ def drawn(
         paste(canvas, group, place) for place, group in zip(layout, members, strict=True)
     )
     tones = background.reshape(side, 8, side, 8, 3).mean((1, 3))
-    return Scene(
-        rounded(canvas), caption, objects, kind, groups, relation, layout, tones
-    )
+    return Scene(rounded(canvas), caption, objects, kind, groups, relation, layout, tones)
 
 
 def facts(
@@ -284,11 +282,7 @@ def facts(
         name = _name(rng, coloured)
         if name not in names:
             names.append(name)
-    counts = (
-        rng.choice(edition.numbers)
-        if kind == "numbers"
-        else (1,) * len(names)
-    )
+    counts = rng.choice(edition.numbers) if kind == "numbers" else (1,) * len(names)
     colours = rng.sample(COLOURS, len(names)) if coloured else [NATIVE] * len(names)
     relation = rng.choice(RELATIONS) if kind.startswith("position") else None
     return tuple(Group(*fact) for fact in zip(names, counts, colours, strict=True)), relation

@@ -42,11 +42,9 @@ def ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 
 
 def options(tmp_path: Path, *arguments: str) -> object:
-    return train_flow.parser().parse_args(
-        ["--out", str(tmp_path), "--vae", str(tmp_path / "vae"), "--text", str(EMOJI)]
-        + ["--width", "16", "--layers", "2", "--batch", "4", "--lesson", "1", "3", "--pairs", "1"]
-        + list(arguments)
-    )
+    paths = f"--out {tmp_path} --vae {tmp_path / 'vae'} --text {EMOJI}"
+    sizes = "--width 16 --layers 2 --batch 4 --lesson 1 3 --pairs 1"
+    return train_flow.parser().parse_args([*paths.split(), *sizes.split(), *arguments])
 
 
 def trainer(tokenizer: CLIPTokenizer, tmp_path: Path) -> FlowTrainer:

@@ -202,9 +202,7 @@ def holds(scene: Scene, metadata: dict, geneval_relations: Relations) -> bool:  
 def test_own_metadata_is_true_and_wrong_metadata_is_false(
     scenes: list[Scene], geneval_relations: Relations
 ) -> None:
-    assert all(
-        holds(scene, scene.metadata(), geneval_relations) for scene in scenes if scene.tag
-    )
+    assert all(holds(scene, scene.metadata(), geneval_relations) for scene in scenes if scene.tag)
     pairs = list(World().wrong(1_000_002, 600))
     assert len(pairs) == 600
     assert not any(holds(*pair, geneval_relations) for pair in pairs)
