@@ -52,9 +52,9 @@ class _Layer(nn.Module):
 
 
 class AuditNet(nn.Module):
-    """Images [B, 3, side, side] in [0, 1] to [B, 81 + 4 + 11, side / 8, side / 8]: class logits with "nothing" last,
-    the distances of the box's left, top, right and bottom edge from the cell's centre in units of
-    32 pixels, colour logits."""
+    """Images [B, 3, side, side] in [0, 1] to [B, 81 + 4 + 11, side / 8, side / 8]: class logits
+    with "nothing" last, the distances of the box's left, top, right and bottom edge from the cell's
+    centre in units of 32 pixels, colour logits."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""The parts of ``emoji-dit`` that are not trained with it: its text encoders, and the pipeline around
-them.
+"""The parts of ``emoji-dit`` that are not trained with it: its text encoders, and the pipeline that
+holds all parts.
 
 ``StableDiffusion3Pipeline`` has three text encoders and calls the first two always. The first is
 the text tower of an ``emoji`` pipeline. The second adds eight zeros to each of its tokens. The

@@ -1,11 +1,11 @@
-"""Judge a training state of ``emoji``, or any pipeline folder, on official GenEval prompts: ``python
--m diffalign.embedded.workshop.score --out runs/emoji [--prompts 120]``, or ``--pipeline FOLDER
---judge emoji-judge-2 --out FOLDER``.
+"""Judge a training state of ``emoji``, or any pipeline folder, on official GenEval prompts.
 
-Evenly spaced prompts of each category, one image each, 20 steps of the pipeline's own scheduler; verdicts by GenEval's
-rules on the embedded judge's detections. One JSON line with the category scores is appended to
-``scores.jsonl``, and a grid of the pictures is written beside it. With 20 prompts a category a
-score has a standard error of up to .11: this follows a run, it is not the published figure.
+``python -m diffalign.embedded.workshop.score --out runs/emoji [--prompts 120]``, or ``--pipeline
+FOLDER --judge emoji-judge-2 --out FOLDER``. Evenly spaced prompts of each category, one image each,
+20 steps of the pipeline's own scheduler; verdicts by GenEval's rules on the embedded judge's
+detections. One JSON line with the category scores is appended to ``scores.jsonl``, and a grid of
+the pictures is written beside it. With 20 prompts a category a score has a standard error of up to
+.11: this follows a run, it is not the published figure.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Train the autoencoder of ``emoji-dit``: ``python -m diffalign.embedded.workshop.train_code --out
-FOLDER [--from FOLDER] [--resume] [--export FOLDER]``.
+FOLDER [--resume] [--export FOLDER]``.
 
 A diffusers ``AutoencoderTiny`` whose latent is laid down (``workshop.codes``). The decoder draws a
 scene from its code, with Gaussian noise of up to ``NOISE`` standard deviations, so that near-miss
@@ -11,7 +11,6 @@ about .1 s an update.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 
 from diffalign.embedded.workshop import training
-from diffalign.embedded.workshop.codes import codes
-from diffalign.embedded.workshop.train_vae import build, pixels
+from diffalign.embedded.workshop.codes import CHANNELS, codes
+from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
     STATE,
     Course,
@@ -35,9 +34,24 @@ from diffalign.embedded.workshop.training import (
 from diffalign.embedded.world.editions import ALIGNED, CLOSE
 from diffalign.embedded.world.scenes import World
 
-NOISE = 0.6
+NOISE = 0.4
 MIX = {"single": 0.3, "colour": 0.4, "two": 0.1, "two_coloured": 0.15, "three": 0.05}
 """Mostly one object that fills the picture."""
+
+
+def build(seed: int) -> AutoencoderTiny:
+    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 10; initial weights from
+    ``seed`` without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderTiny(
+            latent_channels=CHANNELS,
+            encoder_block_out_channels=(32,) * 3,
+            decoder_block_out_channels=(48,) * 3,
+            num_encoder_blocks=(0, 1, 3),
+            num_decoder_blocks=(6, 2, 1),
+            scaling_factor=1.0,
+        )
 
 
 class CodeTrainer:
@@ -46,8 +60,6 @@ class CodeTrainer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.vae = build(options.seed)
-        if options.source is not None:
-            self._take(AutoencoderTiny.from_pretrained(options.source))
         self.parts = {
             name: FlatAdam([part], betas=(0.9, 0.95), decay=0.0, channels_last=True)
             for name, part in (("decoder", self.vae.decoder), ("encoder", self.vae.encoder))
@@ -55,14 +67,6 @@ class CodeTrainer:
         self.ema = {name: flat.master.data.clone() for name, flat in self.parts.items()}
         self.close, self.wide = World(dict(MIX), edition=CLOSE), World(edition=ALIGNED)
         self.done = 0
-
-    def _take(self, other: AutoencoderTiny) -> None:
-        """All weights of ``other`` but those at the latent, which has another meaning."""
-        mine = self.vae.state_dict()
-        edges = ("decoder.layers.0.", "encoder.layers.10.")
-        for name, value in other.state_dict().items():
-            if not name.startswith(edges):
-                mine[name].copy_(value)
 
     def step(self) -> dict[str, float]:
         """One update of the decoder, and of the encoder at every ``options.every``-th; every fourth
@@ -134,7 +138,6 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = training.parser(__doc__, seed=51, save=500)
     add = result.add_argument
-    add("--from", dest="source", type=Path, help="folder of an autoencoder to go on from")
     add("--batch", type=int, default=8, help="pictures of 64 x 64; a quarter as many scenes")
     add("--rate", type=float, default=1.5e-3, help="largest learning rate")
     add("--updates", type=int, default=20_000)

@@ -39,15 +39,15 @@ from diffalign.embedded.workshop.training import (
     step_seed,
     train,
 )
-from diffalign.embedded.world.editions import ALIGNED
+from diffalign.embedded.world.editions import ALIGNED, CLOSE
 from diffalign.embedded.world.scenes import World
 from diffalign.embedded.world.tokens import encode
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-SIDE = 16
-"""Side of the latents."""
+SIDE, PATCH = 32, 2
+"""Side of the latents, and of a token in them."""
 
 MIX: dict[str, float] = {
     "single": 0.11, "colour": 0.14, "two": 0.15, "count": 0.18, "position": 0.18,
@@ -107,7 +107,7 @@ def build(seed: int, text: int, width: int = 192, layers: int = 6) -> SD3Transfo
         torch.manual_seed(seed)
         model = SD3Transformer2DModel(
             sample_size=SIDE,
-            patch_size=1,
+            patch_size=PATCH,
             in_channels=CHANNELS,
             out_channels=CHANNELS,
             num_layers=layers,
@@ -116,7 +116,7 @@ def build(seed: int, text: int, width: int = 192, layers: int = 6) -> SD3Transfo
             joint_attention_dim=text,
             caption_projection_dim=width,
             pooled_projection_dim=text,
-            pos_embed_max_size=SIDE,
+            pos_embed_max_size=SIDE // PATCH,
         )
     with torch.no_grad():
         for block in model.transformer_blocks:
@@ -129,10 +129,9 @@ def build(seed: int, text: int, width: int = 192, layers: int = 6) -> SD3Transfo
     return model
 
 
-def curriculum(place: float) -> dict[str, float]:
-    """Mixture of kinds at ``place`` in [0, 1] of the curriculum: ``EASY`` for the first half, then
-    linearly to ``MIX``."""
-    share = min(1.0, max(0.0, 2 * place - 1))
+def curriculum(share: float) -> dict[str, float]:
+    """Mixture of kinds: from ``EASY`` at a ``share`` of 0 linearly to ``MIX`` at 1 and above."""
+    share = min(1.0, max(0.0, share))
     return {
         kind: (1 - share) * EASY.get(kind, 0.0) + share * weight for kind, weight in MIX.items()
     }
@@ -159,6 +158,7 @@ class FlowTrainer:
         width = text.config.hidden_size + flow_parts.EXTRA
         self.model = build(options.seed, width, options.width, options.layers)
         self.model.set_attn_processor(PlainJointAttention())
+        self.positions = self.model.pos_embed.pos_embed.clone()
         self.captions = CaptionNoise()
         self.flat = FlatAdam([self.model])
         self.ema = self.flat.master.data.clone()
@@ -174,12 +174,15 @@ class FlowTrainer:
         return int(self.options.pairs) if self.done < end else 1
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Latents float [B, C, 16, 16] and token ids [B, LENGTH] of the next step's scenes; the
-        lesson's pairs come last."""
-        world = World(curriculum(self.done / max(1, self.options.curriculum)), edition=ALIGNED)
+        """Latents float [B, C, 32, 32] and token ids [B, LENGTH] of the next step's scenes; the
+        lesson's pairs come last. At first they are twice as many on a quarter of the canvas."""
+        first, last = self.options.close, self.options.curriculum
+        share = (self.done - first) / max(1, last - first)
+        close = self.done < first
+        world = World(curriculum(share), edition=CLOSE if close else ALIGNED)
         seed = step_seed(self.options.seed, 0, self.done)
         pairs = self.pairs()
-        size = self.options.batch - 2 * pairs
+        size = self.options.batch * (2 if close else 1) - 2 * pairs
         scenes, captions = noisy_captions.told(world, self.captions, seed, size)
         if pairs:
             start, end = self.options.lesson
@@ -190,7 +193,7 @@ class FlowTrainer:
         return codes(scenes), torch.tensor([encode(self.vocab, text) for text in captions])
 
     def draws(self, shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise levels [B] and noise [B, C, 16, 16] of the next step; the pictures of a pair share
+        """Noise levels [B] and noise [B, C, 32, 32] of the next step; the pictures of a pair share
         theirs, at levels above ``TOP``."""
         pairs = self.pairs()
         levels = noise_levels(shape[0] - 2 * pairs, self.options.mean, generator)
@@ -209,9 +212,10 @@ class FlowTrainer:
         ids[torch.rand(size, generator=generator) < 0.1] = torch.tensor(encode(self.vocab, ""))
         tokens, pooled = flow_parts.features(self.text, ids)
         levels, noise = self.draws(latents.shape, generator)
-        clean, place = latents, levels.view(-1, 1, 1, 1)
+        self.place(latents.shape[-1], generator)
+        clean, level = latents, levels.view(-1, 1, 1, 1)
         answer = self.forward(
-            hidden_states=((1 - place) * clean + place * noise).to(torch.bfloat16),
+            hidden_states=((1 - level) * clean + level * noise).to(torch.bfloat16),
             timestep=1000 * levels,
             encoder_hidden_states=tokens.to(torch.bfloat16),
             pooled_projections=pooled.to(torch.bfloat16),
@@ -232,6 +236,14 @@ class FlowTrainer:
             "noisy": float(values[half:].mean()),
             "norm": norm,
         }
+
+    def place(self, side: int, generator: torch.Generator) -> None:
+        """Put latents of ``side`` at a random place of the canvas: they see its positions."""
+        embedding, count = self.model.pos_embed, SIDE // PATCH
+        reach = (SIDE - side) // PATCH // 2
+        shift = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
+        table = self.positions.view(1, count, count, -1).roll(shift, (1, 2))
+        embedding.pos_embed = table.reshape(self.positions.shape)
 
     def rate(self) -> float:
         """Learning rate of the next update."""
@@ -303,6 +315,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", type=float, default=1e-3, help="largest learning rate")
     add("--updates", type=int, default=6_000)
     add("--decay-from", type=int, default=4_500, help="update at which the rate begins to fall")
+    add("--close", type=int, default=4_000, help="updates on a quarter of the canvas")
     add("--curriculum", type=int, default=3_600, help="update at which the mixture is reached")
     add("--lesson", type=int, nargs=2, default=(1_500, 4_000), help="first and last update with")
     add("--pairs", type=int, default=2, help="so many pairs of exchanged objects in a batch")

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffalign.embedded.load import FOLDER
-from diffalign.embedded.workshop import flow_parts, train_flow, train_vae
+from diffalign.embedded.workshop import flow_parts, train_code, train_flow
 from diffalign.embedded.workshop.train_flow import FlowTrainer, PlainJointAttention, build
 from diffalign.embedded.workshop.training import save_state
 
@@ -32,7 +32,7 @@ def tokenizer() -> CLIPTokenizer:
 def pipe(tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
     text = flow_parts.tower(EMOJI)
     width = text.config.hidden_size + flow_parts.EXTRA
-    result = flow_parts.pipeline(build(1, width, 16, 2), train_vae.build(3), text, tokenizer)
+    result = flow_parts.pipeline(build(1, width, 16, 2), train_code.build(3), text, tokenizer)
     result.set_progress_bar_config(disable=True)
     return result
 
@@ -43,7 +43,7 @@ def ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 
 def options(tmp_path: Path, *arguments: str) -> object:
     paths = f"--out {tmp_path} --vae {tmp_path / 'vae'} --text {EMOJI}"
-    sizes = "--width 16 --layers 2 --batch 4 --lesson 1 3 --pairs 1"
+    sizes = "--width 16 --layers 2 --batch 4 --close 1 --curriculum 2 --lesson 1 3 --pairs 1"
     return train_flow.parser().parse_args([*paths.split(), *sizes.split(), *arguments])
 
 
@@ -101,7 +101,7 @@ def test_plain_attention_is_that_of_the_pipeline() -> None:
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     inputs = {
-        "hidden_states": torch.randn(2, 16, 16, 16, generator=generator),
+        "hidden_states": torch.randn(2, 10, 32, 32, generator=generator),
         "encoder_hidden_states": torch.randn(2, 5, 40, generator=generator),
         "pooled_projections": torch.randn(2, 40, generator=generator),
         "timestep": torch.tensor([100.0, 900.0]),
@@ -130,7 +130,7 @@ def test_an_untrained_model_predicts_nothing() -> None:
     """Gates and last layer start at zero, so the first loss is the target's own square."""
     model = build(1, 40, 16, 2)
     output = model(
-        hidden_states=torch.ones(1, 16, 16, 16),
+        hidden_states=torch.ones(1, 10, 32, 32),
         encoder_hidden_states=torch.ones(1, 3, 40),
         pooled_projections=torch.ones(1, 40),
         timestep=torch.tensor([5.0]),
@@ -143,14 +143,14 @@ def test_pairs_share_noise_and_level(tokenizer: CLIPTokenizer, tmp_path: Path) -
     assert [run.pairs() for run.done in (0, 1, 2, 3, 9)] == [0, 1, 1, 1, 1]
     run.done = 1
     latents, words = run.batch()
-    assert latents.shape == (4, 16, 16, 16)
+    assert latents.shape == (4, 10, 32, 32)
     assert words.shape == (4, 24)
     levels, noise = run.draws(latents.shape, torch.Generator().manual_seed(1))
     assert levels[2] == levels[3] >= train_flow.TOP
     assert torch.equal(noise[2], noise[3])
     assert not torch.equal(noise[1], noise[2])
     # the same objects in exchanged places
-    occupied = [latent[:7].abs().sum(0) > 0 for latent in latents[2:]]
+    occupied = [latent[3:].abs().sum(0) > 0 for latent in latents[2:]]
     assert torch.equal(occupied[0], occupied[1])
 
 
@@ -165,16 +165,45 @@ def test_resume_repeats_the_bits(tokenizer: CLIPTokenizer, tmp_path: Path) -> No
     assert torch.equal(second.ema, straight.ema)
 
 
-def test_curriculum_ends_in_the_mixture() -> None:
-    assert train_flow.curriculum(0.2)["single"] == 0.4
-    assert train_flow.curriculum(1.0) == pytest.approx(train_flow.MIX)
+def test_curriculum_leads_from_easy_scenes_to_the_mixture() -> None:
+    assert train_flow.curriculum(-0.5)["single"] == 0.4
+    assert train_flow.curriculum(0.5)["single"] == pytest.approx(
+        (0.4 + train_flow.MIX["single"]) / 2
+    )
+    assert train_flow.curriculum(3.0) == pytest.approx(train_flow.MIX)
+
+
+def test_the_first_scenes_lie_on_a_quarter_of_the_canvas(
+    tokenizer: CLIPTokenizer, tmp_path: Path
+) -> None:
+    """Twice as many, and a token of theirs gets the position of the place where they lie."""
+    run = trainer(tokenizer, tmp_path)
+    latents, words = run.batch()
+    assert latents.shape == (8, 10, 16, 16)
+    assert len(words) == 8
+    table = run.positions.view(16, 16, -1)
+    seen = set()
+    for seed in range(40):
+        run.place(16, torch.Generator().manual_seed(seed))
+        window = run.model.pos_embed.cropped_pos_embed(16, 16).view(8, 8, -1)
+        places = [
+            (y, x)
+            for y in range(9)
+            for x in range(9)
+            if torch.equal(table[y : y + 8, x : x + 8], window)
+        ]
+        assert len(places) == 1
+        seen.add(places[0])
+    assert len(seen) > 20
+    run.place(32, torch.Generator().manual_seed(0))
+    assert torch.equal(run.model.pos_embed.pos_embed, run.positions)
 
 
 def test_an_exported_folder_is_a_plain_pipeline(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     run = trainer(tokenizer, tmp_path)
     run.step()
     save_state(tmp_path / "state.pt", {"trainer": run.state()})
-    train_vae.build(3).save_pretrained(tmp_path / "vae")
+    train_code.build(3).save_pretrained(tmp_path / "vae")
     train_flow.export(options(tmp_path), tmp_path / "folder")  # type: ignore[arg-type]
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "folder")
     pipe.set_progress_bar_config(disable=True)

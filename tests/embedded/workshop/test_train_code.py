@@ -1,15 +1,12 @@
-"""The autoencoder of a laid-down latent: it takes over what keeps its meaning, learns both parts,
-and resumes to the bit."""
+"""The autoencoder of a laid-down latent: it has the latent's form, learns both parts, and resumes to
+the bit."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from diffalign.embedded.load import FOLDER
-from diffalign.embedded.workshop.train_code import CodeTrainer, parser
-
-SOURCE = FOLDER / "emoji" / "vae"
+from diffalign.embedded.workshop.train_code import CodeTrainer, build, parser
 
 
 @pytest.fixture(autouse=True)
@@ -23,19 +20,11 @@ def trainer(tmp_path: Path, *arguments: str) -> CodeTrainer:
     )
 
 
-def test_all_weights_but_those_at_the_latent_are_taken_over(tmp_path: Path) -> None:
-    from diffusers import AutoencoderTiny
-
-    source = AutoencoderTiny.from_pretrained(SOURCE).state_dict()
-    fresh = trainer(tmp_path).export().state_dict()
-    taken = trainer(tmp_path, "--from", str(SOURCE)).export().state_dict()
-    names = [name for name in source if torch.equal(taken[name], source[name])]
-    others = [name for name in source if name not in names]
-    assert {name for name in others if source[name].ndim == 4} == {
-        "decoder.layers.0.weight",
-        "encoder.layers.10.weight",
-    }
-    assert all(torch.equal(taken[name], fresh[name]) for name in others)
+def test_four_pixels_are_one_cell() -> None:
+    vae = build(1)
+    with torch.no_grad():
+        assert vae.encoder(torch.zeros(1, 3, 128, 128)).shape == (1, 10, 32, 32)
+        assert vae.decoder(torch.zeros(1, 10, 32, 32)).shape == (1, 3, 128, 128)
 
 
 @pytest.mark.slow
@@ -52,8 +41,8 @@ def test_resume_repeats_the_bits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_both_parts_learn(tmp_path: Path) -> None:
-    run = trainer(tmp_path, "--from", str(SOURCE), "--every", "1")
+    run = trainer(tmp_path, "--every", "1")
     values = [run.step() for _ in range(48)]
     for key in ("mse", "reading"):
         first, last = (sum(v[key] for v in part) for part in (values[:8], values[-8:]))
-        assert last < 0.8 * first
+        assert last < 0.9 * first
