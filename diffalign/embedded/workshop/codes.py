@@ -3,14 +3,16 @@
 A latent learnt on scenes with many sizes did not hold what an object is: in a pilot of 2,500
 updates, linear heads read the class from 6% of an object's cells. So the latent is laid down. Its
 first three channels are the picture itself, made smaller; the others are a word of an
-error-correcting code for the class, so that a picture and its meaning are denoised together
-(Kouzelis et al., "Boosting Generative Image Modeling via Joint Image-Feature Synthesis", 2025,
+error-correcting code for the class, and where in its object a cell lies. So a picture and its
+meaning are denoised together, and what a cell looks like depends on that cell alone (Kouzelis et al., "Boosting Generative Image Modeling via Joint Image-Feature Synthesis", 2025,
 arXiv:2504.16064). The decoder is trained to draw from it, under noise; the encoder, to read it.
 
 | channels | what |
 |---|---|
 | 0-2 | mean colour: RGB in [0, 1] less .53, times 3 |
 | 3-9 | class: one of 80 words on the cell of an object, 0 on the background |
+| 10-11 | offset from the object's centre, across and down, in half sides; 0 on the background |
+| 12 | side of the object's cell, (side - 44) / 20; 0 on the background |
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from diffalign.embedded.world.scenes import Scene
 from diffalign.embedded.world.vocabulary import OBJECTS
 
-CHANNELS, STRIDE = 10, 4
+CHANNELS, STRIDE = 13, 4
 """Numbers of a cell, and its side in pixels."""
 
 LOUDNESS = 0.6
@@ -53,7 +55,7 @@ def class_words() -> npt.NDArray[np.float32]:
 
 
 def code(scene: Scene) -> npt.NDArray[np.float32]:
-    """The latent of a scene, float32 [10, side / 4, side / 4]; where an object's cell does not end
+    """The latent of a scene, float32 [13, side / 4, side / 4]; where an object's cell does not end
     at multiples of 4 pixels, it has those squares whose centre lies in it."""
     side = len(scene.image) // STRIDE
     latent = np.zeros((CHANNELS, side, side), dtype=np.float32)
@@ -62,11 +64,16 @@ def code(scene: Scene) -> npt.NDArray[np.float32]:
     for (x, y, length), thing in zip(scene.layout, scene.objects, strict=True):
         left, top = (-(-(start - STRIDE // 2) // STRIDE) for start in (x, y))
         right, low = (-(-(start + length - STRIDE // 2) // STRIDE) for start in (x, y))
-        word = class_words()[OBJECTS.index(thing.name)]
-        latent[3:, top:low, left:right] = word[:, None, None]
+        cell = latent[:, top:low, left:right]
+        cell[3:10] = class_words()[OBJECTS.index(thing.name)][:, None, None]
+        across, down = (
+            (np.arange(*span) * STRIDE + STRIDE / 2 - start) / (length / 2) - 1
+            for span, start in (((left, right), x), ((top, low), y))
+        )
+        cell[10], cell[11], cell[12] = across[None, :], down[:, None], (length - 44) / 20
     return latent
 
 
 def codes(scenes: Sequence[Scene]) -> Tensor:
-    """The latents of scenes of one size, float32 [B, 10, side / 4, side / 4]."""
+    """The latents of scenes of one size, float32 [B, 13, side / 4, side / 4]."""
     return torch.from_numpy(np.stack([code(scene) for scene in scenes]))

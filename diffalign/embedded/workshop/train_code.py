@@ -1,5 +1,5 @@
 """Train the autoencoder of ``emoji-dit``: ``python -m diffalign.embedded.workshop.train_code --out
-FOLDER [--resume] [--export FOLDER]``.
+FOLDER [--from FOLDER] [--resume] [--export FOLDER]``.
 
 A diffusers ``AutoencoderTiny`` whose latent is laid down (``workshop.codes``). The decoder draws a
 scene from its code, with Gaussian noise of up to ``NOISE`` standard deviations, so that near-miss
@@ -11,6 +11,7 @@ about .1 s an update.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ MIX = {"single": 0.3, "colour": 0.4, "two": 0.1, "two_coloured": 0.15, "three": 
 
 
 def build(seed: int) -> AutoencoderTiny:
-    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 10; initial weights from
+    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 13; initial weights from
     ``seed`` without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -60,6 +61,8 @@ class CodeTrainer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.vae = build(options.seed)
+        if options.source is not None:
+            self.vae.load_state_dict(AutoencoderTiny.from_pretrained(options.source).state_dict())
         self.parts = {
             name: FlatAdam([part], betas=(0.9, 0.95), decay=0.0, channels_last=True)
             for name, part in (("decoder", self.vae.decoder), ("encoder", self.vae.encoder))
@@ -138,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = training.parser(__doc__, seed=51, save=500)
     add = result.add_argument
+    add("--from", dest="source", type=Path, help="folder of an autoencoder to go on from")
     add("--batch", type=int, default=8, help="pictures of 64 x 64; a quarter as many scenes")
     add("--rate", type=float, default=1.5e-3, help="largest learning rate")
     add("--updates", type=int, default=20_000)

@@ -163,6 +163,8 @@ class FlowTrainer:
         self.flat = FlatAdam([self.model])
         self.ema = self.flat.master.data.clone()
         self.forward = torch.compile(self.model) if options.compile else self.model
+        shares = torch.tensor([options.colours] * 3 + [1.0] * (CHANNELS - 3))
+        self.weights = shares / shares.mean()
         self.done = 0
 
     def pairs(self) -> int:
@@ -221,7 +223,8 @@ class FlowTrainer:
             pooled_projections=pooled.to(torch.bfloat16),
             return_dict=False,
         )[0]
-        losses = F.mse_loss(answer.float(), noise - clean, reduction="none").mean((1, 2, 3))
+        errors = F.mse_loss(answer.float(), noise - clean, reduction="none").mean((2, 3))
+        losses = (errors * self.weights).mean(1)
         losses.mean().backward()
         norm = self.flat.step(self.rate())
         self.done += 1
@@ -235,6 +238,8 @@ class FlowTrainer:
             "clean": float(values[:half].mean()),
             "noisy": float(values[half:].mean()),
             "norm": norm,
+            "colours": float(errors.detach()[:, :3].mean()),
+            "words": float(errors.detach()[:, 3:].mean()),
         }
 
     def place(self, side: int, generator: torch.Generator) -> None:
@@ -320,6 +325,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lesson", type=int, nargs=2, default=(1_500, 4_000), help="first and last update with")
     add("--pairs", type=int, default=2, help="so many pairs of exchanged objects in a batch")
     add("--mean", type=float, default=0.6, help="mean of the noise levels' logit")
+    add("--colours", type=float, default=1.0, help="weight of the colours' loss, the words' is 1")
     add("--decay", type=float, default=0.9985, help="of the averaged weights, per update")
     add("--compile", action="store_true", help="compile the transformer")
     return result

@@ -23,15 +23,20 @@ def test_words_have_one_norm_and_are_as_far_apart() -> None:
     assert distances[~np.eye(80, dtype=bool)].min() == pytest.approx(norm, rel=1e-6)
 
 
-def test_cells_of_objects_hold_their_class(scenes: list[Scene]) -> None:
+def test_cells_of_objects_hold_their_class_and_their_place_in_it(scenes: list[Scene]) -> None:
     for scene in scenes:
         latent, free = code(scene), np.ones((32, 32), dtype=bool)
-        assert latent.shape == (10, 32, 32)
+        assert latent.shape == (13, 32, 32)
         for (x, y, side), thing in zip(scene.layout, scene.objects, strict=True):
             rows, columns = slice(y // 4, (y + side) // 4), slice(x // 4, (x + side) // 4)
             free[rows, columns] = False
             word = class_words()[OBJECTS.index(thing.name)]
-            assert (latent[3:, rows, columns] == word[:, None, None]).all()
+            cell = latent[:, rows, columns]
+            assert (cell[3:10] == word[:, None, None]).all()
+            ramp = np.linspace(-1 + 4 / side, 1 - 4 / side, side // 4)
+            assert np.abs(cell[10] - ramp[None, :]).max() < 1e-5
+            assert np.abs(cell[11] - ramp[:, None]).max() < 1e-5
+            assert cell[12] == pytest.approx((side - 44) / 20)
         assert (latent[3:, free] == 0).all()
 
 
