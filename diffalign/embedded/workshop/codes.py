@@ -4,8 +4,9 @@ A latent learnt on scenes with many sizes did not hold what an object is: in a p
 updates, linear heads read the class from 6% of an object's cells. So the latent is laid down. Its
 first three channels are the picture itself, made smaller; the others are a word of an
 error-correcting code for the class, and where in its object a cell lies. So a picture and its
-meaning are denoised together, and what a cell looks like depends on that cell alone (Kouzelis et al., "Boosting Generative Image Modeling via Joint Image-Feature Synthesis", 2025,
-arXiv:2504.16064). The decoder is trained to draw from it, under noise; the encoder, to read it.
+meaning are denoised together (as by Kouzelis et al., "Boosting Generative Image Modeling via Joint
+Image-Feature Synthesis", 2025, arXiv:2504.16064), and what a cell looks like depends on what that
+cell says. The decoder is trained to draw from the latent, under noise; the encoder, to read it.
 
 | channels | what |
 |---|---|
@@ -13,6 +14,11 @@ arXiv:2504.16064). The decoder is trained to draw from it, under noise; the enco
 | 3-9 | class: one of 80 words on the cell of an object, 0 on the background |
 | 10-11 | offset from the object's centre, across and down, in half sides; 0 on the background |
 | 12 | side of the object's cell, (side - 44) / 20; 0 on the background |
+| 13-20 | sine and cosine of pi and 2 pi times each offset; 0 on the background |
+
+The last eight are for networks, which learn a picture slowly as a function of plain offsets (Tancik
+et al., "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains",
+2020, arXiv:2006.10739).
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from torch import Tensor
 from diffalign.embedded.world.scenes import Scene
 from diffalign.embedded.world.vocabulary import OBJECTS
 
-CHANNELS, STRIDE = 13, 4
+CHANNELS, STRIDE = 21, 4
 """Numbers of a cell, and its side in pixels."""
 
 LOUDNESS = 0.6
@@ -55,7 +61,7 @@ def class_words() -> npt.NDArray[np.float32]:
 
 
 def code(scene: Scene) -> npt.NDArray[np.float32]:
-    """The latent of a scene, float32 [13, side / 4, side / 4]; where an object's cell does not end
+    """The latent of a scene, float32 [21, side / 4, side / 4]; where an object's cell does not end
     at multiples of 4 pixels, it has those squares whose centre lies in it."""
     side = len(scene.image) // STRIDE
     latent = np.zeros((CHANNELS, side, side), dtype=np.float32)
@@ -71,9 +77,13 @@ def code(scene: Scene) -> npt.NDArray[np.float32]:
             for span, start in (((left, right), x), ((top, low), y))
         )
         cell[10], cell[11], cell[12] = across[None, :], down[:, None], (length - 44) / 20
+        for k in (1, 2):
+            for i, wave in enumerate((np.sin, np.cos)):
+                cell[9 + 4 * k + i] = wave(np.pi * k * across)[None, :]
+                cell[11 + 4 * k + i] = wave(np.pi * k * down)[:, None]
     return latent
 
 
 def codes(scenes: Sequence[Scene]) -> Tensor:
-    """The latents of scenes of one size, float32 [B, 13, side / 4, side / 4]."""
+    """The latents of scenes of one size, float32 [B, 21, side / 4, side / 4]."""
     return torch.from_numpy(np.stack([code(scene) for scene in scenes]))

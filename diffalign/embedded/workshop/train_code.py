@@ -41,7 +41,7 @@ MIX = {"single": 0.3, "colour": 0.4, "two": 0.1, "two_coloured": 0.15, "three": 
 
 
 def build(seed: int) -> AutoencoderTiny:
-    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 13; initial weights from
+    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 21; initial weights from
     ``seed`` without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

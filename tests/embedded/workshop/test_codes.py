@@ -26,7 +26,7 @@ def test_words_have_one_norm_and_are_as_far_apart() -> None:
 def test_cells_of_objects_hold_their_class_and_their_place_in_it(scenes: list[Scene]) -> None:
     for scene in scenes:
         latent, free = code(scene), np.ones((32, 32), dtype=bool)
-        assert latent.shape == (13, 32, 32)
+        assert latent.shape == (21, 32, 32)
         for (x, y, side), thing in zip(scene.layout, scene.objects, strict=True):
             rows, columns = slice(y // 4, (y + side) // 4), slice(x // 4, (x + side) // 4)
             free[rows, columns] = False
@@ -37,6 +37,9 @@ def test_cells_of_objects_hold_their_class_and_their_place_in_it(scenes: list[Sc
             assert np.abs(cell[10] - ramp[None, :]).max() < 1e-5
             assert np.abs(cell[11] - ramp[:, None]).max() < 1e-5
             assert cell[12] == pytest.approx((side - 44) / 20)
+            angles = [np.pi * k * wave for k in (1, 2) for wave in (cell[10], cell[11])]
+            waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+            assert np.abs(cell[13:] - np.stack(waves)).max() < 1e-5
         assert (latent[3:, free] == 0).all()
 
 

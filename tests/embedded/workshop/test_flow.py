@@ -101,7 +101,7 @@ def test_plain_attention_is_that_of_the_pipeline() -> None:
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     inputs = {
-        "hidden_states": torch.randn(2, 13, 32, 32, generator=generator),
+        "hidden_states": torch.randn(2, 21, 32, 32, generator=generator),
         "encoder_hidden_states": torch.randn(2, 5, 40, generator=generator),
         "pooled_projections": torch.randn(2, 40, generator=generator),
         "timestep": torch.tensor([100.0, 900.0]),
@@ -130,7 +130,7 @@ def test_an_untrained_model_predicts_nothing() -> None:
     """Gates and last layer start at zero, so the first loss is the target's own square."""
     model = build(1, 40, 16, 2)
     output = model(
-        hidden_states=torch.ones(1, 13, 32, 32),
+        hidden_states=torch.ones(1, 21, 32, 32),
         encoder_hidden_states=torch.ones(1, 3, 40),
         pooled_projections=torch.ones(1, 40),
         timestep=torch.tensor([5.0]),
@@ -143,7 +143,7 @@ def test_pairs_share_noise_and_level(tokenizer: CLIPTokenizer, tmp_path: Path) -
     assert [run.pairs() for run.done in (0, 1, 2, 3, 9)] == [0, 1, 1, 1, 1]
     run.done = 1
     latents, words = run.batch()
-    assert latents.shape == (4, 13, 32, 32)
+    assert latents.shape == (4, 21, 32, 32)
     assert words.shape == (4, 24)
     levels, noise = run.draws(latents.shape, torch.Generator().manual_seed(1))
     assert levels[2] == levels[3] >= train_flow.TOP
@@ -179,7 +179,7 @@ def test_the_first_scenes_lie_on_a_quarter_of_the_canvas(
     """Twice as many, and a token of theirs gets the position of the place where they lie."""
     run = trainer(tokenizer, tmp_path)
     latents, words = run.batch()
-    assert latents.shape == (8, 13, 16, 16)
+    assert latents.shape == (8, 21, 16, 16)
     assert len(words) == 8
     table = run.positions.view(16, 16, -1)
     seen = set()
