@@ -11,10 +11,13 @@ cell says. The decoder is trained to draw from the latent, under noise; the enco
 | channels | what |
 |---|---|
 | 0-2 | mean colour: RGB in [0, 1] less .53, times 3 |
-| 3-9 | class: one of 80 words on the cell of an object, 0 on the background |
-| 10-11 | offset from the object's centre, across and down, in half sides; 0 on the background |
-| 12 | side of the object's cell, (side - 44) / 20; 0 on the background |
-| 13-20 | sine and cosine of pi and 2 pi times each offset; 0 on the background |
+| 3-9 | class: one of 80 words |
+| 10-11 | offset from the object's centre, across and down, in half sides |
+| 12 | side of the object's cell, (side - 44) / 20 |
+| 13-20 | sine and cosine of pi and 2 pi times each offset |
+
+Channels from the fourth on are 0 on the background and louder than the colours, by ``LOUDNESS``: a
+sampler then finds what is where before it finds what that looks like.
 
 The last eight are for networks, which learn a picture slowly as a function of plain offsets (Tancik
 et al., "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains",
@@ -38,8 +41,8 @@ from diffalign.embedded.world.vocabulary import OBJECTS
 CHANNELS, STRIDE = 21, 4
 """Numbers of a cell, and its side in pixels."""
 
-LOUDNESS = 0.6
-"""Scale of the words: their norm is 1.59, and so is their least distance."""
+LOUDNESS = 2.0
+"""Scale of what is not colour; words have a norm and a least distance of 1.59 times this."""
 
 
 @functools.cache
@@ -56,7 +59,7 @@ def class_words() -> npt.NDArray[np.float32]:
                 word = np.zeros(7)
                 word[sorted(set(range(7)) - line)] = signs
                 words.append(word)
-    table = np.array(words[: len(OBJECTS)]) * np.sqrt(7) / 2 * LOUDNESS
+    table = np.array(words[: len(OBJECTS)]) * np.sqrt(7) / 2 * 0.6
     return table.astype(np.float32)
 
 
@@ -81,6 +84,7 @@ def code(scene: Scene) -> npt.NDArray[np.float32]:
             for i, wave in enumerate((np.sin, np.cos)):
                 cell[9 + 4 * k + i] = wave(np.pi * k * across)[None, :]
                 cell[11 + 4 * k + i] = wave(np.pi * k * down)[:, None]
+    latent[3:] *= LOUDNESS
     return latent
 
 
