@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.embedded.workshop import training
-from diffalign.embedded.workshop.codes import CHANNELS, codes
+from diffalign.embedded.workshop.codes import CHANNELS, LOOKS, codes
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
     STATE,
@@ -36,13 +36,13 @@ from diffalign.embedded.workshop.training import (
 from diffalign.embedded.world.editions import ALIGNED, CLOSE
 from diffalign.embedded.world.scenes import World
 
-NOISE, HEAVY = 0.4, 1.0
+NOISE = 0.4
 MIX = {"single": 0.3, "colour": 0.4, "two": 0.1, "two_coloured": 0.15, "three": 0.05}
 """Mostly one object that fills the picture."""
 
 
 def build(seed: int) -> AutoencoderTiny:
-    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 21; initial weights from
+    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 29; initial weights from
     ``seed`` without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -59,20 +59,18 @@ def build(seed: int) -> AutoencoderTiny:
 def disturbed(latent: Tensor, generator: torch.Generator) -> Tensor:
     """Codes [B, C, h, w] as a denoiser may leave them.
 
-    All numbers have Gaussian noise of up to ``NOISE`` deviations. In half of the codes the colours
-    are also blurred over 20 pixels, to a random part, and have noise of up to ``HEAVY``: there the
-    decoder must draw from what the code says, and take the colours alone from what it looks like.
+    All numbers have Gaussian noise of up to ``NOISE`` deviations. In a third of the codes the shape
+    is also blurred over 12 pixels, to a random part.
     """
     count = len(latent)
     shape = (count, 1, 1, 1)
-    sigma, heavy, part = (torch.rand(shape, generator=generator) for _ in range(3))
+    sigma, part = (torch.rand(shape, generator=generator) for _ in range(2))
     noise = torch.randn(latent.shape, generator=generator)
     noisy = latent + NOISE * sigma * noise
-    half = count // 2
-    colours = latent[:half, :3]
-    soft = F.avg_pool2d(F.pad(colours, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    colours = colours + part[:half] * (soft - colours)
-    noisy[:half, :3] = colours + HEAVY * heavy[:half] * noise[:half, :3]
+    third = count // 3
+    shapes = latent[:third, 6:LOOKS]
+    soft = F.avg_pool2d(F.pad(shapes, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    noisy[:third, 6:LOOKS] += part[:third] * (soft - shapes)
     return noisy
 
 

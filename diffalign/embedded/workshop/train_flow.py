@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffalign.embedded.workshop import flow_parts, noisy_captions, relation_pairs, training
-from diffalign.embedded.workshop.codes import CHANNELS, codes
+from diffalign.embedded.workshop.codes import CHANNELS, LOOKS, codes
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
 from diffalign.embedded.workshop.train_denoiser import EASY
 from diffalign.embedded.workshop.training import (
@@ -163,7 +163,7 @@ class FlowTrainer:
         self.flat = FlatAdam([self.model])
         self.ema = self.flat.master.data.clone()
         self.forward = torch.compile(self.model) if options.compile else self.model
-        shares = torch.tensor([options.colours] * 3 + [1.0] * (CHANNELS - 3))
+        shares = torch.tensor([options.looks] * LOOKS + [1.0] * (CHANNELS - LOOKS))
         self.weights = shares / shares.mean()
         self.done = 0
 
@@ -238,8 +238,8 @@ class FlowTrainer:
             "clean": float(values[:half].mean()),
             "noisy": float(values[half:].mean()),
             "norm": norm,
-            "colours": float(errors.detach()[:, :3].mean()),
-            "words": float(errors.detach()[:, 3:].mean()),
+            "shape": float(errors.detach()[:, 6:LOOKS].mean()),
+            "words": float(errors.detach()[:, LOOKS:].mean()),
         }
 
     def place(self, side: int, generator: torch.Generator) -> None:
@@ -325,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lesson", type=int, nargs=2, default=(1_500, 4_000), help="first and last update with")
     add("--pairs", type=int, default=2, help="so many pairs of exchanged objects in a batch")
     add("--mean", type=float, default=0.6, help="mean of the noise levels' logit")
-    add("--colours", type=float, default=1.0, help="weight of the colours' loss, the words' is 1")
+    add("--looks", type=float, default=1.0, help="weight of what a cell looks like; 1 of what it is")
     add("--decay", type=float, default=0.9985, help="of the averaged weights, per update")
     add("--compile", action="store_true", help="compile the transformer")
     return result
