@@ -57,7 +57,8 @@ MIX: dict[str, float] = {
 """The mixture of kinds at the end of the curriculum."""
 
 TOP = 0.85
-"""The noise level above which a layout does not show yet; the lesson's pairs are there."""
+"""The noise level above which it is not settled yet what is where: there a caption is news. The
+lesson's pairs and a share ``--top`` of a batch are there."""
 
 EVERY = 4
 """Updates between two updates of the averaged weights."""
@@ -198,7 +199,14 @@ class FlowTrainer:
         """Noise levels [B] and noise [B, C, 32, 32] of the next step; the pictures of a pair share
         theirs, at levels above ``TOP``."""
         pairs = self.pairs()
-        levels = noise_levels(shape[0] - 2 * pairs, self.options.mean, generator)
+        size = shape[0] - 2 * pairs
+        rest = size - round(self.options.top * size)
+        levels = torch.cat(
+            [
+                noise_levels(rest, self.options.mean, generator),
+                TOP + (1 - TOP) * torch.rand(size - rest, generator=generator),
+            ]
+        )
         noise = torch.randn(shape, generator=generator)
         if pairs:
             high = TOP + (1 - TOP) * torch.rand(pairs, generator=generator)
@@ -325,7 +333,10 @@ def parser() -> argparse.ArgumentParser:
     add("--lesson", type=int, nargs=2, default=(1_500, 4_000), help="first and last update with")
     add("--pairs", type=int, default=2, help="so many pairs of exchanged objects in a batch")
     add("--mean", type=float, default=0.6, help="mean of the noise levels' logit")
-    add("--looks", type=float, default=1.0, help="weight of what a cell looks like; 1 of what it is")
+    add("--top", type=float, default=0.0, help="share of a batch at the highest noise levels")
+    add(
+        "--looks", type=float, default=1.0, help="weight of what a cell looks like; 1 of what it is"
+    )
     add("--decay", type=float, default=0.9985, help="of the averaged weights, per update")
     add("--compile", action="store_true", help="compile the transformer")
     return result

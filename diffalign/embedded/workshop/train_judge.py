@@ -8,7 +8,8 @@ over fp32 weights. Cost: about 200 scenes a second of processor time in the firs
 that in the second.
 
 ``--edition second --from FOLDER`` goes on from the weights of a judge with the 128 x 128 scenes of
-the second edition, at a quarter of that speed.
+the second edition, at a quarter of that speed. Its second phase sees what the decoder of
+``emoji-dit`` draws.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from diffalign.core.types import Json
 from diffalign.embedded.nets.audit import STEP, AuditNet, audit_loss
 from diffalign.embedded.nets.judge import JudgeNet
 from diffalign.embedded.workshop import training
+from diffalign.embedded.workshop.codes import codes
 from diffalign.embedded.workshop.degrade import blurred, corrupt, moved, noisy, round_trip
 from diffalign.embedded.workshop.judge_loss import judge_loss
 from diffalign.embedded.workshop.training import (
@@ -40,7 +42,7 @@ from diffalign.embedded.workshop.training import (
     step_seed,
     train,
 )
-from diffalign.embedded.world.editions import EDITIONS, FIRST, Edition
+from diffalign.embedded.world.editions import ALIGNED, EDITIONS, FIRST, Edition
 from diffalign.embedded.world.scenes import World
 
 if TYPE_CHECKING:
@@ -137,12 +139,28 @@ class JudgeTrainer(ModulesTrainer):
                     "The second phase needs the autoencoder of emoji; pass --vae FOLDER."
                 )
             half = len(pictures) // 2
-            pictures[:half] = round_trip(self.vae, pictures[:half], rng, SPREAD)
+            if self.world.edition is FIRST:
+                pictures[:half] = round_trip(self.vae, pictures[:half], rng, SPREAD)
+            else:
+                pictures[:half], truth[:half] = self.drawn(half, rng)
         pictures, boxes = moved(pictures, truth[..., 2:].float(), rng)
         pictures = noisy(blurred(pictures, rng), rng).clamp(0, 1)
         return pictures.contiguous(memory_format=torch.channels_last), torch.cat(
             [truth[..., :2].float(), boxes], dim=2
         )
+
+    @torch.no_grad()
+    def drawn(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Aligned scenes as the decoder of ``emoji-dit`` draws them, from codes with noise of up to
+        ``SPREAD``, and their truth."""
+        assert self.vae is not None
+        world = World(MIX, edition=ALIGNED)
+        seed = step_seed(self.options.seed, 1, self.done)
+        latents = codes(list(world.scenes(seed, count)))
+        spread = SPREAD * torch.rand(count, 1, 1, 1, generator=rng)
+        latents = latents + spread * torch.randn(latents.shape, generator=rng)
+        images = self.vae.decoder(latents.to(self.vae.dtype)).float() / 2 + 0.5
+        return images.clamp(0, 1), torch.from_numpy(world.arrays(seed, count)[2])
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted parts of the loss of the next step."""

@@ -18,12 +18,13 @@ from diffalign.embedded.workshop.degrade import blurred, corrupt, moved, noisy
 from diffalign.embedded.workshop.judge_loss import focal, heat_targets, judge_loss
 from diffalign.embedded.workshop.judge_report import detection_figures, overlap, verdict_figures
 from diffalign.embedded.workshop.train_judge import JudgeTrainer, parser
-from diffalign.embedded.world.editions import SECOND
+from diffalign.embedded.world.editions import FIRST, SECOND
 from diffalign.embedded.world.scenes import World
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
 
 JUDGES = ("emoji-judge", "emoji-judge-audit")
+EDITION = {"emoji-judge": FIRST, "emoji-judge-audit": FIRST, "emoji-judge-2": SECOND}
 
 
 @pytest.fixture(autouse=True)
@@ -239,10 +240,10 @@ def test_figures_by_hand() -> None:
     }
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", EDITION)
 def test_the_shipped_judges_meet_their_bars_on_held_out_scenes(name: str) -> None:
     judge = load(name)
-    scenes = list(World().scenes(1_000_400, 96))
+    scenes = list(World(edition=EDITION[name]).scenes(1_000_400, 96))
     answers = judge.detect(
         torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 255
     )
@@ -262,10 +263,10 @@ def test_the_shipped_judges_meet_their_bars_on_held_out_scenes(name: str) -> Non
     assert round(right * len(asked)) >= at_least(len(asked), 0.95)
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", EDITION)
 def test_the_shipped_judges_reject_wrong_scenes(name: str) -> None:
     judge = load(name)
-    wrong = list(World().wrong(1_000_500, 96))
+    wrong = list(World(edition=EDITION[name]).wrong(1_000_500, 96))
     answers = judge.detect(
         torch.from_numpy(np.stack([s.image for s, _ in wrong])).permute(0, 3, 1, 2).float() / 255
     )
@@ -275,17 +276,19 @@ def test_the_shipped_judges_reject_wrong_scenes(name: str) -> None:
     assert len(wrong) - round(fooled) >= at_least(len(wrong), 0.98)
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", EDITION)
 def test_the_shipped_judges_do_not_count_spoilt_objects(name: str) -> None:
     """An object whose patches are shuffled keeps its palette and place; a judge that still names it
     judges palettes."""
     judge = load(name)
-    arrays, _, rows = World({"single": 1.0}).arrays(1_000_600, 64)
+    edition = EDITION[name]
+    arrays, _, rows = World({"single": 1.0}, edition=edition).arrays(1_000_600, 64)
     images, truth = (
         torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255,
         torch.from_numpy(rows),
     )
-    spoilt, _ = corrupt(images, truth, torch.Generator().manual_seed(7), share=1.0)
+    rng = torch.Generator().manual_seed(7)
+    spoilt, _ = corrupt(images, truth, rng, share=1.0, edition=edition)
     named = 0
     for answer, row in zip(judge.detect(spoilt), truth, strict=True):
         named += any(

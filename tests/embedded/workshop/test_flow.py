@@ -2,14 +2,19 @@
 the pipeline's own, noise levels, resuming to the bit, and a folder that plain diffusers runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffalign.embedded.load import FOLDER
+from diffalign.embedded.load import FOLDER, load
 from diffalign.embedded.workshop import flow_parts, train_code, train_flow
 from diffalign.embedded.workshop.train_flow import FlowTrainer, PlainJointAttention, build
 from diffalign.embedded.workshop.training import save_state
@@ -223,3 +228,40 @@ def test_an_exported_folder_is_a_plain_pipeline(tokenizer: CLIPTokenizer, tmp_pa
 def test_a_missing_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out: expected a training state"):
         train_flow.export(options(tmp_path), None)  # type: ignore[arg-type]
+
+
+def test_the_shipped_model_is_a_plain_pipeline_of_its_size() -> None:
+    """Loaded by name and by diffusers alike: the class that the index names, 13.5 million
+    parameters at most, 22 MB at most with all its files."""
+    folder = FOLDER / "emoji-dit"
+    pipe = load("emoji-dit")
+    assert type(pipe) is StableDiffusion3Pipeline
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 22_000_000
+    names = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    parts = [getattr(pipe, name) for name in names]
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert sum(p.numel() for part in parts for p in part.parameters()) <= 13_500_000
+    plain = StableDiffusion3Pipeline.from_pretrained(folder)
+    plain.set_progress_bar_config(disable=True)
+    images = [
+        each(
+            "a photo of a cat",
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        for each in (pipe, plain)
+    ]
+    assert images[0].shape == (1, 3, 128, 128)
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler]
+)
+def test_the_shipped_model_runs_with_the_flow_samplers(scheduler: Any) -> None:
+    pipe = load("emoji-dit")
+    pipe.scheduler = scheduler(shift=pipe.scheduler.config.shift)
+    image = pipe("a photo of a cat", num_inference_steps=3, output_type="pt").images
+    assert bool(torch.isfinite(image).all())
