@@ -61,7 +61,7 @@ bench: $(READY)
 newest oldest:
 	$(PYTHON) benchmarks/bounds.py $@ -- $(WORKERS)
 
-# Hours: autoencoder, denoiser, judges, reward, evaluator; each stage resumes what an earlier run
+# Hours: autoencoders, denoisers, judges, reward, evaluator; each stage resumes what an earlier run
 # left in runs/, and nothing shipped is touched.
 TRAIN := $(PY) -m diffalign.embedded.workshop
 embedded: $(READY)
@@ -75,6 +75,13 @@ embedded: $(READY)
 	$(TRAIN).train_judge --out runs/judge --vae runs/vae/vae --export runs/models/emoji-judge
 	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --updates 2400 --vae-updates 500 --resume
 	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --export runs/models/emoji-judge-audit
+	$(TRAIN).train_code --out runs/code --resume
+	$(TRAIN).train_code --out runs/code --export runs/code/vae
+	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/emoji --out runs/emoji-dit --resume
+	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/emoji --out runs/emoji-dit --export runs/models/emoji-dit
+	$(TRAIN).train_judge --edition second --from runs/models/emoji-judge --out runs/judge-2 --vae runs/code/vae --seed 61 \
+	  --batch 8 --rate 0.6 --updates 2400 --vae-updates 800 --resume
+	$(TRAIN).train_judge --edition second --out runs/judge-2 --export runs/models/emoji-judge-2
 	$(TRAIN).samples --pipeline runs/models/emoji --out runs/samples.pt --prompts 250 --scale 1.0
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples.pt \
 	  --pairs 24 --spoilt 8 --updates 4100 --vae-updates 1500 --sample-updates 250 --resume

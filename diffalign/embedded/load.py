@@ -43,14 +43,13 @@ def _quiet() -> Iterator[None]:
                 tool.enable_progress_bar()
 
 
-def _pipeline(folder: Path) -> Pipeline:
+def pipeline_in(folder: Path) -> Pipeline:
+    """The pipeline of a folder in fp32 on the CPU, of the class that its index names."""
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     with _quiet():
-        pipe = StableDiffusionPipeline.from_pretrained(
-            folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
-        )
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -99,20 +98,32 @@ MODELS: dict[str, Entry] = {
     "emoji": Entry(
         "emoji",
         "text to 64 x 64 emoji scenes: StableDiffusionPipeline, 20 steps, v-prediction",
-        _pipeline,
+        pipeline_in,
         {"steps": 20, "scale": 1.5},
         "emoji-judge",
     ),
     "emoji-2": Entry(
         "emoji-2",
         "emoji after a second stage on noisy captions: it needs guidance",
-        _pipeline,
+        pipeline_in,
         {"steps": 20, "scale": 3.0},
         "emoji-judge",
+    ),
+    "emoji-dit": Entry(
+        "emoji-dit",
+        "text to 128 x 128 scenes: StableDiffusion3Pipeline, flow matching, joint attention",
+        pipeline_in,
+        {"steps": 20, "scale": 5.0},
+        "emoji-judge-2",
     ),
     "emoji-judge": Entry(
         "emoji-judge",
         "detector of the emoji world: class, score, box and colour of each object",
+        _judge,
+    ),
+    "emoji-judge-2": Entry(
+        "emoji-judge-2",
+        "detector of the world's second edition, 128 x 128",
         _judge,
     ),
     "emoji-judge-audit": Entry(

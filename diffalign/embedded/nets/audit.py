@@ -52,18 +52,26 @@ class _Layer(nn.Module):
 
 
 class AuditNet(nn.Module):
-    """Images [B, 3, 64, 64] in [0, 1] to [B, 81 + 4 + 11, 8, 8]: class logits with "nothing" last,
-    the distances of the box's left, top, right and bottom edge from the cell's centre in units of
-    32 pixels, colour logits."""
+    """Images [B, 3, side, side] in [0, 1] to [B, 81 + 4 + 11, side / 8, side / 8]: class logits
+    with "nothing" last, the distances of the box's left, top, right and bottom edge from the cell's
+    centre in units of 32 pixels, colour logits."""
 
-    def __init__(self, width: int = 160, layers: int = 4, heads: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self,
+        width: int = 160,
+        layers: int = 4,
+        heads: int = 4,
+        seed: int = 0,
+        side: int = SIDE,
+    ) -> None:
         super().__init__()
+        self.side = side
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.stem = nn.Sequential(
                 nn.Conv2d(3, 64, 4, 4), nn.GELU(), nn.Conv2d(64, width, 4, 2, 1), nn.GELU()
             )
-            self.place = nn.Parameter(0.02 * torch.randn(1, (SIDE // STEP) ** 2, width))
+            self.place = nn.Parameter(0.02 * torch.randn(1, (side // STEP) ** 2, width))
             self.layers = nn.Sequential(*(_Layer(width, heads) for _ in range(layers)))
             self.head = nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, len(OBJECTS) + 1 + 4 + len(COLOURS) + 1)
@@ -72,7 +80,7 @@ class AuditNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.stem(images * 4 - 2).flatten(2).transpose(1, 2)
         output: Tensor = self.head(self.layers(tokens + self.place)).float()
-        return output.transpose(1, 2).reshape(len(images), -1, SIDE // STEP, SIDE // STEP)
+        return output.transpose(1, 2).reshape(len(images), -1, self.side // STEP, self.side // STEP)
 
 
 def _centres(side: int) -> Tensor:
@@ -128,10 +136,10 @@ class AuditJudge:
     def detect(self, images: Tensor) -> list[list[Detection]]:
         """As ``Judge.detect``. Score: probability of the class in the best cell; answers of one
         class that overlap by more than ``overlap`` (intersection over union) are one object."""
-        output = self.net(checked(images, "emoji-judge-audit"))
+        output = self.net(checked(images, "emoji-judge-audit", self.net.side))
         kinds, edges, colours = torch.split(output, [len(OBJECTS) + 1, 4, len(COLOURS) + 1], dim=1)
         chance = kinds.softmax(1)[:, : len(OBJECTS)]
-        scale = torch.tensor([images.shape[3] / SIDE, images.shape[2] / SIDE] * 2)
+        scale = torch.tensor([images.shape[i] / self.net.side for i in (3, 2)] * 2)
         centres = _centres(output.shape[-1])
         answers = []
         for b in range(len(images)):

@@ -25,7 +25,8 @@ from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
 
 SIDE, STRIDE, SPAN = 64, 4, 32
-"""Side of the images, pixels of a cell of the maps, and the unit of box sides, in pixels."""
+"""Side of the images of the first edition, pixels of a cell of the maps, and the unit of box sides,
+in pixels."""
 
 REACH = 5
 """A peak is the largest value of its class within a window of this many cells; objects of the world
@@ -91,9 +92,9 @@ class JudgeNet(nn.Module):
         return Maps(*output.split((len(OBJECTS), 4, len(COLOURS) + 1), dim=1))
 
 
-def checked(images: Tensor, owner: str) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] as float32 or float64 [B, 3, 64, 64]; other sizes are resized
-    with antialiasing.
+def checked(images: Tensor, owner: str, side: int = SIDE) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] as float32 or float64 [B, 3, side, side]; other sizes are
+    resized with antialiasing.
 
     Raises ValueError for another shape or another dtype; values are not looked at, which would
     force a device to wait.
@@ -108,10 +109,10 @@ def checked(images: Tensor, owner: str) -> Tensor:
             "images by 255."
         )
     images = images if images.dtype == torch.float64 else images.float()
-    if images.shape[2:] == (SIDE, SIDE):
+    if images.shape[2:] == (side, side):
         return images
     return F.interpolate(
-        images, size=(SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False
+        images, size=(side, side), mode="bilinear", antialias=True, align_corners=False
     )
 
 
@@ -119,15 +120,19 @@ class Judge:
     """Detections of a trained network, with the thresholds at which its verdicts are to be read.
 
     ``thresholds`` were chosen once on validation scenes (see the model card); hand them to
-    ``geneval.verdict``. Detections below ``floor`` are not returned.
+    ``geneval.verdict``. Detections below ``floor`` are not returned. The network sees images of
+    ``side`` pixels, the size of the edition that it was trained on.
     """
 
-    def __init__(self, net: JudgeNet, thresholds: Thresholds, floor: float = 0.05) -> None:
+    def __init__(
+        self, net: JudgeNet, thresholds: Thresholds, floor: float = 0.05, side: int = SIDE
+    ) -> None:
         self.net, self.thresholds, self.floor = net.eval().requires_grad_(False), thresholds, floor
+        self.side = side
 
     def maps(self, images: Tensor) -> Maps:
         """The differentiable part: images [B, 3, H, W] in [0, 1] to logits."""
-        maps: Maps = self.net(checked(images, "emoji-judge"))
+        maps: Maps = self.net(checked(images, "emoji-judge", self.side))
         return maps
 
     @torch.no_grad()
@@ -137,7 +142,7 @@ class Judge:
         maps = self.maps(images)
         heat = maps.heat.sigmoid()
         peak = (heat == F.max_pool2d(heat, REACH, 1, REACH // 2)) & (heat > self.floor)
-        scale = (images.shape[3] / SIDE, images.shape[2] / SIDE)
+        scale = (images.shape[3] / self.side, images.shape[2] / self.side)
         answers: list[list[Detection]] = [[] for _ in range(len(images))]
         for b, k, y, x in peak.nonzero().tolist():
             dx, dy, width, height = (maps.box[b, :, y, x] * SPAN).tolist()
@@ -164,4 +169,4 @@ def load_judge(folder: Path) -> Judge:
             for name, value in weights.items()
         }
     )
-    return Judge(net, Thresholds(**config["thresholds"]))
+    return Judge(net, Thresholds(**config["thresholds"]), side=config.get("side", SIDE))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.embedded.world.editions import FIRST, Edition
 from diffalign.embedded.world.scenes import CELL
 
 if TYPE_CHECKING:
@@ -84,12 +85,16 @@ def moved(
 
 
 def corrupt(
-    images: Tensor, truth: Tensor, rng: torch.Generator, share: float = 0.2
+    images: Tensor,
+    truth: Tensor,
+    rng: torch.Generator,
+    share: float = 0.2,
+    edition: Edition = FIRST,
 ) -> tuple[Tensor, Tensor]:
     """In a share of the images one object loses its shape, in one of three ways; its truth row is
     set to -1 (it is no object any more).
 
-    ``truth`` int64 [B, 4, 6] as ``World.arrays`` gives it. Ways: the 8 x 8 patches of its cell are
+    ``truth`` int64 [B, N, 6] as ``World.arrays`` gives it. Ways: the 8 x 8 patches of its cell are
     shuffled; the cell becomes a smooth blob of its palette; or, where the scene holds another
     class, the lower halves of the two objects are exchanged (then both are lost).
     """
@@ -98,22 +103,18 @@ def corrupt(
         rows = (truth[index, :, 0] >= 0).nonzero().flatten()
         order = rows[torch.randperm(len(rows), generator=rng)].tolist()
         way = int(torch.randint(3, (1,), generator=rng))
-        shuffle = torch.randperm((CELL // PATCH) ** 2, generator=rng)
-        first = _cell(images[index], truth[index, order[0]])
+        first = _cell(images[index], truth[index, order[0]], edition)
+        side = first.shape[-1]
+        shuffle = torch.randperm((side // PATCH) ** 2, generator=rng)
         others = [row for row in order[1:] if truth[index, row, 0] != truth[index, order[0], 0]]
         if way == 0 and others:
-            second = _cell(images[index], truth[index, others[0]])
-            lower = first[:, CELL // 2 :].clone()
-            first[:, CELL // 2 :] = second[:, CELL // 2 :]
-            second[:, CELL // 2 :] = lower
+            _exchange(first, _cell(images[index], truth[index, others[0]], edition))
             truth[index, others[0]] = -1
         elif way == 1:
             small = F.avg_pool2d(first[None], PATCH)
-            first.copy_(
-                F.interpolate(small, size=(CELL, CELL), mode="bilinear", align_corners=False)[0]
-            )
+            first.copy_(_resized(small[0], (side, side)))
         else:
-            steps = CELL // PATCH
+            steps = side // PATCH
             patches = (
                 first.reshape(3, steps, PATCH, steps, PATCH)
                 .permute(1, 3, 0, 2, 4)
@@ -122,7 +123,7 @@ def corrupt(
             first.copy_(
                 patches.view(steps, steps, 3, PATCH, PATCH)
                 .permute(2, 0, 3, 1, 4)
-                .reshape(3, CELL, CELL)
+                .reshape(3, side, side)
             )
         truth[index, order[0]] = -1
     return images, truth
@@ -139,10 +140,33 @@ def _corner(row: Tensor) -> tuple[int, int]:
     return left, top
 
 
-def _cell(image: Tensor, row: Tensor) -> Tensor:
-    """View [3, 32, 32] of the object's cell."""
-    left, top = (place * PATCH for place in _corner(row))
-    return image[:, top : top + CELL, left : left + CELL]
+def _cell(image: Tensor, row: Tensor, edition: Edition = FIRST) -> Tensor:
+    """View [3, side, side] of the object's cell; at free places the square of a multiple of 8
+    pixels that holds its box, as far as possible around it."""
+    if edition is FIRST:
+        left, top = (place * PATCH for place in _corner(row))
+        return image[:, top : top + CELL, left : left + CELL]
+    x1, y1, x2, y2 = row[2:].tolist()
+    side = PATCH * -(-max(x2 - x1, y2 - y1) // PATCH)
+    left, top = (
+        min(max((low + high - side) // 2, 0), edition.side - side)
+        for low, high in ((x1, x2), (y1, y2))
+    )
+    return image[:, top : top + side, left : left + side]
+
+
+def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """[3, h, w] as [3, *size]."""
+    return F.interpolate(picture[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _exchange(first: Tensor, second: Tensor) -> None:
+    """Exchange the lower halves of two cells in place, resized where the cells differ."""
+    halves = [cell[:, cell.shape[1] // 2 :] for cell in (first, second)]
+    copies = [half.clone() for half in halves]
+    for half, other in zip(halves, copies[::-1], strict=True):
+        size = (half.shape[1], half.shape[2])
+        half.copy_(other if other.shape == half.shape else _resized(other, size))
 
 
 @torch.no_grad()

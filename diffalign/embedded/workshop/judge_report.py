@@ -21,6 +21,7 @@ import torch
 
 from diffalign.core.types import Json
 from diffalign.embedded.workshop.degrade import round_trip
+from diffalign.embedded.world.editions import EDITIONS, FIRST, Edition
 from diffalign.embedded.world.scenes import HELD_OUT, Scene, World
 from diffalign.embedded.world.vocabulary import NATIVE
 from diffalign.generate.verdicts import Detector
@@ -111,13 +112,15 @@ def report(
     vae: AutoencoderTiny | None = None,
     spread: float = 0.0,
     seed: int = HELD_OUT[0],
+    edition: Edition = FIRST,
 ) -> Json:
     """All figures on ``count`` scenes from ``seed`` and as many wrong prompts from the next
     seed."""
-    scenes = list(World().scenes(seed, count))
+    world = World(edition=edition)
+    scenes = list(world.scenes(seed, count))
     answers = detections(judge, scenes, vae, spread)
     tagged = [i for i, scene in enumerate(scenes) if scene.tag]
-    wrong = list(World().wrong(seed + 1, count))
+    wrong = list(world.wrong(seed + 1, count))
     answers_wrong = detections(judge, [scene for scene, _ in wrong], vae, spread)
     figures = {
         "detection": detection_figures(scenes, answers, judge.thresholds.threshold),
@@ -135,12 +138,18 @@ def report(
 
 
 def sweep(
-    judge: Detector, count: int, vae: AutoencoderTiny, spread: float, seed: int
+    judge: Detector,
+    count: int,
+    vae: AutoencoderTiny,
+    spread: float,
+    seed: int,
+    edition: Edition = FIRST,
 ) -> list[dict[str, float]]:
     """How the figures depend on the thresholds, on half renderings and half noisy round trips of
     ``count`` validation scenes each; how the shipped thresholds were chosen. Both thresholds
     take the same value in a row."""
-    scenes, wrong = list(World().scenes(seed, count)), list(World().wrong(seed + 1, count))
+    world = World(edition=edition)
+    scenes, wrong = list(world.scenes(seed, count)), list(world.wrong(seed + 1, count))
     ways = ((None, 0.0), (vae, spread))
     answers = [detections(judge, scenes, *way) for way in ways]
     fooled = [detections(judge, [scene for scene, _ in wrong], *way) for way in ways]
@@ -190,6 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=HELD_OUT[0])
+    parser.add_argument("--edition", choices=list(EDITIONS), default=FIRST.name)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.folder is None:
@@ -199,11 +209,12 @@ def main() -> None:
 
         judge = MODELS[options.model].loader(options.folder)
     vae = load_vae(options.vae).float() if options.vae is not None else None
+    edition = EDITIONS[options.edition]
     if options.sweep:
-        for row in sweep(judge, options.count, vae, options.spread, options.seed):
+        for row in sweep(judge, options.count, vae, options.spread, options.seed, edition):
             sys.stdout.write(json.dumps(row) + "\n")
         return
-    figures = report(judge, options.count, vae, options.spread, options.seed)
+    figures = report(judge, options.count, vae, options.spread, options.seed, edition)
     sys.stdout.write(
         json.dumps(
             {"model": options.model, "count": options.count, "seed": options.seed, **figures},

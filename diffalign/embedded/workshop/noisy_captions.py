@@ -90,15 +90,21 @@ class CaptionNoise:
 def arrays(
     world: World, noise: CaptionNoise, seed: int, count: int
 ) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """The pictures of ``world.arrays(seed, count)``, uint8 [count, 64, 64, 3], and a caption each.
+    """The pictures of ``world.arrays(seed, count)``, uint8 [count, side, side, 3], and a caption
+    each, as ``told`` gives them."""
+    scenes, captions = told(world, noise, seed, count)
+    return np.stack([scene.image for scene in scenes]), captions
+
+
+def told(world: World, noise: CaptionNoise, seed: int, count: int) -> tuple[list[Scene], list[str]]:
+    """The scenes of ``world.scenes(seed, count)`` and a caption each.
 
     The faults come from a stream of their own, so the scenes are those of the same seed without
     noise. The same arguments give the same answer.
     """
     rng = random.Random(seed + 15_485_863)
     scenes = list(world.scenes(seed, count))
-    captions = [noise.caption(rng, scene, world.plain) for scene in scenes]
-    return np.stack([scene.image for scene in scenes]), captions
+    return scenes, [noise.caption(rng, scene, world.plain) for scene in scenes]
 
 
 def _omitted(rng: random.Random, groups: tuple[Group, ...], relation: str | None) -> Statement:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from diffalign.embedded.world import scenes as w
 from diffalign.embedded.world.captions import Group, geneval, paraphrase
+from diffalign.embedded.world.editions import FIRST, Layout, related
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, RELATIONS
 
 CHANGES = ("class", "colour", "count", "relation", "binding")
@@ -74,19 +75,19 @@ def pairs(
     rng = random.Random(seed)
     kinds, weights = zip(*(mix or MIX).items(), strict=True)
     for _ in range(count):
-        groups, relation = w._facts(rng, rng.choices(kinds, weights)[0])
+        groups, relation = w.facts(rng, rng.choices(kinds, weights)[0])
         change = rng.choice(_possible(groups, relation, weight))
         others, other_relation = _changed(rng, groups, relation, change)
-        background = w._background(rng)
-        layout = rng.choice(w._related(relation) if relation else w._layouts(_total(groups)))
+        background = FIRST.background(rng)
+        layout = FIRST.layout(rng, _total(groups), relation)
         if change == "relation" and other_relation is not None:
             # The picture of the same two cells exchanged is the hardest; any other placement of the
             # relation keeps the pair honest.
-            swapped = layout[::-1] if layout[::-1] in w._related(other_relation) else None
-            other_layout = swapped or rng.choice(w._related(other_relation))
+            swapped = layout[::-1] if layout[::-1] in related(FIRST, other_relation) else None
+            other_layout = swapped or FIRST.layout(rng, 2, other_relation)
         else:
             other_layout = (
-                layout if len(layout) == _total(others) else rng.choice(w._layouts(_total(others)))
+                layout if len(layout) == _total(others) else FIRST.layout(rng, _total(others), None)
             )
         style = rng.random()
         captions = []
@@ -183,19 +184,13 @@ def _changed(
 def _picture(
     groups: tuple[Group, ...],
     relation: str | None,
-    layout: tuple[tuple[int, int], ...],
+    layout: Layout,
     background: npt.NDArray[np.float32],
     caption: str,
 ) -> Picture:
     canvas, truth = background.copy(), np.full((4, 6), -1, dtype=np.int64)
-    colour_table, clear_table = w._blend()
     members = [group for group in groups for _ in range(group.count)]
-    for row, ((x, y), group) in enumerate(zip(layout, members, strict=True)):
-        index = OBJECTS.index(group.name)
+    for row, (place, group) in enumerate(zip(layout, members, strict=True)):
         tint = COLOURS.index(group.colour) if group.colour != NATIVE else len(COLOURS)
-        cell = canvas[y : y + w.CELL, x : x + w.CELL]
-        cell *= clear_table[index, tint]
-        cell += colour_table[index, tint]
-        x1, y1, x2, y2 = w._boxes()[index]
-        truth[row] = (index, tint, x + x1, y + y1, x + x2, y + y2)
-    return Picture((canvas + np.float32(0.5)).astype(np.uint8), caption, truth, groups, relation)
+        truth[row] = (OBJECTS.index(group.name), tint, *w.paste(canvas, group, place).box)
+    return Picture(w.rounded(canvas), caption, truth, groups, relation)

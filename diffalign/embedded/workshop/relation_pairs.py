@@ -18,9 +18,9 @@ import random
 import numpy as np
 import numpy.typing as npt
 
-from diffalign.embedded.workshop.pairs import _picture
-from diffalign.embedded.world import scenes as w
 from diffalign.embedded.world.captions import geneval
+from diffalign.embedded.world.editions import FIRST, Edition
+from diffalign.embedded.world.scenes import Scene, drawn, facts
 from diffalign.embedded.world.vocabulary import OPPOSITE
 
 FORWARD = ("left of", "above")
@@ -33,27 +33,32 @@ def leading(place: float) -> float:
     return min(1.0, max(0.5, 1.0 - (place - 0.3) / 0.6))
 
 
-def arrays(seed: int, count: int, forward: float) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """``count`` pairs of position scenes: images uint8 [2 count, 64, 64, 3] with the pictures of a
-    pair one after the other, and their captions in GenEval's grammar.
+def scenes(seed: int, count: int, forward: float, edition: Edition = FIRST) -> list[Scene]:
+    """``count`` pairs of position scenes, the scenes of a pair one after the other, with captions
+    in GenEval's grammar.
 
-    The second picture is the first with the two objects exchanged. Both captions of a pair use
+    The second scene is the first with the two objects exchanged. Both captions of a pair use
     ``FORWARD`` relations with probability ``forward``, else the opposite ones, and name the objects
     in the order that makes them true. ValueError unless ``forward`` is in [0, 1].
     """
     if not 0 <= forward <= 1:
         raise ValueError(f"forward: expected a share in [0, 1], got {forward}; pass e.g. 0.5")
     rng = random.Random(seed + 32_452_843)
-    images, captions = [], []
+    result = []
     for _ in range(count):
-        groups, relation = w._facts(rng, "position")
+        groups, relation = facts(rng, "position")
         assert relation is not None
-        background = w._background(rng)
-        layout = rng.choice(w._related(relation))
+        background = edition.background(rng)
+        layout = edition.layout(rng, 2, relation)
         along = rng.random() < forward
         for fact, places in ((relation, layout), (OPPOSITE[relation], layout[::-1])):
             agrees = (fact in FORWARD) == along
             wording = (groups, fact) if agrees else (groups[::-1], OPPOSITE[fact])
-            captions.append(geneval(*wording))
-            images.append(_picture(groups, fact, places, background, captions[-1]).image)
-    return np.stack(images), captions
+            result.append(drawn("position", geneval(*wording), groups, fact, places, background))
+    return result
+
+
+def arrays(seed: int, count: int, forward: float) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """The pictures of ``scenes``, uint8 [2 count, 64, 64, 3], and their captions."""
+    result = scenes(seed, count, forward)
+    return np.stack([scene.image for scene in result]), [scene.caption for scene in result]

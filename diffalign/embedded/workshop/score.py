@@ -1,10 +1,11 @@
-"""Judge a training state of ``emoji`` on official GenEval prompts: ``python -m
-diffalign.embedded.workshop.score --out runs/emoji [--prompts 120]``.
+"""Judge a training state of ``emoji``, or any pipeline folder, on official GenEval prompts.
 
-Evenly spaced prompts of each category, one image each, DDIM with 20 steps; verdicts by GenEval's
-rules on the embedded judge's detections. One JSON line with the category scores is appended to
-``scores.jsonl``, and a grid of the pictures is written beside it. With 20 prompts a category a
-score has a standard error of up to .11: this follows a run, it is not the published figure.
+``python -m diffalign.embedded.workshop.score --out runs/emoji [--prompts 120]``, or ``--pipeline
+FOLDER --judge emoji-judge-2 --out FOLDER``. Evenly spaced prompts of each category, one image each,
+20 steps of the pipeline's own scheduler; verdicts by GenEval's rules on the embedded judge's
+detections. One JSON line with the category scores is appended to ``scores.jsonl``, and a grid of
+the pictures is written beside it. With 20 prompts a category a score has a standard error of up to
+.11: this follows a run, it is not the published figure.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffalign.core.types import Json, Pipeline
-from diffalign.embedded.load import load
+from diffalign.embedded.load import load, pipeline_in
 from diffalign.embedded.workshop.train_denoiser import STATE, export
 from diffalign.embedded.workshop.training import load_state
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
-from diffalign.generate.verdicts import verdicts
+from diffalign.generate.verdicts import Detector, verdicts
 from diffalign.tasks.geneval.verdict import TAGS, prompts
 
 
@@ -48,9 +49,11 @@ def score(
     steps: int,
     seed: int,
     batch: int = 16,
+    judge: Detector | None = None,
 ) -> tuple[Tensor, list[bool]]:
-    """Images [N, 3, 64, 64] in [0, 1] of the prompts and the judge's verdict on each."""
-    judge = load("emoji-judge")
+    """Images [N, 3, H, W] in [0, 1] of the prompts and the verdict of ``judge`` (``emoji-judge``)
+    on each."""
+    judge = load("emoji-judge") if judge is None else judge
     jobs = jobs_of((record["prompt"] for record in records), base=seed)
     call = {"num_inference_steps": steps, "guidance_scale": scale}
     images: list[Tensor] = []
@@ -69,10 +72,10 @@ def grid(
     records: Sequence[Json],
     correct: Sequence[bool],
     columns: int = 12,
-    zoom: int = 2,
 ) -> Image.Image:
-    """Pictures with their prompts below, green where the judge found what was asked."""
-    side = 64 * zoom
+    """Pictures of 128 pixels with their prompts below, green where the judge found what was
+    asked."""
+    side = 128
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 28)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -90,36 +93,48 @@ def grid(
     return sheet
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/emoji"), help="folder of the training state"
-    )
-    parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
-    parser.add_argument("--prompts", type=int, default=120)
-    parser.add_argument("--scale", type=float, nargs="+", default=[4.0], help="guidance scales")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--raw",
-        action="store_true",
-        help="the weights of the last update instead of the averaged ones",
-    )
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    add = result.add_argument
+    add("--out", type=Path, default=Path("runs/emoji"), help="folder of the training state")
+    add("--vae", type=Path, default=Path("runs/vae/vae"))
+    add("--pipeline", type=Path, help="a pipeline folder to judge instead of a training state")
+    add("--judge", default="emoji-judge", help="name of an embedded detector")
+    add("--prompts", type=int, default=120)
+    add("--scale", type=float, nargs="+", default=[4.0], help="guidance scales")
+    add("--steps", type=int, default=20)
+    add("--seed", type=int, default=0)
+    add("--raw", action="store_true", help="the last weights instead of the averaged ones")
+    return result
+
+
+def _opened(options: argparse.Namespace) -> tuple[Pipeline, Json]:
+    """The pipeline to judge, and what a line of the scores says of it."""
+    if options.pipeline is not None:
+        pipe = pipeline_in(options.pipeline)
+        return pipe, {"pipeline": options.pipeline.name}
     path = options.out / STATE.format(rank=0)
     state = load_state(path)
     if state is None:
         raise ValueError(f"--out must hold a training state; {path} is none. Train first.")
     pipe = export(path, options.vae, options.out / "tokenizer", None, averaged=not options.raw)
+    return pipe, {"updates": state["trainer"]["done"], "averaged": not options.raw}
+
+
+def main() -> None:
+    """Command line."""
+    options = parser().parse_args()
+    torch.set_num_threads(1)
+    pipe, facts = _opened(options)
     pipe.set_progress_bar_config(disable=True)
     records = spread_prompts(options.prompts)
+    judge = load(options.judge)
     for scale in options.scale:
         start = time.monotonic()
-        images, correct = score(pipe, records, scale, options.steps, options.seed)
+        images, correct = score(pipe, records, scale, options.steps, options.seed, judge=judge)
         means = {
             tag: [
                 good for record, good in zip(records, correct, strict=True) if record["tag"] == tag
@@ -127,22 +142,16 @@ def main() -> None:
             for tag in TAGS
         }
         result = {tag: round(sum(goods) / len(goods), 3) for tag, goods in means.items()}
-        line = {
-            "updates": state["trainer"]["done"],
-            "scale": scale,
-            "steps": options.steps,
-            "averaged": not options.raw,
-        }
-        line |= result | {
+        line = facts | {"scale": scale, "steps": options.steps} | result
+        line |= {
             "mean": round(sum(result.values()) / 6, 3),
             "prompts": len(records),
             "seconds": round(time.monotonic() - start, 1),
         }
         with (options.out / "scores.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        grid(images, records, correct).save(
-            options.out / f"grid-{line['updates']:06d}-{scale:g}.png"
-        )
+        name = f"{facts['updates']:06d}" if "updates" in facts else facts["pipeline"]
+        grid(images, records, correct).save(options.out / f"grid-{name}-{scale:g}.png")
 
 
 if __name__ == "__main__":

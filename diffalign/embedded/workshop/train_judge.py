@@ -6,6 +6,10 @@ pass a noisy round trip through the autoencoder of ``emoji``, because that is wh
 pictures are made of. The first phase needs no autoencoder. One process, one thread, bf16 arithmetic
 over fp32 weights. Cost: about 200 scenes a second of processor time in the first phase, half of
 that in the second.
+
+``--edition second --from FOLDER`` goes on from the weights of a judge with the 128 x 128 scenes of
+the second edition, at a quarter of that speed. Its second phase sees what the decoder of
+``emoji-dit`` draws.
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffalign.core.types import Json
-from diffalign.embedded.nets.audit import AuditNet, audit_loss
+from diffalign.embedded.nets.audit import STEP, AuditNet, audit_loss
 from diffalign.embedded.nets.judge import JudgeNet
 from diffalign.embedded.workshop import training
+from diffalign.embedded.workshop.codes import codes
 from diffalign.embedded.workshop.degrade import blurred, corrupt, moved, noisy, round_trip
 from diffalign.embedded.workshop.judge_loss import judge_loss
 from diffalign.embedded.workshop.training import (
@@ -36,6 +42,7 @@ from diffalign.embedded.workshop.training import (
     step_seed,
     train,
 )
+from diffalign.embedded.world.editions import ALIGNED, EDITIONS, FIRST, Edition
 from diffalign.embedded.world.scenes import World
 
 if TYPE_CHECKING:
@@ -61,40 +68,70 @@ KINDS: dict[str, tuple[type[nn.Module], Any, Json, float]] = {
 """Model -> network, loss(output, truth) and peak learning rate."""
 
 
-def build(model: str, seed: int) -> nn.Module:
-    """The untrained network in fp32, initial weights from ``seed``."""
+def shape(model: str, edition: Edition) -> Json:
+    """The options of the network that depend on the size of the images."""
+    kind = KINDS[model]
+    fixed = kind[0] is AuditNet and edition is not FIRST
+    return kind[2] | {"side": edition.side} if fixed else dict(kind[2])
+
+
+def build(model: str, seed: int, edition: Edition = FIRST, source: Path | None = None) -> nn.Module:
+    """The network in fp32, with initial weights from ``seed`` or those of a judge's folder
+    ``source``, whose places are stretched over a larger image."""
     network: Any = KINDS[model][0]
-    net: nn.Module = network(seed=seed).to(memory_format=torch.channels_last)
+    net: nn.Module = network(seed=seed, **shape(model, edition)).to(
+        memory_format=torch.channels_last
+    )
+    if source is not None:
+        weights = load_file(source / "model.safetensors")
+        if "place" in weights:
+            weights["place"] = stretched(weights["place"].float(), edition.side // STEP)
+        net.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        )
     return net
+
+
+def stretched(place: Tensor, side: int) -> Tensor:
+    """Places [1, n * n, C] of a square as [1, side * side, C], interpolated."""
+    old = round(place.shape[1] ** 0.5)
+    table = place.transpose(1, 2).unflatten(2, (old, old))
+    larger = F.interpolate(table, size=(side, side), mode="bilinear", align_corners=False)
+    return larger.flatten(2).transpose(1, 2)
 
 
 class JudgeTrainer(ModulesTrainer):
     """The state of a run.
 
-    ``options`` needs model, seed, batch, updates and vae_updates; ``vae`` (bf16) is used by the
-    second phase only.
+    ``options`` needs model, seed, batch, updates, vae_updates, edition, source (folder of the first
+    weights or None) and rate (a factor of the network's own); ``vae`` (bf16) is used by the second
+    phase only.
     """
 
     clip, part = 5.0, "net"
 
     def __init__(self, options: argparse.Namespace, vae: AutoencoderTiny | None = None) -> None:
         self.options, self.vae = options, vae
-        self.net = build(options.model, options.seed).train()
-        self.loss, self.peak = KINDS[options.model][1], KINDS[options.model][3]
+        edition = EDITIONS[options.edition]
+        self.net = build(options.model, options.seed, edition, options.source).train()
+        self.loss, self.peak = KINDS[options.model][1], options.rate * KINDS[options.model][3]
         optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=self.peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True
         )
         super().__init__(self.net, optimizer)
-        self.world = World(MIX)
+        self.world = World(MIX, edition=edition)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Damaged images [B, 3, 64, 64] and truth float [B, 4, 6] (class -1: no object) of the next
-        step."""
+        """Damaged images [B, 3, side, side] and truth float [B, most, 6] (class -1: no object) of
+        the next step."""
         seed = self.options.seed
         rng = step_generator(seed, 0, self.done)
         images, _, rows = self.world.arrays(step_seed(seed, 0, self.done), self.options.batch)
         pictures, truth = corrupt(
-            torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(rows), rng
+            torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,
+            torch.from_numpy(rows),
+            rng,
+            edition=self.world.edition,
         )
         if self.done >= self.options.updates:
             if self.vae is None:
@@ -102,12 +139,28 @@ class JudgeTrainer(ModulesTrainer):
                     "The second phase needs the autoencoder of emoji; pass --vae FOLDER."
                 )
             half = len(pictures) // 2
-            pictures[:half] = round_trip(self.vae, pictures[:half], rng, SPREAD)
+            if self.world.edition is FIRST:
+                pictures[:half] = round_trip(self.vae, pictures[:half], rng, SPREAD)
+            else:
+                pictures[:half], truth[:half] = self.drawn(half, rng)
         pictures, boxes = moved(pictures, truth[..., 2:].float(), rng)
         pictures = noisy(blurred(pictures, rng), rng).clamp(0, 1)
         return pictures.contiguous(memory_format=torch.channels_last), torch.cat(
             [truth[..., :2].float(), boxes], dim=2
         )
+
+    @torch.no_grad()
+    def drawn(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Aligned scenes as the decoder of ``emoji-dit`` draws them, from codes with noise of up to
+        ``SPREAD``, and their truth."""
+        assert self.vae is not None
+        world = World(MIX, edition=ALIGNED)
+        seed = step_seed(self.options.seed, 1, self.done)
+        latents = codes(list(world.scenes(seed, count)))
+        spread = SPREAD * torch.rand(count, 1, 1, 1, generator=rng)
+        latents = latents + spread * torch.randn(latents.shape, generator=rng)
+        images = self.vae.decoder(latents.to(self.vae.dtype)).float() / 2 + 0.5
+        return images.clamp(0, 1), torch.from_numpy(world.arrays(seed, count)[2])
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted parts of the loss of the next step."""
@@ -153,11 +206,14 @@ def export(options: argparse.Namespace) -> None:
         for k, v in state["trainer"]["net"].items()
     }
     save_file(weights, options.export / "model.safetensors")
+    edition = EDITIONS[options.edition]
     config = {
         "model": options.model,
-        "net": KINDS[options.model][2],
+        "net": shape(options.model, edition),
         "thresholds": thresholds(options.model),
     }
+    if edition is not FIRST:
+        config["side"] = edition.side
     (options.export / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     shutil.copy(options.out / "log.jsonl", options.export / "log.jsonl")
     record = {
@@ -174,6 +230,8 @@ def run(options: argparse.Namespace, vae: AutoencoderTiny | None) -> None:
     header = {
         key: getattr(options, key) for key in ("model", "seed", "batch", "updates", "vae_updates")
     }
+    if options.source is not None:
+        header |= {"edition": options.edition, "from": options.source.name, "rate": options.rate}
     end = options.updates + options.vae_updates
     course = Course(end=end, samples=options.batch, save=options.save)
     train(JudgeTrainer(options, vae), options, header, course)
@@ -188,6 +246,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--batch", type=int, default=32)
     result.add_argument("--updates", type=int, default=1_600)
+    result.add_argument("--edition", choices=list(EDITIONS), default=FIRST.name)
+    result.add_argument("--from", dest="source", type=Path, help="folder of a judge to go on from")
+    result.add_argument(
+        "--rate", type=float, default=1.0, help="factor of the network's largest learning rate"
+    )
     result.add_argument("--vae-updates", type=int, default=0, help="updates of the second phase")
     return result
 

@@ -1,30 +1,31 @@
-"""The embedded world: seeded 64 x 64 scenes of GenEval's objects with captions and exact truth.
+"""The embedded world: seeded scenes of GenEval's objects with captions and exact truth.
 
-Definition. An object is a 32 x 32 cell whose picture fills 30 x 30 pixels; cells lie on a grid of 8
-pixels and never overlap; one to four objects; the background is one mid-tone of low saturation with
-a slight vertical gradient. A caption names every object and every colour that is not the picture's
-own. Cost: about 0.1 ms a scene on one core after 0.3 s of set-up.
+Definition of the first edition, 64 x 64. An object is a 32 x 32 cell whose picture fills 30 x 30
+pixels; cells lie on a grid of 8 pixels and never overlap; one to four objects; the background is
+one mid-tone of low saturation with a slight vertical gradient. A caption names every object and
+every colour that is not the picture's own. ``editions`` has the second edition, 128 x 128, in which
+all of this but the captions is freer. Cost: about 0.1 ms a scene on one core after 0.3 s of set-up.
 """
 
 from __future__ import annotations
 
-import colorsys
 import functools
-import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from diffalign.core.types import Json
 from diffalign.embedded.world.captions import Group, geneval, paraphrase
-from diffalign.embedded.world.glyphs import sprites
+from diffalign.embedded.world.editions import FIRST, Edition, Layout, Place
+from diffalign.embedded.world.glyphs import sprite
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, OPPOSITE, RELATIONS
 
-SIZE, CELL, GRID = 64, 32, 8
-"""Side of an image, side of an object's cell and step of the layout, in pixels."""
+SIZE, CELL, GRID = FIRST.side, FIRST.cells[1][0], FIRST.grid
+"""Side of an image, side of an object's cell and step of the layout, in pixels, in the first
+edition."""
 
 KINDS: dict[str, str | None] = {
     "single": "single_object",
@@ -67,7 +68,7 @@ class Object:
 class Scene:
     """A picture with its caption and truth."""
 
-    # uint8 [64, 64, 3]
+    # uint8 [side, side, 3]
     image: npt.NDArray[np.uint8]
     caption: str
     objects: tuple[Object, ...]
@@ -76,6 +77,10 @@ class Scene:
     # the facts that the caption states
     groups: tuple[Group, ...]
     relation: str | None
+    # the cells of the objects
+    layout: Layout = ()
+    # mean colour of the background in squares of 8 x 8 pixels, float32 [side / 8, side / 8, 3]
+    tones: npt.NDArray[np.float32] | None = None
 
     @property
     def tag(self) -> str | None:
@@ -112,60 +117,47 @@ def _metadata(tag: str, groups: tuple[Group, ...], relation: str | None) -> Json
     return record | {"prompt": geneval(groups, relation)}
 
 
-def _disjoint(first: tuple[int, int], second: tuple[int, int]) -> bool:
-    return abs(first[0] - second[0]) >= CELL or abs(first[1] - second[1]) >= CELL
+@dataclass(frozen=True)
+class Stamp:
+    """The picture of an object at one size, ready to be laid over a background."""
+
+    # int16 [side, side, 3]
+    colour: npt.NDArray[np.int16]
+    # share of the background that shows through, float32 [side, side, 1]
+    clear: npt.NDArray[np.float32]
+    # (x1, y1, x2, y2) of the visible pixels; the same in every colour
+    box: tuple[int, int, int, int]
 
 
 @functools.cache
-def _layouts(count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """All ordered placements (x, y of the cells' corners) of ``count`` disjoint cells."""
-    steps = range(0, SIZE - CELL + 1, GRID)
-    places = tuple(itertools.product(steps, steps))
-    partial: list[tuple[tuple[int, int], ...]] = [()]
-    for _ in range(count):
-        partial = [
-            (*layout, place)
-            for layout in partial
-            for place in places
-            if all(_disjoint(place, other) for other in layout)
-        ]
-    return tuple(partial)
-
-
-@functools.cache
-def _related(relation: str) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Placements of (subject, target) whose centres differ by one cell along the relation's axis
-    and at most half a cell across it."""
-    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[
-        relation
-    ]
-    return tuple(
-        (subject, target)
-        for subject, target in _layouts(2)
-        if (subject[axis] - target[axis]) * sign >= CELL
-        and abs(subject[1 - axis] - target[1 - axis]) <= CELL // 2
+def stamp(name: str, colour: str, side: int) -> Stamp:
+    """The picture of ``name`` in ``colour`` (or native) in a cell of ``side`` pixels, one of which
+    stays free on every side."""
+    pixels = np.pad(sprite(name, colour, side - 2), ((1, 1), (1, 1), (0, 0)))
+    visible = pixels[..., 3] > 24
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+    return Stamp(
+        pixels[..., :3].astype(np.int16),
+        ((255 - pixels[..., 3:]) / np.float32(255)).astype(np.float32),
+        (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1),
     )
 
 
-@functools.cache
-def _boxes() -> tuple[tuple[int, int, int, int], ...]:
-    """Box of the visible pixels of each picture within its cell (the alpha of a picture does not
-    depend on its tint)."""
-    boxes = []
-    for table in sprites(CELL, 1)[:, -1, :, :, 3] > 24:
-        rows, columns = np.flatnonzero(table.any(1)), np.flatnonzero(table.any(0))
-        boxes.append((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
-    return tuple(boxes)
+def paste(canvas: npt.NDArray[np.float32], group: Group, place: Place) -> Object:
+    """Draw one object of ``group`` on ``canvas``, float32 [side, side, 3], in place; returns its
+    truth."""
+    x, y, side = place
+    picture = stamp(group.name, group.colour, side)
+    cell = canvas[y : y + side, x : x + side]
+    cell *= picture.clear
+    cell += picture.colour
+    x1, y1, x2, y2 = picture.box
+    return Object(group.name, (x + x1, y + y1, x + x2, y + y2), group.colour)
 
 
-@functools.cache
-def _blend() -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:
-    """Colour and transparency of all pictures: int16 [80, 11, 32, 32, 3] and float32 [80, 11, 32,
-    32, 1]."""
-    table = sprites(CELL, 1)
-    return table[..., :3].astype(np.int16), ((255 - table[..., 3:]) / np.float32(255)).astype(
-        np.float32
-    )
+def rounded(canvas: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """The finished picture, uint8."""
+    return (canvas + np.float32(0.5)).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -179,6 +171,7 @@ class World:
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
     # share of captions in GenEval's exact grammar; the others are paraphrases
     plain: float = 0.6
+    edition: Edition = FIRST
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.mix) - set(KINDS)):
@@ -204,14 +197,15 @@ class World:
     def arrays(
         self, seed: int, count: int
     ) -> tuple[npt.NDArray[np.uint8], list[str], npt.NDArray[np.int64]]:
-        """The same scenes in one piece: images uint8 [count, 64, 64, 3], captions, and truth int64
-        [count, 4, 6].
+        """The same scenes in one piece: images uint8 [count, side, side, 3], captions, and truth
+        int64 [count, most, 6].
 
         A truth row is (class, colour, x1, y1, x2, y2) with class -1 where a scene has fewer than
-        four objects; colour 10 is native.
+        the ``most`` objects of its edition; colour 10 is native.
         """
-        images = np.empty((count, SIZE, SIZE, 3), dtype=np.uint8)
-        truth = np.full((count, 4, 6), -1, dtype=np.int64)
+        side, most = self.edition.side, self.edition.most
+        images = np.empty((count, side, side, 3), dtype=np.uint8)
+        truth = np.full((count, most, 6), -1, dtype=np.int64)
         captions = []
         colours = {name: index for index, name in enumerate((*COLOURS, NATIVE))}
         for i, scene in enumerate(self.scenes(seed, count)):
@@ -233,39 +227,45 @@ class World:
             raise ValueError(
                 f"World(mix=...) must hold a kind with a GenEval category; got {self.mix}."
             )
-        world = World(
-            {kind: weight for kind, weight in self.mix.items() if KINDS[kind]}, self.plain
-        )
+        mix = {kind: weight for kind, weight in self.mix.items() if KINDS[kind]}
+        world = replace(self, mix=mix)
         rng = random.Random(seed + 7_919)
         for scene in world.scenes(seed, count):
             yield scene, _falsified(rng, scene)
 
     def _scene(self, rng: random.Random, kind: str) -> Scene:
-        groups, relation = _facts(rng, kind)
+        groups, relation = facts(rng, kind, self.edition)
         total = sum(group.count for group in groups)
-        layout = rng.choice(_related(relation) if relation else _layouts(total))
+        layout = self.edition.layout(rng, total, relation)
         caption = (
             geneval(groups, relation)
             if rng.random() < self.plain
             else paraphrase(rng, groups, relation)
         )
-        canvas = _background(rng)
-        colour_table, clear_table = _blend()
-        objects = []
-        members = [group for group in groups for _ in range(group.count)]
-        for (x, y), group in zip(layout, members, strict=True):
-            index = OBJECTS.index(group.name)
-            tint = COLOURS.index(group.colour) if group.colour != NATIVE else len(COLOURS)
-            cell = canvas[y : y + CELL, x : x + CELL]
-            cell *= clear_table[index, tint]
-            cell += colour_table[index, tint]
-            x1, y1, x2, y2 = _boxes()[index]
-            objects.append(Object(group.name, (x + x1, y + y1, x + x2, y + y2), group.colour))
-        image = (canvas + np.float32(0.5)).astype(np.uint8)
-        return Scene(image, caption, tuple(objects), kind, groups, relation)
+        return drawn(kind, caption, groups, relation, layout, self.edition.background(rng))
 
 
-def _facts(rng: random.Random, kind: str) -> tuple[tuple[Group, ...], str | None]:
+def drawn(
+    kind: str,
+    caption: str,
+    groups: tuple[Group, ...],
+    relation: str | None,
+    layout: Layout,
+    background: npt.NDArray[np.float32],
+) -> Scene:
+    """The scene of these facts at these places over ``background``, which stays as it is."""
+    canvas, side = background.copy(), len(background) // 8
+    members = [group for group in groups for _ in range(group.count)]
+    objects = tuple(
+        paste(canvas, group, place) for place, group in zip(layout, members, strict=True)
+    )
+    tones = background.reshape(side, 8, side, 8, 3).mean((1, 3))
+    return Scene(rounded(canvas), caption, objects, kind, groups, relation, layout, tones)
+
+
+def facts(
+    rng: random.Random, kind: str, edition: Edition = FIRST
+) -> tuple[tuple[Group, ...], str | None]:
     """Draw the groups of a scene of this kind and, for position scenes, the relation of the first
     to the second."""
     if kind in ("single", "colour", "count", "count_coloured"):
@@ -282,28 +282,15 @@ def _facts(rng: random.Random, kind: str) -> tuple[tuple[Group, ...], str | None
         name = _name(rng, coloured)
         if name not in names:
             names.append(name)
-    counts = (
-        rng.choice(((1, 2), (2, 1), (2, 2), (1, 3), (3, 1)))
-        if kind == "numbers"
-        else (1,) * len(names)
-    )
+    counts = rng.choice(edition.numbers) if kind == "numbers" else (1,) * len(names)
     colours = rng.sample(COLOURS, len(names)) if coloured else [NATIVE] * len(names)
     relation = rng.choice(RELATIONS) if kind.startswith("position") else None
-    return tuple(Group(*facts) for facts in zip(names, counts, colours, strict=True)), relation
+    return tuple(Group(*fact) for fact in zip(names, counts, colours, strict=True)), relation
 
 
 def _name(rng: random.Random, coloured: bool) -> str:
     """An object name; as in GenEval a person has no colour."""
     return rng.choice(OBJECTS[1:] if coloured else OBJECTS)
-
-
-def _background(rng: random.Random) -> npt.NDArray[np.float32]:
-    """A mid-tone of low saturation with a vertical gradient of at most 24 grey levels: float32 [64,
-    64, 3]."""
-    value, slope = rng.uniform(110, 195), rng.uniform(-12, 12)
-    shade = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.22), 1.0), dtype=np.float32)
-    ramp = np.linspace(value - slope, value + slope, SIZE, dtype=np.float32)
-    return np.repeat((ramp[:, None] * shade)[:, None, :], SIZE, axis=1)
 
 
 def _falsified(rng: random.Random, scene: Scene) -> Json:

@@ -10,18 +10,21 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from diffalign.embedded.load import load
+from diffalign.embedded.load import FOLDER, load
 from diffalign.embedded.nets.audit import AuditJudge, AuditNet, cell_targets
 from diffalign.embedded.nets.judge import Judge, JudgeNet, Maps
+from diffalign.embedded.workshop import train_judge
 from diffalign.embedded.workshop.degrade import blurred, corrupt, moved, noisy
 from diffalign.embedded.workshop.judge_loss import focal, heat_targets, judge_loss
 from diffalign.embedded.workshop.judge_report import detection_figures, overlap, verdict_figures
 from diffalign.embedded.workshop.train_judge import JudgeTrainer, parser
+from diffalign.embedded.world.editions import FIRST, SECOND
 from diffalign.embedded.world.scenes import World
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
 
 JUDGES = ("emoji-judge", "emoji-judge-audit")
+EDITION = {"emoji-judge": FIRST, "emoji-judge-audit": FIRST, "emoji-judge-2": SECOND}
 
 
 @pytest.fixture(autouse=True)
@@ -237,10 +240,10 @@ def test_figures_by_hand() -> None:
     }
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", EDITION)
 def test_the_shipped_judges_meet_their_bars_on_held_out_scenes(name: str) -> None:
     judge = load(name)
-    scenes = list(World().scenes(1_000_400, 96))
+    scenes = list(World(edition=EDITION[name]).scenes(1_000_400, 96))
     answers = judge.detect(
         torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 255
     )
@@ -260,10 +263,10 @@ def test_the_shipped_judges_meet_their_bars_on_held_out_scenes(name: str) -> Non
     assert round(right * len(asked)) >= at_least(len(asked), 0.95)
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", EDITION)
 def test_the_shipped_judges_reject_wrong_scenes(name: str) -> None:
     judge = load(name)
-    wrong = list(World().wrong(1_000_500, 96))
+    wrong = list(World(edition=EDITION[name]).wrong(1_000_500, 96))
     answers = judge.detect(
         torch.from_numpy(np.stack([s.image for s, _ in wrong])).permute(0, 3, 1, 2).float() / 255
     )
@@ -273,17 +276,19 @@ def test_the_shipped_judges_reject_wrong_scenes(name: str) -> None:
     assert len(wrong) - round(fooled) >= at_least(len(wrong), 0.98)
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", EDITION)
 def test_the_shipped_judges_do_not_count_spoilt_objects(name: str) -> None:
     """An object whose patches are shuffled keeps its palette and place; a judge that still names it
     judges palettes."""
     judge = load(name)
-    arrays, _, rows = World({"single": 1.0}).arrays(1_000_600, 64)
+    edition = EDITION[name]
+    arrays, _, rows = World({"single": 1.0}, edition=edition).arrays(1_000_600, 64)
     images, truth = (
         torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255,
         torch.from_numpy(rows),
     )
-    spoilt, _ = corrupt(images, truth, torch.Generator().manual_seed(7), share=1.0)
+    rng = torch.Generator().manual_seed(7)
+    spoilt, _ = corrupt(images, truth, rng, share=1.0, edition=edition)
     named = 0
     for answer, row in zip(judge.detect(spoilt), truth, strict=True):
         named += any(
@@ -327,3 +332,75 @@ def test_the_second_phase_asks_for_its_autoencoder() -> None:
     trainer = JudgeTrainer(run)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass --vae"):
         trainer.step()
+
+
+def test_a_judge_of_the_second_edition_sees_its_size() -> None:
+    """Images of 128 pixels reach the network as they are, and boxes are its own pixels."""
+
+    class Fixed(JudgeNet):
+        def forward(self, images: torch.Tensor) -> Maps:
+            assert images.shape[2:] == (128, 128)
+            heat, box = torch.full((1, 80, 32, 32), -9.0), torch.zeros(1, 4, 32, 32)
+            heat[0, 5, 4, 6] = 2.0
+            box[0, :, 4, 6] = torch.tensor([0.0, 0.125, 0.5, 1.0])
+            return Maps(heat, box, torch.zeros(1, 11, 32, 32))
+
+    judge = Judge(Fixed(), Thresholds(), side=128)
+    for size, factor in ((128, 1), (64, 0.5)):
+        (thing,) = judge.detect(torch.zeros(1, 3, size, size))[0]
+        assert thing.box == pytest.approx([factor * edge for edge in (18, 6, 34, 38)])
+
+
+def test_places_are_stretched_between_their_neighbours() -> None:
+    """A row of 1 and 3 becomes 1, 1.5, 2.5, 3: cells half as wide, edges held."""
+    place = torch.tensor([1.0, 3.0, 1.0, 3.0]).view(1, 4, 1)
+    assert train_judge.stretched(place, 4).view(4, 4).tolist() == [[1.0, 1.5, 2.5, 3.0]] * 4
+
+
+@pytest.mark.parametrize("model", JUDGES)
+def test_a_judge_goes_on_from_a_folder(model: str) -> None:
+    """All weights are the folder's, and the network reads the larger images."""
+    shipped = load(model).net.state_dict()
+    net = train_judge.build(model, 0, SECOND, FOLDER / model)
+    for name, value in net.state_dict().items():
+        if name != "place":
+            assert torch.equal(
+                value, shipped[name].float() if value.dtype.is_floating_point else value
+            )
+    output = net.eval()(torch.zeros(1, 3, 128, 128))
+    assert (output.heat if model == "emoji-judge" else output).shape[-1] == 128 // (
+        4 if model == "emoji-judge" else 8
+    )
+
+
+def test_a_step_on_the_second_edition() -> None:
+    run = options("emoji-judge", batch=4)
+    run.edition, run.source = "second", FOLDER / "emoji-judge"  # type: ignore[attr-defined]
+    trainer = JudgeTrainer(run)  # type: ignore[arg-type]
+    images, truth = trainer.batch()
+    assert images.shape == (4, 3, 128, 128)
+    assert truth.shape == (4, 5, 6)
+    assert math.isfinite(trainer.step()["loss"])
+
+
+def test_corruption_of_the_second_edition_strikes_the_object_and_nothing_else() -> None:
+    world = World({"two": 0.5, "single": 0.5}, edition=SECOND)
+    arrays, _, rows = world.arrays(4, 40)
+    images = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+    truth = torch.from_numpy(rows)
+    rng = torch.Generator().manual_seed(5)
+    out, after = corrupt(images, truth, rng, share=1.0, edition=SECOND)
+    for before, picture, old, new in zip(images, out, truth, after, strict=True):
+        struck = [i for i in range(5) if old[i, 0] >= 0 and new[i, 0] < 0]
+        assert struck
+        outside = torch.ones(128, 128, dtype=torch.bool)
+        for i in struck:
+            x1, y1, x2, y2 = old[i, 2:].tolist()
+            half = -(-max(x2 - x1, y2 - y1) // 8) * 4
+            x, y = (x1 + x2) // 2, (y1 + y2) // 2
+            # a square at the border is shifted inwards by as much as it would stick out
+            outside[max(0, y - half - 4) : y + half + 4, max(0, x - half - 4) : x + half + 4] = (
+                False
+            )
+        assert torch.equal(before[:, outside], picture[:, outside])
+        assert not torch.equal(before, picture)

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 
 from diffalign.embedded.workshop.relation_pairs import arrays, leading
-from diffalign.embedded.world.scenes import CELL, _blend
-from diffalign.embedded.world.vocabulary import OBJECTS
+from diffalign.embedded.world.scenes import CELL, stamp
 from diffalign.tasks.geneval.verdict import parse_prompt
 
 
 def centre(image: np.ndarray, name: str) -> tuple[float, float]:
     """Where on the grid the picture of ``name`` lies: the place at which it explains all pixels
     that are opaque in it."""
-    colour, clear = (table[OBJECTS.index(name), -1] for table in _blend())
-    solid = clear[..., 0] == 0
+    picture = stamp(name, "native", CELL)
+    colour, solid = picture.colour, picture.clear[..., 0] == 0
     places = [(x, y) for x in range(0, 33, 8) for y in range(0, 33, 8)]
 
     def distance(place: tuple[int, int]) -> float:

@@ -1,8 +1,8 @@
 """The world's truth against its pixels, its grammar against GenEval's published prompts, its
 relations against GenEval's formula."""
 
-import math
 import re
+from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
@@ -12,6 +12,8 @@ from diffalign.embedded.world.captions import Group, geneval
 from diffalign.embedded.world.glyphs import GLYPH, RAMPS, sprite, sprites
 from diffalign.embedded.world.scenes import CELL, KINDS, Scene, World
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
+
+Relations = Callable[[tuple[int, ...], tuple[int, ...]], set[str]]
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +122,9 @@ def test_objects_never_overlap(scenes: list[Scene]) -> None:
             assert apart_x or apart_y
 
 
-def geneval_relations(a: tuple[int, ...], b: tuple[int, ...]) -> set[str]:
-    """GenEval's rule in plain numbers: offsets shrunk by a tenth of both sizes, divided by the
-    distance, thresholds of one half."""
-    offset = [(a[i] + a[i + 2]) / 2 - (b[i] + b[i + 2]) / 2 for i in (0, 1)]
-    size = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
-    shrunk = [math.copysign(max(abs(o) - 0.1 * s, 0), o) for o, s in zip(offset, size, strict=True)]
-    if all(abs(r) < 1e-3 for r in shrunk):
-        return set()
-    dx, dy = (r / math.hypot(*offset) for r in shrunk)
-    named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {name for name, holds in named.items() if holds}
-
-
-def test_relations_hold_by_genevals_rule_and_their_opposites_do_not() -> None:
+def test_relations_hold_by_genevals_rule_and_their_opposites_do_not(
+    geneval_relations: Relations,
+) -> None:
     """Exactly on all of 1,000 scenes; y grows downwards (hand check: 100,100,200,200 against
     300,100,400,200 is left)."""
     assert geneval_relations((100, 100, 200, 200), (300, 100, 400, 200)) == {"left of"}
@@ -184,7 +175,7 @@ def test_metadata_has_the_published_form() -> None:
         next(World({"three": 1.0}).scenes(0, 1)).metadata()
 
 
-def holds(scene: Scene, metadata: dict) -> bool:  # type: ignore[type-arg]
+def holds(scene: Scene, metadata: dict, geneval_relations: Relations) -> bool:  # type: ignore[type-arg]
     """The truth of a prompt for the rendered objects, by counting."""
     groups = []
     for clause in metadata["include"]:
@@ -208,11 +199,13 @@ def holds(scene: Scene, metadata: dict) -> bool:  # type: ignore[type-arg]
     )
 
 
-def test_own_metadata_is_true_and_wrong_metadata_is_false(scenes: list[Scene]) -> None:
-    assert all(holds(scene, scene.metadata()) for scene in scenes if scene.tag)
+def test_own_metadata_is_true_and_wrong_metadata_is_false(
+    scenes: list[Scene], geneval_relations: Relations
+) -> None:
+    assert all(holds(scene, scene.metadata(), geneval_relations) for scene in scenes if scene.tag)
     pairs = list(World().wrong(1_000_002, 600))
     assert len(pairs) == 600
-    assert not any(holds(scene, metadata) for scene, metadata in pairs)
+    assert not any(holds(*pair, geneval_relations) for pair in pairs)
     assert {metadata["tag"] for _, metadata in pairs} == {tag for tag in KINDS.values() if tag}
 
 

@@ -1,0 +1,267 @@
+"""The flow model's parts and training: text features that are the pipeline's own, attention that is
+the pipeline's own, noise levels, resuming to the bit, and a folder that plain diffusers runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffalign.embedded.load import FOLDER, load
+from diffalign.embedded.workshop import flow_parts, train_code, train_flow
+from diffalign.embedded.workshop.train_flow import FlowTrainer, PlainJointAttention, build
+from diffalign.embedded.workshop.training import save_state
+
+EMOJI = FOLDER / "emoji"
+PROMPTS = ["a photo of a cat left of a dog", "three red buses"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def pipe(tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
+    text = flow_parts.tower(EMOJI)
+    width = text.config.hidden_size + flow_parts.EXTRA
+    result = flow_parts.pipeline(build(1, width, 16, 2), train_code.build(3), text, tokenizer)
+    result.set_progress_bar_config(disable=True)
+    return result
+
+
+def ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
+    return tokenizer(prompts, padding="max_length", max_length=24, return_tensors="pt")["input_ids"]
+
+
+def options(tmp_path: Path, *arguments: str) -> object:
+    paths = f"--out {tmp_path} --vae {tmp_path / 'vae'} --text {EMOJI}"
+    sizes = "--width 16 --layers 2 --batch 4 --close 1 --curriculum 2 --lesson 1 3 --pairs 1"
+    return train_flow.parser().parse_args([*paths.split(), *sizes.split(), *arguments])
+
+
+def trainer(tokenizer: CLIPTokenizer, tmp_path: Path) -> FlowTrainer:
+    text = flow_parts.tower(EMOJI)
+    return FlowTrainer(options(tmp_path), text, tokenizer.get_vocab())  # type: ignore[arg-type]
+
+
+def test_tokens_are_the_normed_states_of_the_source(tokenizer: CLIPTokenizer) -> None:
+    """As transformers' own model of the source computes them, and a rest of the raw states."""
+    source = CLIPTextModel.from_pretrained(EMOJI / "text_encoder", dtype=torch.float32)
+    with torch.no_grad():
+        answer = source(ids(tokenizer, PROMPTS), output_hidden_states=True)
+    tokens, pooled = flow_parts.features(flow_parts.tower(EMOJI), ids(tokenizer, PROMPTS))
+    expected = answer.last_hidden_state + flow_parts.SCALE * answer.hidden_states[-1]
+    torch.testing.assert_close(tokens[:, :24, :192], expected, rtol=0, atol=5e-6)
+    assert not tokens[:, 24:].any()
+    assert not tokens[:, :, 192:].any()
+    end = (ids(tokenizer, PROMPTS) == 1).int().argmax(1)
+    state = expected[torch.arange(2), end]
+    normed = torch.nn.functional.layer_norm(state, (192,), eps=0)
+    torch.testing.assert_close(pooled[:, :192], normed, rtol=0, atol=1e-4)
+
+
+def test_training_and_pipeline_see_the_same_text(
+    pipe: StableDiffusion3Pipeline, tokenizer: CLIPTokenizer
+) -> None:
+    tokens, pooled = flow_parts.features(pipe.text_encoder, ids(tokenizer, [*PROMPTS, ""]))
+    prompt, negative, pooled_prompt, pooled_negative = pipe.encode_prompt(
+        PROMPTS, None, None, device="cpu"
+    )
+    assert prompt.shape == (2, 25, 200)
+    for ours, theirs in (
+        (tokens[:2], prompt),
+        (tokens[[2, 2]], negative),
+        (pooled[:2], pooled_prompt),
+        (pooled[[2, 2]], pooled_negative),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 24, 77, 256, 512])
+def test_the_third_encoder_gives_one_row_of_zeros(
+    pipe: StableDiffusion3Pipeline, length: int
+) -> None:
+    prompt = pipe.encode_prompt(PROMPTS, None, None, device="cpu", max_sequence_length=length)[0]
+    assert prompt.shape == (2, 25, 200)
+    assert not prompt[:, 24].any()
+
+
+def test_plain_attention_is_that_of_the_pipeline() -> None:
+    """Outputs and gradients of a transformer with random weights, in fp32."""
+    model = build(4, 40, 32, 3)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    inputs = {
+        "hidden_states": torch.randn(2, 21, 32, 32, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 5, 40, generator=generator),
+        "pooled_projections": torch.randn(2, 40, generator=generator),
+        "timestep": torch.tensor([100.0, 900.0]),
+    }
+    results = []
+    for processor in (JointAttnProcessor2_0(), PlainJointAttention()):
+        model.set_attn_processor(processor)
+        model.zero_grad()
+        output = model(**inputs).sample
+        output.square().sum().backward()
+        results.append([output.detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_noise_levels_are_logit_normal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.cat([train_flow.noise_levels(16, 0.3, generator) for _ in range(500)]).double()
+    logits = torch.log(levels / (1 - levels))
+    # 8,000 stratified draws: a mean within .02 and a deviation within .03
+    assert float(logits.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(logits.std()) == pytest.approx(1.0, abs=0.03)
+
+
+def test_an_untrained_model_predicts_nothing() -> None:
+    """Gates and last layer start at zero, so the first loss is the target's own square."""
+    model = build(1, 40, 16, 2)
+    output = model(
+        hidden_states=torch.ones(1, 21, 32, 32),
+        encoder_hidden_states=torch.ones(1, 3, 40),
+        pooled_projections=torch.ones(1, 40),
+        timestep=torch.tensor([5.0]),
+    ).sample
+    assert not output.any()
+
+
+def test_pairs_share_noise_and_level(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    run = trainer(tokenizer, tmp_path)
+    assert [run.pairs() for run.done in (0, 1, 2, 3, 9)] == [0, 1, 1, 1, 1]
+    run.done = 1
+    latents, words = run.batch()
+    assert latents.shape == (4, 21, 32, 32)
+    assert words.shape == (4, 24)
+    levels, noise = run.draws(latents.shape, torch.Generator().manual_seed(1))
+    assert levels[2] == levels[3] >= train_flow.TOP
+    assert torch.equal(noise[2], noise[3])
+    assert not torch.equal(noise[1], noise[2])
+    # the same objects in exchanged places
+    occupied = [latent[3:10].abs().sum(0) > 0 for latent in latents[2:]]
+    assert torch.equal(occupied[0], occupied[1])
+
+
+def test_resume_repeats_the_bits(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    straight, first = trainer(tokenizer, tmp_path), trainer(tokenizer, tmp_path)
+    losses = [straight.step() for _ in range(5)]
+    for _ in range(2):
+        first.step()
+    second = trainer(tokenizer, tmp_path)
+    second.load(first.state())
+    assert [second.step() for _ in range(3)] == losses[2:]
+    assert torch.equal(second.ema, straight.ema)
+
+
+def test_curriculum_leads_from_easy_scenes_to_the_mixture() -> None:
+    assert train_flow.curriculum(-0.5)["single"] == 0.4
+    assert train_flow.curriculum(0.5)["single"] == pytest.approx(
+        (0.4 + train_flow.MIX["single"]) / 2
+    )
+    assert train_flow.curriculum(3.0) == pytest.approx(train_flow.MIX)
+
+
+def test_the_first_scenes_lie_on_a_quarter_of_the_canvas(
+    tokenizer: CLIPTokenizer, tmp_path: Path
+) -> None:
+    """Twice as many, and a token of theirs gets the position of the place where they lie."""
+    run = trainer(tokenizer, tmp_path)
+    latents, words = run.batch()
+    assert latents.shape == (8, 21, 16, 16)
+    assert len(words) == 8
+    table = run.positions.view(16, 16, -1)
+    seen = set()
+    for seed in range(40):
+        run.place(16, torch.Generator().manual_seed(seed))
+        window = run.model.pos_embed.cropped_pos_embed(16, 16).view(8, 8, -1)
+        places = [
+            (y, x)
+            for y in range(9)
+            for x in range(9)
+            if torch.equal(table[y : y + 8, x : x + 8], window)
+        ]
+        assert len(places) == 1
+        seen.add(places[0])
+    assert len(seen) > 20
+    run.place(32, torch.Generator().manual_seed(0))
+    assert torch.equal(run.model.pos_embed.pos_embed, run.positions)
+
+
+def test_an_exported_folder_is_a_plain_pipeline(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    run = trainer(tokenizer, tmp_path)
+    run.step()
+    save_state(tmp_path / "state.pt", {"trainer": run.state()})
+    train_code.build(3).save_pretrained(tmp_path / "vae")
+    train_flow.export(options(tmp_path), tmp_path / "folder")  # type: ignore[arg-type]
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "folder")
+    pipe.set_progress_bar_config(disable=True)
+    parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    assert {part.dtype for part in (*parts, pipe.text_encoder_3)} == {torch.float32}
+    weights = run.ema[: pipe.transformer.pos_embed.proj.weight.numel()].half().float()
+    assert torch.equal(pipe.transformer.pos_embed.proj.weight.flatten(), weights)
+    image = pipe(
+        "a photo of a cat",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images[0]
+    assert image.shape == (128, 128, 3)
+
+
+def test_a_missing_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="out: expected a training state"):
+        train_flow.export(options(tmp_path), None)  # type: ignore[arg-type]
+
+
+def test_the_shipped_model_is_a_plain_pipeline_of_its_size() -> None:
+    """Loaded by name and by diffusers alike: the class that the index names, 13.5 million
+    parameters at most, 22 MB at most with all its files."""
+    folder = FOLDER / "emoji-dit"
+    pipe = load("emoji-dit")
+    assert type(pipe) is StableDiffusion3Pipeline
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 22_000_000
+    names = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    parts = [getattr(pipe, name) for name in names]
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert sum(p.numel() for part in parts for p in part.parameters()) <= 13_500_000
+    plain = StableDiffusion3Pipeline.from_pretrained(folder)
+    plain.set_progress_bar_config(disable=True)
+    images = [
+        each(
+            "a photo of a cat",
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+        for each in (pipe, plain)
+    ]
+    assert images[0].shape == (1, 3, 128, 128)
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler]
+)
+def test_the_shipped_model_runs_with_the_flow_samplers(scheduler: Any) -> None:
+    pipe = load("emoji-dit")
+    pipe.scheduler = scheduler(shift=pipe.scheduler.config.shift)
+    image = pipe("a photo of a cat", num_inference_steps=3, output_type="pt").images
+    assert bool(torch.isfinite(image).all())
