@@ -228,7 +228,10 @@ class PointProblem:
             (budget.decodes, meter.decodes + self.reserve, scores),
             (budget.rewards, meter.rewards + self.reserve, scores),
         ]
-        fits = [count, *((limit - spent) // each for limit, spent, each in shares if limit)]
+        fits = [
+            count,
+            *((limit - spent) // each for limit, spent, each in shares if limit and each),
+        ]
         if min(fits) < 1:
             raise BudgetExceeded(f"{budget} is used up: one more image takes {price} NFE.")
         return min(fits)
