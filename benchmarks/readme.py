@@ -121,9 +121,14 @@ def linked(paper: str) -> str:
 
 
 def methods() -> str:
-    """The table of ``search/README.md``: every method."""
+    """The table of ``search/README.md``: every method of that room."""
     heads = ["method", "what it does", "needs", "paper", "cost", "test"]
-    return table(heads, [method_row(name, cls) for name, cls in da.methods().items()])
+    rows = [
+        method_row(name, cls)
+        for name, cls in da.methods().items()
+        if cls.__module__.startswith("diffalign.search.")
+    ]
+    return table(heads, rows)
 
 
 def method_row(name: str, cls: type[Method[Any]]) -> list[str]:

@@ -25,7 +25,8 @@ def shown(path):
 
 def test_every_method_has_a_row_with_its_paper_and_its_code():
     rows = {name: (target, needs, paper) for name, target, _, needs, paper in ROW.findall(PAGE)}
-    assert set(rows) == set(da.methods())
+    room = "diffalign.search."
+    assert set(rows) == {n for n, cls in da.methods().items() if cls.__module__.startswith(room)}
     for name, (target, needs, paper) in rows.items():
         cls = da.methods()[name]
         path = (FOLDER / target).resolve()
