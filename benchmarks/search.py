@@ -36,7 +36,7 @@ from diffalign.tasks.geneval.verdict import prompts
 
 STEPS = 20
 READ = (100, 200, 400, 800, 1600)
-ETA = {"eta": 1.0}
+ETA = {"kernel": da.Eta(1.0)}
 COLUMNS = {
     "NFE": "denoiser rows, the final call not counted",
     "seconds": "median processor seconds of a run up to there",
