@@ -66,7 +66,7 @@ WAYS = {
     "beam, svdd": Way("beam:preset=svdd", ETA),
     "beam, code": Way("beam:preset=code", ETA),
     "rbf": Way("rbf", ETA),
-    "smc, max": Way("smc", ETA),
+    "smc, max": Way("smc:potential=max,tilt=10", ETA),
     "dts, small": Way("dts:preset=small", ETA),
     "dts-star, small": Way("dts-star:preset=small", ETA),
     "dts-star, paper": Way("dts-star:preset=paper", ETA),
