@@ -386,7 +386,8 @@ def picture(pixels: list[float]) -> Image.Image:
 
 def sheet(lab: Lab, nfe: int) -> Image.Image:
     """Draws of every method for one digit and for a set."""
-    targets = [target for target in ("7", "even") if target in lab.options.targets]
+    usual = [target for target in ("7", "even") if target in lab.options.targets]
+    targets = usual or lab.options.targets[:1]
     rows, labels = [], []
     for target in targets:
         for method in METHODS:

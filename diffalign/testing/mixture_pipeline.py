@@ -9,7 +9,7 @@ is float64, so what comes out can be compared with ``Chain`` and ``Exact`` to ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import (
@@ -42,8 +42,8 @@ class MixtureUNet(UNet2DConditionModel):  # type: ignore[misc]  # diffusers has 
     kind: Kind = "eps"
 
     def forward(
-        self, sample: Tensor, timestep: Any, *args: Any, return_dict: bool = True, **kwargs: Any
-    ) -> Any:
+        self, sample: Tensor, timestep: Tensor | float, *args: object, **options: object
+    ) -> tuple[Tensor]:
         time = torch.as_tensor(timestep).double().reshape(-1)
         low = time.floor().long().clamp(max=len(self.table) - 2)
         sigma = torch.lerp(self.table[low], self.table[low + 1], time - low)
@@ -53,8 +53,7 @@ class MixtureUNet(UNet2DConditionModel):  # type: ignore[misc]  # diffusers has 
         x0 = self.mixture.clean(x, alpha, s)
         eps = (x - alpha[:, None] * x0) / s[:, None]
         value = eps if self.kind == "eps" else alpha[:, None] * eps - s[:, None] * x0
-        value = value.view_as(sample)
-        return (value,) if not return_dict else {"sample": value}
+        return (value.view_as(sample),)
 
 
 class MixtureTransformer(SD3Transformer2DModel):  # type: ignore[misc]
@@ -62,7 +61,9 @@ class MixtureTransformer(SD3Transformer2DModel):  # type: ignore[misc]
 
     mixture: Mixture
 
-    def forward(self, hidden_states: Tensor, *args: Any, timestep: Tensor, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, *args: object, timestep: Tensor, **options: object
+    ) -> tuple[Tensor]:
         sigma = timestep.double().reshape(-1) / 1000
         x = hidden_states.flatten(1)
         x0 = self.mixture.clean(x, 1 - sigma, sigma)
@@ -72,7 +73,7 @@ class MixtureTransformer(SD3Transformer2DModel):  # type: ignore[misc]
 class StripeVAE(AutoencoderKL):  # type: ignore[misc]
     """A decoder that paints each channel of a latent pixel as a stripe."""
 
-    def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decode(self, z: Tensor, *args: object, **options: object) -> tuple[Tensor]:
         rows = z[:, :, 0, 0] / SPAN
         stripes = rows.repeat_interleave(FACTOR // rows.shape[1], dim=1)
         return (stripes[:, None, None].expand(-1, 3, FACTOR, -1),)
@@ -92,7 +93,7 @@ def _vae(size: int) -> StripeVAE:
     return vae.double().eval()  # type: ignore[no-any-return]
 
 
-def mixture_pipeline(mixture: Mixture, kind: Kind = "eps", scheduler: Any = None) -> Pipeline:
+def mixture_pipeline(mixture: Mixture, kind: Kind = "eps", scheduler: Pipeline = None) -> Pipeline:
     """A pipeline that samples the mixture; ``D`` must divide 8. Call with ``guidance_scale=1``.
 
     "eps" and "v" are a ``StableDiffusionPipeline`` that takes prompts, with DDIM unless
@@ -105,7 +106,7 @@ def mixture_pipeline(mixture: Mixture, kind: Kind = "eps", scheduler: Any = None
     return pipe
 
 
-def _variance_preserving(mixture: Mixture, kind: Kind, scheduler: Any) -> Pipeline:
+def _variance_preserving(mixture: Mixture, kind: Kind, scheduler: Pipeline) -> Pipeline:
     if scheduler is None:
         prediction = "epsilon" if kind == "eps" else "v_prediction"
         scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction)
@@ -136,7 +137,7 @@ def _variance_preserving(mixture: Mixture, kind: Kind, scheduler: Any) -> Pipeli
     )
 
 
-def _flow(mixture: Mixture, kind: Kind, scheduler: Any) -> Pipeline:
+def _flow(mixture: Mixture, kind: Kind, scheduler: Pipeline) -> Pipeline:
     transformer = MixtureTransformer(
         sample_size=1,
         patch_size=1,

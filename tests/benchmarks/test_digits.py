@@ -39,6 +39,7 @@ def test_data_and_targets(digits):
     assert set(digits.TARGETS["even"]) | set(digits.TARGETS["odd"]) == set(range(10))
 
 
+@pytest.mark.slow
 def test_every_method_spends_its_budget_and_is_read_back(digits, tmp_path):
     """An untrained net: 3 trajectories of 20 steps a method, weights that sum to 1."""
     torch.manual_seed(0)
