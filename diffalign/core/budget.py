@@ -68,7 +68,6 @@ class Meter:
         decodes: int = 0,
         rewards: int = 0,
         backward: int = 0,
-        evaluations: int = 0,
         joined: bool = False,
     ) -> None:
         """Count work before it is done. ``joined``: the rows join a call already counted."""
@@ -80,6 +79,10 @@ class Meter:
             meter.decodes += decodes
             meter.rewards += rewards
             meter.backward += backward
+
+    def note(self, *, evaluations: int) -> None:
+        """Count evaluations that were made; their rows were charged before, so nothing is refused."""
+        for meter in (self, *self.others):
             meter.evaluations += evaluations
 
     def check(self, rows: int = 0, decodes: int = 0, rewards: int = 0, backward: int = 0) -> None:

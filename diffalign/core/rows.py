@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkabl
 if TYPE_CHECKING:
     from torch import Tensor
 
+Values = Sequence[Any]
+"""The same part of several states, of any kind."""
+
 
 @runtime_checkable
 class Rows(Protocol):
@@ -56,9 +59,7 @@ def join_rows(states: Sequence[R | None], sizes: Sequence[int]) -> R | None:
     return result  # type: ignore[no-any-return]
 
 
-def join_values(
-    values: Sequence[Any], longer: Sequence[Any], sizes: Sequence[int], where: str
-) -> object:
+def join_values(values: Values, longer: Values, sizes: Sequence[int], where: str) -> object:
     """``join_rows`` for a part of a state; ``longer``: the part for one image more of each.
 
     ``where`` is the part's name, for errors.
@@ -95,14 +96,14 @@ def join_values(
 
 
 def _joined_part(
-    values: Sequence[Any], longer: Sequence[Any], sizes: Sequence[int], name: str, where: str
+    values: Values, longer: Values, sizes: Sequence[int], name: str, where: str
 ) -> object:
     parts, probes = ([getattr(value, name) for value in group] for group in (values, longer))
     return join_values(parts, probes, sizes, f"{where}.{name}")
 
 
 def _joined_entry(
-    values: Sequence[Any], longer: Sequence[Any], sizes: Sequence[int], key: object, where: str
+    values: Values, longer: Values, sizes: Sequence[int], key: object, where: str
 ) -> object:
     parts, probes = ([value[key] for value in group] for group in (values, longer))
     return join_values(parts, probes, sizes, f"{where}[{key!r}]")

@@ -91,3 +91,13 @@ def test_a_budget_is_positive(name):
         with pytest.raises(ValueError, match=rf"Budget\({name}=...\) must be positive or None"):
             Budget(**{name: value})
     Budget(**{name: None})
+
+
+def test_evaluations_are_noted_even_after_the_time_is_over():
+    """They tell of finished work, which must not be lost."""
+    outer = Meter(Budget(seconds=60.0))
+    outer.started -= 61.0
+    meter = Meter(others=(outer,))
+    meter.note(evaluations=8)
+    assert meter.evaluations == outer.evaluations == 8
+    assert counts(outer) == (0, 0, 0, 0, 0)

@@ -86,7 +86,7 @@ def render(
             images = sampler.segments.call(latents, generators, "pt", undecorated)
     finally:
         session.start = None
-        sampler.meter.charge(evaluations=window.calls * len(noise))
+        sampler.meter.note(evaluations=window.calls * len(noise))
     if images.requires_grad:
         hook: Any = images.register_hook  # untyped
         hook(functools.partial(_charge, sampler, kept))
@@ -142,7 +142,7 @@ def _predicted(sampler: PipelineSampler, state: State, latents: Tensor, session:
             sampler.segments.call(latents, generators, "latent", undecorated)
     finally:
         session.start = None
-        sampler.meter.charge(evaluations=window.calls * len(state.rng))
+        sampler.meter.note(evaluations=window.calls * len(state.rng))
     arrival = window.arrival
     assert arrival is not None
     return sampler.grid.read(arrival.output, arrival.sample, arrival.index)[0]

@@ -36,7 +36,7 @@ def advance(
             snapshot = window.snapshot(sampler.pipe.scheduler, len(latents))
     finally:
         session.start = None
-        sampler.meter.charge(evaluations=window.calls * len(state.rng))
+        sampler.meter.note(evaluations=window.calls * len(state.rng))
     last = window.arrival
     assert last is not None
     x0, _ = sampler.grid.read(last.output, last.sample, last.index)
