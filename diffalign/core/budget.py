@@ -81,7 +81,7 @@ class Meter:
             meter.backward += backward
 
     def note(self, *, evaluations: int) -> None:
-        """Count evaluations that were made; their rows were charged before, so nothing is refused."""
+        """Count evaluations that were made; nothing is refused, as their rows were charged."""
         for meter in (self, *self.others):
             meter.evaluations += evaluations
 
