@@ -109,13 +109,6 @@ MODELS: dict[str, Entry] = {
         {"steps": 20, "scale": 3.0},
         "emoji-judge",
     ),
-    "emoji-dit": Entry(
-        "emoji-dit",
-        "text to 128 x 128 scenes: StableDiffusion3Pipeline, flow matching, joint attention",
-        pipeline_in,
-        {"steps": 20, "scale": 5.0},
-        "emoji-judge-2",
-    ),
     "emoji-judge": Entry(
         "emoji-judge",
         "detector of the emoji world: class, score, box and colour of each object",

@@ -168,11 +168,17 @@ class FlowTrainer:
         self.weights = shares / shares.mean()
         self.done = 0
 
+    def close(self) -> bool:
+        """Whether the next step's scenes lie on a quarter of the canvas: it costs half as much and
+        shows the objects as large."""
+        after = self.done - self.options.close
+        return after < 0 or (self.options.every > 0 and after % self.options.every == 0)
+
     def pairs(self) -> int:
         """Pairs of exchanged objects in the next step's batch: none before the lesson, then
-        ``pairs``, and one after it."""
+        ``pairs``, and one after it; none on a quarter of the canvas."""
         start, end = self.options.lesson
-        if self.done < start or not self.options.pairs:
+        if self.done < start or not self.options.pairs or self.close():
             return 0
         return int(self.options.pairs) if self.done < end else 1
 
@@ -181,7 +187,7 @@ class FlowTrainer:
         lesson's pairs come last. At first they are twice as many on a quarter of the canvas."""
         first, last = self.options.close, self.options.curriculum
         share = (self.done - first) / max(1, last - first)
-        close = self.done < first
+        close = self.close()
         world = World(curriculum(share), edition=CLOSE if close else ALIGNED)
         seed = step_seed(self.options.seed, 0, self.done)
         pairs = self.pairs()
@@ -326,16 +332,17 @@ def parser() -> argparse.ArgumentParser:
     add("--layers", type=int, default=6, help="blocks of the transformer")
     add("--batch", type=int, default=16)
     add("--rate", type=float, default=1e-3, help="largest learning rate")
-    add("--updates", type=int, default=6_000)
-    add("--decay-from", type=int, default=4_500, help="update at which the rate begins to fall")
-    add("--close", type=int, default=4_000, help="updates on a quarter of the canvas")
-    add("--curriculum", type=int, default=3_600, help="update at which the mixture is reached")
-    add("--lesson", type=int, nargs=2, default=(1_500, 4_000), help="first and last update with")
+    add("--updates", type=int, default=24_000)
+    add("--decay-from", type=int, default=18_000, help="update at which the rate begins to fall")
+    add("--close", type=int, default=6_000, help="updates on a quarter of the canvas")
+    add("--every", type=int, default=2, help="after those, every so many updates are on it again")
+    add("--curriculum", type=int, default=9_000, help="update at which the mixture is reached")
+    add("--lesson", type=int, nargs=2, default=(8_000, 14_000), help="first and last update with")
     add("--pairs", type=int, default=2, help="so many pairs of exchanged objects in a batch")
     add("--mean", type=float, default=0.6, help="mean of the noise levels' logit")
-    add("--top", type=float, default=0.0, help="share of a batch at the highest noise levels")
+    add("--top", type=float, default=0.33, help="share of a batch at the highest noise levels")
     add(
-        "--looks", type=float, default=1.0, help="weight of what a cell looks like; 1 of what it is"
+        "--looks", type=float, default=3.0, help="weight of what a cell looks like; 1 of what it is"
     )
     add("--decay", type=float, default=0.9985, help="of the averaged weights, per update")
     add("--compile", action="store_true", help="compile the transformer")

@@ -22,8 +22,8 @@ def trainer(tmp_path: Path, *arguments: str) -> CodeTrainer:
 def test_four_pixels_are_one_cell() -> None:
     vae = build(1)
     with torch.no_grad():
-        assert vae.encoder(torch.zeros(1, 3, 128, 128)).shape == (1, 21, 32, 32)
-        assert vae.decoder(torch.zeros(1, 21, 32, 32)).shape == (1, 3, 128, 128)
+        assert vae.encoder(torch.zeros(1, 3, 128, 128)).shape == (1, 29, 32, 32)
+        assert vae.decoder(torch.zeros(1, 29, 32, 32)).shape == (1, 3, 128, 128)
 
 
 @pytest.mark.slow
@@ -44,4 +44,4 @@ def test_both_parts_learn(tmp_path: Path) -> None:
     values = [run.step() for _ in range(48)]
     for key in ("mse", "reading"):
         first, last = (sum(v[key] for v in part) for part in (values[:8], values[-8:]))
-        assert last < 0.9 * first
+        assert last < 0.95 * first
