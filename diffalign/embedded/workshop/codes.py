@@ -65,14 +65,16 @@ def class_words() -> npt.NDArray[np.float32]:
                 word[sorted(set(range(7)) - line)] = signs
                 words.append(word)
     table = np.array(words[: len(OBJECTS)]) * np.sqrt(7) / 2 * 0.6
-    return table.astype(np.float32)
+    codes: npt.NDArray[np.float32] = table.astype(np.float32)
+    return codes
 
 
 def _blocks(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Means over squares of ``STRIDE`` pixels: [side, side, C] -> [C, side / 4, side / 4]."""
     count = len(pixels) // STRIDE
     means = pixels.reshape(count, STRIDE, count, STRIDE, -1).mean((1, 3))
-    return means.transpose(2, 0, 1).astype(np.float32)
+    blocks: npt.NDArray[np.float32] = means.transpose(2, 0, 1).astype(np.float32)
+    return blocks
 
 
 @functools.cache

@@ -11,6 +11,7 @@ length it is asked for to a single row of zeros.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -93,7 +94,7 @@ def tower(folder: Path) -> CLIPTextModelWithProjection:
     return result.eval().requires_grad_(False)
 
 
-def _identity(mlp: nn.Module) -> None:
+def _identity(mlp: Any) -> None:
     """The weights with which a two-layer perceptron with ``quick_gelu`` returns its input: that
     activation of x less that of -x is x."""
     width = mlp.fc1.in_features

@@ -116,7 +116,7 @@ class CodeTrainer:
         values = {"mse": mse.item()}
         if self.done % self.options.every == 0:
             reading = F.mse_loss(self.vae.encoder(target).float(), latent)
-            reading.backward()
+            reading.backward()  # type: ignore[no-untyped-call]
             self.update("encoder")
             values["reading"] = reading.item()
         self.done += 1

@@ -172,7 +172,8 @@ class FlowTrainer:
         """Whether the next step's scenes lie on a quarter of the canvas: it costs half as much and
         shows the objects as large."""
         after = self.done - self.options.close
-        return after < 0 or (self.options.every > 0 and after % self.options.every == 0)
+        turn = self.options.every > 0 and after % self.options.every == 0
+        return bool(after < 0 or turn)
 
     def pairs(self) -> int:
         """Pairs of exchanged objects in the next step's batch: none before the lesson, then
@@ -239,7 +240,7 @@ class FlowTrainer:
         )[0]
         errors = F.mse_loss(answer.float(), noise - clean, reduction="none").mean((2, 3))
         losses = (errors * self.weights).mean(1)
-        losses.mean().backward()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
         norm = self.flat.step(self.rate())
         self.done += 1
         if self.done % EVERY == 0:

@@ -95,7 +95,7 @@ def build(model: str, seed: int, edition: Edition = FIRST, source: Path | None =
 def stretched(place: Tensor, side: int) -> Tensor:
     """Places [1, n * n, C] of a square as [1, side * side, C], interpolated."""
     old = round(place.shape[1] ** 0.5)
-    table = place.transpose(1, 2).unflatten(2, (old, old))
+    table = place.transpose(1, 2).reshape(place.shape[0], -1, old, old)
     larger = F.interpolate(table, size=(side, side), mode="bilinear", align_corners=False)
     return larger.flatten(2).transpose(1, 2)
 
