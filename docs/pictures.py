@@ -20,7 +20,7 @@ LEVELS = (
     (("seams",), "the only code that touches diffusers"),
     (("embedded",), "models that ship, their world and networks"),
     (("guidance", "attention", "rewards"), "one file per technique or reward"),
-    (("search",), "one file per method of align"),
+    (("search", "noise_opt"), "one file per method of align"),
     (("generate", "alignment"), "the one sampling loop; the door of search"),
     (("calibration",), "fits a technique to a model"),
     (("eval",), "measures and compares"),

@@ -56,7 +56,7 @@ class Generation:
     """One call of the pipeline: what the taps on denoiser and scheduler do, and what they know."""
 
     def __init__(self, pipe: Any, plan: Plan, meter: Meter, start: Start | None = None) -> None:
-        family, parameters = plan.family, parametrisation_of(plan.family, pipe.scheduler)
+        family = plan.family
         self.pipe, self.plan, self.meter, self.start = pipe, plan, meter, start
         self.record = Record(plan.resolved)
         self.clock = Clock(pipe.scheduler, family.mix, family.sigma)
@@ -65,7 +65,7 @@ class Generation:
         if start is not None and start.around is not None:
             self.evaluator.middleware.append(start.around(self))
         self.way = way_of(family.mode, plan.opened, bool(plan.guidances))
-        self.combiner = Combiner(plan, parameters, self.record)
+        self.combiner = Combiner(plan, parametrisation_of(family, pipe.scheduler), self.record)
         # technique -> its state; every entry has select(rows) or is None
         self.states: dict[str, Any] = dict(start.states) if start is not None else {}
         self.batch, self.cancelled = 0, False
@@ -186,9 +186,8 @@ class Generation:
                 f"{type(self.pipe).__name__}: the denoiser was called without a timestep."
             )
         # given frames have earlier times
-        first = self.family.time(
-            float(time.max()) if isinstance(time, Tensor) else float(time), self.pipe
-        )
+        latest = float(time.max()) if isinstance(time, Tensor) else float(time)
+        first = self.family.time(latest, self.pipe)
         if self.start is not None:
             begin, whole = self.start.begin, self.start.whole
             self.clock.start(first, None, begin=begin, whole=whole, offset=0)
