@@ -181,10 +181,9 @@ class Generation:
         """The first denoiser call: read the scheduler's tables and the number of images."""
         names = ("timestep", "t", "timesteps")
         time = next((call.arguments[name] for name in names if name in call.arguments), None)
+        name = type(self.pipe).__name__
         if time is None:
-            raise UnsupportedModel(
-                f"{type(self.pipe).__name__}: the denoiser was called without a timestep."
-            )
+            raise UnsupportedModel(f"{name}: the denoiser was called without a timestep.")
         # given frames have earlier times
         latest = float(time.max()) if isinstance(time, Tensor) else float(time)
         first = self.family.time(latest, self.pipe)
@@ -199,7 +198,7 @@ class Generation:
         self.batch = call.rows // 2 if both else call.rows
         if both and (call.rows % 2 or not halves_equal(call.latents)):
             raise UnsupportedModel(
-                f"{type(self.pipe).__name__} did not run both branches in one batch although its "
+                f"{name} did not run both branches in one batch although its "
                 f"guidance was switched on (the denoiser got {call.rows} rows). Is this model "
                 "distilled? Then there is nothing to guide; use NAG."
             )
