@@ -22,7 +22,7 @@ CASES = [
     *(pytest.param(name, "", marks=pytest.mark.slow) for name in SLOW),
 ]
 # what a call of a few steps on random weights cannot have
-NEEDS = {"linear-ag": "policy", "dynamic-cfg": "evaluator"}
+NEEDS = {"linear-ag": "policy", "dynamic-cfg": "evaluator", "auto-guidance": "weak"}
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)

@@ -74,7 +74,8 @@ def attach(techniques: Sequence[AttentionTechnique], generation: Generation) -> 
             if acting or changes:
                 everyone = {**denoisers, **others}
                 calls = generation.evaluator.cached_calls
-                attachment = Attachment(activity, family, everyone, layers, changes, calls)
+                opened = generation.plan.opened
+                attachment = Attachment(activity, family, everyone, layers, changes, calls, opened)
                 attachment.extend(generation)
                 stack.enter_context(attachment.installed())
                 generation.evaluator.middleware.append(attachment.around)
@@ -123,6 +124,7 @@ class Attachment:
         layers: Sequence[Layer],
         changes: Sequence[AttentionTechnique] = (),
         calls: CachedCalls | None = None,
+        opened: bool = True,
     ) -> None:
         self.activity, self.family, self.denoisers = activity, family, denoisers
         techniques = activity.techniques
@@ -138,7 +140,8 @@ class Attachment:
         if self.layers:
             joint = any(layer.kind == "joint" for layer in layers)
             longer = joint and any(t.everywhere for t in techniques)
-            self.caches.refuse(longer and family.mode == "sequential", bool(changes))
+            two_calls = opened and family.mode == "sequential"
+            self.caches.refuse(longer and two_calls, bool(changes))
         # technique -> what it adds around each call
         self.extensions: dict[AttentionTechnique, CallExtension] = {}
         # denoiser -> the image in tokens, the same in every call

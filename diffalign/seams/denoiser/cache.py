@@ -4,10 +4,10 @@ its place."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-from diffalign.core import Pass, UnsupportedModel
+from diffalign.core import UnsupportedModel
 from diffalign.seams.denoiser import cache_dit
 from diffalign.seams.swap import unwrapped
 
@@ -163,11 +163,3 @@ def _arguments(module: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...],
 
 def _output(module: Any, output: Any) -> Any:
     return output
-
-
-def cache_context(module: Any, p: Pass) -> AbstractContextManager[Any]:
-    """The cache context of a pass of our own, where the model runs a cache of diffusers."""
-    if not getattr(unwrapped(module), "is_cache_enabled", False):
-        return nullcontext()
-    context: AbstractContextManager[Any] = unwrapped(module).cache_context(p.name)
-    return context

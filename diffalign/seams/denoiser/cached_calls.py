@@ -10,7 +10,7 @@ from typing import Any
 
 from diffalign.core import Pass, StepInfo
 from diffalign.seams.denoiser import cache_dit
-from diffalign.seams.denoiser.cache import cache_context, empty_cache, is_cached, is_keyed, uncached
+from diffalign.seams.denoiser.cache import empty_cache, is_cached, is_keyed, uncached
 
 Kind = tuple[int, str]
 """A model by its id, and which of its calls: ``""`` for the pipeline's own."""
@@ -58,9 +58,9 @@ class CachedCalls:
             self._step = (step.index, step.evaluation)
             self._evaluation += 1
         p = group[0]
-        if p.alone and not is_keyed(module):  # its one state is that of the pipeline's own calls
-            return uncached(module)
         kind, theirs = self._kind(module, p), cache_dit.manager_of(module) is None
+        if p.alone and theirs:  # its blocks are not those that filled the cache
+            return uncached(module)
         stale = self._is_stale(module, p, rows)
         if stale and theirs:  # all kinds of calls are emptied together
             self._last = {key: last for key, last in self._last.items() if key[0] != id(module)}
@@ -68,7 +68,7 @@ class CachedCalls:
         self._last[kind] = _Last(rows, p.blocks, self._evaluation)
         if not theirs:
             return self._with_cache_dit(module, p, stale)
-        return cache_context(module, p) if p.alone else nullcontext()
+        return nullcontext()
 
     def empty(self, module: Any) -> None:
         """Forget everything that the model's cache holds, in every kind of call."""

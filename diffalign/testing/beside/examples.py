@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,8 +16,11 @@ from torch import Tensor
 from diffalign.core import COND, UNCOND, Guidance, Pass, StepInfo, Technique
 from diffalign.core.registry import TECHNIQUES
 from diffalign.core.types import Keywords, Pipeline
+from diffalign.families import family_of
+from diffalign.guidance import AutoGuidance
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy, Mode
+from diffalign.seams.swap import original_class
 
 ALWAYS = (0.0, math.inf)
 
@@ -112,7 +116,20 @@ def acting(name: str, pipe: Pipeline, shape: Sequence[int], steps: int, folder: 
         weights = {1: torch.tensor([0.1, 0.5, 0.4], dtype=torch.float64)}
         LinearPolicy(identity, plan, weights, {}, {}, 0).save(folder / "policy")
         return TECHNIQUES.build(name, {"scale": 3.0, "policy": str(folder / "policy")})
+    if name == "auto-guidance":
+        return AutoGuidance(3.0, weak=weaker(pipe))
     return TECHNIQUES.build(name, ACTING.get(name, {}))
+
+
+def weaker(pipe: Pipeline) -> torch.nn.Module:
+    """A copy of the pipeline's first denoiser with smaller weights."""
+    family = family_of(original_class(pipe))
+    copy = deepcopy(getattr(pipe, family.denoisers[0]))
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.mul_(0.9)
+    weak: torch.nn.Module = copy
+    return weak
 
 
 def class_of(name: str) -> type[Technique]:
