@@ -84,20 +84,6 @@ def check_rows(module: Any, rows: int, whole: int) -> None:
         )
 
 
-def check_extra(module: Any, p: Pass, alternating: bool) -> None:
-    """Raise ``UnsupportedModel`` where a pass of our own would get what another call left.
-
-    ``alternating``: the pipeline calls its model once for each branch, so rows cannot tell.
-    """
-    if alternating and is_cached(module) and not is_keyed(module):
-        name = config_name(module).removesuffix("Config")
-        raise UnsupportedModel(
-            f"{name} keeps one state for all calls of the model, so the pass {p.name!r}, which "
-            "skips blocks, would get parts of another pass. Disable the cache, or use a guidance "
-            "that skips no blocks."
-        )
-
-
 def fixed_rows(module: Any) -> bool:
     """Whether row counts must stay {B, 2B}: the module is compiled, in whole or in part, or runs a
     feature cache."""
