@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "beside.md"
 HEAD = """# Beside what else a pipeline carries
 
 A pipeline may already have a LoRA, an IP-Adapter, a cache, a compiled ControlNet, a callback. Each
-technique was tried beside each of them, on tiny pipelines of real diffusers classes. `yes` means:
+technique has a cell beside each of them, for tiny pipelines of real diffusers classes. `yes` means:
 switched off it changes no bit, switched on it is right, and afterwards the pipeline is bit for bit
 what it was. `no` means that it refuses with the sentence below the table and changes nothing.
 `–` means that the technique does not exist on these families, whatever else they carry.
@@ -30,10 +30,12 @@ Right is what the last column of the first table says. *Branches*: every predict
 the pipeline itself, run with that branch only. *Images*: every image of a batch equals the image
 made alone. *Without*: the result equals the same computed without the mechanism (fused instead of
 loaded, resident instead of offloaded). *Faint*: what is computed from earlier steps stays what it
-is natively under a technique of almost no weight, and images do not mix. Every technique was tried
-on the first class of pipelines that is named, one technique of each way of acting on the others.
+is natively under a technique of almost no weight, and images do not mix. The cells are what the
+library declares. One technique of each way of acting was run beside every kind of neighbour, on the
+first class that is named; all cells together take hours and have not been run in one go yet.
 
-This page is made by `python benchmarks/beside.py`; `tests/beside/test_matrix.py` checks every cell.
+This page is made by `python benchmarks/beside.py`; `pytest -m exhaustive tests/beside` checks every
+cell.
 """
 
 

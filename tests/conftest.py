@@ -28,7 +28,11 @@ def pytest_configure(config):
     _unmarked.clear()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "exhaustive" not in config.getoption("markexpr"):
+        hours = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=hours)
     there = {"gpu": torch.cuda.is_available(), "hub": os.environ.get("DIFFALIGN_HUB") == "1"}
     for item in items:
         for name, reason in ALLOWED.items():

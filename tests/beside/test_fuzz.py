@@ -27,7 +27,7 @@ from diffalign.testing.beside.examples import NEUTRAL
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_names, tiny_pipeline, tiny_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.filterwarnings("ignore")]
 CALLS = int(os.environ.get("DIFFALIGN_FUZZ", "100"))
 FIRST = int(os.environ.get("DIFFALIGN_FUZZ_FROM", "0"))
 NOISE = (

@@ -53,14 +53,14 @@ def test_a_technique_of_each_kind(neighbour, tmp_path):
         assert not failures(cells, QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("neighbour", NEIGHBOURS, ids=lambda neighbour: neighbour.name)
 def test_every_technique(neighbour, tmp_path):
     with beside(neighbour, neighbour.pipelines[0], tmp_path) as cells:
         assert not failures(cells, dict.fromkeys([*KINDS, *techniques()]))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("neighbour", "pipeline"), OTHERS)
 def test_a_technique_of_each_kind_on_other_families(neighbour, pipeline, tmp_path):
     """And every technique that the first family does not have."""
@@ -69,7 +69,7 @@ def test_a_technique_of_each_kind_on_other_families(neighbour, pipeline, tmp_pat
         assert not failures(cells, dict.fromkeys([*KINDS, *absent]))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_page_is_what_is_tested(benchmark_module):
     module = benchmark_module("beside")
     page = module.PAGE.read_text(encoding="utf-8")
