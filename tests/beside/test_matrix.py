@@ -9,7 +9,7 @@ from diffalign.core.registry import techniques
 from diffalign.testing.beside import NEIGHBOURS
 from diffalign.testing.beside.check import beside, is_absent
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 # one for each way of acting: a pass left out, for some images only, a pass more, inside attention
 KINDS = ("interval-cfg", "some images", "s2-guidance", "nag", "pladis")
 # the same in short, beside one neighbour of each group; each has broken a technique once, or might

@@ -17,7 +17,7 @@ from diffalign.testing.beside.examples import neutral
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 FAMILY_NAMES = [
     "StableDiffusionPipeline",
     *(
