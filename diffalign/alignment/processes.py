@@ -26,9 +26,10 @@ class World:
         """The processes of RANK and WORLD_SIZE, joined; one process without them."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
+        import torch
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes)
 
     def share(self, budget: Budget) -> Budget:

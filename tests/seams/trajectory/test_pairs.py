@@ -27,7 +27,7 @@ SD, SDXL, SD3, FLUX = (
 )
 QUICK = {(SD, "HeunDiscreteScheduler"), (SD3, "UniPCMultistepScheduler")}
 MARKED = [
-    pytest.param(*pair, marks=() if pair[:2] in QUICK else pytest.mark.slow) for pair in PAIRS
+    pytest.param(*pair, marks=() if pair[:2] in QUICK else pytest.mark.exhaustive) for pair in PAIRS
 ]
 STEPS = 5
 
