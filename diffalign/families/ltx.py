@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from diffalign.core import linear_mix
+from diffalign.core.errors import UnsupportedModel
 from diffalign.families.arithmetic import negated, upcast_mix
 from diffalign.families.family import IMAGE, RESCALE, Family
 from diffalign.families.layout import Grid
@@ -35,8 +36,20 @@ def without_first_frame(guided: Tensor, arrival: Tensor) -> Tensor:
 
 
 def grid(denoiser: Any, arguments: Mapping[str, Any]) -> Grid:
-    """Patches are of one latent."""
-    return arguments["num_frames"], arguments["height"], arguments["width"]
+    """Patches are of one latent; with given frames the sizes follow from the tokens' coordinates.
+
+    Raises: ``UnsupportedModel`` where tokens of given frames stand before those of the video.
+    """
+    places = arguments.get("video_coords")
+    if places is None:
+        return arguments["num_frames"], arguments["height"], arguments["width"]
+    frames, height, width = (len(axis.unique()) for axis in places[0])
+    if frames * height * width != places.shape[-1]:
+        raise UnsupportedModel(
+            "LTX: tokens of given frames stand before those of the video, so the image tokens form "
+            "no grid. Give frames at index 0, or use da.PAG instead."
+        )
+    return frames, height, width
 
 
 LTX = Family(
