@@ -131,6 +131,15 @@ def test_enabled_on_the_transformer_alone(name, calls):
     assert torch.equal(first[0], cached)
     for technique, image in zip(techniques, first):
         assert torch.equal(run(pipe, technique), image)
+
+    def switch_off(pipe, index, timestep, tensors):
+        if index == STEPS - 1:
+            disable(pipe.transformer)
+        return tensors
+
+    if name != PIXART:  # it has no such callback
+        run(pipe, da.CFG(), callback_on_step_end=switch_off)
+        assert "_context_manager" not in vars(pipe.transformer)
     disable(pipe.transformer)
 
 
