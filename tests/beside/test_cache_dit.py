@@ -21,6 +21,8 @@ SD3, PIXART, FLUX, WAN = (
 )
 NAMES = (SD3, PIXART, FLUX)
 STEPS = 6
+# the other families are in the full suite
+ONE_QUICK = [SD3, *(pytest.param(name, marks=pytest.mark.slow) for name in (PIXART, FLUX, WAN))]
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +86,7 @@ def blocks_computed(pipe):
 # -- when it is enabled ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_QUICK[:3])
 def test_enabled_before_between_and_inside_sessions_and_disabled(name):
     pipe = make(name)
     cls, members = type(pipe), dict(vars(type(pipe)))
@@ -118,6 +120,7 @@ def test_the_call_that_gets_past_a_decorator_keeps_session_and_cache():
     assert session.report().steps == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "calls"), [(PIXART, STEPS), (FLUX, 2 * STEPS), (WAN, STEPS)])
 def test_enabled_on_the_transformer_alone(name, calls):
     """Nobody begins anew for each image then, and sessions do."""
@@ -131,6 +134,15 @@ def test_enabled_on_the_transformer_alone(name, calls):
     assert torch.equal(first[0], cached)
     for technique, image in zip(techniques, first):
         assert torch.equal(run(pipe, technique), image)
+
+    def switch_off(pipe, index, timestep, tensors):
+        if index == STEPS - 1:
+            disable(pipe.transformer)
+        return tensors
+
+    if name != PIXART:  # it has no such callback
+        run(pipe, da.CFG(), callback_on_step_end=switch_off)
+        assert "_context_manager" not in vars(pipe.transformer)
     disable(pipe.transformer)
 
 
@@ -143,7 +155,7 @@ def skip_layer(**options):
     )
 
 
-@pytest.mark.parametrize("name", [*NAMES, WAN])
+@pytest.mark.parametrize("name", ONE_QUICK)
 def test_a_skip_layer_pass_of_no_weight_changes_nothing(name):
     pipe = make(name)
     computed = blocks_computed(pipe)
@@ -158,7 +170,7 @@ def test_a_skip_layer_pass_of_no_weight_changes_nothing(name):
     )  # the extra pass has a cache of its own, which fires
 
 
-@pytest.mark.parametrize("name", [*NAMES, WAN])
+@pytest.mark.parametrize("name", ONE_QUICK)
 @pytest.mark.parametrize(
     "technique",
     [
@@ -180,7 +192,7 @@ def test_a_cache_that_never_fires_changes_nothing(name, technique):
     assert torch.allclose(cached, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
 
 
-@pytest.mark.parametrize("name", [*NAMES, WAN])
+@pytest.mark.parametrize("name", ONE_QUICK)
 @pytest.mark.parametrize("stop", [0.5, 0.34])
 def test_without_guidance_the_cache_begins_anew(name, stop):
     """From the step on that has one branch, the image is the plain one of a fresh cache."""
@@ -194,6 +206,7 @@ def test_without_guidance_the_cache_begins_anew(name, stop):
     assert len(computed) == warm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "separate"), [(FLUX, True), (FLUX, False), (WAN, True)])
 def test_branches_that_no_longer_take_turns_have_contexts_of_their_own(name, separate):
     pipe = make(name)
@@ -214,7 +227,7 @@ def nag(**options):
     return da.NAG(4.0, **{"tau": 1.6, "alpha": 0.7, "sigma": (0.0, float("inf")), **options})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_QUICK[:3])
 @pytest.mark.parametrize("window", [{}, {"sigma": None, "stop": 0.5}])
 def test_attention_techniques(name, window):
     pipe = make(name)
@@ -249,6 +262,7 @@ def test_two_texts_in_one_cache_are_refused_by_name():
     assert session.report().layers["NAG"][0] > 0
 
 
+@pytest.mark.slow
 def test_the_published_layout_of_nag():
     """It copies the image stream at a block that cache-dit calls by position."""
     pipe = make(FLUX)

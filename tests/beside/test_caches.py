@@ -82,21 +82,25 @@ SKIPPING = {
 }
 
 
-@pytest.mark.parametrize("cache", NEVER)
-@pytest.mark.parametrize("technique", SKIPPING)
+FAMILIES_ONE_QUICK = [
+    COG,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (WAN, FLUX, LTX)),
+]
+
+
 @pytest.mark.parametrize(
-    "name", [COG, *(pytest.param(name, marks=pytest.mark.slow) for name in (WAN, FLUX, LTX))]
+    "cache", ["first block", *(pytest.param(c, marks=pytest.mark.slow) for c in list(NEVER)[1:])]
 )
+@pytest.mark.parametrize("technique", SKIPPING)
+@pytest.mark.parametrize("name", FAMILIES_ONE_QUICK)
 def test_a_cache_that_never_fires_changes_nothing(name, technique, cache):
     plain, _ = run(make(name), SKIPPING[technique](), batch=2)
     cached, _ = run(make(name, NEVER[cache]()), SKIPPING[technique](), batch=2)
     assert torch.allclose(cached, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
 
 
-@pytest.mark.parametrize("cache", [name for name in FIRING if name != "pyramid"])
-@pytest.mark.parametrize(
-    "name", [WAN, COG, *(pytest.param(name, marks=pytest.mark.slow) for name in (FLUX, LTX))]
-)
+@pytest.mark.parametrize("cache", ["first block", "taylor seer", "mag"])
+@pytest.mark.parametrize("name", FAMILIES_ONE_QUICK)
 def test_an_extra_pass_of_no_weight_changes_nothing(name, cache):
     """It has a cache context of its own, so the cache of the other passes goes on firing."""
     plain, _ = run(make(name), da.CFG(3.0))
@@ -107,10 +111,17 @@ def test_an_extra_pass_of_no_weight_changes_nothing(name, cache):
 
 
 @pytest.mark.parametrize("cache", FIRING)
-@pytest.mark.parametrize("technique", ["interval", "late interval", "adaptive", "other blocks"])
 @pytest.mark.parametrize(
-    "name", [COG, *(pytest.param(name, marks=pytest.mark.slow) for name in (WAN, FLUX, LTX))]
+    "technique",
+    [
+        "interval",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("late interval", "adaptive", "other blocks")
+        ),
+    ],
 )
+@pytest.mark.parametrize("name", FAMILIES_ONE_QUICK)
 def test_images_stay_apart(name, technique, cache):
     pipe = make(name, FIRING[cache]())
     (first, _), (second, _) = (run(pipe, SKIPPING[technique](), batch=2, other=x) for x in (0, 1))

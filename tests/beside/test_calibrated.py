@@ -97,6 +97,7 @@ def test_a_model_that_changed_says_so_in_one_line_at_the_start(calibrated, name)
     assert "\n" not in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [bf16, fused, lora])
 def test_a_fitted_policy_holds_for_the_same_model(change):
     """Without weights of its own the policy of ``emoji`` is found by the model's hash."""

@@ -8,6 +8,8 @@ from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
 SLOW = (
+    "DiTPipeline",
+    "FluxPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusion3Pipeline",
     "QwenImagePipeline",
@@ -17,8 +19,6 @@ SLOW = (
 )
 CASES = [
     ("StableDiffusionPipeline", ""),
-    ("FluxPipeline", ""),
-    ("DiTPipeline", ""),
     *(pytest.param(name, "", marks=pytest.mark.slow) for name in SLOW),
 ]
 # what a call of a few steps on random weights cannot have

@@ -28,9 +28,10 @@ def separates_branches(module: Any) -> bool:
 
 
 def refresh(module: Any) -> None:
-    """Begin anew, warm-up included, as cache-dit itself does between generations."""
+    """Begin anew, warm-up included, as cache-dit itself does between generations; nothing where
+    somebody has switched it off."""
     manager = manager_of(module)
-    for name, options in _options(module).items():
+    for name, options in _options(module).items() if manager is not None else ():
         manager.reset_context(name, **options)
 
 

@@ -38,17 +38,18 @@ class Combiner:
             times = family.releases(call.arguments)
             self.releases = None if times is None else torch.tensor(times)
 
-    def at(self, timestep: float, device: torch.device, state: Any) -> Any:
+    def at(self, time: float, call: PipelineCall, states: dict[str, Any]) -> None:
         """A step begins: the tokens that reach the scheduler from here on, and the technique's
         state for them."""
         if self.releases is None:
-            return state
-        open_now = self.releases >= timestep - 1e-3
-        before = self.seen
-        if isinstance(before, Tensor) and len(before) == int(open_now.sum()):
-            return state
-        self.seen = open_now.nonzero().squeeze(1).to(device)
-        return state if before is None else _for_tokens(state, before, self.seen)
+            return
+        released, before = self.releases >= time - 1e-3, self.seen
+        if isinstance(before, Tensor) and len(before) == int(released.sum()):
+            return
+        self.seen = released.nonzero().squeeze(1).to(call.latents.device)
+        name = self.plan.guidance_name
+        if before is not None and name in states:
+            states[name] = _for_tokens(states[name], before, self.seen)
 
     def combine(self, guidance: Guidance[Any], step: Step, state: Any) -> tuple[Tensor, Any]:
         """The guided prediction [B, ...] of a step, and the technique's next state."""

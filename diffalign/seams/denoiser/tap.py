@@ -98,9 +98,7 @@ class Generation:
             self._start_clock(call)
             if guidance is not None and self.plan.guidance_name not in self.states:
                 self.states[self.plan.guidance_name] = guidance.init(self.batch)
-        if guidance is not None and isinstance(call.latents, Tensor):
-            name, (time, device) = self.plan.guidance_name, (self.clock.time, call.latents.device)
-            self.states[name] = self.combiner.at(time, device, self.states[name])
+        self.combiner.at(self.clock.time, call, self.states)
         info = self.clock.now(self.combiner.converter(call, self.clock.sigma, self.batch))
         self.record.sigma.setdefault(info.index, info.sigma)
         self.step = Step(info, self.combiner.shape(call))
