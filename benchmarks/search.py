@@ -1,10 +1,11 @@
 """What does a search buy? Every method once on each prompt, beside best-of-N at equal NFE and at
 equal seconds.
 
-    python benchmarks/search.py [--prompts 60] [--nfe 1600] [--methods NAME ...] [--output ...]
+    python benchmarks/search.py [--prompts 60] [--nfe 800] [--methods NAME ...] [--output ...]
 
 A run is anytime: the image that it would have returned after 100, 200, ... NFE is read from one
-run. The reward that is optimised is ``emoji-clip``; whether the image is right is said by the judge
+run. Best-of-N runs on to twice the NFE of the others, so that a method that needs half as many
+shows. The reward that is optimised is ``emoji-clip``; whether the image is right is said by the judge
 and by the audit judge, which no method sees. Finished runs are kept in ``--work`` and not repeated.
 """
 
@@ -37,6 +38,7 @@ from diffalign.tasks.geneval.verdict import prompts
 STEPS = 20
 READ = (100, 200, 400, 800, 1600)
 ETA = {"kernel": da.Eta(1.0)}
+BASE = "best-of-n"
 COLUMNS = {
     "NFE": "denoiser rows, the final call not counted",
     "seconds": "median processor seconds of a run up to there",
@@ -59,7 +61,7 @@ class Way:
 
 
 WAYS = {
-    "best-of-n": Way("best-of-n"),
+    BASE: Way("best-of-n"),
     "best-of-n, adaptive guidance": Way("best-of-n", {}, (da.AdaptiveGuidance(),)),
     "zero-order": Way("zero-order"),
     "draft-commit, 8 steps": Way("draft-commit:steps=8"),
@@ -111,7 +113,7 @@ def timed(module: torch.nn.Module, name: str) -> Iterator[list[float]]:
         setattr(cls, name, method)
 
 
-def run(way: Way, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, Any]:
+def run(way: Way, pipe: Any, prompt_id: int, nfe: int, scale: float) -> dict[str, Any]:
     """One run as data: what the best image was after how much work."""
     record, reward = prompts()[prompt_id], Timed()
     images: list[torch.Tensor] = []
@@ -128,12 +130,12 @@ def run(way: Way, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, An
             str(record["prompt"]),
             method=way.method,
             reward=reward,
-            budget=da.Budget(nfe=options.nfe + 2 * STEPS),
+            budget=da.Budget(nfe=nfe + 2 * STEPS),
             techniques=way.techniques,
             batch=8,
             improved=improved,
             num_inference_steps=STEPS,
-            guidance_scale=options.scale,
+            guidance_scale=scale,
             **way.call,
         )
     total = time.process_time() - start
@@ -161,17 +163,22 @@ def run(way: Way, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, An
     }
 
 
+def limit_of(name: str, options: Namespace) -> int:
+    return int(options.nfe) * (2 if name == BASE else 1)
+
+
 def runs(name: str, pipe: Any, ids: Sequence[int], options: Namespace, bar: Progress) -> list[Any]:
     """The runs of one way on all prompts, those that are finished read from their files."""
     place = Path(options.work) / name.replace(", ", "-").replace(" ", "-")
     place.mkdir(parents=True, exist_ok=True)
     task = bar.add_task(name, total=len(ids))
+    nfe = limit_of(name, options)
     found = []
     for prompt_id in ids:
-        file = place / f"{prompt_id}-{options.nfe}.json"
+        file = place / f"{prompt_id}-{nfe}.json"
         if not file.exists():
             part = file.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(run(WAYS[name], pipe, prompt_id, options)))
+            part.write_text(json.dumps(run(WAYS[name], pipe, prompt_id, nfe, options.scale)))
             part.replace(file)
         found.append(json.loads(file.read_text()))
         bar.advance(task)
@@ -224,7 +231,7 @@ def rows_of(
 
 
 def main() -> None:
-    parser = command_line(__doc__, prompts=60, nfe=1600, scale=3.0, work="build/search")
+    parser = command_line(__doc__, prompts=60, nfe=800, scale=3.0, work="build/search")
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--methods", nargs="*", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
@@ -233,13 +240,13 @@ def main() -> None:
     pipe = da.load(options.model)
     pipe.set_progress_bar_config(disable=True)
     with Progress() as bar:
-        base = runs("best-of-n", pipe, ids, options, bar)
+        base = runs(BASE, pipe, ids, options, bar)
         rows: list[Row] = []
         ties: dict[str, float] = {}
         own: dict[str, float] = {}
         for name in options.methods:
             found = runs(name, pipe, ids, options, bar)
-            rows += rows_of(name, found, base, ids, options.nfe)
+            rows += rows_of(name, found, base, ids, limit_of(name, options))
             ties[name] = sum(record["equal"] > 1 for record in found) / len(found)
             own[name] = statistics.median(record["own"] for record in found)
     facts = {"prompts": len(ids), "share of ties": ties, "share of the driver": own}

@@ -9,7 +9,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 
 ALLOWED = {"gpu": "needs an accelerator", "hub": "needs the network; set DIFFALIGN_HUB=1"}
 _unmarked: list[str] = []
@@ -23,12 +22,15 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_configure(config):
-    torch.set_num_threads(1)
+def pytest_configure():
     _unmarked.clear()
 
 
 def pytest_collection_modifyitems(config, items):
+    # Here and not above: the process that only hands out tests never collects, and starts without.
+    import torch
+
+    torch.set_num_threads(1)
     if "exhaustive" not in config.getoption("markexpr"):
         hours = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
@@ -63,11 +65,10 @@ def benchmark_module():
 def _same_attention_backend():
     """``model.set_attention_backend`` changes a setting of the whole process; the next test starts
     from the usual one."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
-
-    before = registry._active_backend
     yield
-    registry._active_backend = before
+    if dispatch := sys.modules.get("diffusers.models.attention_dispatch"):
+        usual = dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND)
+        dispatch._AttentionBackendRegistry.set_active_backend(usual)
 
 
 @pytest.fixture(autouse=True)
