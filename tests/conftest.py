@@ -26,11 +26,27 @@ def pytest_configure():
     _unmarked.clear()
 
 
+def _mark_all_but_few(items):
+    """Of a test with ``few(n)``, n sets of parameters evenly apart stay; the others are slow."""
+    groups = {}
+    for item in items:
+        if item.get_closest_marker("few"):
+            groups.setdefault((item.path, item.originalname), []).append(item)
+    for group in groups.values():
+        count = group[0].get_closest_marker("few").args[0]
+        stays = {round(i * (len(group) - 1) / max(1, count - 1)) for i in range(count)}
+        for i, item in enumerate(group):
+            if i not in stays:
+                item.add_marker("slow")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     # Here and not above: the process that only hands out tests never collects, and starts without.
     import torch
 
     torch.set_num_threads(1)
+    _mark_all_but_few(items)
     if "exhaustive" not in config.getoption("markexpr"):
         hours = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]

@@ -124,6 +124,7 @@ def test_a_peft_model(name):
         "StableDiffusionXLControlNetUnionPipeline",
     ],
 )
+@pytest.mark.slow
 def test_a_compiled_controlnet(name):
     pipe = tiny_pipeline(name)
     pipe.controlnet = torch.compile(pipe.controlnet, backend="eager")

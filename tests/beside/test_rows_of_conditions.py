@@ -168,6 +168,7 @@ CONDITIONS = {
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.few(4)
 def test_each_image_keeps_its_condition(condition):
     """Row subsets, then no unconditional pass at all: every image is what it is alone."""
     name, pipe, rows = CONDITIONS[condition]()

@@ -34,6 +34,7 @@ def zero(rows):
 
 @pytest.mark.parametrize("zeroed", ZEROED)
 @pytest.mark.parametrize("technique", [*RULES, da.CFGZeroStar(4.0, zero_steps=0)], ids=repr)
+@pytest.mark.few(10)
 def test_a_prediction_of_zeros(technique, zeroed):
     name = SD3 if isinstance(technique, da.CFGZeroStar) else SD
     pipe = tiny_pipeline(name)

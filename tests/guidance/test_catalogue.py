@@ -85,6 +85,7 @@ def models(monkeypatch):
     [pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.slow) for p in RECIPES],
     ids=lambda path: path.stem,
 )
+@pytest.mark.slow
 def test_recipe_runs(path, models, monkeypatch, tmp_path, capsys):
     """It leaves an image named after it, and every technique that it makes reports."""
     monkeypatch.chdir(tmp_path)

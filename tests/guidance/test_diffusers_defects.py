@@ -120,6 +120,7 @@ def test_8_what_is_off_leaves_no_trace_of_another_step():
 
 
 @pytest.mark.parametrize(("name", "variant"), PIPELINES.items())
+@pytest.mark.few(5)
 def test_9_blocks_are_listed_in_the_order_in_which_they_run(name, variant):
     """All stacks, in an order that the model decides and no hash does: block 3 means the fourth
     block that runs."""

@@ -284,6 +284,7 @@ def count_rows(pipe, counted, *others):
 
 
 @pytest.mark.parametrize("name", GUIDANCES)
+@pytest.mark.few(12)
 def test_declared_is_metered_is_run(pipe, name, monkeypatch, tmp_path):
     """Passes that the technique declares, rows that the meter charges, and rows that enter the
     denoiser are one number, also by hand."""

@@ -207,6 +207,7 @@ def test_nag_acts_in_the_perturbed_pass_too():
 
 
 @pytest.mark.parametrize("name", [SD, FLUX, "Lumina2Pipeline", "HunyuanVideoPipeline"])
+@pytest.mark.few(2)
 def test_with_nag_and_pladis_and_the_pipeline_as_before(name):
     pipe = deep_pipeline(name)
     before, _ = call(pipe, CFG(4.0))

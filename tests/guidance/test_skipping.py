@@ -180,6 +180,7 @@ def test_first_block_cache_keeps_the_skipped_pass_apart():
     ],
 )
 @pytest.mark.parametrize("kind", ["nag", "pladis", "both"])
+@pytest.mark.few(2)
 def test_with_attention_techniques(name, kind):
     """All three passes run under them: the formula holds between runs that have them, the third
     lacking the block."""

@@ -136,6 +136,7 @@ class ByHand(Guidance):
     ids=["apg", "apg-mix", "zero-star", "tcfg", "magnitude", "rescale", "original"],
 )
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+@pytest.mark.few(5)
 def test_guiders_equal_calling_them_by_hand(make, name):
     given = make()
     if isinstance(given, MagnitudeAwareGuidance) and name != "FluxPipeline":
@@ -284,6 +285,7 @@ def call(pipe, name, steps=4, batch=2, negative=True, **options):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.slow
 def test_cfg_on_modular_pipelines(name):
     native = call(modular(name, lambda _: ClassifierFreeGuidance(guidance_scale=4.0)), name)
     pipe = modular(name, lambda pipe: da.guider(CFG(4.0), pipe))
@@ -334,6 +336,7 @@ GUIDANCES = [name for name, cls in techniques().items() if cls.seam == "denoiser
 @pytest.mark.parametrize(
     "name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "WanPipeline"]
 )
+@pytest.mark.few(6)
 def test_modular_is_classic_to_rounding(name, technique, tmp_path):
     """The same latents through a classic session and a modular guider; passes run in one batch
     there and one by one here."""
@@ -442,6 +445,7 @@ class FirstRowOnly(Guidance):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.few(1)
 def test_rows_are_picked(name):
     pipe = modular(name, lambda pipe: da.guider(FirstRowOnly(), pipe))
     got = call(pipe, name)
@@ -458,6 +462,7 @@ def test_rows_are_picked(name):
     "name",
     ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "WanPipeline"],
 )
+@pytest.mark.few(1)
 def test_skipped_blocks_on_modular_pipelines(name):
     source = deep_pipeline(name)
     technique = S2Guidance(4.0, start=0.0, stop=1.0, omega=2.0)

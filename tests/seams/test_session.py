@@ -223,6 +223,7 @@ def test_one_generation_at_a_time(pipe):
         final(pipe, sd_inputs(callback_on_step_end=again))
 
 
+@pytest.mark.slow
 def test_compiled_denoiser_sees_two_classes_at_most(pipe):
     """The tapped class is made once: a compiled model settles at two frames (plain and tapped)."""
     import torch._dynamo

@@ -55,6 +55,7 @@ def test_a_row_subset_is_really_a_subset(name):
     assert torch.allclose(got[1], plain[1], atol=1e-5 * float(plain.abs().max()))
 
 
+@pytest.mark.slow
 def test_compiled_models_see_two_row_counts():
     """A compiled model must not meet a third batch size: whole branches are evaluated and the
     subset picked afterwards."""
@@ -101,6 +102,7 @@ CACHES = {
 @pytest.mark.parametrize(
     "name", ["WanPipeline", "FluxPipeline", "LTXPipeline", "CogVideoXPipeline"]
 )
+@pytest.mark.few(4)
 def test_feature_caches_run_as_without_a_session(name, cache):
     def cached():
         pipe = tiny_pipeline(name)

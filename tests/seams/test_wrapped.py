@@ -62,6 +62,7 @@ TECHNIQUES = {
 @pytest.mark.parametrize("techniques", TECHNIQUES)
 @pytest.mark.parametrize("wrap", [adapted, Parallel, lambda model: Parallel(adapted(model))])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.few(5)
 def test_techniques_reach_the_model_within(name, wrap, techniques):
     def run(pipe):
         with da.apply(pipe, *TECHNIQUES[techniques]()) as session:

@@ -50,6 +50,7 @@ def one_thread() -> None:
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.few(20)
 def test_runs_repeats_and_reads_its_text(name: str, variant: str) -> None:
     pipe = tiny_pipeline(name, variant=variant)
     assert type(pipe).__name__ == name
@@ -74,6 +75,7 @@ def test_runs_repeats_and_reads_its_text(name: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.few(20)
 def test_guidance_changes_the_output_exactly_where_there_is_an_unconditional_branch(
     name: str, variant: str
 ) -> None:
@@ -84,6 +86,7 @@ def test_guidance_changes_the_output_exactly_where_there_is_an_unconditional_bra
 
 
 @pytest.mark.parametrize("name", tiny_names(slow=True))
+@pytest.mark.slow
 def test_pipelines_that_encode_large_images(name: str) -> None:
     pipe = tiny_pipeline(name)
     made = run(pipe, tiny_inputs(name, steps=1))
@@ -93,6 +96,7 @@ def test_pipelines_that_encode_large_images(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiny_names(text=True))
+@pytest.mark.few(6)
 def test_prompts_as_strings(name: str) -> None:
     pipe = tiny_pipeline(name, text=True)
     made = run(pipe, tiny_inputs(name, text=True, steps=2))

@@ -197,6 +197,7 @@ def theirs(positive, negative, layer):
 
 @pytest.mark.parametrize("guided", [False, True], ids=["alone", "with CFG"])
 @pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.few(16)
 def test_two_models_in_lock_step(name, variant, guided):
     report, met = compare(name, variant, guided, ours(), theirs, batch=1 if "VACE" in name else 2)
     layers = met[0] * (2 if variant == "2.2" else 1)

@@ -194,6 +194,7 @@ def options(**changes: int) -> object:
     return found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_bits() -> None:
     straight = ClipTrainer(options(), VOCAB)  # type: ignore[arg-type]
     losses = [straight.step() for _ in range(3)]

@@ -241,6 +241,7 @@ def test_figures_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", EDITION)
+@pytest.mark.few(1)
 def test_the_shipped_judges_meet_their_bars_on_held_out_scenes(name: str) -> None:
     judge = load(name)
     scenes = list(World(edition=EDITION[name]).scenes(1_000_400, 96))
@@ -264,6 +265,7 @@ def test_the_shipped_judges_meet_their_bars_on_held_out_scenes(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", EDITION)
+@pytest.mark.slow
 def test_the_shipped_judges_reject_wrong_scenes(name: str) -> None:
     judge = load(name)
     wrong = list(World(edition=EDITION[name]).wrong(1_000_500, 96))
@@ -277,6 +279,7 @@ def test_the_shipped_judges_reject_wrong_scenes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EDITION)
+@pytest.mark.few(1)
 def test_the_shipped_judges_do_not_count_spoilt_objects(name: str) -> None:
     """An object whose patches are shuffled keeps its palette and place; a judge that still names it
     judges palettes."""

@@ -66,6 +66,7 @@ def test_shares_of_omissions_and_errors(scenes: list[Scene], statements: list[St
         ("position_coloured", set(OMISSIONS) - {"number"}, set(ERRORS) - {"number"}),
     ],
 )
+@pytest.mark.few(1)
 def test_the_kinds_of_fact_are_drawn_evenly(
     kind: str, omissions: set[str], errors: set[str]
 ) -> None:

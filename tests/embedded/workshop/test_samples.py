@@ -51,6 +51,7 @@ def test_pictures_do_not_depend_on_their_batch(pipe, judge):
     assert bool(alone.right[0, 1]) == expected
 
 
+@pytest.mark.slow
 def test_scored_pictures_are_those_of_the_seed_rule(pipe, judge):
     records = score.spread_prompts(6)
     images, correct = score.score(pipe, records, 2.0, STEPS, 5, batch=1)

@@ -47,6 +47,7 @@ def test_the_stage_starts_from_the_weights_of_a_folder(
     assert torch.equal(stage.ema, torch.cat(parameters))
 
 
+@pytest.mark.slow
 def test_an_exported_folder_loads_without_arguments(
     tokenizer: CLIPTokenizer, tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_folder_without_a_pipeline_is_refused(tokenizer: CLIPTokenizer, tmp_pa
         trainer(tokenizer, "--from", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_resume_repeats_the_bits(tokenizer: CLIPTokenizer) -> None:
     straight, first = trainer(tokenizer), trainer(tokenizer)
     losses = [straight.step() for _ in range(4)]
@@ -79,6 +81,7 @@ def test_resume_repeats_the_bits(tokenizer: CLIPTokenizer) -> None:
     assert [second.step() for _ in range(2)] == losses[2:]
 
 
+@pytest.mark.slow
 def test_a_lesson_resumes_and_ends(tokenizer: CLIPTokenizer) -> None:
     """Two steps with pairs, then two without; a resumed run repeats them."""
     arguments = ("--lesson", "2", "--pairs", "1")

@@ -348,6 +348,7 @@ def test_curriculum_ends_in_the_shipped_mixture() -> None:
     )
 
 
+@pytest.mark.slow
 def test_exported_folder_is_a_plain_pipeline(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     trainer = train_denoiser.DenoiserTrainer(Team(), options(), small_vae(), tokenizer.get_vocab())
     save_state(tmp_path / "state.pt", {"trainer": trainer.state()})

@@ -139,6 +139,7 @@ def test_relations_hold_by_genevals_rule_and_their_opposites_do_not(
     assert min(counts.values()) > 180
 
 
+@pytest.mark.slow
 def test_captions_kinds_and_words_are_those_of_the_first_edition() -> None:
     """The same sentences can be told of both editions; only the two pairs of numbers that make
     five are new, and their words are not."""

@@ -79,6 +79,7 @@ def test_lora_live_and_fused_agree(name):
 
 
 @pytest.mark.parametrize("name", [SD, XL, SD3, FLUX, "ChromaPipeline", WAN, QWEN])
+@pytest.mark.few(3)
 def test_fused_projections_agree(name):
     pipe = tiny_pipeline(name, dtype=torch.float64)
     if name == SD3:  # the fused processor of diffusers leaves these out, with and without us
@@ -219,6 +220,7 @@ def test_ip_adapter_of_flux(share_image):
         "StableDiffusionInpaintPipeline",
     ],
 )
+@pytest.mark.few(3)
 def test_controls_and_image_conditions(name):
     pipe = tiny_pipeline(name)
     native, _ = run(pipe, name)

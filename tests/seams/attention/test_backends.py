@@ -169,6 +169,7 @@ def layers(pipe):
         ("ChromaPipeline", "xformers", nag()),
     ],
 )
+@pytest.mark.few(4)
 def test_the_users_backend_runs_the_dense_calls(register, name, backend, technique):
     """One that scales its result: the same comes out as of native attention with scaled values."""
     pipe, texts = doubles(name)
@@ -196,6 +197,7 @@ class Caught(AttentionTechnique):
 
 @pytest.mark.parametrize("way", ["model", "context", "process"])
 @pytest.mark.parametrize("name", [FLUX, WAN, QWEN, "ChromaPipeline", "LTXPipeline"])
+@pytest.mark.few(6)
 def test_identity_is_exact_however_the_backend_was_chosen(register, name, way, monkeypatch):
     """``set_attention_backend``, ``attention_backend`` and what DIFFUSERS_ATTN_BACKEND sets."""
     pipe = tiny_pipeline(name)
@@ -468,6 +470,7 @@ def test_hooks_of_offloading_stay_inside():
 
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level", "model", "sequential"])
 @pytest.mark.parametrize("name", [SD, FLUX, WAN, "ZImagePipeline"])
+@pytest.mark.few(4)
 def test_offloading(name, kind):
     """Groups of layers, whole models or single layers that come to the device when they are called;
     here the device is the CPU itself."""

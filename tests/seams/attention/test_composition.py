@@ -131,6 +131,7 @@ def test_pladis_acts_inside_nag_on_each_text_alone():
 
 
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.few(4)
 def test_off_or_removed_means_untouched(name):
     pipe = tiny_pipeline(name)
     native, _ = run(pipe, name)
@@ -150,6 +151,7 @@ def test_off_or_removed_means_untouched(name):
     "error", [RuntimeError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.few(4)
 def test_interrupted_in_the_middle_means_untouched(name, error):
     """In the second call of a layer's projection, with block skipping, checkpointing and another
     backend to put back as well."""
@@ -228,6 +230,7 @@ def policy(pipe, folder):
 
 
 @pytest.mark.parametrize("name", [*GUIDANCES, "a guider of diffusers"])
+@pytest.mark.few(4)
 def test_every_guidance(name, tmp_path):
     """Each guidance with NAG and PLADIS: all layers act, the rows are the guidance's own, and NAG
     makes a difference."""

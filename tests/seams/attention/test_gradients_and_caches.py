@@ -81,6 +81,7 @@ SLOW = [SD3, WAN, QWEN, "Lumina2Pipeline"]
     "name",
     [SD, FLUX, "ZImagePipeline", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
 )
+@pytest.mark.few(1)
 def test_recomputed_under_the_techniques(monkeypatch, name):
     """Blocks by the model's gradient checkpointing, or whole denoiser calls: the gradient is that
     without, bit for bit."""
@@ -161,6 +162,7 @@ CACHES = {
     "window",
     [pytest.param({}, marks=pytest.mark.slow), {"sigma": None, "start": 0.0, "stop": 0.5}],
 )
+@pytest.mark.few(4)
 def test_caches_live_on_and_are_emptied_where_the_text_changes(name, window, cache):
     pipe = tiny_pipeline(name)
     pipe.transformer.enable_cache(CACHES[cache]())

@@ -129,6 +129,7 @@ def run(pipe, name, *techniques, variant="", **given):
 
 
 @pytest.mark.parametrize(("name", "variant"), PIPELINES.items())
+@pytest.mark.few(5)
 def test_running_every_block_is_bit_identical(name, variant):
     pipe = deep_pipeline(name, variant)
     classes = {path: type(module) for path, module in denoiser(pipe).named_modules()}
@@ -143,6 +144,7 @@ def test_running_every_block_is_bit_identical(name, variant):
 
 
 @pytest.mark.parametrize("name", [SD, FLUX, "StableDiffusion3Pipeline", "CogVideoXPipeline"])
+@pytest.mark.few(1)
 def test_a_block_that_is_not_called_is_left_out(name):
     pipe = deep_pipeline(name, PIPELINES[name])
     block = next(site.name for site in sites(denoiser(pipe)) if site.edge is None)
@@ -300,6 +302,7 @@ def test_another_thread_never_notices():
 
 @pytest.mark.parametrize("name", [SD, FLUX])
 @pytest.mark.parametrize("technique", [CountedRows, EverySecond])
+@pytest.mark.few(1)
 def test_recomputed_blocks_see_what_they_saw(name, technique):
     """By the model's own gradient checkpointing, in a backward pass after the session."""
     grads = []

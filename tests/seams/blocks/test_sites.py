@@ -56,6 +56,7 @@ def run(pipe, name, variant, blocks):
 
 
 @pytest.mark.parametrize(("name", "variant"), PIPELINES.items())
+@pytest.mark.few(4)
 def test_skipping_is_deleting(name, variant):
     pipe = deep_pipeline(name, variant)
     module = denoiser(pipe)
@@ -213,6 +214,7 @@ class Toy(nn.Module):
         (("joint.2",), 32, 243),
     ],
 )
+@pytest.mark.few(3)
 def test_blocks_that_multiply(names, image, text, compiled):
     toy = Toy()
     if compiled:

@@ -54,6 +54,7 @@ def sampler_of(sampler_for, name, scheduler, group, techniques):
 
 @pytest.mark.parametrize("techniques", [(), (da.CFG(3.0),)], ids=["plain", "session"])
 @pytest.mark.parametrize(("name", "scheduler", "group"), MARKED)
+@pytest.mark.few(2)
 def test_two_segments_are_one_run(sampler_for, name, scheduler, group, techniques):
     sampler = sampler_of(sampler_for, name, scheduler, group, techniques)
     with sampler:

@@ -130,6 +130,7 @@ TECHNIQUES = (
 @pytest.mark.parametrize(
     "cut", [2, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (1, 3, 4))]
 )
+@pytest.mark.few(2)
 def test_every_technique_continues_where_it_was(technique, cut):
     """Latches, momentum, draws, windows and schedules: result and state as in the uncut run."""
     sampler, noise = sampler_of(SD, technique, scheduler="DDIMScheduler")
