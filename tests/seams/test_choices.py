@@ -32,6 +32,7 @@ def test_a_preset_is_a_tuple_that_apply_takes_and_that_changes_the_image(pipe, n
     assert torch.equal(image(), plain)
 
 
+@pytest.mark.slow
 def test_fast_is_adaptive_guidance_with_the_models_own_threshold():
     """On emoji it is what benchmarks/adaptive.py measured; the options stay open until the call."""
     pipe = da.load("emoji")

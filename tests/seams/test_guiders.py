@@ -73,6 +73,7 @@ def classic(name, technique, scale=4.0, steps=3, batch=2, pipe=None, **options):
         "QwenImagePipeline",
     ],
 )
+@pytest.mark.few(2)
 def test_cfg_guider_is_cfg(name):
     ours, base = classic(name, CFG(4.0))
     theirs, report = classic(name, ClassifierFreeGuidance(guidance_scale=4.0))
@@ -80,6 +81,7 @@ def test_cfg_guider_is_cfg(name):
     assert (report.rows, report.guided_steps) == (base.rows, base.guided_steps)
 
 
+@pytest.mark.slow
 def test_cfg_guider_with_a_window_skips_the_pass():
     ours, _ = classic(SD, IntervalCFG(4.0, start=0.25, stop=0.75), steps=8)
     theirs, report = classic(
@@ -397,6 +399,7 @@ class Always(ClassifierFreeGuidance):
         return True
 
 
+@pytest.mark.slow
 def test_evaluations_of_heun_are_not_steps():
     name = "StableDiffusionXLPipeline"
     pipe = modular(name)
@@ -486,6 +489,7 @@ def test_skipped_blocks_on_modular_pipelines(name):
     )
 
 
+@pytest.mark.slow
 def test_skip_layer_guidance_is_that_of_diffusers_where_theirs_works():
     """Their hook works on the U-Net; at step 0 it never acts, so the windows are 1 to 3 of 4."""
     name = "StableDiffusionXLPipeline"

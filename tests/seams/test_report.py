@@ -94,6 +94,7 @@ def test_text_says_what_happened(pipe):
     assert json.loads(json.dumps(report.to_dict()))["guided_steps"] == 2
 
 
+@pytest.mark.slow
 def test_plot_has_both_curves(pipe, tmp_path):
     _, report = recorded(pipe, da.ScheduledCFG(4.0, shape="cosine"), steps=8)
     picture = report.plot(tmp_path / "scale.png")

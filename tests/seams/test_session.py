@@ -250,6 +250,7 @@ def test_compiled_denoiser_sees_two_classes_at_most(pipe):
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_copies_and_saved_pipelines_are_plain(pipe, tmp_path):
     native = final(pipe, sd_inputs())
     with da.apply(pipe, CFG(9.0)):

@@ -86,6 +86,7 @@ def test_techniques_reach_the_model_within(name, wrap, techniques):
     assert sites(wrapped) == sites(getattr(make(), attribute))
 
 
+@pytest.mark.slow
 def test_what_is_compiled_and_cached_is_asked_of_the_model_within():
     from diffusers import FirstBlockCacheConfig
 

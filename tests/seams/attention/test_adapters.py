@@ -53,6 +53,7 @@ def lora(pipe):
 
 
 @pytest.mark.parametrize("name", [SD, FLUX, WAN])
+@pytest.mark.few(1)
 def test_lora_live_and_fused_agree(name):
     """The adapter's own arithmetic is the processor's business: fused weights give the same image
     up to rounding."""
@@ -169,6 +170,7 @@ def test_ip_adapter_keeps_its_image_keys():
 
 
 @pytest.mark.parametrize("share_image", [True, False])
+@pytest.mark.few(1)
 def test_ip_adapter_of_flux(share_image):
     """Its image keys are a second call in each double block, with the image's queries alone; they
     go on as without us."""

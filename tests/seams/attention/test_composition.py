@@ -263,6 +263,7 @@ def test_every_guidance(name, tmp_path):
 
 @pytest.mark.parametrize("guidance", [da.CFG(3.0), da.CFG(1.0)], ids=["CFG", "off"])
 @pytest.mark.parametrize("name", [SD, FLUX, "ZImagePipeline"])
+@pytest.mark.few(2)
 def test_guidance_of_ours_sees_the_same_predictions(name, guidance):
     """NAG under our CFG equals NAG under the pipeline's own, bit for bit."""
     pipe = tiny_pipeline(name)
@@ -309,6 +310,7 @@ def test_interception_is_of_this_call_only():
 
 
 @pytest.mark.parametrize("name", [SD, SD3, FLUX, WAN, QWEN])
+@pytest.mark.few(2)
 def test_no_synchronisation_per_step(monkeypatch, name):
     """Nothing that a technique does in a step reads from the device or sends an index to it."""
 

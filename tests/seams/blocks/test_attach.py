@@ -185,6 +185,7 @@ class ByHand(torch.nn.Module):
 
 
 @pytest.mark.parametrize("guidance", [(), (da.CFG(3.0),)], ids=["the pipeline's", "ours"])
+@pytest.mark.few(1)
 def test_memory_against_a_block_written_by_hand(guidance):
     pipe = deep_pipeline(SD)
     technique = EverySecond(block=BLOCK[SD])

@@ -72,6 +72,7 @@ def test_skipping_is_deleting(name, variant):
     assert torch.equal(final(pipe, inputs(name, variant)), plain)
 
 
+@pytest.mark.slow
 def test_every_family_of_the_registry_has_blocks():
     tested = {FAMILIES[name].name for name in PIPELINES}
     assert tested >= {"sd", "sdxl", "sd3", "pixart", "sana", "flux", "qwen", "chroma", "wan", "ltx"}
@@ -264,6 +265,7 @@ def test_another_thread_never_notices():
     assert type(copied.video[1]) is CogVideoXBlock
 
 
+@pytest.mark.slow
 def test_compiled_as_a_whole_needs_two_graphs():
     from torch._dynamo.testing import CompileCounter
 

@@ -93,6 +93,7 @@ CASES = (
 
 @pytest.mark.parametrize(("name", "scheduler"), CASES)
 @pytest.mark.parametrize("to", [0, 1])
+@pytest.mark.few(3)
 def test_noise_again_has_the_marginals_of_the_forward_process(sampler_for, name, scheduler, to):
     """With latents ``a x0 + s eps`` of known x0 and eps, mean and variance are those of ``to``."""
     sampler = sampler_for(name, scheduler=scheduler)

@@ -117,6 +117,7 @@ NATIVE = (
     [*NATIVE[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in NATIVE[3:])],
     ids=repr,
 )
+@pytest.mark.few(1)
 def test_where_a_scheduler_makes_the_same_step(sampler_for, name, scheduler, kernel, call):
     """To rounding, noise included: both draw it from each image's generator."""
     native = ends(sampler_for(name, da.CFG(3.0), scheduler=scheduler, **call))

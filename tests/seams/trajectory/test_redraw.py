@@ -22,6 +22,7 @@ SD, SD3, FLUX = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPip
         ("WanPipeline", Eta(1.0)),
     ],
 )
+@pytest.mark.few(3)
 def test_redrawing_is_reseeding_before_the_step(sampler_for, name, kernel):
     sampler = sampler_for(name, kernel=kernel)
     seeds = [7, 8, 9]

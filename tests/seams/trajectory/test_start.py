@@ -107,6 +107,7 @@ TECHNIQUES = (
 
 
 @pytest.mark.parametrize("techniques", TECHNIQUES, ids=lambda t: type(t[0]).__name__ if t else "-")
+@pytest.mark.few(3)
 def test_the_price_is_known_before_and_is_what_the_meter_counts(sampler_for, techniques):
     meter = Meter()
     sampler = sampler_for(SD, *techniques, text=True, meter=meter)
