@@ -53,6 +53,7 @@ def test_captions_are_true_and_places_exchanged(forward: float) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_share_of_forward_relations() -> None:
     """One or none as asked; half within 4.5 standard errors of 1,000 pairs, .07."""
     for forward, margin in ((0.0, 0.0), (1.0, 0.0), (0.5, 0.07)):

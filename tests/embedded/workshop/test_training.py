@@ -394,6 +394,7 @@ def test_grid_shows_every_picture_at_its_place() -> None:
 
 
 @pytest.mark.parametrize("name", ["emoji", "emoji-2"])
+@pytest.mark.few(1)
 def test_shipped_emoji_is_what_the_card_says(name: str) -> None:
     """The installed weights load without our code, draw a judged cat, and stay within their share
     of the budget."""
