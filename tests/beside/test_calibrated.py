@@ -75,6 +75,7 @@ def threshold(pipe, dtype):
 
 @pytest.mark.parametrize("change", [plain, bf16, fused, lora, disabled])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.few(6)
 def test_a_preset_of_the_users_holds(calibrated, name, change):
     calibrated(tiny_pipeline(name))
     pipe = tiny_pipeline(name)

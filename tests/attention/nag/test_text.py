@@ -192,6 +192,7 @@ def test_the_scale_of_a_lora_reaches_the_text_encoder(monkeypatch):
         pytest.param("QwenImageEditPlusPipeline", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_texts_that_are_encoded_with_an_image_must_be_given_encoded(name, monkeypatch):
     pipe = tiny_pipeline(name)
     monkeypatch.setattr(pipe, "text_encoder", TextEncoder(), raising=False)
