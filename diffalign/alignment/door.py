@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -104,23 +105,22 @@ def _run(order: Order, prompt: str, folder: str | os.PathLike[str] | None) -> Re
 
 def _best(drive: Drive) -> Candidate | None:
     """The result of the run; of several processes the best one, the lowest rank's of equal ones."""
-    best = drive.problem.best
-    if drive.state is not None:
-        best = drive.method.best(drive.problem, drive.state) or best
-    candidates = [c for c in drive.problem.progress.world.gather(best) if c is not None]
+    candidates = [c for c in drive.problem.progress.world.gather(drive.best) if c is not None]
     return max(candidates, key=lambda c: (c.score, *c.others), default=None)
 
 
 def _result(drive: Drive, judges: Sequence[Reward]) -> Result:
     problem, meter = drive.problem, drive.problem.meter
     ranking = problem.progress.ranking
-    best, first = _best(drive), ranking.first
-    if best is None or first is None:
+    best = _best(drive)
+    if best is None:
         raise RuntimeError(f"{type(drive.method).__name__} ended without a finished image.")
     # the final call was kept back from the budget, which may be used up in seconds all the same
     meter.budget = Budget()
     tensor = problem.repeat(best.lineage)[0].detach().to("cpu", torch.float32)
     score = float(problem.score(tensor[None])[0])
+    # none where a run was interrupted among drafts: then the result is the only finished image
+    first = ranking.first or replace(best, image=tensor, score=score)
     verdicts = {}
     for judge in judges:
         scorer = Scorer(judge, problem.prompt, Meter())

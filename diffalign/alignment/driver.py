@@ -10,7 +10,7 @@ from typing import Any
 from diffalign.alignment.checkpoint import Folder
 from diffalign.alignment.problem import PipelineProblem
 from diffalign.core import BudgetExceeded, Cancelled
-from diffalign.core.search import Info, Method
+from diffalign.core.search import Candidate, Info, Method
 from diffalign.core.types import Json
 
 IDLE = 1000
@@ -47,19 +47,25 @@ class Drive:
     # numbers that the method reported, one entry per step
     log: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def best(self) -> Candidate | None:
+        """The result if the run ended now: what the method says, else the best finished image."""
+        best = self.problem.best
+        return best if self.state is None else self.method.best(self.problem, self.state) or best
+
     def run(self) -> None:
-        """Run to the end; whatever ends it, ``problem.best`` is valid.
+        """Run to the end; whatever ends it, ``best`` is valid.
 
         Raises: what the pipeline or the reward raises; the folder then holds the last whole step.
         """
         try:
             self._loop()
         except BudgetExceeded as error:
-            if self.problem.best is None:
+            if self.best is None:
                 raise
             self.end = f"budget: {error}"
         except (KeyboardInterrupt, Cancelled):
-            if self.problem.best is None:
+            if self.best is None:
                 raise
             self.end = "interrupted"
 
@@ -75,7 +81,7 @@ class Drive:
             self.log.append({"nfe": meter.rows, **info.values})
             self._save()
             if self.show is not None:
-                best = self.problem.best
+                best = self.best
                 score = None if best is None else best.score
                 self.show(Status(self.steps, meter.rows, meter.seconds, score, info))
             idle = idle + 1 if before == (meter.rows, meter.rewards) else 0

@@ -151,6 +151,25 @@ def test_an_interrupt_returns_the_best_so_far(pipe):
     assert not da.active(pipe)
 
 
+def test_an_interrupt_among_drafts_runs_the_best_draft_in_full(pipe):
+    calls = []
+
+    def reward(images, prompts):
+        calls.append(len(images))
+        if len(calls) == 4:  # the first is the grey image
+            raise KeyboardInterrupt
+        return images.mean((1, 2, 3))
+
+    method = da.DraftCommit(inner=da.BestOfN(batch=1), steps=1)
+    result = da.align(pipe, PROMPT, method=method, reward=reward, budget=da.Budget(nfe=800), **CALL)
+    assert result.end == "interrupted"
+    generator = torch.Generator().manual_seed(result.lineage.moves[0].seed)
+    image = pipe(PROMPT, generator=generator, output_type="pt", **CALL).images[0]
+    assert torch.equal(result.tensor, image)
+    assert result.score == float(image.float().mean())
+    assert result.first.score == result.score
+
+
 def test_an_error_leaves_the_pipeline_plain(pipe):
     def reward(images, prompts):
         if images.shape[-1] == 64 and images.std() > 0:
