@@ -178,12 +178,19 @@ def calibrate_adaptive_guidance(
             change = (eight_bits(sample.image).double() - reference).abs().mean() / 255.0
             differences.append(change)
         nfe += results[0].report.nfe * len(results)
+    when = conditions(pipe, scale, steps, space, negative_prompt)
+    return Calibration(threshold, curves, torch.stack(differences), nfe / len(prompts), when)
+
+
+def conditions(
+    pipe: Pipeline, scale: float, steps: int, space: str, negative_prompt: str
+) -> dict[str, object]:
+    """The conditions under which a threshold holds, as presets name them."""
     identity = identity_of(pipe, steps, scale, (), negative_prompt)
-    when = {
+    return {
         "model": identity.model,
         "scheduler": identity.scheduler,
         "steps": steps,
         "scale": float(scale),
         "space": space,
     }
-    return Calibration(threshold, curves, torch.stack(differences), nfe / len(prompts), when)

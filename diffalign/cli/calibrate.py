@@ -1,6 +1,8 @@
 """``diffalign calibrate``: a technique's value for a model, from a measurement on that model."""
 
 import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,12 +10,72 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from diffalign.cli import arguments, show
-from diffalign.cli.problem import checking, command, complain
+from diffalign.cli.problem import BadInput, checking, command, complain
 
 if TYPE_CHECKING:
     from diffalign.calibration.adaptive import Calibration
+    from diffalign.calibration.guarantee import Correct, Guarantee
+    from diffalign.cli.request import Request
+    from diffalign.core.types import Keywords
 
 calibrate = typer.Typer(no_args_is_help=True, help="Measure the value of an option on a model.")
+
+
+Saving = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of plain guidance's evaluations to save, mean over images; .25 if neither "
+        "this nor --loss is given.",
+        rich_help_panel=arguments.HOW,
+    ),
+]
+Loss = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead: save as much as loses at most this on average, with a guarantee.",
+        rich_help_panel=arguments.HOW,
+    ),
+]
+Confidence = Annotated[
+    float, typer.Option(help="How sure --loss is to hold.", rich_help_panel=arguments.HOW)
+]
+Measure = Annotated[
+    Literal["pixels", "verdict"],
+    typer.Option(
+        help="What --loss bounds: the mean absolute difference of pixels, or the share of "
+        "images that were right and are not (embedded models).",
+        rich_help_panel=arguments.HOW,
+    ),
+]
+Space = Annotated[
+    Literal["eps", "x0"],
+    typer.Option(
+        help="Compare noise predictions or denoised images.", rich_help_panel=arguments.HOW
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What the threshold is chosen by."""
+
+    # None where the loss decides
+    saving: float | None
+    # None where the saving decides
+    loss: float | None
+    confidence: float
+    # space in which the branches are compared
+    space: Literal["eps", "x0"]
+
+    def check(self, count: int, steps: int, order: int) -> None:
+        """Raise ValueError where the goal cannot be reached with so many images and steps."""
+        from diffalign.calibration.adaptive import check_saving
+        from diffalign.calibration.guarantee import check_guarantee
+
+        if self.saving is not None:
+            check_saving(self.saving, steps, order)
+        if self.loss is not None:
+            check_guarantee(count, self.loss, self.confidence)
 
 
 @calibrate.command("adaptive-guidance")
@@ -30,54 +92,79 @@ calibrate = typer.Typer(no_args_is_help=True, help="Measure the value of an opti
 )
 def adaptive_guidance(
     options: arguments.Options,
-    saving: Annotated[
-        float,
-        typer.Option(
-            help="Share of plain guidance's evaluations to save, mean over images.",
-            rich_help_panel=arguments.HOW,
-        ),
-    ] = 0.25,
-    space: Annotated[
-        Literal["eps", "x0"],
-        typer.Option(
-            help="Compare noise predictions or denoised images.", rich_help_panel=arguments.HOW
-        ),
-    ] = "eps",
+    saving: Saving = None,
+    loss: Loss = None,
+    confidence: Confidence = 0.95,
+    measure: Measure = "pixels",
+    space: Space = "eps",
 ) -> None:
-    """Choose AdaptiveGuidance's threshold: the highest that saves --saving, and how far its images
-    are from plain guidance."""
-    from diffalign.calibration.adaptive import calibrate_adaptive_guidance, check_saving
+    """Choose AdaptiveGuidance's threshold: the highest that saves --saving, or the lowest that
+    surely loses no more than --loss; and say how far its images are from plain guidance."""
     from diffalign.calibration.curves import Recording
     from diffalign.cli.measurement import prepare_measurement
     from diffalign.cli.request import check_free
 
     target, picture = files_of(options.output)
     check_free(target, picture)
+    if saving is not None and loss is not None:
+        raise BadInput("--saving and --loss exclude each other; give one.")
+    goal = Goal(0.25 if saving is loss else saving, loss, confidence, space)
     request = prepare_measurement(options, Recording(space=space, sink=lambda index, cosine: None))
-    model = request.model
+    scheduler = request.model.pipe.scheduler
     with checking():
-        check_saving(saving, model.steps, int(getattr(model.pipe.scheduler, "order", 1)))
+        goal.check(options.count, request.model.steps, int(getattr(scheduler, "order", 1)))
+    judge = measured_by(request) if loss is not None and measure == "verdict" else None
     try:
-        with show.progress(2 * request.calls * model.steps, options.quiet) as bar:
-            calibration = calibrate_adaptive_guidance(
-                model.pipe,
-                request.prompts,
-                scale=model.scale,
-                steps=model.steps,
-                saving=saving,
-                space=space,
-                negative_prompt=options.negative_prompt or "",
-                batch=request.batch,
-                seed=options.seed,
-                step=bar("plain, then adaptive"),
-                **model.size,
-            )
+        with show.progress(2 * request.calls * request.model.steps, options.quiet) as bar:
+            step = bar("plain, then adaptive")
+            calibration, guarantee = calibrated(request, options, goal, judge, step)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
-    source = source_of(options, calibration)
+    source = source_of(options, calibration, guarantee)
     write(target, picture, calibration, source)
     warn_of_noise(calibration)
-    report(options, calibration, source)
+    report(options, calibration, source, guarantee)
+
+
+def calibrated(
+    request: "Request",
+    options: arguments.Options,
+    goal: Goal,
+    judge: "Correct | None",
+    step: Callable[[], None] | None,
+) -> tuple["Calibration", "Guarantee | None"]:
+    """The threshold, and what is promised of it where the loss decides."""
+    from diffalign.calibration.adaptive import calibrate_adaptive_guidance
+    from diffalign.calibration.guarantee import certify_adaptive_guidance
+
+    model = request.model
+    call: Keywords = {
+        "scale": model.scale,
+        "steps": model.steps,
+        "space": goal.space,
+        "negative_prompt": options.negative_prompt or "",
+        "batch": request.batch,
+        "seed": options.seed,
+        "step": step,
+        **model.size,
+    }
+    if goal.loss is None:
+        call["saving"] = goal.saving
+        return calibrate_adaptive_guidance(model.pipe, request.prompts, **call), None
+    call |= {"loss": goal.loss, "confidence": goal.confidence, "measure": judge}
+    with checking():
+        return certify_adaptive_guidance(model.pipe, request.prompts, **call)
+
+
+def measured_by(request: "Request") -> "Correct":
+    """Verdicts of the judge of the request's embedded model."""
+    from diffalign.calibration.guarantee import Correct
+    from diffalign.cli.comparison import judge_of
+
+    judge, reason = judge_of(request.model, request.prompts)
+    if judge is None:
+        raise BadInput(f"--measure verdict cannot be used here: {reason} Measure pixels instead.")
+    return Correct(judge)
 
 
 def files_of(output: Path) -> tuple[Path, Path]:
@@ -86,7 +173,9 @@ def files_of(output: Path) -> tuple[Path, Path]:
     return target, target.with_suffix(".png")
 
 
-def source_of(options: arguments.Options, calibration: "Calibration") -> str:
+def source_of(
+    options: arguments.Options, calibration: "Calibration", guarantee: "Guarantee | None"
+) -> str:
     """Where the value comes from, in the words of a preset."""
     from diffalign import __version__
 
@@ -94,10 +183,19 @@ def source_of(options: arguments.Options, calibration: "Calibration") -> str:
     about += f", seeds from {options.seed}"
     about += f", {options.size} pixels" if options.size else ""
     about += f", negative prompt {options.negative_prompt!r}" if options.negative_prompt else ""
+    promise = f"; {promise_of(guarantee)}" if guarantee else ""
     return (
         f"diffalign {__version__} calibrate, {date.today().isoformat()}, {options.model}: {about}; "
         f"{100 * (1 - calibration.nfe / calibration.nfe_cfg):.0f}% of the evaluations saved, mean "
-        f"absolute pixel difference {float(calibration.difference.mean()):.4f}"
+        f"absolute pixel difference {float(calibration.difference.mean()):.4f}{promise}"
+    )
+
+
+def promise_of(guarantee: "Guarantee") -> str:
+    """What is promised, in words."""
+    return (
+        f"mean loss ({guarantee.measure}) at most {guarantee.loss:g} at confidence "
+        f"{guarantee.confidence:g}, tested on {guarantee.images} images"
     )
 
 
@@ -127,7 +225,12 @@ def warn_of_noise(calibration: "Calibration") -> None:
         )
 
 
-def report(options: arguments.Options, calibration: "Calibration", source: str) -> None:
+def report(
+    options: arguments.Options,
+    calibration: "Calibration",
+    source: str,
+    guarantee: "Guarantee | None",
+) -> None:
     """Say what was chosen and how to use it."""
     from diffalign.core.presets import VARIABLE
 
@@ -144,6 +247,7 @@ def report(options: arguments.Options, calibration: "Calibration", source: str) 
             "when": calibration.when,
             "source": source,
             "table": [dict(zip(names, row)) for row in calibration.table()],
+            "guarantee": None if guarantee is None else asdict(guarantee),
             "preset": str(target),
             "plot": str(picture),
             "use": use,
@@ -158,7 +262,7 @@ def report(options: arguments.Options, calibration: "Calibration", source: str) 
                     f"{threshold:g}{' *' if best else ''}",
                     f"{nfe:.1f}",
                     f"{100 * share:.0f}%",
-                    f"{latched} of {options.count}",
+                    f"{latched} of {len(calibration.difference)}",
                     f"{apart:.4f}" if best else "",
                 ]
             )
@@ -168,6 +272,19 @@ def report(options: arguments.Options, calibration: "Calibration", source: str) 
             f"{calibration.nfe:.1f} NFE measured"
         )
         show.table(heads, rows, numbers=heads)
+        if guarantee is not None:
+            show_trials(guarantee)
         show.text(
             f"{target}\n{picture}\n{use} makes --technique adaptive-guidance use it on this model"
         )
+
+
+def show_trials(guarantee: "Guarantee") -> None:
+    """The test of each candidate, in the order of the test."""
+    heads = ["threshold", "saved", "mean loss", "p"]
+    rows = [
+        [f"{t.threshold:g}", f"{100 * t.saving:.0f}%", f"{t.loss:.4f}", f"{t.p:.2g}"]
+        for t in guarantee.trials
+    ]
+    show.text(f"Certain: {promise_of(guarantee)}. The tests, until one failed:")
+    show.table(heads, rows, numbers=heads)

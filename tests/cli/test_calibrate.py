@@ -183,3 +183,35 @@ def test_interrupt_writes_nothing(run, folder, tmp_path, monkeypatch):
     )
     assert (result.exit_code, result.stderr) == (130, "diffalign: stopped: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_loss_comes_with_a_promise(run, folder, tmp_path):
+    arguments = ("-m", folder, "-s", 4, "--scale", 3, "-c", 12, "-b", 6, "--loss", 0.4)
+    result = run(
+        *CALIBRATE, *arguments, "--confidence", 0.9, "--json", "-o", tmp_path / "mine.json"
+    )
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    promise = told["guarantee"]
+    assert (promise["loss"], promise["confidence"], promise["images"]) == (0.4, 0.9, 9)
+    assert told["threshold"] in [trial["threshold"] for trial in promise["trials"]]
+    words = "mean loss (pixels) at most 0.4 at confidence 0.9, tested on 9 images"
+    assert told["source"].endswith(words)
+    entries = json.loads((tmp_path / "mine.json").read_text())["adaptive-guidance"]
+    assert words in entries[1]["source"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--loss", 0.02), "needs at least 149 images to test on, 199 in all; got 64"),
+        (("--loss", 0.5, "--saving", 0.1), "exclude each other"),
+        (("--loss", 0.5, "--measure", "verdict"), "only embedded models have a judge"),
+    ],
+)
+def test_a_promise_that_cannot_be_given_ends_early(run, folder, tmp_path, more, words):
+    result = run(*CALIBRATE, "-m", folder, "-s", 6, "--scale", 3, "-o", tmp_path / "a.json", *more)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not list(tmp_path.iterdir())
