@@ -1,5 +1,6 @@
 """``diffalign calibrate``: a technique's value for a model, from a measurement on that model."""
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from diffalign.cli.problem import BadInput, checking, command, complain
 if TYPE_CHECKING:
     from diffalign.calibration.adaptive import Calibration
     from diffalign.calibration.guarantee import Correct, Guarantee
+    from diffalign.calibration.policy import Policy
     from diffalign.cli.request import Request
     from diffalign.core.types import Keywords
 
@@ -288,3 +290,109 @@ def show_trials(guarantee: "Guarantee") -> None:
     ]
     show.text(f"Certain: {promise_of(guarantee)}. The tests, until one failed:")
     show.table(heads, rows, numbers=heads)
+
+
+@calibrate.command("policy")
+@command
+@arguments.shared(
+    without=("prompt", "technique"),
+    help={
+        "count": "Images, half of them to check on. Prompts: --prompts-file, else GenEval's.",
+        "output": "Policy to write (.json); trials are kept beside it until it is finished.",
+    },
+    batch=16,
+    count=32,
+    output=arguments.REQUIRED,
+)
+def policy(
+    options: arguments.Options,
+    nfe: Annotated[
+        int,
+        typer.Option(
+            help="Evaluations of an image; plain guidance takes two a step.",
+            rich_help_panel=arguments.HOW,
+        ),
+    ],
+) -> None:
+    """Search which steps are guided, and how strongly, for a number of evaluations, so that images
+    stay near to plain guidance's. A search that was stopped goes on."""
+    from diffalign.calibration.policy import check_policy, most_trials, search_policy
+    from diffalign.cli.measurement import prepare_measurement, repeated
+    from diffalign.cli.request import check_free
+    from diffalign.guidance import CFG
+
+    target, _ = files_of(options.output)
+    check_free(target)
+    request = prepare_measurement(options, CFG())
+    model = request.model
+    with checking():
+        check_policy(nfe, model.steps, int(getattr(model.pipe.scheduler, "order", 1)))
+    repeat = repeated(request, options)
+    setting = f"{repeat} --seed {options.seed} {sorted(request.prompts)}"
+    call: Keywords = dict(model.size)
+    trials = Trials(target.with_suffix(".trials.json"), setting)
+    steps = (most_trials(model.steps, nfe) + 1) * model.steps * -(-request.calls // 2)
+    try:
+        with show.progress(steps, options.quiet) as bar:
+            result = search_policy(
+                model.pipe,
+                request.prompts,
+                scale=model.scale,
+                steps=model.steps,
+                nfe=nfe,
+                negative_prompt=options.negative_prompt or "",
+                batch=request.batch,
+                seed=options.seed,
+                step=bar("trials"),
+                known=trials,
+                **call,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(trials)} trials are kept; repeat to go on") from None
+    tell_policy(options, result, target, repeat)
+    trials.path.unlink(missing_ok=True)
+
+
+def tell_policy(options: arguments.Options, result: "Policy", target: Path, repeat: str) -> None:
+    """Write the policy, and say what it is and how to use it."""
+    from diffalign.core.registry import TECHNIQUES, written
+
+    text = written(TECHNIQUES, result.technique)
+    use = f"diffalign generate {repeat} --technique {shlex.quote(text)}"
+    data = {**asdict(result), "technique": text, "use": use}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(target.name + ".part")
+    draft.write_text(show.to_json(data) + "\n", encoding="utf-8")
+    draft.replace(target)
+    if options.json:
+        show.text(show.to_json(data))
+    elif not options.quiet:
+        show.text(
+            f"{result.nfe} NFE per image (plain guidance: {2 * len(result.shares)}); mean squared "
+            f"difference of the latents to plain guidance {result.error:.4g} on images that the "
+            f"search did not see, without guidance {result.unguided:.4g}"
+        )
+        heads = ["step", "share of the weight"]
+        show.table(
+            heads, [(i, f"{share:g}") for i, share in enumerate(result.shares)], numbers=heads
+        )
+        show.text(f"{target}\n{use}")
+
+
+class Trials(dict[tuple[float, ...], float]):
+    """Errors of policies, kept in a file as they come; those of another setting are dropped."""
+
+    def __init__(self, path: Path, setting: str) -> None:
+        super().__init__()
+        self.path, self.setting = path, setting
+        if path.exists():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["setting"] == setting:
+                self.update({tuple(shares): error for shares, error in saved["trials"]})
+
+    def __setitem__(self, shares: tuple[float, ...], error: float) -> None:
+        super().__setitem__(shares, error)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(self.path.name + ".part")
+        draft.write_text(json.dumps({"setting": self.setting, "trials": list(self.items())}))
+        draft.replace(self.path)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import diffalign as da
 from diffalign.calibration.adaptive import calibrate_adaptive_guidance
+from diffalign.cli.calibrate import Trials
 from diffalign.core.presets import VARIABLE
 
 CALIBRATE = ("calibrate", "adaptive-guidance")
@@ -215,3 +216,38 @@ def test_a_promise_that_cannot_be_given_ends_early(run, folder, tmp_path, more, 
     assert result.exit_code == 2
     assert words in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_policy_is_searched_written_and_used(run, folder, tmp_path):
+    where = ("-m", folder, "-s", 4, "--scale", 3, "-c", 4, "--nfe", 7)
+    result = run("calibrate", "policy", *where, "--json", "-o", tmp_path / "new" / "p")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["p.json"]
+    assert json.loads((tmp_path / "new" / "p.json").read_text()) == told
+    assert sum(bool(share) for share in told["shares"]) == 3
+    assert 0 < told["error"] < told["unguided"]
+    assert told["technique"] in told["use"]
+    again = run(
+        "generate", "-m", folder, "-s", 4, "--scale", 3, "-p", "a cat", "-o", tmp_path / "out",
+        "--json", "-t", told["technique"],
+    )  # fmt: skip
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["report"]["nfe"] == 7
+
+
+def test_a_policy_that_leaves_nothing_to_search(run, folder, tmp_path):
+    where = ("-m", folder, "-s", 4, "--scale", 3, "-c", 4)
+    result = run("calibrate", "policy", *where, "--nfe", 8, "-o", tmp_path / "p.json")
+    assert result.exit_code == 2
+    assert "below 8, plain guidance" in result.stderr
+
+
+def test_trials_outlive_a_search_and_another_setting_drops_them(tmp_path):
+    path = tmp_path / "p.trials.json"
+    trials = Trials(path, "a")
+    trials[1.0, 0.0] = 0.25
+    trials[1.0, 0.5] = 0.5
+    assert Trials(path, "a") == {(1.0, 0.0): 0.25, (1.0, 0.5): 0.5}
+    assert not Trials(path, "b")
