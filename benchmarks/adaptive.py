@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import torch
 from advice import SAVING
-from results import UNITS, Estimate, Row, command_line, images, quality, save
+from results import UNITS, Estimate, Row, images, model_options, on_model, quality, save
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare
 
 CANDIDATES = (
@@ -29,10 +28,10 @@ CANDIDATES = (
 
 
 def main() -> None:
-    parser = command_line(__doc__, runs_folder="runs/evidence", scale=1.5, steps=20, threads=1)
+    parser = model_options(__doc__, runs_folder="runs/evidence", steps=20, threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pipe, judge, clip = load("emoji"), load("emoji-judge"), da.rewards.load("emoji-clip")
+    (pipe, judge), clip = on_model(options), da.rewards.load("emoji-clip")
     steps, scale = options.steps, options.scale
 
     with Progress() as bar:

@@ -16,17 +16,16 @@ from __future__ import annotations
 import nag_cost
 import negation
 import torch
-from results import UNITS, Estimate, Row, command_line, images, quality, save
+from results import UNITS, Estimate, Row, images, model_options, on_model, quality, save
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare
 
 
 def main() -> None:
     folders = {"runs_folder": "runs/attention", "evidence_folder": "runs/evidence"}
-    parser = command_line(__doc__, **folders, scale=1.5, steps=20, threads=1, rounds=5)
+    parser = model_options(__doc__, **folders, steps=20, threads=1, rounds=5)
     parser.add_argument("--only", choices=("negation", "cost", "pladis"))
     parser.add_argument("--quick", action="store_true", help="cost: time a few of the blocks")
     options = parser.parse_args()
@@ -35,12 +34,8 @@ def main() -> None:
         nag_cost.study(options)
     if options.only == "cost":
         return
-    pipe, judge, clip, scale = (
-        load("emoji"),
-        load("emoji-judge"),
-        da.rewards.load("emoji-clip"),
-        options.scale,
-    )
+    (pipe, judge), clip = on_model(options), da.rewards.load("emoji-clip")
+    scale = options.scale
 
     with Progress() as bar:
         if options.only != "pladis":

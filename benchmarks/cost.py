@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import UNITS, Row, command_line, save
+from results import UNITS, Row, model_options, on_model, save
 from rich.progress import track
 
 import diffalign as da
 from diffalign.core import AttentionTechnique
-from diffalign.embedded import load
 from diffalign.tasks.geneval.verdict import prompts
 
 
@@ -99,9 +98,9 @@ SCALES = {"plain 2 rows": None, "plain 1 row": 1.0}
 
 
 def main() -> None:
-    options = command_line(__doc__, runs=9, batch=16, steps=20, scale=1.5).parse_args()
+    options = model_options(__doc__, runs=9, batch=16, steps=20).parse_args()
     torch.set_num_threads(1)
-    pipe = load("emoji")
+    pipe, _ = on_model(options)
     pipe.set_progress_bar_config(disable=True)
     seen = rounds(pipe, options)
     save("cost", table(seen, options.batch), options, COLUMNS)

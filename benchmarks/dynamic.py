@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import UNITS, Estimate, Row, command_line, images, quality, save
+from results import UNITS, Estimate, Row, images, model_options, on_model, quality, save
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts, seed_of
 from diffalign.generate.samples import Job, samples
 from diffalign.tasks.geneval.verdict import prompts
@@ -101,10 +100,10 @@ def shares(values: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, runs_folder="runs/evidence", scale=1.5, steps=20, threads=1)
+    parser = model_options(__doc__, runs_folder="runs/evidence", steps=20, threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pipe, judge = load("emoji"), load("emoji-judge")
+    pipe, judge = on_model(options)
     steps, scale = options.steps, options.scale
 
     def dynamic(candidates: tuple[float, ...], start: float, evaluator: str) -> Config:

@@ -1,7 +1,7 @@
-"""Which guidance helps on the embedded model, and what does it cost? Every rule on the evidence set
+"""Which guidance helps on an embedded model, and what does it cost? Every rule on the evidence set
 beside its three baselines.
 
-    python benchmarks/guidance.py [--runs-folder runs/evidence] [--only "CFG*"]
+    python benchmarks/guidance.py [--model emoji] [--runs-folder runs/evidence] [--only "CFG*"]
 
 Baselines: CFG at the same scale, the best of a CFG sweep, and plain CFG at equal NFE (fewer or more
 steps, within 10%). Verdicts by emoji-judge; differences are paired by prompt and seed with 95%
@@ -16,19 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import UNITS, Estimate, Row, command_line, images, quality, save
+from results import UNITS, Estimate, Row, images, model_options, on_model, quality, save
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.core.registry import name_of
-from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, compare
 
 SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
 STEPS = (10, 15, 25, 30)
-STRONG = 3.0
-"""A scale at which plain CFG is too strong for this model: where rules against too strong guidance
-must show what they repair."""
+
+
+def strong(scale: float) -> float:
+    """A scale at which plain CFG is too strong for a model whose best is ``scale``: where rules
+    against too strong guidance must show what they repair."""
+    return next(s for s in SWEEP if s > 1.5 * scale)
 
 
 COLUMNS = UNITS | {
@@ -55,7 +57,7 @@ class Entry:
 
 def entries(scale: float, steps: int) -> list[Entry]:
     """The sweep, plain CFG at other costs, CFG for a part of the steps, and every rule at ``scale``
-    and most at ``STRONG``."""
+    and most at ``strong(scale)`` too."""
     plain = [Entry(Config(f"CFG {s:g}", (da.CFG(s),), steps=steps), s) for s in SWEEP]
     plain += [
         Entry(Config(f"CFG {scale:g}, {n} steps", (da.CFG(scale),), steps=n), scale) for n in STEPS
@@ -85,7 +87,7 @@ def entries(scale: float, steps: int) -> list[Entry]:
         ("magnitude-aware", lambda s: da.MagnitudeAware(s)),
     ]
     rules = [(name, rule, scale) for name, rule in once] + [
-        (f"{name} {s:g}", rule(s), s) for s in (scale, STRONG) for name, rule in both
+        (f"{name} {s:g}", rule(s), s) for s in (scale, strong(scale)) for name, rule in both
     ]
     return plain + [
         Entry(Config(name, (rule,), steps=steps), s, name_of(rule)) for name, rule, s in rules
@@ -108,13 +110,13 @@ def holm(values: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     # the scale of every rule is the best of plain CFG
-    parser = command_line(__doc__, runs_folder="runs/evidence", scale=1.5, steps=20, threads=1)
+    parser = model_options(__doc__, runs_folder="runs/evidence", steps=20, threads=1)
     parser.add_argument(
         "--only", default="*", help="pattern of row names: make only these images and write nothing"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pipe, judge = load("emoji"), load("emoji-judge")
+    pipe, judge = on_model(options)
     clip = da.rewards.load("emoji-clip")
     selection = [
         entry
@@ -124,9 +126,13 @@ def main() -> None:
     runs: dict[str, Measured] = {}
     with Progress() as bar:
         for entry in selection:
-            runs[entry.config.name] = images(
-                bar, pipe, judge, entry.config, options.runs_folder, clip=clip
-            )
+            try:
+                runs[entry.config.name] = images(
+                    bar, pipe, judge, entry.config, options.runs_folder, clip=clip
+                )
+            except da.UnsupportedModel as error:
+                bar.console.print(f"{entry.config.name} is left out: {error}", markup=False)
+    selection = [entry for entry in selection if entry.config.name in runs]
     if options.only != "*":
         return
     best = max((runs[f"CFG {s:g}"] for s in SWEEP), key=lambda m: m.score().mean)

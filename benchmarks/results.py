@@ -79,6 +79,34 @@ def command_line(text: str, **defaults: str | int | float) -> ArgumentParser:
     return parser
 
 
+USUAL = {"emoji": 1.5, "emoji-2": 3.0}
+"""Embedded models and the best guidance scale of each one's sweep."""
+
+
+def model_options(text: str, **defaults: str | int | float) -> ArgumentParser:
+    """``command_line`` for benchmarks that run on any of the embedded models, at its best scale if
+    none is given."""
+    parser = command_line(text, **defaults)
+    parser.add_argument("--model", default="emoji", choices=list(USUAL))
+    parser.add_argument("--scale", type=float, help="the model's best if left out")
+    return parser
+
+
+def on_model(options: Namespace) -> tuple[Any, Any]:
+    """The pipeline and the judge of ``--model``. Folders of another model than the first get its
+    name: that of results a subfolder, those of images a suffix."""
+    from diffalign.embedded.load import MODELS, load
+
+    name = options.model
+    options.scale = USUAL[name] if options.scale is None else options.scale
+    if name != "emoji":
+        options.output = str(Path(options.output) / name)
+        for key in ("runs_folder", "evidence_folder"):
+            if hasattr(options, key):
+                setattr(options, key, f"{getattr(options, key)}-{name}")
+    return load(name), load(MODELS[name].judge)
+
+
 def environment(device: str) -> dict[str, Any]:
     """Device, versions and commit of this run; ``device`` is where it ran, not what the machine
     has."""

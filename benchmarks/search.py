@@ -5,8 +5,9 @@ equal seconds.
 
 A run is anytime: the image that it would have returned after 100, 200, ... NFE is read from one
 run. Best-of-N runs on to twice the NFE of the others, so that a method that needs half as many
-shows. The reward that is optimised is ``emoji-clip``; whether the image is right is said by the judge
-and by the audit judge, which no method sees. Finished runs are kept in ``--work`` and not repeated.
+shows. The reward that is optimised is ``emoji-clip``; whether the image is right is said by the
+judge and by the audit judge, which no method sees. Finished runs are kept in ``--work`` and not
+repeated.
 """
 
 from __future__ import annotations
