@@ -57,6 +57,29 @@ def page(result: Result, title: str, *paragraphs: str, rows: Sequence[Row] = ())
     return "\n\n".join(parts) + "\n"
 
 
+def model_of(result: Result) -> str:
+    """The embedded model that was measured."""
+    return str(result.options.get("model", "emoji"))
+
+
+def guarantee(result: Result) -> str:
+    options = result.options
+    title = f"Promised thresholds of AdaptiveGuidance on {model_of(result)}"
+    text = (
+        f"{options['splits']} random splits into halves: one chooses the threshold, the other is "
+        "where its loss is read. At 95% confidence a share of .05 may be broken."
+    )
+    return page(result, title, text)
+
+
+def policy(result: Result) -> str:
+    title = f"A searched policy on {model_of(result)}, {result.options['steps']} steps"
+    (searched,) = (row for row in result.rows if row["shares"])
+    shares = ", ".join(f"{share:g}" for share in searched["shares"])
+    rows = [{k: v for k, v in row.items() if k != "shares"} for row in result.rows]
+    return page(result, title, f"Shares of the weight, step by step: {shares}.", rows=rows)
+
+
 def guidance(result: Result) -> str:
     facts = result.facts
     rows = [
@@ -64,8 +87,8 @@ def guidance(result: Result) -> str:
         for row in result.rows
     ]
     title = (
-        f"Guidance on emoji: {facts['prompts']} GenEval prompts x {facts['seeds']} seeds, "
-        f"{facts['comparisons']} comparisons"
+        f"Guidance on {model_of(result)}: {facts['prompts']} GenEval prompts x {facts['seeds']} "
+        f"seeds, {facts['comparisons']} comparisons"
     )
     text = (
         f"Best of the CFG sweep: {facts['best']}. Plots: [against cost](guidance-cost.png), "
@@ -75,12 +98,12 @@ def guidance(result: Result) -> str:
 
 
 def adaptive(result: Result) -> str:
-    title = f"AdaptiveGuidance on emoji, {result.options['steps']} steps"
+    title = f"AdaptiveGuidance on {model_of(result)}, {result.options['steps']} steps"
     return page(result, title, advice.adaptive(result), "![Score against cost](adaptive.png)")
 
 
 def dynamic(result: Result) -> str:
-    title = f"DynamicCFG on emoji, {result.options['steps']} steps"
+    title = f"DynamicCFG on {model_of(result)}, {result.options['steps']} steps"
     return page(result, title, advice.dynamic(result), "![Weights by step](dynamic.png)")
 
 
@@ -109,7 +132,9 @@ def negation(result: Result) -> str:
 
 def pladis(result: Result) -> str:
     facts = result.facts
-    title = f"PLADIS on emoji: {facts['prompts']} GenEval prompts x {facts['seeds']} seeds"
+    title = (
+        f"PLADIS on {model_of(result)}: {facts['prompts']} GenEval prompts x {facts['seeds']} seeds"
+    )
     text = f"{facts['default']}: {advice.pladis(result)} Best of the CFG sweep: {facts['best']}."
     return page(result, title, text)
 
@@ -394,6 +419,8 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "nag_cost": nag_cost,
     "overhead": overhead,
     "search": search,
+    "guarantee": guarantee,
+    "policy": policy,
     "digits": digits,
     "kernels_cpu": kernels,
     "kernels_cuda": kernels,
