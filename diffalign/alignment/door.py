@@ -12,7 +12,15 @@ from typing import Any, overload
 import torch
 
 from diffalign.alignment.driver import Drive, Status
-from diffalign.alignment.order import AnyMethod, AnyReward, Order, kernel_of, method_of, reward_of
+from diffalign.alignment.order import (
+    AnyMethod,
+    AnyReward,
+    Order,
+    kernel_of,
+    method_of,
+    reward_of,
+    target_of,
+)
 from diffalign.alignment.result import Ledger, Result, Story
 from diffalign.alignment.scoring import Scorer, name_of
 from diffalign.core import Budget, Meter, Technique
@@ -68,7 +76,7 @@ def align(
     order = Order(
         pipe=pipe,
         method=method_of(method),
-        reward=reward_of(reward),
+        reward=target_of(reward_of(reward)),
         budget=budget,
         techniques=tuple(techniques),
         judges=tuple(map(reward_of, judges)),

@@ -24,7 +24,7 @@ from diffalign.core.search import Candidate, Method
 from diffalign.core.seeds import seed_of
 from diffalign.core.types import Json, Pipeline
 from diffalign.core.values import plain
-from diffalign.rewards import load
+from diffalign.rewards import HeldOut, load
 from diffalign.seams.swap import original_class
 
 AnyReward = Reward | str
@@ -99,6 +99,16 @@ def reward_of(reward: AnyReward) -> Reward:
         raise TypeError(
             "align(reward=...) takes a name, a reward, or a function of images and prompts; got "
             f"{reward!r}."
+        )
+    return reward
+
+
+def target_of(reward: Reward) -> Reward:
+    """A reward that may be optimised. Raises: ValueError for one that is held out."""
+    if isinstance(reward, HeldOut):
+        raise ValueError(
+            f"align(reward=...): {reward.name} is reported and never optimised; give it as one of "
+            "judges=[...]."
         )
     return reward
 

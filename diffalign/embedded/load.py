@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent / "models"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars for a few megabytes, and no warning of what is meant: a field that AutoencoderTiny
     itself writes, an autoencoder that is no AutoencoderKL."""
     import diffusers
@@ -48,7 +48,7 @@ def pipeline_in(folder: Path) -> Pipeline:
     import torch
     from diffusers import DiffusionPipeline
 
-    with _quiet():
+    with quiet():
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -2,7 +2,26 @@
 Importing this loads no model."""
 
 from diffalign.core import Reward
-from diffalign.rewards.base import BaseReward, RewardInfo, available, load
+from diffalign.rewards.base import BaseReward, Facts, RewardInfo, available, load
+from diffalign.rewards.category_aware import (
+    CategoryAware,
+    weights_from_correlations,
+    weights_from_ratings,
+)
+from diffalign.rewards.held_out import HeldOut
 from diffalign.rewards.weighted import Scale, Weighted
 
-__all__ = ["BaseReward", "Reward", "RewardInfo", "Scale", "Weighted", "available", "load"]
+__all__ = [
+    "BaseReward",
+    "CategoryAware",
+    "Facts",
+    "HeldOut",
+    "Reward",
+    "RewardInfo",
+    "Scale",
+    "Weighted",
+    "available",
+    "load",
+    "weights_from_correlations",
+    "weights_from_ratings",
+]
