@@ -22,7 +22,7 @@ help:
 # The tested versions; where this platform lacks them, and not in CI, the newest that pyproject.toml
 # allows. With -qq pip shows its errors and nothing else.
 INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --no-input
-EXTRAS := ".[dev,app,eval]"
+EXTRAS := ".[dev,app,eval,ocr]"
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }

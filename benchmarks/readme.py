@@ -1,5 +1,6 @@
-"""Write the tables of techniques and methods: a short one by purpose into README.md, all techniques
-into guidance/README.md, all methods into search/README.md.
+"""Write the tables of techniques, methods and rewards: a short one by purpose into README.md, all
+techniques into guidance/README.md, all methods into search/README.md, all rewards into
+rewards/README.md.
 
     python benchmarks/readme.py [--check]
 
@@ -23,11 +24,12 @@ from results import FOLDER, Estimate, Result, Row, read
 import diffalign as da
 from diffalign.cli.techniques import describe, paper_of, plain
 from diffalign.core.search import Method
+from diffalign.rewards.base import REWARDS
 from diffalign.seams.support import cost_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = FOLDER
-SECTION = re.compile(r"(<!-- (techniques|methods): [^>]* -->\n).*?(<!-- end of \2 -->)", flags=re.S)
+SECTION = re.compile(r"(<!-- (techniques|methods|rewards): [^>]* -->\n).*?(<!-- end of \2 -->)", flags=re.S)
 ELSEWHERE = {"cfg-zero-star": "Flow models only, so not on `emoji`."}
 # the row of NAG(5), in the window of steps that is looked up for the model
 NAG_ROW = "NAG 5"
@@ -147,6 +149,30 @@ def method_row(name: str, cls: type[Method[Any]]) -> list[str]:
     ]
 
 
+def rewards() -> str:
+    """The table of ``rewards/README.md``: every reward."""
+    heads = ["reward", "what it is", "gradient", "size", "memory", "licence", "best at", "paper"]
+    return table([*heads, "test"], [reward_row(info) for info in da.rewards.available()])
+
+
+def reward_row(info: da.rewards.RewardInfo) -> list[str]:
+    """The catalogue's row of a reward."""
+    make: Any = REWARDS.get(info.name)
+    source, test = files_of(make)
+    facts = info.facts
+    return [
+        f"[`{info.name}`](../{source})",
+        f"{info.description}.",
+        "yes" if info.differentiable else "no",
+        facts.size,
+        facts.memory,
+        facts.licence,
+        facts.best,
+        linked(paper_of(make)) or "–",
+        f"[test](../{test})",
+    ]
+
+
 def measured(name: str) -> tuple[str, str, str]:
     """Difference of score to the best plain scale, evaluations per image, and what follows."""
     if name in ELSEWHERE:
@@ -192,6 +218,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "README.md": by_purpose,
     "guidance/README.md": catalogue,
     "search/README.md": methods,
+    "rewards/README.md": rewards,
 }
 
 

@@ -21,6 +21,7 @@ from diffalign.cli.generate import generate
 from diffalign.cli.methods import methods
 from diffalign.cli.models import models
 from diffalign.cli.problem import complain
+from diffalign.cli.rewards import rewards
 from diffalign.cli.techniques import techniques
 
 __all__ = ["app", "main"]
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (generate, compare, align, models, techniques, methods, env):
+for function in (generate, compare, align, models, techniques, methods, rewards, env):
     app.command()(function)
 app.add_typer(fit, name="fit")
 app.add_typer(calibrate, name="calibrate")

@@ -26,6 +26,7 @@ PACKAGES = (
 EXTRAS = {
     "app": ("gradio",),
     "eval": ("pyarrow", "scipy"),
+    "ocr": ("rapidocr", "onnxruntime"),
     "video": ("av",),
     "triton": ("triton",),
     "xformers": ("xformers",),

@@ -126,6 +126,7 @@ REWARDS: Registry[Reward] = Registry(
             ("da-score", "blip_vqa:DAScore"),
             ("blip-itm", "blip_itm:BlipITM"),
             ("vqa-score", "vqa_score:VQAScore"),
+            ("vqa-score-t5", "vqa_score_t5:VQAScoreT5"),
             ("tifa", "question_scores:TIFA"),
             ("dsg", "question_scores:DSG"),
             ("clip-i", "subject:ClipI"),
@@ -169,6 +170,7 @@ def load(name: str, **options: object) -> Reward:
     packages claim, and for missing or foreign model files.
     """
     key, _, written = name.partition(":")
+    key = key.replace(".", "-")  # "hps-v2.1" is "hps-v2-1"
     make = REWARDS.get(key)
     known = options_of_reward(make)
     values = dict(options)

@@ -118,7 +118,8 @@ class HPSv3(NetworkReward):
     def _one(self, image: Tensor, prompt: str) -> Tensor:
         text = self.instruction.replace("{text_prompt}", prompt)
         inputs = inputs_of(self.processor, image, text, differentiable=True)
-        states = self.network["model"](**as_dtype(inputs, self.dtype)).last_hidden_state[0]
+        output = self.network["model"](**as_dtype(inputs, self.dtype), use_cache=False)
+        states = output.last_hidden_state[0]
         place = int((inputs["input_ids"][0] == self.token).nonzero()[-1])
         mean: Tensor = self.network["head"](wide(states[place]))[0]
         return mean

@@ -46,8 +46,8 @@ class VlmReader:
         """[V] logits of the first token of the answer."""
         dtype = next(self.network.parameters()).dtype
         inputs = inputs_of(self.processor, image, text, self.differentiable)
-        logits: Tensor = self.network(**as_dtype(inputs, dtype), logits_to_keep=1).logits
-        return wide(logits[0, -1])
+        output = self.network(**as_dtype(inputs, dtype), logits_to_keep=1, use_cache=False)
+        return wide(output.logits[0, -1])
 
     def _log_choices(self, logits: Tensor, question: Question) -> Tensor:
         logs = logits.log_softmax(-1)

@@ -91,6 +91,30 @@ def test_models_lists_embedded_models_and_families(run, emoji):
     assert all(family in table for family in data["families"])
 
 
+def test_rewards_lists_every_reward_with_its_facts(run):
+    data = json.loads(run("rewards", "--json").stdout)
+    table = run("rewards").stdout
+    assert [entry["name"] for entry in data] == [info.name for info in da.rewards.available()]
+    for entry in data:
+        assert entry["name"] in table
+        assert entry["what"], entry
+    facts = {entry["name"]: entry for entry in data}
+    assert facts["image-reward"]["licence"] == "Apache-2.0"
+    assert facts["image-reward"]["gradient"]
+    assert not facts["ocr"]["gradient"]
+    assert facts["hps-v3"]["size"] == "8.3 B"
+
+
+def test_one_reward_with_its_documentation_and_options(run):
+    text = run("rewards", "da-score").stdout
+    assert "Singh and Zheng 2023, arXiv:2307.04749" in text
+    assert re.search(r"offload\s+\S\s+true \| false", text)
+    assert "memory" in text
+    result = run("rewards", "clap")
+    assert result.exit_code == 2
+    assert "unknown reward 'clap'. Nearest: clip" in result.stderr
+
+
 def test_one_pipeline_class_or_the_reason_against_it(run):
     assert "family sd," in run("models", "StableDiffusionPipeline").stdout
     assert json.loads(run("models", "FluxPipeline", "--json").stdout)["scale"] == ["true_cfg_scale"]
@@ -105,7 +129,7 @@ def test_env(run, monkeypatch):
     data = json.loads(run("env", "--json").stdout)
     assert data["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert data["threads"]["torch"] == torch.get_num_threads()
-    assert set(data["extras"]) == {"app", "eval", "video", "triton", "xformers"}
+    assert set(data["extras"]) == {"app", "eval", "ocr", "video", "triton", "xformers"}
     assert data["kernels"]["triton"] == "not usable: no CUDA device"
     assert data["devices"][-1].startswith("cpu")
     table = run("env").stdout
