@@ -29,7 +29,9 @@ from diffalign.seams.support import cost_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = FOLDER
-SECTION = re.compile(r"(<!-- (techniques|methods|rewards): [^>]* -->\n).*?(<!-- end of \2 -->)", flags=re.S)
+SECTION = re.compile(
+    r"(<!-- (techniques|methods|rewards): [^>]* -->\n).*?(<!-- end of \2 -->)", flags=re.S
+)
 ELSEWHERE = {"cfg-zero-star": "Flow models only, so not on `emoji`."}
 # the row of NAG(5), in the window of steps that is looked up for the model
 NAG_ROW = "NAG 5"

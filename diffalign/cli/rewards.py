@@ -63,6 +63,6 @@ def rewards(
                 )
                 for e in entries
             ],
-            "memory: weights in 16 bits, and beside them for one image with gradient; numbers: rank "
+            "memory: weights in 16 bits, and for one image with gradient; numbers: rank "
             "correlation with people",
         )

@@ -40,9 +40,7 @@ class BlipITM(NetworkReward):
         from transformers import BlipConfig, BlipForImageTextRetrieval
 
         config = config_of(BlipConfig, source, self.name, revision)
-        network = pretrained(
-            BlipForImageTextRetrieval, source, self.name, revision, config=config
-        )
+        network = pretrained(BlipForImageTextRetrieval, source, self.name, revision, config=config)
         super().__init__(network, **placement)
         self.side = int(config.vision_config.image_size)
         self.texts = Texts(tokenizer_of(source, self.name, revision), self.name)

@@ -32,9 +32,7 @@ class BlipReader:
         from transformers import BlipConfig, BlipForQuestionAnswering
 
         config = config_of(BlipConfig, source, owner, revision)
-        self.network = pretrained(
-            BlipForQuestionAnswering, source, owner, revision, config=config
-        )
+        self.network = pretrained(BlipForQuestionAnswering, source, owner, revision, config=config)
         self.owner = owner
         self.tokenizer = tokenizer_of(source, owner, revision)
         # BLIP was trained with [ENC] in front of a question; its number follows that of [DEC]

@@ -18,7 +18,7 @@ SIZE, MEMORY = "385 M", "0.8 GB + 0.9"
 
 
 def phrase_questions(prompt: str) -> tuple[Question, ...]:
-    """"a red car" -> "a red car?", as T2I-CompBench asks, for each phrase by rules."""
+    """ "a red car" -> "a red car?", as T2I-CompBench asks, for each phrase by rules."""
     return tuple(Question(f"{phrase}?") for phrase in phrases_of(prompt)) or questions_of(prompt)
 
 
@@ -64,7 +64,7 @@ class DAScore(QuestionReward):
 
     ``questions``: prompt -> questions, a table or a function, by a language model in the paper;
     None for one question for each noun phrase. The authors accept an image at .85.
-    Paper: Singh and Zheng 2023, arXiv:2307.04749. Reads 35 tokens, 480 pixels, aspect ratio ignored.
+    Paper: Singh and Zheng 2023, arXiv:2307.04749. Reads 35 tokens, 480 pixels; no aspect ratio.
     """
 
     name = "da-score"

@@ -41,8 +41,8 @@ def file_of(source: Source, names: tuple[str, ...], owner: str, revision: str | 
         except Exception as problem:  # the hub's errors have no common class
             error = error or problem
     raise ValueError(
-        f"{owner}: {listed(names)} was not found at {str(source)!r}, which is no file and no folder "
-        "here. Pass source= a local file or folder, or connect to the hub."
+        f"{owner}: {listed(names)} was not found at {str(source)!r}, which is no file and no "
+        "folder here. Pass source= a local file or folder, or connect to the hub."
     ) from error
 
 
@@ -81,8 +81,15 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], owner: str, what: str
     """Load every weight of ``module``. Raises: ValueError where one is missing, left over or of
     another shape."""
     present = module.state_dict()
-    missing, extra = sorted(present.keys() - tensors.keys()), sorted(tensors.keys() - present.keys())
-    shapes = [name for name in present.keys() & tensors.keys() if present[name].shape != tensors[name].shape]
+    missing, extra = (
+        sorted(present.keys() - tensors.keys()),
+        sorted(tensors.keys() - present.keys()),
+    )
+    shapes = [
+        name
+        for name in present.keys() & tensors.keys()
+        if present[name].shape != tensors[name].shape
+    ]
     if missing or extra or shapes:
         told = [
             f"{len(names)} {word} ({', '.join(names[:3])})"

@@ -92,7 +92,7 @@ class NetworkReward(BaseReward):
             leaf = part.requires_grad_()
             with torch.enable_grad():
                 scores = self.measure(leaf, texts)
-            (slopes,) = torch.autograd.grad(scores.sum(), leaf)
+                (slopes,) = torch.autograd.grad(scores.sum(), leaf)
             pairs.append((scores.detach(), slopes))
             return scores
 

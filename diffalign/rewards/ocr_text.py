@@ -34,7 +34,7 @@ def target_of(prompt: str) -> str:
     text = _plain(match[1] or match[2] or "") if match else ""
     if not text:
         raise ValueError(
-            f'ocr: the prompt must hold the wanted text in double quotes, like a sign that says '
+            f"ocr: the prompt must hold the wanted text in double quotes, like a sign that says "
             f'"open"; got {prompt!r}.'
         )
     return text

@@ -11,7 +11,7 @@ from diffalign.rewards.network import Placement
 
 
 class PickScore(ClipReward):
-    """Preference of users of a web application: ``100 cos`` of CLIP ViT-H-14 tuned on their choices.
+    """Preference of a web application's users: ``100 cos`` of CLIP ViT-H-14 tuned on choices.
 
     The softmax of several scores of one prompt is the chance to be chosen; a difference of 1 is
     73 to 27. ``source``: a hub id or folder of transformers.

@@ -28,7 +28,7 @@ def fitted(images: Tensor, side: int, fit: Fit = "crop") -> Tensor:
     """Images [B, 3, H, W] in [0, 1] as [B, 3, side, side].
 
     "crop": the shorter side becomes ``side``, the centre is cut out. "pad": the longer side becomes
-    ``side``, black fills the rest evenly. "squash": both sides become ``side``. On square images the
+    ``side``, black fills the rest evenly. "squash": both sides become ``side``. On squares all
     three are the same.
     """
     height, width = images.shape[-2:]
@@ -45,9 +45,7 @@ def fitted(images: Tensor, side: int, fit: Fit = "crop") -> Tensor:
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def normalised(
-    images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
-) -> Tensor:
+def normalised(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """``(images - mean) / std`` by channel."""
     centre, scale = (images.new_tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     return (images - centre) / scale

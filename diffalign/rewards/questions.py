@@ -7,27 +7,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-STOPS = frozenset(
-    "and or but with on in at of to from by under over behind above below beneath beside near next "
-    "left right front into onto through between against around inside outside that which who while "
-    "is are was were be being been has have had there it its not no without as for than then".split()
+LISTS = {
+    "stops": "and or but with on in at of to from by under over behind above below beneath beside "
+    "near next left right front into onto through between against around inside outside that which "
+    "who while is are was were be being been has have had there it its not no without as for than "
+    "then",
+    "determiners": "a an the some this that these those his her their",
+    "numbers": "two three four five six seven eight nine ten several many",
+    "colours": "red orange yellow green blue purple pink brown black white gray grey golden silver",
+    "nouns": "building ceiling clothing painting wing king ring string swing earring morning "
+    "evening drawing lightning wedding stocking pudding dumpling thing",
+    "places": "top side left right bottom",
+}
+STOPS, DETERMINERS, NUMBERS, COLOURS, NOUNS_IN_ING, PLACES = (
+    frozenset(words.split()) for words in LISTS.values()
 )
-"""Words that end a phrase."""
-DETERMINERS = frozenset("a an the some this that these those his her their".split())
-NUMBERS = frozenset("two three four five six seven eight nine ten several many".split())
-COLOURS = frozenset(
-    "red orange yellow green blue purple pink brown black white gray grey golden silver".split()
-)
-NOUNS_IN_ING = frozenset(
-    "building ceiling clothing painting wing king ring string swing earring morning evening "
-    "drawing lightning wedding stocking pudding dumpling thing".split()
-)
+"""Words that end a phrase, words that begin one, and kinds of words; places are no things."""
 MEDIUM = re.compile(
     r"^(?:an? |the )?(?:photo|picture|image|painting|drawing|rendering|illustration|photograph) of "
 )
-SKIPPED = frozenset("top|the top|side|the side|left|the left|right|the right|the bottom".split("|"))
-"""Phrases that are places."""
 RELATIONS = re.compile(
     r"\b(?:to the )?(left of|right of|on top of|in front of|on the left of|on the right of|above|"
     r"below|behind|next to|near|under|on|inside)\b"
@@ -66,7 +66,7 @@ def phrases_of(prompt: str) -> tuple[str, ...]:
         verb = word.endswith("ing") and len(word) > 4 and word not in NOUNS_IN_ING and begun
         if word in STOPS or verb or not word[0].isalnum() or (word in DETERMINERS and begun):
             phrase = " ".join(run)
-            if begun and phrase not in SKIPPED:
+            if begun and phrase.split()[-1] not in PLACES:
                 phrases.append(phrase)
             run = [word] if word in DETERMINERS else []
         else:
@@ -111,7 +111,7 @@ def graph_of(prompt: str) -> tuple[Question, ...]:
             Question(f"are there exactly {n} {bare} in the image?", parents=(place,))
             for n in numbers
         ]
-    for (first, a), (second, b) in zip(things, things[1:]):
+    for (first, a), (second, b) in pairwise(things):
         start = text.find(first) + len(first)
         between = RELATIONS.search(text[start : text.find(second, start)])
         if between:

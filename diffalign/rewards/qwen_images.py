@@ -33,7 +33,8 @@ def patches(image: Tensor, processor: Any, grid: tuple[int, int]) -> Tensor:
     it into ``grid`` (gh, gw) squares of p pixels, each repeated for t frames, those of one merged
     token next to each other."""
     side, merge, frames = (
-        int(getattr(processor, name)) for name in ("patch_size", "merge_size", "temporal_patch_size")
+        int(getattr(processor, name))
+        for name in ("patch_size", "merge_size", "temporal_patch_size")
     )
     rows, columns = grid
     large = resized(image[None], rows * side, columns * side)

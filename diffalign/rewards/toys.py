@@ -40,7 +40,7 @@ class Redness(BaseReward):
 
 
 class JpegSize(BaseReward):
-    """Size of the image as a JPEG file in kilobytes, smaller is better: a black box without gradient.
+    """Size of the image as a JPEG file in kilobytes, smaller is better: a black box.
 
     ``quality``: of the file, 1 to 95. ``sign``: -1 for small files, 1 for large ones.
     """

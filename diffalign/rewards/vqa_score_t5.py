@@ -41,10 +41,10 @@ FILES = (
 class VQAScoreT5(NetworkReward):
     """Geometric mean of the probabilities that CLIP-FlanT5 gives to the tokens of the answer "Yes".
 
-    CLIP ViT-L-14-336 looks at the image, padded to a square with CLIP's mean colour; a small network
-    turns what it sees into words for FlanT5. ``source``: ``zhiqiulin/clip-flant5-xl`` or ``-xxl``,
-    by hub id or folder; ``vision``: CLIP's, None for what the model names. Use bf16: T5 overflows
-    in fp16.
+    CLIP ViT-L-14-336 looks at the image, padded to a square with CLIP's mean colour; a small
+    network turns what it sees into words for FlanT5. ``source``: ``zhiqiulin/clip-flant5-xl`` or
+    ``-xxl``, by hub id or folder; ``vision``: CLIP's, None for what the model names. Use bf16: T5
+    overflows in fp16.
     Paper: Lin et al. 2024, arXiv:2404.01291. 336 pixels.
     """
 

@@ -15,7 +15,10 @@ HEAVY |= {"open_clip", "triton", "xformers", "scipy", "matplotlib", "gradio"}
 COMMANDS = [
     ["--help"],
     ["--version"],
-    *([name, "--help"] for name in ("generate", "compare", "techniques", "models", "rewards", "env")),
+    *(
+        [name, "--help"]
+        for name in ("generate", "compare", "techniques", "models", "rewards", "env")
+    ),
     ["fit", "--help"],
     ["fit", "linear-ag", "--help"],
     ["calibrate", "--help"],

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] a the and of in is are there image photo red blue green two dog "
-    "dogs cat car apple on left right yes no one three ? . , does show exactly ! over under"
-).split()
+TEXT = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] a the and of in is are there image photo red blue green two "
+    "dog dogs cat car apple on left right yes no one three ? . , does show exactly ! over under"
+)
+WORDS = TEXT.split()
 PROMPTS = ["a red dog on the left of a blue car", "two dogs and a green apple", "a photo of a cat"]
 
 

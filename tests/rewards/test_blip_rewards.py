@@ -14,7 +14,7 @@ from diffalign.rewards.preprocessing import fitted, normalised
 from diffalign.rewards.questions import Question
 
 DOUBLE = {"dtype": "fp64"}
-VOCABULARY = 38
+VOCABULARY = 40
 
 
 def image_reward_state():

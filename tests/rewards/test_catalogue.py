@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rewards"
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(FOLDER.glob("*.py"))
-NETWORKS = (
+TEXT = (
     "clip hps-v2 hps-v2-1 hps-v3 pick-score image-reward mps aesthetic aesthetic-v1 blip-vqa "
     "da-score blip-itm vqa-score vqa-score-t5 tifa dsg clip-i dino"
-).split()
+)
+NETWORKS = TEXT.split()
 
 
 def test_every_reward_has_a_row_and_every_row_a_reward():

@@ -135,9 +135,9 @@ def test_options_in_the_name(clip_folder, clip, images, prompts):
     reward = load(f"clip:source={clip_folder},dtype=fp64,batch=2,offload=true")
     assert (reward.batch, reward.offload) == (2, True)
     assert torch.allclose(reward(images, prompts), clip(images, prompts))
-    with pytest.raises(ValueError, match="clip has no option 'sorce'. Nearest: source"):
+    with pytest.raises(ValueError, match=r"clip has no option 'sorce'\. Nearest: source"):
         load("clip:sorce=x")
-    with pytest.raises(ValueError, match="'offload' in .* is not key=value"):
+    with pytest.raises(ValueError, match=r"'offload' in .* is not key=value"):
         load("clip:offload")
     with pytest.raises(ValueError, match="clip:batch must be an integer; got 'two'"):
         load("clip:batch=two")

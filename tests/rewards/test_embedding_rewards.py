@@ -268,9 +268,7 @@ def test_mps_is_the_papers_formula(mps, tiny_clip, images, prompts):
     assert reward(images, prompts).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_mps_has_slopes_and_independent_rows(
-    mps, images, prompts, slopes_agree, batch_is_singles
-):
+def test_mps_has_slopes_and_independent_rows(mps, images, prompts, slopes_agree, batch_is_singles):
     reward = load("mps", source=mps[0], **DOUBLE)
     slopes_agree(reward, images, prompts)
     batch_is_singles(reward, images, prompts)
@@ -278,7 +276,9 @@ def test_mps_has_slopes_and_independent_rows(
 
 def test_mps_depends_on_its_condition_and_refuses_the_authors_pickle(mps, images, tmp_path):
     one = load("mps", source=mps[0], **DOUBLE)(images, ["a red dog on a table"] * 3)
-    other = load("mps", source=mps[0], threshold=0.9, **DOUBLE)(images, ["a red dog on a table"] * 3)
+    other = load("mps", source=mps[0], threshold=0.9, **DOUBLE)(
+        images, ["a red dog on a table"] * 3
+    )
     assert float((one - other).abs().max()) > 1e-6
     torch.save(torch.nn.Linear(2, 2), tmp_path / "MPS_overall_checkpoint.pth")
     with pytest.raises(ValueError, match="Python objects, which are not read"):

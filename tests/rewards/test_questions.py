@@ -22,7 +22,10 @@ from diffalign.rewards.questions import (
     [
         ("a photo of a red car and a blue cat", ("a red car", "a blue cat")),
         ("a dog to the left of a cat", ("a dog", "a cat")),
-        ("two dogs, a green apple on the wooden table", ("two dogs", "a green apple", "the wooden table")),
+        (
+            "two dogs, a green apple on the wooden table",
+            ("two dogs", "a green apple", "the wooden table"),
+        ),
         ("a woman wearing a red hat", ("a woman", "a red hat")),
         ("a tall building next to the left side", ("a tall building",)),
         ("Three birds sitting on a wire.", ("three birds", "a wire")),

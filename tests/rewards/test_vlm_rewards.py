@@ -32,8 +32,12 @@ SIDE = 28 * 4
 def processor(patch):
     """Byte-level tokens, the words that answer, and Qwen2-VL's image processor."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen2VLProcessor
-    from transformers import Qwen2VLVideoProcessor
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = ["Ye", "Yes", "ye", "yes", "No", "no", "ĠYes"]
@@ -117,17 +121,24 @@ def vlm(request, randomised, tmp_path_factory):
     return folder, tools, model.double()
 
 
-def in_double(network):
-    """Root mean square norms compute in float32 in these models; here in float64, or differences
-    of scores would be noise."""
-    for module in network.modules():
-        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
-            module.forward = double_norm(module)
+@pytest.fixture
+def in_double(monkeypatch):
+    """Norms and rotary positions compute in float32 in these models; here in float64, or the
+    differences of scores would be noise."""
+
+    def change(network):
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        for module in network.modules():
+            if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
+                module.forward = double_norm(module)
+
+    return change
 
 
 def double_norm(module):
-    eps = getattr(module, "variance_epsilon", 1e-6)
-    return lambda x: module.weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return lambda x: (
+        module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+    )
 
 
 def exact_images():
@@ -215,7 +226,9 @@ def test_vqa_score_is_the_first_token_of_generate(vlm):
     assert log(images, prompts).tolist() == pytest.approx([math.log(p) for p in expected], rel=1e-5)
 
 
-def test_slopes_and_independent_rows(vlm, images, prompts, slopes_agree, batch_is_singles):
+def test_slopes_and_independent_rows(
+    vlm, images, prompts, in_double, slopes_agree, batch_is_singles
+):
     reward = load("vqa-score", source=vlm[0], **DOUBLE)
     assert reward.differentiable
     in_double(reward.network)
@@ -302,7 +315,7 @@ def test_hps_v3_reads_the_reward_token(hps3):
 
 @pytest.mark.slow
 def test_hps_v3_has_slopes_and_independent_rows(
-    hps3, images, prompts, slopes_agree, batch_is_singles
+    hps3, images, prompts, in_double, slopes_agree, batch_is_singles
 ):
     reward = load("hps-v3", source=hps3[0], base=hps3[0], **DOUBLE)
     reward.processor.image_processor.size = {"shortest_edge": 56**2, "longest_edge": 56**2}
@@ -332,8 +345,13 @@ def flan(randomised, tmp_path_factory):
     """Folder in the published form (a T5 with a projector among its weights, in two files), CLIP's
     folder, and the models in float64."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     words = ["<pad>", "</s>", "<unk>", "Yes", "Does", "figure", "show", "red", "dog", "two", "USER"]
     plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
@@ -425,7 +443,7 @@ def test_vqa_score_t5_is_exp_of_minus_the_cross_entropy(flan, slow):
 
 
 def test_vqa_score_t5_has_slopes_and_independent_rows(
-    flan, images, prompts, slopes_agree, batch_is_singles
+    flan, images, prompts, in_double, slopes_agree, batch_is_singles
 ):
     reward = load("vqa-score-t5", source=flan[0], **DOUBLE)
     in_double(reward.network)
