@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffalign.rewards.checkpoint import DAMAGED, Source
+from diffalign.rewards.checkpoint import DAMAGED, Foreign, Source
 from diffalign.rewards.network import warn_of_cut
 
 CONTEXT = 35
@@ -18,7 +17,7 @@ CONTEXT = 35
 class Texts:
     """Texts as padded token ids of a BERT tokenizer; each text is read once."""
 
-    def __init__(self, tokenizer: Any, owner: str, first: int | None = None) -> None:
+    def __init__(self, tokenizer: Foreign, owner: str, first: int | None = None) -> None:
         self.tokenizer, self.owner = tokenizer, owner
         # replaces the first token where BLIP was trained so
         self.first = first
@@ -41,7 +40,7 @@ class Texts:
         return torch.tensor(table, device=device), torch.tensor(mask, device=device)
 
 
-def config_of(cls: Any, source: Source, owner: str, revision: str | None) -> Any:
+def config_of(cls: Foreign, source: Source, owner: str, revision: str | None) -> Foreign:
     """The configuration of a BLIP model, its heads of 64 numbers as BLIP's are: transformers' own
     default for the text is 8 heads, which fits weights of 12 and gives other scores.
 

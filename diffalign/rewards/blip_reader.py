@@ -52,12 +52,22 @@ class BlipReader:
         owners = [i for i, row in enumerate(questions) for _ in row]
         ids, mask = self.texts([question.text for question in flat], images.device)
         states = read(network.text_encoder, ids, mask, tokens[owners])
-        start = torch.full((len(flat), 1), self.start, device=images.device)
-        logits = network.text_decoder(
-            input_ids=start, encoder_hidden_states=states, encoder_attention_mask=mask
-        ).logits[:, -1]
-        logs = iter(self._log_choices(row, q) for row, q in zip(wide(logits), flat))
+        logits = self._first_logits(states, mask.sum(1).tolist())
+        logs = iter(self._log_choices(row, q) for row, q in zip(logits, flat))
         return [[next(logs) for _ in row] for row in questions]
+
+    def _first_logits(self, states: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """[V] logits of the first token of each answer. transformers' decoder takes no mask of the
+        question, so questions of one length are answered together, without padding."""
+        logits: dict[int, Tensor] = {}
+        for length in sorted(set(lengths)):
+            rows = [i for i, size in enumerate(lengths) if size == length]
+            start = torch.full((len(rows), 1), self.start, device=states.device)
+            output = self.network.text_decoder(
+                input_ids=start, encoder_hidden_states=states[rows, :length], use_cache=False
+            )
+            logits |= dict(zip(rows, wide(output.logits[:, -1])))
+        return [logits[i] for i in range(len(lengths))]
 
     def _log_choices(self, logits: Tensor, question: Question) -> Tensor:
         """Log-probabilities of the choices; of the answer among all tokens without choices."""

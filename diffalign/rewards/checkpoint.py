@@ -17,6 +17,8 @@ from diffalign.core.errors import listed
 from diffalign.embedded.load import quiet
 
 Source = str | PathLike[str]
+Foreign = Any
+"""An object of another library whose classes say nothing about types."""
 ModelT = TypeVar("ModelT", bound=nn.Module)
 DAMAGED = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
 
@@ -58,7 +60,7 @@ def tensors_of(path: Path, owner: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        data: Any = torch.load(path, map_location="cpu", weights_only=True)
+        data: Foreign = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{owner}: {path.name} is damaged, or holds Python objects, which are not read because "
@@ -127,7 +129,7 @@ def pretrained(
     """
     from safetensors import SafetensorError
 
-    load: Any = cls
+    load: Foreign = cls
     try:
         with silent_start():
             model, report = load.from_pretrained(
@@ -151,7 +153,7 @@ def pretrained(
     return filled
 
 
-def tokenizer_of(source: Source, owner: str, revision: str | None = None) -> Any:
+def tokenizer_of(source: Source, owner: str, revision: str | None = None) -> Foreign:
     """The tokenizer in a folder or at a hub id. Raises: ValueError where there is none."""
     from transformers import AutoTokenizer
 

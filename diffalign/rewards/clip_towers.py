@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.rewards.checkpoint import (
+    Foreign,
     Source,
     file_of,
     fill,
@@ -75,7 +76,7 @@ class Towers:
     side: int
 
     @classmethod
-    def of(cls, model: Any) -> Towers:
+    def of(cls, model: Foreign) -> Towers:
         """The parts of a transformers ``CLIPModel``."""
         return cls(
             ImageTower(model.vision_model, model.visual_projection),
@@ -124,10 +125,10 @@ def model_of(tensors: Mapping[str, Tensor], owner: str) -> nn.Module:
     return model.eval()
 
 
-def _config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _config(tensors: Mapping[str, Tensor]) -> dict[str, Foreign]:
     """The shapes say all but the width of a head and the activation."""
 
-    def tower(name: str, width: int) -> dict[str, Any]:
+    def tower(name: str, width: int) -> dict[str, Foreign]:
         layers = f"{name}_model.encoder.layers."
         rule = re.compile(rf"{re.escape(layers)}(\d+)\.")
         return {
@@ -194,7 +195,7 @@ def token_ids(prompts: Sequence[str], owner: str) -> Tensor:
     """Token ids [B, 77] of CLIP's byte pair encoding, padded with 0; warns where one is cut."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    tokenizer: Any = SimpleTokenizer(context_length=CONTEXT)
+    tokenizer: Foreign = SimpleTokenizer(context_length=CONTEXT)
     for prompt in prompts:
         warn_of_cut(owner, prompt, len(tokenizer.encode(prompt)) + 2, CONTEXT)
     ids: Tensor = tokenizer(list(prompts))

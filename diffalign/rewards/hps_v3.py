@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffalign.rewards.base import Facts
 from diffalign.rewards.checkpoint import (
     DAMAGED,
+    Foreign,
     Source,
     file_of,
     fill,
@@ -89,7 +90,7 @@ class HPSv3(NetworkReward):
             if key != "lm_head.weight":  # it writes words, which nobody asks for
                 tensors[key] = tensor
         try:
-            config: Any = Qwen2VLConfig.from_pretrained(base)
+            config: Foreign = Qwen2VLConfig.from_pretrained(base)
             embedding = tensors["model.language_model.embed_tokens.weight"]
             head = _head([tensors[f"head.{place}.weight"].shape for place in (0, 3, 5)])
         except KeyError as error:

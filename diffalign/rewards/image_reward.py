@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffalign.rewards.base import Facts
 from diffalign.rewards.blip import Texts, read
 from diffalign.rewards.checkpoint import (
+    Foreign,
     Source,
     file_of,
     fill,
@@ -113,7 +114,7 @@ def _network(tensors: Mapping[str, Tensor], owner: str) -> nn.ModuleDict:
     return network
 
 
-def _configs(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
+def _configs(tensors: Mapping[str, Tensor]) -> tuple[Foreign, Foreign]:
     """What the shapes say, and the published values of what they do not: heads of 64 numbers, the
     small numbers of the norms."""
     from transformers import BlipTextConfig, BlipVisionConfig

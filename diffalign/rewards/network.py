@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from diffalign.core.errors import warn_once
 from diffalign.rewards.base import BaseReward
+from diffalign.rewards.checkpoint import Foreign
 from diffalign.rewards.preprocessing import wide
 
 DTYPES = {
@@ -162,14 +163,16 @@ class Measured(torch.autograd.Function):
     """Scores [B] of images; the gradient is known when the score is."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, reward: NetworkReward, prompts: Sequence[str]) -> Tensor:
+    def forward(
+        ctx: Foreign, images: Tensor, reward: NetworkReward, prompts: Sequence[str]
+    ) -> Tensor:
         scores, slopes = reward.with_slopes(images, prompts)
         ctx.save_for_backward(slopes.to(images.dtype))
         return scores
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Foreign, gradient: Tensor) -> tuple[Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
         return gradient.to(slopes.dtype).view(-1, 1, 1, 1) * slopes, None, None
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.rewards.base import BaseReward, Facts
+from diffalign.rewards.checkpoint import Foreign
 from diffalign.rewards.toys import bytes_of
 
 QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
@@ -65,7 +65,7 @@ class OCRText(BaseReward):
         "written text; selection only",
     )
 
-    def __init__(self, ocr: Callable[[Any], str] | None = None) -> None:
+    def __init__(self, ocr: Callable[[Foreign], str] | None = None) -> None:
         self.ocr = rapid() if ocr is None else ocr
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -78,7 +78,7 @@ class OCRText(BaseReward):
         return torch.tensor(scores, device=images.device)
 
 
-def rapid() -> Callable[[Any], str]:
+def rapid() -> Callable[[Foreign], str]:
     """``rapidocr`` as a function of an image. Raises: ValueError where it is not installed."""
     try:
         from rapidocr import RapidOCR
@@ -89,7 +89,7 @@ def rapid() -> Callable[[Any], str]:
         ) from error
     engine = RapidOCR(params={"Global.log_level": "critical"})
 
-    def read(pixels: Any) -> str:
+    def read(pixels: Foreign) -> str:
         lines = engine(pixels[..., ::-1]).txts  # it reads blue first
         return " ".join(lines or ())
 

@@ -3,12 +3,10 @@ cutting images is known."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from diffalign.rewards.checkpoint import DAMAGED, Source
+from diffalign.rewards.checkpoint import DAMAGED, Foreign, Source
 from diffalign.rewards.preprocessing import normalised, resized
 from diffalign.rewards.toys import bytes_of
 
@@ -16,7 +14,7 @@ QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Model types whose images are cut as ``patches`` does."""
 
 
-def processor_of(source: Source, owner: str, revision: str | None) -> Any:
+def processor_of(source: Source, owner: str, revision: str | None) -> Foreign:
     """The processor of a vision-language model. Raises: ValueError where there is none."""
     from transformers import AutoProcessor
 
@@ -28,7 +26,7 @@ def processor_of(source: Source, owner: str, revision: str | None) -> Any:
         ) from error
 
 
-def patches(image: Tensor, processor: Any, grid: tuple[int, int]) -> Tensor:
+def patches(image: Tensor, processor: Foreign, grid: tuple[int, int]) -> Tensor:
     """An image [3, H, W] in [0, 1] as rows of pixels [gh gw, 3 t p p], as Qwen-VL's processor cuts
     it into ``grid`` (gh, gw) squares of p pixels, each repeated for t frames, those of one merged
     token next to each other."""
@@ -44,7 +42,9 @@ def patches(image: Tensor, processor: Any, grid: tuple[int, int]) -> Tensor:
     return ordered.expand(-1, -1, frames, -1, -1).reshape(rows * columns, -1)
 
 
-def inputs_of(processor: Any, image: Tensor, text: str, differentiable: bool) -> dict[str, Tensor]:
+def inputs_of(
+    processor: Foreign, image: Tensor, text: str, differentiable: bool
+) -> dict[str, Tensor]:
     """Inputs of the model for one image [3, H, W] and one turn of a user, on the image's device."""
     from PIL import Image
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.rewards.base import Facts
-from diffalign.rewards.checkpoint import Source, pretrained
+from diffalign.rewards.checkpoint import Foreign, Source, pretrained
 from diffalign.rewards.clip_towers import ImageTower
 from diffalign.rewards.network import NetworkReward, Placement
 from diffalign.rewards.preprocessing import fitted, normalised, resized, wide
 
-References = Tensor | Sequence[Any]
+References = Tensor | Sequence[Foreign]
 """Images [R, 3, H, W] in [0, 1], or a list of file paths and Pillow images of any sizes."""
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -14,7 +14,7 @@ from diffalign.rewards.qwen_images import QWEN, as_dtype, inputs_of, processor_o
 
 
 class VlmReader:
-    """Any model of ``AutoModelForImageTextToText``; one forward pass for each question.
+    """A model of ``AutoModelForImageTextToText``; one forward pass for each question.
 
     ``spellings``: whether "Yes", "yes" and both with a space before count as one answer; without
     it only the answer as it is written counts. Differentiable for Qwen2-VL, Qwen2.5-VL and

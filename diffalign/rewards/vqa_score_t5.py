@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from diffalign.rewards.base import Facts
 from diffalign.rewards.checkpoint import (
     DAMAGED,
+    Foreign,
     Source,
     file_of,
     fill,
@@ -69,7 +70,7 @@ class VQAScoreT5(NetworkReward):
         if placement.get("dtype") == "fp16":
             raise ValueError(f"{self.name}: T5 overflows in fp16; use bf16 or fp32.")
         try:
-            config: Any = T5Config.from_pretrained(source, revision=revision)
+            config: Foreign = T5Config.from_pretrained(source, revision=revision)
         except DAMAGED as error:
             raise ValueError(
                 f"{self.name}: no configuration of CLIP-FlanT5 at {str(source)!r}: {error}"

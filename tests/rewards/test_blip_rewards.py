@@ -329,7 +329,7 @@ def test_choices_must_differ_in_their_first_token(vqa, images):
 def test_a_blip_of_another_kind_is_named(itm, tmp_path):
     with pytest.raises(ValueError, match="is no complete BlipForQuestionAnswering"):
         load("da-score", source=itm[0])
-    with pytest.raises(ValueError, match="da-score: no configuration of a BLIP model"):
+    with pytest.raises(ValueError, match="da-score: no BlipForQuestionAnswering could be loaded"):
         load("da-score", source=tmp_path)
 
 
