@@ -132,7 +132,7 @@ REWARDS: Registry[Reward] = Registry(
             ("clip-i", "subject:ClipI"),
             ("dino", "subject:Dino"),
             ("ocr", "ocr_text:OCRText"),
-            ("reno-set", "weighted:reno_set"),
+            ("reno-set", "weighted:ReNOSet"),
             ("category-aware", "category_aware:CategoryAware"),
             ("frames", "video:OverFrames"),
             ("motion-smoothness", "video:MotionSmoothness"),
@@ -156,10 +156,10 @@ def available() -> tuple[RewardInfo, ...]:
 
 
 def _info(name: str, make: Callable[..., Reward]) -> RewardInfo:
+    text = " ".join((inspect.getdoc(make) or "").split()).replace("``", "").partition(". ")[0]
     if not (isinstance(make, type) and issubclass(make, BaseReward)):
-        return RewardInfo(name, " ".join((inspect.getdoc(make) or "").split()), False)
-    text = " ".join((inspect.getdoc(make) or "").split()).replace("``", "")
-    return RewardInfo(name, text.partition(". ")[0].rstrip("."), make.differentiable, make.facts)
+        return RewardInfo(name, text.rstrip("."), False)
+    return RewardInfo(name, text.rstrip("."), make.differentiable, make.facts)
 
 
 def load(name: str, **options: object) -> Reward:

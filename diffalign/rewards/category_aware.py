@@ -121,7 +121,14 @@ class CategoryAware(BaseReward):
     whose category has no row.
     """
 
-    facts = Facts(best="whatever each part is best at")
+    differentiable = True
+    facts = Facts(
+        "those of its parts",
+        "those of its parts",
+        "2.1 B and more",
+        "8 GB + 3",
+        "composition: what each part is best at",
+    )
 
     def __init__(
         self,

@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from diffalign.rewards.base import BaseReward
+from diffalign.rewards.base import BaseReward, Facts
 
 if TYPE_CHECKING:
     from diffalign.embedded.nets.clip import Clip
 
 
 class EmojiClip(BaseReward):
-    """Cosine in [-1, 1] between image and prompt, for 64 x 64 scenes of the embedded world; other
-    sizes are resized with antialiasing.
+    """Cosine in [-1, 1] between image and prompt, for 64 x 64 scenes of the embedded world.
 
-    Differentiable. ``model`` is a loaded ``emoji-clip``, None loads the embedded one. Meaningful
-    for objects, colours, numbers and relations that the world knows; any text is accepted. Cost:
-    about 4 ms an image on one core, three times that with gradient.
+    Differentiable. Other sizes are resized with antialiasing. ``model`` is a loaded ``emoji-clip``,
+    None loads the embedded one. Meaningful for objects, colours, numbers and relations that the
+    world knows; any text is accepted. Cost: about 4 ms an image on one core, three times that with
+    gradient.
     """
 
     differentiable = True
     name = "emoji-clip"
+    span = (-1.0, 1.0)
+    facts = Facts("Apache-2.0", "in the package", "3.1 M", "12 MB", "scenes of the embedded world")
 
     def __init__(self, model: Clip | None = None) -> None:
         if model is None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from diffalign.core.types import Json
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
-from diffalign.rewards.base import BaseReward
+from diffalign.rewards.base import BaseReward, Facts
 from diffalign.tasks.geneval.verdict import parse_prompt
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class EmojiJudge(BaseReward):
 
     differentiable = True
     name = "emoji-judge"
+    facts = Facts("Apache-2.0", "in the package", "1.0 M", "4 MB", "scenes of the embedded world")
 
     def __init__(self, judge: Judge | None = None) -> None:
         if judge is None:
@@ -105,6 +106,10 @@ class EmojiJudge(BaseReward):
 
             judge = load("emoji-judge")
         self.judge = judge
+
+    def unit(self, scores: Tensor) -> Tensor:
+        """The probability."""
+        return scores.exp()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         records = []

@@ -43,7 +43,9 @@ class OverFrames(VideoReward):
     for all. Differentiable where the reward is. Cost: that of the reward for each frame.
     """
 
+    differentiable = True
     name = "frames"
+    facts = Facts(*["that of the reward"] * 5)
 
     def __init__(
         self,

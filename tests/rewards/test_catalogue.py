@@ -43,7 +43,7 @@ def test_facts_of_rewards_that_have_weights(name):
 
 def test_every_reward_says_what_it_is_in_a_line():
     for info in da.rewards.available():
-        assert 10 < len(info.description) <= 110, info
+        assert 10 < len(info.description) <= 130, info
         assert "`" not in info.description
 
 
