@@ -1,7 +1,6 @@
 """Measures without a network: pixels, frames of a video, text that can be read."""
 
 import io
-import math
 
 import numpy as np
 import pytest
@@ -159,9 +158,5 @@ def rendered(text, colour=(20, 20, 120)):
 def test_rendered_text_is_read():
     """``rapidocr`` itself, with the models of its package."""
     reward = load("ocr")
-    images = torch.cat([rendered("OPEN 24"), rendered("OPEN 24"), torch.ones(1, 3, 120, 320)])
-    scores = reward(images, ['a sign "Open 24"', 'a sign "closed"', 'a sign "open"'])
-    assert float(scores[0]) == 1.0
-    assert float(scores[1]) < 0.5
-    assert float(scores[2]) == 0.0
-    assert math.isclose(float(reward.unit(scores)[0]), 1.0)
+    images = torch.cat([rendered("bakery"), torch.ones(1, 3, 120, 320)])
+    assert reward(images, ['a sign "Bakery"', 'a sign "bakery"']).tolist() == [1.0, 0.0]
