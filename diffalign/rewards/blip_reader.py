@@ -27,6 +27,7 @@ class BlipReader:
     name = "blip-vqa"
     source = "Salesforce/blip-vqa-capfilt-large"
     differentiable = True
+    batch = 8
 
     def __init__(self, source: Source, revision: str | None, owner: str) -> None:
         from transformers import BlipConfig, BlipForQuestionAnswering

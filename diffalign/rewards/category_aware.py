@@ -161,7 +161,7 @@ class CategoryAware(BaseReward):
         rows = [[share * w for w in self.weights[category]] for category, share in guess.items()]
         return tuple(map(sum, zip(*rows)))
 
-    def parts_for(self, prompt: str) -> list[tuple[float, Reward]]:
+    def parts_of(self, prompt: str) -> list[tuple[float, Reward]]:
         """The weighted sum for one prompt: weight and reward on the unit scale of each part, for
         methods that treat parts apart."""
         return list(zip(self.weights_for(prompt), map(Unit, self.rewards)))

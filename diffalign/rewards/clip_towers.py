@@ -230,11 +230,11 @@ class ClipReward(NetworkReward):
             self._texts |= dict(zip(new, features))
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
-    def features(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Tensor) -> Tensor:
         """Unit features [B, D] of images."""
         pixels = normalised(fitted(images, self.side, self.fit))
         return F.normalize(wide(self.network(pixels.to(self.dtype))), dim=-1)
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        features = self.features(images)
+        features = self.image_features(images)
         return self.scale * (features * self.texts(prompts).to(features)).sum(-1)

@@ -68,6 +68,7 @@ class HPSv3(NetworkReward):
         **placement: Unpack[Placement],
     ) -> None:
         placement.setdefault("dtype", "bf16")
+        placement.setdefault("batch", 1)
         self.processor = processor_of(base, self.name, None)
         self.processor.image_processor.size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
         self.processor.tokenizer.add_tokens([TOKEN], special_tokens=True)

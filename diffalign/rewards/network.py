@@ -45,7 +45,8 @@ class NetworkReward(BaseReward):
 
     The network follows the images to their device. Gradients are computed together with the score,
     batch by batch, so several rewards never hold their graphs at once; a second derivative is
-    refused. Options: ``dtype`` ("fp32"), ``batch`` (8), ``cache`` (256), ``offload`` (False).
+    refused. Options: ``dtype`` ("fp32"), ``batch`` (8; 1 for language models), ``cache`` (256),
+    ``offload`` (False).
     Raises: ValueError for a batch below 1, another dtype, and a score that is not finite.
     """
 

@@ -21,6 +21,8 @@ class Reader(Protocol):
     name: str
     # gradients flow to the images
     differentiable: bool
+    # images at once before memory has said anything
+    batch: int
 
     def log_choices(
         self, images: Tensor, questions: Sequence[Sequence[Question]]
@@ -57,6 +59,7 @@ class QuestionReward(NetworkReward):
     def __init__(
         self, reader: Reader, questions: Questions | None = None, **placement: Unpack[Placement]
     ) -> None:
+        placement.setdefault("batch", reader.batch)
         super().__init__(reader.network, **placement)
         self.reader, self.questions = reader, questions
         self.differentiable = reader.differentiable

@@ -22,6 +22,7 @@ class VlmReader:
     """
 
     source = "Qwen/Qwen3-VL-2B-Instruct"
+    batch = 1
 
     def __init__(
         self, source: Source, revision: str | None, owner: str, spellings: bool = True

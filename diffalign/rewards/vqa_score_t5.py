@@ -67,6 +67,7 @@ class VQAScoreT5(NetworkReward):
     ) -> None:
         from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
+        placement.setdefault("batch", 1)
         if placement.get("dtype") == "fp16":
             raise ValueError(f"{self.name}: T5 overflows in fp16; use bf16 or fp32.")
         try:

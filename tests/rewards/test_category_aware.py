@@ -95,7 +95,7 @@ def test_it_is_the_weighted_sum_of_units_of_each_prompt():
     expected = rows[:, 0] * units[0] + rows[:, 1] * units[1]
     assert torch.allclose(reward(IMAGES, prompts), expected)
     assert reward.name == "category-aware(r,g)"
-    parts = reward.parts_for("a red car")
+    parts = reward.parts_of("a red car")
     assert [weight for weight, _ in parts] == [0.5, 1.5]
     total = sum(weight * part(IMAGES, prompts) for weight, part in parts)
     assert torch.allclose(total[[0, 2]], expected[[0, 2]])

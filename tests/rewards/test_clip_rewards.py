@@ -188,10 +188,7 @@ def test_a_file_that_lacks_weights_is_named(hps_file, tmp_path):
 
 @pytest.mark.hub
 @pytest.mark.slow
-def test_published_scales():
-    """Factors of the published files, and cosines in the published range for a grey image."""
-    image = torch.full((1, 3, 224, 224), 0.5)
-    pick, hps = load("pick-score"), load("hps-v2-1")
-    assert math.isclose(pick.scale, 100.0, rel_tol=0.02)
-    assert 5 < float(pick(image, ["a grey wall"])) < 30
-    assert 0 < float(hps(image, ["a grey wall"])) < 0.4
+@pytest.mark.parametrize("name", ["clip", "pick-score"])
+def test_published_scales(name):
+    """The learned factor of the published files is about 100."""
+    assert math.isclose(load(name).scale, 100.0, rel_tol=0.02)
