@@ -1,7 +1,8 @@
 """``diffalign rewards``: what can be given to ``--reward``."""
 
 import inspect
-from typing import Annotated
+from os import PathLike
+from typing import Annotated, Literal, get_origin
 
 import typer
 
@@ -18,7 +19,6 @@ def rewards(
 ) -> None:
     """The rewards: size, memory, licence, gradient, and what each is best at."""
     from diffalign.core.errors import nearest
-    from diffalign.core.values import type_text
     from diffalign.rewards import available
     from diffalign.rewards.base import REWARDS, options_of_reward
 
@@ -50,7 +50,7 @@ def rewards(
         options = options_of_reward(make)
         if options:
             show.text("")
-            rows = [(key.replace("_", "-"), type_text(hint)) for key, hint in options.items()]
+            rows = [(key.replace("_", "-"), readable(hint)) for key, hint in options.items()]
             show.table(["option", "type"], rows)
     else:
         show.table(
@@ -66,3 +66,15 @@ def rewards(
             "memory: weights in 16 bits, and for one image with gradient; numbers: rank "
             "correlation with people",
         )
+
+
+def readable(hint: object) -> str:
+    """The type of an option as people read it; "an object" is for Python only."""
+    from diffalign.core.values import alternatives, type_text
+
+    texts = []
+    for kind in alternatives(hint):
+        plain_kind = kind in (str, int, float, bool, type(None)) or get_origin(kind) is Literal
+        path = get_origin(kind) is PathLike
+        texts.append("text" if path else type_text(kind) if plain_kind else "an object")
+    return " or ".join(dict.fromkeys(texts))

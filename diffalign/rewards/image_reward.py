@@ -72,9 +72,9 @@ class ImageReward(NetworkReward):
         path = file_of(source, ("ImageReward.pt",), self.name, revision)
         network = _network(tensors_of(path, self.name), self.name)
         super().__init__(network, **placement)
-        self.side = int(network["vision"].config.image_size)
+        self.side = int(self.network["vision"].config.image_size)
         if self.dtype != torch.float64:
-            network["head"].float()
+            self.network["head"].float()
         self.texts = Texts(tokenizer_of(tokenizer, self.name), self.name)
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

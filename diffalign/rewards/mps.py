@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.rewards.base import Facts
-from diffalign.rewards.checkpoint import Source, file_of, fill, tensors_of
+from diffalign.rewards.checkpoint import Foreign, Source, file_of, fill, tensors_of
 from diffalign.rewards.clip_towers import END, ClipReward, Towers, model_of, token_ids
 from diffalign.rewards.network import Placement
 from diffalign.rewards.preprocessing import fitted, normalised, wide
@@ -51,7 +51,7 @@ def _linear(width: int, after: int) -> nn.Linear:
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Queries [B, N, A 64] of A heads on one shared head of keys and values [B, L, 64]."""
     heads = query.shape[-1] // HEAD
-    split = query.unflatten(-1, (heads, HEAD)).transpose(1, 2)
+    split = query.view(*query.shape[:-1], heads, HEAD).transpose(1, 2)
     scores = split @ key[:, None].transpose(-1, -2) * HEAD**-0.5
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
@@ -71,8 +71,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         x = self.norm(x)
         key, value = self.to_kv(text).chunk(2, dim=-1)
-        attention: Tensor = self.to_out(_attend(self.to_q(x), key, value, mask))
-        return attention + self.ff(x)
+        result: Tensor = self.to_out(_attend(self.to_q(x), key, value, mask)) + self.ff(x)
+        return result
 
 
 class Parallel(nn.Module):
@@ -88,10 +88,10 @@ class Parallel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value, hidden = self.fused_attn_ff_proj(self.norm(x)).split(self.parts, -1)
-        query = _rotated(query.unflatten(-1, (-1, HEAD))).flatten(-2)
+        query = _rotated(query.view(*query.shape[:-1], -1, HEAD)).flatten(-2)
         key = _rotated(key[..., None, :]).flatten(-2)
-        attention: Tensor = self.attn_out(_attend(query, key, value))
-        return attention + self.ff_out(hidden)
+        result: Tensor = self.attn_out(_attend(query, key, value)) + self.ff_out(hidden)
+        return result
 
 
 def _rotated(x: Tensor) -> Tensor:
@@ -126,19 +126,19 @@ class Cross(nn.Module):
         )
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        for layer in self.layers:
-            reads, thinks = layer  # type: ignore[misc]
+        layers: Foreign = self.layers
+        for reads, thinks in layers:
             x = thinks(reads(x, text, mask))
         return x
 
 
 class MPS(ClipReward):
-    """Human preference under a condition: words of the prompt that have nothing to do with it are
-    masked before the image's tokens read the text.
+    """Human preference under a condition: only words of the prompt that have to do with it count.
 
-    ``condition``: what counts, the authors' overall condition by default. ``threshold``: a word
-    counts where its largest product with the condition's words is above this share of the prompt's
-    largest; .3 as in the authors' evaluation. Differs from their batched code: the share is taken
+    The others are masked before the image's tokens read the text. ``condition``: what counts, the
+    authors' overall condition by default. ``threshold``: a word counts where its largest product
+    with the condition's words is above this share of the prompt's largest; .3 as in the authors'
+    evaluation. Differs from their batched code: the share is taken
     within each prompt, so a score does not depend on its neighbours. ``source``: a hub id, folder
     or file of weights in the authors' names; their own file holds Python objects and is refused.
     Paper: Zhang et al. 2024, arXiv:2405.14705. Reads 77 tokens, 224 pixels, centre crop.

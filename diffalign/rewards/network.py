@@ -64,7 +64,7 @@ class NetworkReward(BaseReward):
                 f"{self.room}."
             )
         self.offload = placement.get("offload", False)
-        self.network = network.eval().requires_grad_(False).to(DTYPES[dtype])
+        self.network: Foreign = network.eval().requires_grad_(False).to(DTYPES[dtype])
         self._scores: OrderedDict[tuple[bytes, str], Tensor] = OrderedDict()
 
     @abstractmethod
@@ -74,7 +74,8 @@ class NetworkReward(BaseReward):
     @property
     def dtype(self) -> torch.dtype:
         """Of the network's weights."""
-        return next(self.network.parameters()).dtype
+        dtype: torch.dtype = next(self.network.parameters()).dtype
+        return dtype
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if torch.is_grad_enabled() and images.requires_grad:

@@ -116,7 +116,7 @@ class Dino(ClipI):
     def _network(self, source: Source, revision: str | None) -> nn.Module:
         from transformers import AutoModel
 
-        model = pretrained(AutoModel, source, self.name, revision, unused="pooler.")
+        model: nn.Module = pretrained(AutoModel, source, self.name, revision, unused="pooler.")
         self.side = int(model.config.image_size)
         self.patch = int(model.config.patch_size)
         return model

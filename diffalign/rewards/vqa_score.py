@@ -54,5 +54,5 @@ class VQAScore(QuestionReward):
         return (Question(text, "Yes", ()),)
 
     def combine(self, logs: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
-        (log,) = wanted_logs(logs, questions)
+        log = wanted_logs(logs, questions)[0]
         return log if self.log else log.exp()
