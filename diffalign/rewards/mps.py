@@ -55,7 +55,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
     scores = split @ key[:, None].transpose(-1, -2) * HEAD**-0.5
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-    return (scores.softmax(-1) @ value[:, None]).transpose(1, 2).flatten(2)
+    result: Tensor = (scores.softmax(-1) @ value[:, None]).transpose(1, 2).flatten(2)
+    return result
 
 
 class CrossAttention(nn.Module):

@@ -116,10 +116,11 @@ class Dino(ClipI):
     def _network(self, source: Source, revision: str | None) -> nn.Module:
         from transformers import AutoModel
 
-        model: nn.Module = pretrained(AutoModel, source, self.name, revision, unused="pooler.")
+        model: Foreign = pretrained(AutoModel, source, self.name, revision, unused="pooler.")
         self.side = int(model.config.image_size)
         self.patch = int(model.config.patch_size)
-        return model
+        network: nn.Module = model
+        return network
 
     def features(self, images: Tensor) -> Tensor:
         side = min(self.side, 224) // self.patch * self.patch

@@ -301,6 +301,7 @@ def test_blip_itm_is_transformers_own_forward(itm, images, prompts):
     assert torch.allclose(reward(images, prompts), logits.softmax(-1)[:, 1], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip-vqa", "da-score", "tifa", "dsg"])
 def test_question_rewards_have_slopes_and_independent_rows(
     name, vqa, images, prompts, slopes_agree, batch_is_singles
@@ -310,6 +311,7 @@ def test_question_rewards_have_slopes_and_independent_rows(
     batch_is_singles(reward, images, prompts)
 
 
+@pytest.mark.slow
 def test_itm_has_slopes_and_independent_rows(itm, images, prompts, slopes_agree, batch_is_singles):
     reward = load("blip-itm", source=itm[0], **DOUBLE)
     slopes_agree(reward, images, prompts)

@@ -116,6 +116,7 @@ def test_a_long_prompt_warns_and_its_tail_does_not_count(clip, images):
     assert torch.allclose(score, clip(images[:1], [f"{long} cat"]))
 
 
+@pytest.mark.slow
 def test_low_precision_networks_score_in_float32(clip_folder, images, prompts):
     low = load("clip", source=clip_folder, dtype="bf16")(images.float(), prompts)
     exact = load("clip", source=clip_folder)(images.float(), prompts)
@@ -124,6 +125,7 @@ def test_low_precision_networks_score_in_float32(clip_folder, images, prompts):
     assert float((low - exact).abs().max()) < 100 * 8 * 2**-8
 
 
+@pytest.mark.slow
 def test_a_file_in_open_clips_format_serves_clip_score_too(hps_file, hps, images, prompts):
     scores = load("clip", source=hps_file, **DOUBLE)(images, prompts)
     assert bool(scores.isfinite().all())

@@ -260,6 +260,7 @@ def slow_mps(state, model, image, prompt, threshold):
     return 100 * float(x[0] @ end / (x[0].norm() * end.norm()))
 
 
+@pytest.mark.slow
 def test_mps_is_the_papers_formula(mps, tiny_clip, images, prompts):
     folder, state = mps
     # random tokens are all alike: a threshold that strikes out some of them
@@ -269,12 +270,14 @@ def test_mps_is_the_papers_formula(mps, tiny_clip, images, prompts):
     assert reward(images, prompts).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_mps_has_slopes_and_independent_rows(mps, images, prompts, slopes_agree, batch_is_singles):
     reward = load("mps", source=mps[0], **DOUBLE)
     slopes_agree(reward, images, prompts)
     batch_is_singles(reward, images, prompts)
 
 
+@pytest.mark.slow
 def test_mps_depends_on_its_condition_and_refuses_the_authors_pickle(mps, images, tmp_path):
     one = load("mps", source=mps[0], **DOUBLE)(images, ["a red dog on a table"] * 3)
     other = load("mps", source=mps[0], threshold=0.9, **DOUBLE)(

@@ -226,6 +226,7 @@ def test_vqa_score_is_the_first_token_of_generate(vlm):
     assert log(images, prompts).tolist() == pytest.approx([math.log(p) for p in expected], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_slopes_and_independent_rows(
     vlm, images, prompts, in_double, slopes_agree, batch_is_singles
 ):
@@ -285,6 +286,7 @@ def hps3(randomised, tmp_path_factory):
     return folder, tools, model.double(), [layer.double() for layer in head]
 
 
+@pytest.mark.slow
 def test_hps_v3_reads_the_reward_token(hps3):
     folder, tools, model, head = hps3
     reward = load("hps-v3", source=folder, base=folder, **DOUBLE)
@@ -442,6 +444,7 @@ def test_vqa_score_t5_is_exp_of_minus_the_cross_entropy(flan, slow):
     assert reward(images, prompts).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_vqa_score_t5_has_slopes_and_independent_rows(
     flan, images, prompts, in_double, slopes_agree, batch_is_singles
 ):
