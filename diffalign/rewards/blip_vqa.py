@@ -11,7 +11,7 @@ from diffalign.rewards.base import Facts
 from diffalign.rewards.blip_reader import BlipReader
 from diffalign.rewards.checkpoint import Source
 from diffalign.rewards.network import Placement
-from diffalign.rewards.question_reward import QuestionReward, wanted_logs
+from diffalign.rewards.question_reward import QuestionReward, right_logs
 from diffalign.rewards.questions import Question, Questions, phrases_of, questions_of
 
 SIZE, MEMORY = "385 M", "0.8 GB + 0.9"
@@ -55,7 +55,7 @@ class BlipVQA(QuestionReward):
             self.span = (-5.0, 0.0)
 
     def combine(self, logs: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
-        total = wanted_logs(logs, questions).sum()
+        total = right_logs(logs, questions).sum()
         return total if self.log else total.exp()
 
 
@@ -85,8 +85,10 @@ class DAScore(QuestionReward):
     ) -> None:
         super().__init__(BlipReader(source, revision, self.name), questions, **placement)
 
-    def asked(self, prompt: str) -> tuple[Question, ...]:
-        return tuple(Question(q.text, q.answer, (), q.parents) for q in super().asked(prompt))
+    def questions_for(self, prompt: str) -> tuple[Question, ...]:
+        return tuple(
+            Question(q.text, q.answer, (), q.parents) for q in super().questions_for(prompt)
+        )
 
     def combine(self, logs: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
-        return wanted_logs(logs, questions).exp().mean()
+        return right_logs(logs, questions).exp().mean()

@@ -37,8 +37,8 @@ def fitted(images: Tensor, side: int, fit: Fit = "crop") -> Tensor:
     if fit == "crop":
         short = min(height, width)
         images = resized(images, side * height // short, side * width // short)
-        top, left = ((size - side) // 2 for size in images.shape[-2:])
-        return images[..., top : top + side, left : left + side]
+        y, x = ((size - side) // 2 for size in images.shape[-2:])
+        return images[..., y : y + side, x : x + side]
     long = max(height, width)
     images = resized(images, round(side * height / long), round(side * width / long))
     rows, columns = (side - size for size in images.shape[-2:])

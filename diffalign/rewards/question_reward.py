@@ -64,7 +64,7 @@ class QuestionReward(NetworkReward):
         self.reader, self.questions = reader, questions
         self.differentiable = reader.differentiable
 
-    def asked(self, prompt: str) -> tuple[Question, ...]:
+    def questions_for(self, prompt: str) -> tuple[Question, ...]:
         """The questions of a prompt."""
         return read_questions(self.questions, prompt, self.rule, self.name)
 
@@ -73,12 +73,12 @@ class QuestionReward(NetworkReward):
         """One score of the answers: log-probabilities [C] of each question's choices."""
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        table = [self.asked(prompt) for prompt in prompts]
+        table = [self.questions_for(prompt) for prompt in prompts]
         logs = self.reader.log_choices(images, table)
         return torch.stack([self.combine(row, questions) for row, questions in zip(logs, table)])
 
 
-def wanted_logs(logs: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
+def right_logs(logs: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
     """Log-probabilities [K] of the right answers of K questions."""
     return torch.stack([row[place_of(question)] for row, question in zip(logs, questions)])
 

@@ -16,7 +16,7 @@ from diffalign.rewards.question_reward import (
     Reader,
     place_of,
     reader_of,
-    wanted_logs,
+    right_logs,
 )
 from diffalign.rewards.questions import Question, Questions, graph_of
 
@@ -58,7 +58,7 @@ class TIFA(QuestionReward):
 
     def right(self, logs: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
         """[K] probabilities of the right answers; else 1 where that is the likeliest choice."""
-        probabilities = wanted_logs(logs, questions).exp()
+        probabilities = right_logs(logs, questions).exp()
         if self.soft:
             return probabilities
         likeliest = [int(row.argmax()) == place_of(q) for row, q in zip(logs, questions)]
@@ -99,7 +99,7 @@ class DSG(TIFA):
 
     def combine(self, logs: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
         answers = self.right(logs, questions)
-        counted: list[Tensor] = []
+        values: list[Tensor] = []
         for place, question in enumerate(questions):
             value = answers[place]
             for parent in question.parents:
@@ -107,6 +107,6 @@ class DSG(TIFA):
                     raise ValueError(
                         f"dsg(cascade=True): {question.text!r} must come after question {parent}."
                     )
-                value = value * (counted[parent] if self.cascade else answers[parent])
-            counted.append(value)
-        return torch.stack(counted).mean()
+                value = value * (values[parent] if self.cascade else answers[parent])
+            values.append(value)
+        return torch.stack(values).mean()

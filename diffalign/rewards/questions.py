@@ -62,11 +62,11 @@ def phrases_of(prompt: str) -> tuple[str, ...]:
     phrases: list[str] = []
     run: list[str] = []
     for word in [*re.findall(r"[a-z0-9'-]+|[.,;:!?]", text), "."]:
-        begun = any(item not in DETERMINERS for item in run)
-        verb = word.endswith("ing") and len(word) > 4 and word not in NOUNS_IN_ING and begun
-        if word in STOPS or verb or not word[0].isalnum() or (word in DETERMINERS and begun):
+        content = any(item not in DETERMINERS for item in run)
+        verb = word.endswith("ing") and len(word) > 4 and word not in NOUNS_IN_ING and content
+        if word in STOPS or verb or not word[0].isalnum() or (word in DETERMINERS and content):
             phrase = " ".join(run)
-            if begun and phrase.split()[-1] not in PLACES:
+            if content and phrase.split()[-1] not in PLACES:
                 phrases.append(phrase)
             run = [word] if word in DETERMINERS else []
         else:
@@ -74,7 +74,7 @@ def phrases_of(prompt: str) -> tuple[str, ...]:
     return tuple(phrases[:MOST])
 
 
-def asked(phrase: str) -> str:
+def question_about(phrase: str) -> str:
     """ "a red car" -> "is there a red car in the image?"."""
     words = phrase.split()
     many = words[0] in NUMBERS or (words[0] not in DETERMINERS and words[-1].endswith("s"))
@@ -86,7 +86,7 @@ def questions_of(prompt: str) -> tuple[Question, ...]:
     phrases = phrases_of(prompt)
     if not phrases:
         return (Question(f"does the image show {prompt.strip().rstrip('.')}?"),)
-    return tuple(Question(asked(phrase)) for phrase in phrases)
+    return tuple(Question(question_about(phrase)) for phrase in phrases)
 
 
 def graph_of(prompt: str) -> tuple[Question, ...]:
@@ -103,7 +103,7 @@ def graph_of(prompt: str) -> tuple[Question, ...]:
         plural = bool(numbers)
         place = len(questions)
         noun = bare if plural else f"{'an' if bare[0] in 'aeiou' else 'a'} {bare}"
-        questions.append(Question(asked(noun)))
+        questions.append(Question(question_about(noun)))
         things.append((bare, place))
         verb = "are" if plural else "is"
         questions += [Question(f"{verb} the {bare} {c}?", parents=(place,)) for c in colours]

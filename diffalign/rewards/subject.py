@@ -127,8 +127,8 @@ class Dino(ClipI):
         height, width = images.shape[-2:]
         short, long = min(height, width), side * 8 // 7
         images = resized(images, long * height // short, long * width // short)
-        top, left = ((size - side) // 2 for size in images.shape[-2:])
-        pixels = normalised(images[..., top : top + side, left : left + side], *IMAGENET)
+        y, x = ((size - side) // 2 for size in images.shape[-2:])
+        pixels = normalised(images[..., y : y + side, x : x + side], *IMAGENET)
         options = {} if side == self.side else {"interpolate_pos_encoding": True}
         tokens = self.network(pixel_values=pixels.to(self.dtype), **options).last_hidden_state
         return F.normalize(wide(tokens[:, 0]), dim=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffalign.rewards.base import Facts
 from diffalign.rewards.checkpoint import Source
 from diffalign.rewards.network import Placement
-from diffalign.rewards.question_reward import QuestionReward, wanted_logs
+from diffalign.rewards.question_reward import QuestionReward, right_logs
 from diffalign.rewards.questions import Question
 from diffalign.rewards.vlm_reader import VlmReader
 
@@ -49,10 +49,10 @@ class VQAScore(QuestionReward):
         if log:
             self.span = (-5.0, 0.0)
 
-    def asked(self, prompt: str) -> tuple[Question, ...]:
+    def questions_for(self, prompt: str) -> tuple[Question, ...]:
         text = f'Does this figure show "{prompt}"? Please answer Yes or No.'
         return (Question(text, "Yes", ()),)
 
     def combine(self, logs: Sequence[Tensor], questions: Sequence[Question]) -> Tensor:
-        log = wanted_logs(logs, questions)[0]
+        log = right_logs(logs, questions)[0]
         return log if self.log else log.exp()

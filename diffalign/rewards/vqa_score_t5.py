@@ -99,17 +99,17 @@ class VQAScoreT5(NetworkReward):
     def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = normalised(_squared(images, self.side)).to(self.dtype)
         states = self.network["vision"](pixel_values=pixels, output_hidden_states=True)
-        seen = self.network["projector"](states.hidden_states[self.layer][:, 1:])
-        return torch.stack([self._one(words, text) for words, text in zip(seen, prompts)])
+        views = self.network["projector"](states.hidden_states[self.layer][:, 1:])
+        return torch.stack([self._one(words, text) for words, text in zip(views, prompts)])
 
-    def _one(self, seen: Tensor, prompt: str) -> Tensor:
+    def _one(self, views: Tensor, prompt: str) -> Tensor:
         t5 = self.network["t5"]
         before, after, answer = (
-            torch.tensor(self.tokenizer(text).input_ids, device=seen.device)
+            torch.tensor(self.tokenizer(text).input_ids, device=views.device)
             for text in (BEFORE, AFTER.replace("{prompt}", prompt), "Yes")
         )
         embed = t5.get_input_embeddings()
-        inputs = torch.cat([embed(before), seen, embed(after)])
+        inputs = torch.cat([embed(before), views, embed(after)])
         logits = t5(inputs_embeds=inputs[None], labels=answer[None], use_cache=False).logits
         logs = wide(logits[0]).log_softmax(-1)
         return logs.gather(1, answer[:, None]).mean().exp()
@@ -119,9 +119,9 @@ def _squared(images: Tensor, side: int) -> Tensor:
     """Images [B, 3, H, W] padded to squares with CLIP's mean colour, then resized."""
     height, width = images.shape[-2:]
     more = max(height, width) - height, max(height, width) - width
-    top, left = (count // 2 for count in more)
+    y, x = (count // 2 for count in more)
     colour = images.new_tensor(MEAN).view(1, 3, 1, 1)
-    padded = F.pad(images - colour, (left, more[1] - left, top, more[0] - top)) + colour
+    padded = F.pad(images - colour, (x, more[1] - x, y, more[0] - y)) + colour
     return resized(padded, side, side)
 
 

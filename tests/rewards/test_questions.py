@@ -9,9 +9,9 @@ from torch import nn
 from diffalign.rewards.question_scores import DSG, TIFA
 from diffalign.rewards.questions import (
     Question,
-    asked,
     graph_of,
     phrases_of,
+    question_about,
     questions_of,
     read_questions,
 )
@@ -41,8 +41,8 @@ def test_at_most_eight_phrases():
 
 
 def test_questions_of_phrases():
-    assert asked("a red car") == "is there a red car in the image?"
-    assert asked("two dogs") == "are there two dogs in the image?"
+    assert question_about("a red car") == "is there a red car in the image?"
+    assert question_about("two dogs") == "are there two dogs in the image?"
     assert [q.text for q in questions_of("a cat on a chair")] == [
         "is there a cat in the image?",
         "is there a chair in the image?",
