@@ -106,13 +106,14 @@ class NetworkReward(BaseReward):
     def _remembered(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if not self.room:
             return torch.cat(self._in_batches(images, prompts, self.measure))
-        keys = [(_hash(image), prompt) for image, prompt in zip(images, prompts)]
+        texts = prompts if self.needs_prompt else [""] * len(prompts)
+        keys = [(_hash(image), text) for image, text in zip(images, texts)]
         fresh = {key: i for i, key in enumerate(keys) if key not in self._scores}
         scores = {key: self._scores[key] for key in keys if key in self._scores}
         if fresh:
             rows = list(fresh.values())
-            texts = [prompts[i] for i in rows]
-            parts = self._in_batches(images[rows], texts, self.measure)
+            fresh_prompts = [prompts[i] for i in rows]
+            parts = self._in_batches(images[rows], fresh_prompts, self.measure)
             scores |= dict(zip(fresh, torch.cat(parts).detach().cpu()))
         for key, score in scores.items():
             self._scores[key] = score

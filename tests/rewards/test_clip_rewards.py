@@ -188,6 +188,31 @@ def test_a_file_that_lacks_weights_is_named(hps_file, tmp_path):
         load("hps-v2-1", source=tmp_path / "lacking.pt")
 
 
+@pytest.mark.slow
+def test_noise_is_optimised_for_it_and_for_several(clip_folder):
+    """ReNO climbs on the tiny CLIP alone and in a weighted sum, and the other reward is reported."""
+    import diffalign as da
+
+    pipe, prompt = da.load("emoji"), "a photo of a red apple"
+    one = load("clip", source=clip_folder)
+    for reward in (one, da.rewards.Weighted([(one, 1.0), ("brightness", 5.0)])):
+        result = da.align(
+            pipe,
+            prompt,
+            method=da.ReNO(iterations=4),
+            reward=reward,
+            judges=[da.rewards.HeldOut("redness")],
+            num_inference_steps=2,
+            guidance_scale=3.0,
+        )
+        assert result.score > result.first.score
+        score = float(reward(result.tensor[None], [prompt]))
+        assert result.score == pytest.approx(score, rel=1e-5)
+        assert "held-out(redness)" in result.judges
+    with pytest.raises(ValueError, match="reported and never optimised"):
+        da.align(pipe, prompt, method="best-of-n:n=2", reward=da.rewards.HeldOut("redness"))
+
+
 @pytest.mark.hub
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "pick-score"])

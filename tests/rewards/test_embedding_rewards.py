@@ -52,7 +52,11 @@ def test_the_second_predictor_is_one_linear_map(heads, clip_folder, tiny_clip, i
     expected = features_of(tiny_clip().double(), images) @ vector[0] + offset
     scores = reward(images, prompts)
     assert torch.allclose(scores, expected, rtol=1e-8)
+    calls = []
+    handle = reward.network["head"].register_forward_hook(lambda *_: calls.append(1))
     assert torch.equal(scores, reward(images, ["another"] * 3))
+    assert not calls, "the prompt does not count, so no image is scored again"
+    handle.remove()
     assert not reward.needs_prompt
 
 
