@@ -190,7 +190,7 @@ def test_a_file_that_lacks_weights_is_named(hps_file, tmp_path):
 
 @pytest.mark.slow
 def test_noise_is_optimised_for_it_and_for_several(clip_folder):
-    """ReNO climbs on the tiny CLIP alone and in a weighted sum, and the other reward is reported."""
+    """ReNO climbs on the tiny CLIP, alone and in a weighted sum; the other reward is reported."""
     import diffalign as da
 
     pipe, prompt = da.load("emoji"), "a photo of a red apple"
@@ -199,7 +199,7 @@ def test_noise_is_optimised_for_it_and_for_several(clip_folder):
         result = da.align(
             pipe,
             prompt,
-            method=da.ReNO(iterations=4),
+            method=da.ReNO(iterations=4, rate=0.1, regulariser=0.0),
             reward=reward,
             judges=[da.rewards.HeldOut("redness")],
             num_inference_steps=2,
