@@ -125,8 +125,8 @@ class CategoryAware(BaseReward):
     facts = Facts(
         "those of its parts",
         "those of its parts",
-        "2.1 B and more",
-        "8 GB + 3",
+        "3.9 B",
+        "7.3 GB + 2",
         "composition: what each part is best at",
     )
 

@@ -61,7 +61,7 @@ class ClipI(NetworkReward):
         "MIT",
         "openai/clip-vit-base-patch32",
         "88 M",
-        "0.2 GB + 0.1",
+        "0.2 GB + 0.02",
         "the same subject and style as reference images",
     )
 
@@ -109,7 +109,7 @@ class Dino(ClipI):
         "Apache-2.0",
         "facebook/dino-vits16",
         "22 M",
-        "0.1 GB + 0.1",
+        "0.05 GB + 0.03",
         "the same subject as on reference images",
     )
 
