@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Unpack
 
@@ -191,11 +192,16 @@ def renamed_from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def token_ids(prompts: Sequence[str], owner: str) -> Tensor:
-    """Token ids [B, 77] of CLIP's byte pair encoding, padded with 0; warns where one is cut."""
+@cache
+def _tokenizer() -> Foreign:
     from open_clip.tokenizer import SimpleTokenizer
 
-    tokenizer: Foreign = SimpleTokenizer(context_length=CONTEXT)
+    return SimpleTokenizer(context_length=CONTEXT)
+
+
+def token_ids(prompts: Sequence[str], owner: str) -> Tensor:
+    """Token ids [B, 77] of CLIP's byte pair encoding, padded with 0; warns where one is cut."""
+    tokenizer = _tokenizer()
     for prompt in prompts:
         warn_of_cut(owner, prompt, len(tokenizer.encode(prompt)) + 2, CONTEXT)
     ids: Tensor = tokenizer(list(prompts))
