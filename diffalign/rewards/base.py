@@ -74,6 +74,7 @@ REWARDS: Registry[Reward] = Registry(
     targets={
         "emoji-clip": "diffalign.rewards.emoji_clip:EmojiClip",
         "emoji-judge": "diffalign.rewards.emoji_judge:EmojiJudge",
+        "emoji-failure": "diffalign.rewards.failure:EmojiFailure",
     },
     advice="diffalign.rewards.available() lists all.",
 )
@@ -82,6 +83,9 @@ REWARDS: Registry[Reward] = Registry(
 SHIPPED = (
     RewardInfo("emoji-clip", "embedded open_clip similarity for emoji scenes, 64 x 64", True),
     RewardInfo("emoji-judge", "log-probability of GenEval's verdict by the embedded judge", True),
+    RewardInfo(
+        "emoji-failure", "high where the embedded judges see another image than asked", True
+    ),
 )
 
 
