@@ -79,4 +79,5 @@ def slopes_of(
 
 
 def _norms(rows: Tensor) -> Tensor:
-    return rows.detach().flatten(1).to("cpu", torch.float64).norm(dim=1)
+    norms: Tensor = rows.detach().flatten(1).to("cpu", torch.float64).norm(dim=1)
+    return norms

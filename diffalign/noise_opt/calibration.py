@@ -25,8 +25,7 @@ def calibrate(
     """What ``scores`` [B] of draws from the law ``point`` [2, ...] are compared with, [B], and what
     is remembered for the next step."""
     if kind == "leave-one-out":
-        count = len(scores)
-        return (scores.sum() - scores) / (count - 1), ()
+        return (scores.sum() - scores) / (len(scores) - 1), ()
     if kind == "mean":
         total, count = memory or (torch.zeros((), dtype=torch.float64),) * 2
         mean = total / count if count else scores.mean()
@@ -37,18 +36,19 @@ def calibrate(
 def _predicted(
     scores: Tensor, point: Tensor, memory: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The network's prediction after it was fitted to the last steps, this one included.
+    """The network's prediction after it was fitted to the last steps, this one included, from the
+    mean of their scores on.
 
     Memory: laws [K, 2 d] and mean scores [K] of those steps, then the weights, then their moments.
     """
     law, mean = point.flatten()[None], scores.mean().float()[None]
     laws, means, *network = memory or (law[:0], mean[:0], *_network(law.shape[1]))
     laws, means = torch.cat([laws, law])[-KEPT:], torch.cat([means, mean])[-KEPT:]
-    half = len(network) // 4
+    level, half = means.mean(), len(network) // 4
     weights, moments = network[:half], network[half:]
     for _ in range(FITS):
-        weights, moments = _fitted(weights, moments, laws, means)
-    prediction = _forward(weights, law).double()
+        weights, moments = _fitted(weights, moments, laws, means - level)
+    prediction = (level + _forward(weights, law)).double()
     return prediction.expand(len(scores)), (laws, means, *weights, *moments)
 
 

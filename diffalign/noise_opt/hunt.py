@@ -13,6 +13,9 @@ from diffalign.core.reward import Failures
 from diffalign.core.search import Candidate, Info, Problem
 from diffalign.core.words import Shift
 
+Phase = Literal["search", "fresh", "random", "done"]
+"""What a hunt does: it searches, confirms what it found, tries chance."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tally:
@@ -54,7 +57,7 @@ class Phrase:
 class Hunt:
     """Where a hunt stands."""
 
-    phase: Literal["search", "fresh", "random", "done"] = "search"
+    phase: Phase = "search"
     iteration: int = 0
     # images that the search has made
     made: int = 0

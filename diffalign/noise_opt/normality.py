@@ -73,8 +73,9 @@ class Normality:
         # the norm's standard deviation is close to 1 / sqrt(2)
         norm = (float(noise.double().norm()) - math.sqrt(d - 1)) * math.sqrt(2)
         rng = torch.Generator().manual_seed(seed)
-        numbers = _statistics(values[None], rng)[0].tolist()
-        return cls(norm, *numbers, rows=len(values) // WIDTH)
+        mean, covariance, mixed, mixed_covariance = _statistics(values[None], rng)[0].tolist()
+        rows = len(values) // WIDTH
+        return cls(norm, mean, covariance, mixed, mixed_covariance, rows)
 
     @property
     def normal(self) -> bool:
@@ -109,7 +110,7 @@ def values_of(noise: Tensor) -> Tensor:
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """``M1^2`` and ``M2`` [...] of values [..., 4 n]."""
-    rows = values.unflatten(-1, (-1, WIDTH))
+    rows = values.reshape(*values.shape[:-1], -1, WIDTH)
     product = rows.mT @ rows / rows.shape[-2] - torch.eye(WIDTH, dtype=values.dtype)
     return rows.mean(-2).square().sum(-1), torch.linalg.eigvalsh(product).abs().amax(-1)
 

@@ -44,7 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PEZ(Method[Prompt]):
-    """Search a prompt of a few real tokens whose text features are those of images or of the prompt.
+    """Search a prompt of a few real tokens that says what images, or the run's own prompt, say.
 
     A soft prompt is projected to the nearest tokens of the vocabulary, by cosine; the gradient is
     taken there and moves the soft prompt. With ``images``, files or tensors [3, H, W] in [0, 1],
@@ -205,7 +205,8 @@ class Search:
 
     def update(self, state: Prompt, targets: Tensor, rate: float, decay: float) -> Prompt:
         """One projection, its gradient, one AdamW step; the best prompt is remembered."""
-        assert state.soft is not None and state.targets is not None
+        assert state.soft is not None
+        assert state.targets is not None
         tokens = self.nearest(state.soft)
         with torch.enable_grad():
             hard = self.words.table[tokens].float().requires_grad_()

@@ -11,7 +11,7 @@ from diffalign.core.errors import warn_once
 from diffalign.core.option import option
 from diffalign.core.reward import Failures
 from diffalign.core.search import Candidate, Info, Method, Problem
-from diffalign.noise_opt.hunt import Hunt, Prey, judged
+from diffalign.noise_opt.hunt import Hunt, Phase, Prey, judged
 from diffalign.noise_opt.sage_embedding import EmbeddingSearch
 from diffalign.noise_opt.sage_latent import LatentSearch
 from diffalign.noise_opt.sage_prompt import SLOT, WORDS, PromptHunt
@@ -24,8 +24,8 @@ class SAGE(Method[Hunt]):
 
     The reward says what a failure is: ``rewards.Failure``, an ensemble that is searched with and a
     judge outside it that confirms. No failure counts without that judge. Three searches:
-    ``latent`` climbs on the sphere of normal noise from a plain start until the image is a
-    confirmed failure while the noise still passes the test of normality; ``prompt`` fills the slots
+    ``latent`` climbs on the sphere of normal noise from plain starts until the image is a confirmed
+    failure while the noise still passes the test of normality; ``prompt`` fills the slots
     of ``template`` with ``words``, which the gradient in the word embeddings proposes and images
     choose; ``embedding`` moves one free embedding behind the prompt. What was found is tried on
     fresh seeds (of a noise: noises around it), and beside it chance is tried with as many images
@@ -118,7 +118,8 @@ class SAGE(Method[Hunt]):
             failure = worst
         if over and fresh.rate < self.threshold and self.search != "latent":
             failure = None
-        phase = state.phase if not over else "random" if self.baseline else "done"
+        last: Phase = "random" if self.baseline else "done"
+        phase: Phase = last if over else "fresh"
         after = replace(state, fresh=fresh, failure=failure, phase=phase)
         numbers = {"fresh": fresh.rate, "agreement": fresh.agreement}
         return after, Info(f"{fresh.images} fresh images", numbers)

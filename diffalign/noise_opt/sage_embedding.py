@@ -10,7 +10,7 @@ from torch import Tensor
 from diffalign.core.sampler import Mode
 from diffalign.core.search import Candidate, Info, Lineage, Move, Problem
 from diffalign.core.words import Shift, Words
-from diffalign.noise_opt.hunt import Hunt
+from diffalign.noise_opt.hunt import Hunt, Phase
 from diffalign.noise_opt.steps import adam
 
 PLACES = ("thing", "object", "photo", "picture", "red", "small", "one")
@@ -46,7 +46,7 @@ class EmbeddingSearch:
         step = self.rate * float(table.square().mean().sqrt())
         moved = bounded(words, table[token].cpu() + shift.values + step * update)
         shift = Shift((token,), moved - table[token].cpu())
-        phase = "fresh" if number == self.iterations else "search"
+        phase: Phase = "fresh" if number == self.iterations else "search"
         after = replace(
             hunt, phase=phase, iteration=number, made=made, shift=shift, moments=moments
         )

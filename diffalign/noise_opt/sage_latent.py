@@ -19,7 +19,8 @@ NEAR = 0.99
 
 @dataclass(frozen=True)
 class LatentSearch:
-    """Normalised gradient ascent on the sphere of normal noise."""
+    """Normalised gradient ascent on the sphere of normal noise; where the noise no longer passes
+    for normal, a new start."""
 
     iterations: int
     rate: float
@@ -50,6 +51,8 @@ class LatentSearch:
             return found, Info(f"{text}: a confirmed failure", numbers)
         if number == self.iterations:
             return replace(hunt, phase="random"), Info(f"{text}: none", numbers)
+        if not look.normal:
+            return replace(hunt, noise=None), Info(f"{text}: not normal, a new start", numbers)
         d = noise.numel()
         moved = noise + self.rate * math.sqrt(d) * climb / climb.norm().clamp(min=1e-30)
         return replace(hunt, noise=moved * (math.sqrt(d) / moved.norm())), Info(text, numbers)
@@ -67,7 +70,7 @@ class LatentSearch:
 
     def fresh(self, problem: Problem, hunt: Hunt, count: int) -> list[Candidate]:
         """Noises around the found one: a failure is a region, not a point."""
-        assert hunt.failure is not None and hunt.noise is not None
+        assert hunt.noise is not None
         seeds = problem.seeds(count)
         normal = problem.start(seeds).latents.float()
         noise = NEAR * hunt.noise + math.sqrt(1 - NEAR**2) * normal
