@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -57,7 +58,7 @@ def _network(size: int) -> list[Tensor]:
     rng = torch.Generator().manual_seed(0)
     sizes = (size, WIDTH, WIDTH, WIDTH, 1)
     weights: list[Tensor] = []
-    for before, after in zip(sizes, sizes[1:]):
+    for before, after in itertools.pairwise(sizes):
         bound = before**-0.5
         weights.append((torch.rand(after, before, generator=rng) * 2 - 1) * bound)
         weights.append(torch.zeros(after))

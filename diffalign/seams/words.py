@@ -123,8 +123,9 @@ def tower_of(pipe: Pipeline) -> TextTower:
 def check_shift(pipe: Pipeline, prompts: object, shift: Shift) -> None:
     """Raise ValueError where no prompt of a call has the tokens whose embeddings are to change."""
     tower, tokens = tower_of(pipe), list(shift.tokens)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())  # type: ignore[call-overload]
-    for text in texts:
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    assert isinstance(texts, list | tuple | None)
+    for text in texts or ():
         row = tower.tokens(text)
         if any(row[i : i + len(tokens)] == tokens for i in range(len(row))):
             return

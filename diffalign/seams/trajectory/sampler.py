@@ -133,16 +133,13 @@ class PipelineSampler(Facts):
         With level ``(a, s)`` of the state and ``(a', s')`` of ``to`` the forward process is ``x' =
         (a'/a) x + sqrt(s'^2 - (a'/a)^2 s^2) z``, z from the seeds. Scheduler history and technique
         states begin anew.
-        Raises: ValueError for a ``to`` that is not earlier; ``UnsupportedModel`` for solvers of two
-        evaluations.
+        Raises: ValueError for a later ``to``; ``UnsupportedModel`` for solvers of two evaluations.
         """
         return noised(self, state, to, seeds)
 
     def preview(self, state: State) -> Tensor:
-        """The images [B, 3, H, W] in [0, 1], or videos, of the prediction ``state.x0``.
-
-        Raises: ValueError for a state before its first step.
-        """
+        """The images [B, 3, H, W] in [0, 1], or videos, of the prediction ``state.x0``; it needs a
+        step."""
         if state.x0 is None:
             raise ValueError("preview needs a state with a prediction; run one step first.")
         self.meter.charge(decodes=len(state.rng))
