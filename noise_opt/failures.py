@@ -7,8 +7,8 @@ import diffalign as da
 
 pipe = da.load("emoji-2")
 methods = {
-    "latent": da.SAGE(search="latent", iterations=40, confirmations=8),
-    "prompt": da.SAGE(search="prompt", rounds=1, seeds=2, candidates=4, beam=2, confirmations=8),
+    "latent": da.SAGE(search="latent", iterations=12, confirmations=6),
+    "prompt": da.SAGE(search="prompt", rounds=1, seeds=2, candidates=3, beam=2, confirmations=6),
 }
 for name, method in methods.items():
     result = da.align(
@@ -16,7 +16,7 @@ for name, method in methods.items():
         "a photo of a stop sign",
         method=method,
         reward="emoji-failure",
-        num_inference_steps=5,
+        num_inference_steps=4,
         guidance_scale=3.0,
     )
     print(name, result)

@@ -8,15 +8,15 @@ import torch
 import diffalign as da
 
 pipe = da.load("emoji-2")
-prompt, call = "a photo of two bananas", {"num_inference_steps": 5, "guidance_scale": 3.0}
+prompt, call = "a photo of two bananas", {"num_inference_steps": 3, "guidance_scale": 3.0}
 result = da.align(
-    pipe, prompt, method=da.FIND(iterations=60, rate=5e-3), reward="emoji-clip", **call
+    pipe, prompt, method=da.FIND(iterations=80, batch=8, rate=4e-3), reward="emoji-clip", **call
 )
 print(result)
 
 reward, seeds = da.rewards.load("emoji-clip"), range(100, 108)
 laws = {
-    "found": da.NoisePolicy.of(result.findings),
+    "learned": da.NoisePolicy.of(result.findings),
     "normal": da.NoisePolicy(torch.zeros_like(result.noise), torch.ones_like(result.noise)),
 }
 for name, law in laws.items():
