@@ -1,13 +1,13 @@
 """What does noise optimisation buy? Every method once on each prompt, beside random search at equal
-NFE, equal seconds and equal scores.
+NFE, equal seconds and equal images.
 
     python benchmarks/noise_opt.py [--prompts 12] [--images 30] [--methods NAME ...] [--output ...]
 
-The reward that is optimised is ``emoji-clip``; whether the image is right is said by the judge and
-by the audit judge, which no method sees. A run is anytime: the best image after so much work is
-read from random search's own run, which goes on for as long as the slowest method. FIND is judged
-by the mean of fresh draws from its law, beside as many of normal noise. Finished runs are kept in
-``--work`` and not repeated.
+The reward that is optimised is ``emoji-clip`` plus a fiftieth of ``emoji-judge``, in two parts for
+CARINOX; whether the image is right is said by the audit judge, which no method sees. A run is
+anytime: the best image after so much work is read from random search's own run, which goes on for
+longer than the others. FIND is judged by the mean of fresh draws from its law, beside as many of
+normal noise. Finished runs are kept in ``--work`` and not repeated.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ COLUMNS = {
     "NFE": "mean denoiser rows of a run, the final call not counted",
     "backward": "mean denoiser rows of backward passes",
     "seconds": "median processor seconds of a run",
-    "reward": "emoji-clip of the result, which is what is optimised",
-    "judge": "share of prompts whose result is right",
-    "audit": "the same by the judge that shares nothing with the first",
+    "reward": "of the result, which is what is optimised",
+    "audit": "share of prompts whose result is right, by the audit judge",
+    "gain": "difference of the reward to the first image",
     "normal": "share of results whose noise passes DNO's test",
     "to random, NFE": "difference of the reward to random search at equal NFE",
     "to random, seconds": "difference of the reward to random search at equal seconds",
-    "to random, scores": "difference of the reward to random search at equal scores",
+    "to random, images": "difference of the reward to random search at equal images",
     "audit to random": "difference of the audit judge's share at equal seconds",
     "fresh": "mean reward of 50 fresh draws, of FIND's law or of normal noise",
 }
@@ -63,10 +63,9 @@ def ways(images: int) -> dict[str, Callable[[], Method[Any]]]:
     }
 
 
-def reward_of(name: str) -> Any:
-    """CARINOX takes the judge's verdict as a second part; the others climb the same sum."""
-    del name
-    return da.rewards.load("emoji-clip")
+def reward_of() -> da.rewards.Weighted:
+    """What is optimised."""
+    return da.rewards.Weighted({"emoji-clip": 1.0, "emoji-judge": 0.02})
 
 
 def run(name: str, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, Any]:
@@ -82,30 +81,28 @@ def run(name: str, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, A
 
     call = {"num_inference_steps": options.steps, "guidance_scale": options.scale}
     method = ways(options.images)[name]()
-    result = da.align(
-        pipe, prompt, method=method, reward=reward_of(name), improved=improved, **call
-    )
+    result = da.align(pipe, prompt, method=method, reward=reward_of(), improved=improved, **call)
     total = time.process_time() - start
     seen = torch.stack(images)
-    judges = (da.load("emoji-judge"), da.load("emoji-judge-audit"))
-    right = [
-        [v is not None and v.correct for v in verdicts(judge, seen, [record] * len(seen))]
-        for judge in judges
-    ]
+    audit = verdicts(da.load("emoji-judge-audit"), seen, [record] * len(seen))
+    price = 2 * options.steps
     points = [
-        {"nfe": m.nfe, "seconds": t, "reward": m.score, "judge": a, "audit": b}
-        for m, t, a, b in zip(result.history, times, *right, strict=True)
+        {
+            "nfe": moment.nfe,
+            "images": moment.nfe // price,
+            "seconds": seconds,
+            "reward": moment.score,
+            "audit": verdict is not None and verdict.correct,
+        }
+        for moment, seconds, verdict in zip(result.history, times, audit, strict=True)
     ]
-    rate = result.ledger.rewards / max(result.ledger.nfe, 1)
-    for point in points:
-        point["scores"] = round(point["nfe"] * rate)
     noise = result.noise
     return {
         "prompt_id": prompt_id,
         "points": points,
         "nfe": result.ledger.nfe,
         "backward": result.ledger.backward,
-        "scores": result.ledger.rewards,
+        "images": result.scored,
         "seconds": total,
         "normal": None if noise is None else Normality.of(noise).normal,
         "fresh": fresh(pipe, prompt, result, call) if name in ("find", "random-search") else None,
@@ -114,13 +111,12 @@ def run(name: str, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, A
 
 def fresh(pipe: Any, prompt: str, result: Any, call: dict[str, Any]) -> float:
     """Mean reward of fresh draws from the law that was found, or from normal noise."""
-    shape = result.top[0].image.shape
-    del shape
-    noise = pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size
-    law = da.NoisePolicy(torch.zeros(noise), torch.ones(noise))
+    size = pipe.unet.config.sample_size
+    shape = (pipe.unet.config.in_channels, size, size)
+    law = da.NoisePolicy(torch.zeros(shape), torch.ones(shape))
     if result.findings:
         law = da.NoisePolicy.of(result.findings)
-    reward, scores = da.rewards.load("emoji-clip"), []
+    reward, scores = reward_of(), []
     for first in range(0, FRESH, 10):
         seeds = range(10**6 + first, 10**6 + first + 10)
         latents = law.draw(seeds)
@@ -174,14 +170,14 @@ def row_of(name: str, records: list[Any], base: list[Any], ids: Sequence[int]) -
         "backward": sum(record["backward"] for record in records) / len(records),
         "seconds": seconds[len(seconds) // 2],
         "reward": mean([point["reward"] for point in last]),
-        "judge": mean([float(point["judge"]) for point in last]),
         "audit": mean([float(point["audit"]) for point in last]),
-        "normal": sum(normal) / len(normal) if normal else "–",
+        "gain": mean([r["points"][-1]["reward"] - r["points"][0]["reward"] for r in records]),
+        "normal": sum(normal) / len(normal) if normal else None,
         "to random, NFE": gain("nfe", "reward"),
         "to random, seconds": gain("seconds", "reward"),
-        "to random, scores": gain("scores", "reward"),
+        "to random, images": gain("images", "reward"),
         "audit to random": gain("seconds", "audit"),
-        "fresh": mean(draws) if draws else "–",
+        "fresh": mean(draws) if draws else None,
     }
 
 
