@@ -127,7 +127,7 @@ class SAGE(Method[Hunt]):
     def _chance(self, problem: Problem, state: Hunt, prey: Prey) -> tuple[Hunt, Info]:
         count = problem.room(min(4, state.made - state.random.images))
         random = state.random + judged(problem, prey.random(problem, state, count))
-        phase = "done" if random.images == state.made else "random"
+        phase: Phase = "done" if random.images == state.made else "random"
         numbers = {
             "found": float(state.failure is not None),
             "fresh": state.fresh.rate,
