@@ -180,6 +180,18 @@ def search(result: Result) -> str:
     )
 
 
+def noise_opt(result: Result) -> str:
+    facts, options = result.facts, result.options
+    return page(
+        result,
+        f"Noise optimisation on {options['model']}: {facts['prompts']} GenEval prompts, "
+        f"{options['steps']} steps, scale {options['scale']:g}",
+        f"ReNO renders {options['images']} images, CARINOX as many from three starts, FIND four "
+        "for each update, random search four times as many. emoji-clip plus a fiftieth of "
+        "emoji-judge is optimised; the audit judge only looks.",
+    )
+
+
 def plot_search(result: Result) -> dict[str, Image.Image]:
     """Reward and audit judge against NFE, and reward against seconds."""
     names = list(dict.fromkeys(row["method"] for row in result.rows))
@@ -421,6 +433,7 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "search": search,
     "guarantee": guarantee,
     "policy": policy,
+    "noise_opt": noise_opt,
     "digits": digits,
     "kernels_cpu": kernels,
     "kernels_cuda": kernels,

@@ -1,6 +1,6 @@
 """Write the tables of techniques, methods and rewards: a short one by purpose into README.md, all
-techniques into guidance/README.md, all methods into search/README.md, all rewards into
-rewards/README.md.
+techniques into guidance/README.md, all methods into search/README.md and noise_opt/README.md, all
+rewards into rewards/README.md.
 
     python benchmarks/readme.py [--check]
 
@@ -11,6 +11,7 @@ and costs come from the techniques' documentation.
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import re
 import sys
@@ -124,13 +125,13 @@ def linked(paper: str) -> str:
     return re.sub(r"arXiv:(\S+)", r"[\1](https://arxiv.org/abs/\1)", paper)
 
 
-def methods() -> str:
-    """The table of ``search/README.md``: every method of that room."""
+def methods(room: str) -> str:
+    """The table of ``<room>/README.md``: every method of that room."""
     heads = ["method", "what it does", "needs", "paper", "cost", "test"]
     rows = [
         method_row(name, cls)
         for name, cls in da.methods().items()
-        if cls.__module__.startswith("diffalign.search.")
+        if cls.__module__.startswith(f"diffalign.{room}.")
     ]
     return table(heads, rows)
 
@@ -219,7 +220,8 @@ def evaluations(row: Row) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "README.md": by_purpose,
     "guidance/README.md": catalogue,
-    "search/README.md": methods,
+    "search/README.md": functools.partial(methods, "search"),
+    "noise_opt/README.md": functools.partial(methods, "noise_opt"),
     "rewards/README.md": rewards,
 }
 

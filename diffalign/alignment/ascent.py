@@ -1,37 +1,83 @@
-"""One differentiable run from start noise: scores, and the gradient of each reward."""
+"""One differentiable run from start noise: scores, and the gradient of each part of a reward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffalign.alignment.scoring import Scorer
 from diffalign.core.reward import Reward
-from diffalign.core.search import Ascent
+from diffalign.core.search import Ascent, Candidate
 
 
-def parts_of(reward: Reward, parts: bool) -> list[tuple[float, Reward]]:
-    """The weighted parts of a reward, or the reward as one part."""
-    weighted: list[tuple[float, Reward]] | None = getattr(reward, "parts", None)
-    return weighted if parts and weighted else [(1.0, reward)]
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """What the images of start noise say of a reward's R parts."""
+
+    weights: tuple[float, ...]
+    # [R, B], float64 on the CPU
+    values: Tensor
+    # [R, B, ...] float32 in the noise
+    gradients: Tensor
+    # [R, B]: norm of the gradient in the noise over that in the image
+    gains: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Scores [B] of the whole reward."""
+        return torch.tensor(self.weights, dtype=torch.float64) @ self.values
+
+    def ascent(self, candidates: Sequence[Candidate]) -> Ascent:
+        """With the images."""
+        return Ascent(
+            self.total,
+            self.values,
+            self.weights,
+            self.gradients,
+            self.gains,
+            tuple(candidates),
+        )
 
 
-def ascent_of(
-    images: Tensor, noise: Tensor, scorer: Scorer, rewards: Sequence[tuple[float, Reward]]
-) -> Ascent:
+def parts_of(reward: Reward, prompt: str, parts: bool) -> list[tuple[float, Reward]]:
+    """The parts of a reward with their weights for this prompt, or the reward as one part.
+
+    A reward that has parts lists them as (weight, reward) in ``parts``, or gives the list for a
+    prompt by ``parts_of(prompt)``.
+    """
+    choice = getattr(reward, "parts_of", None)
+    weighted: list[tuple[float, Reward]] | None = (
+        choice(prompt) if choice is not None else getattr(reward, "parts", None)
+    )
+    return list(weighted) if parts and weighted else [(1.0, reward)]
+
+
+def slopes_of(
+    images: Tensor, noise: Tensor, scorer: Scorer, parts: Sequence[tuple[float, Reward]]
+) -> Slopes:
     """Scores of ``images`` [B, ...], which depend on the leaf ``noise`` [B, ...], with gradients.
 
-    Cost: a backward pass for each reward.
+    One part at a time: its graph ends at the images and is gone before the next one's.
+    Cost: a backward pass for each part.
     """
-    total = torch.zeros(len(noise), dtype=torch.float64)
-    gradients = []
-    for number, (weight, reward) in enumerate(rewards):
+    values, gradients, gains = [], [], []
+    for number, (_, reward) in enumerate(parts):
+        leaf = images.detach().requires_grad_()
         with torch.enable_grad():
-            scores = scorer.differentiable(images, reward)
-        more = number < len(rewards) - 1
-        (gradient,) = torch.autograd.grad(scores.sum(), noise, retain_graph=more)
+            scores = scorer.differentiable(leaf, reward)
+        (slope,) = torch.autograd.grad(scores.sum(), leaf)
+        values.append(scores.detach().to("cpu", torch.float64))
+        more = number < len(parts) - 1
+        (gradient,) = torch.autograd.grad(images, noise, slope, retain_graph=more)
         gradients.append(gradient.float())
-        total += weight * scores.detach().to("cpu", torch.float64)
-    return Ascent(total, torch.stack(gradients))
+        gains.append(_norms(gradient) / _norms(slope))
+    weights = tuple(weight for weight, _ in parts)
+    return Slopes(weights, torch.stack(values), torch.stack(gradients), torch.stack(gains))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = rows.detach().flatten(1).to("cpu", torch.float64).norm(dim=1)
+    return norms

@@ -162,5 +162,6 @@ def _result(drive: Drive, judges: Sequence[Reward]) -> Result:
         judges=verdicts,
         settings=drive.settings,
         tree=None if drive.state is None else drive.method.tree(drive.state),
+        findings={} if drive.state is None else drive.method.findings(drive.state),
         repeat=repeat,
     )

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from diffalign.alignment.checkpoint import Folder
 from diffalign.alignment.problem import PipelineProblem
+from diffalign.alignment.scoring import BadScore
 from diffalign.core import BudgetExceeded, Cancelled
+from diffalign.core.errors import warn_once
 from diffalign.core.search import Candidate, Info, Method
 from diffalign.core.types import Json
 
@@ -56,18 +60,24 @@ class Drive:
     def run(self) -> None:
         """Run to the end; whatever ends it, ``best`` is valid.
 
+        A budget, the user, memory that ends or a score that is no number end it with the best image
+        so far, the last two with a warning.
         Raises: what the pipeline or the reward raises; the folder then holds the last whole step.
         """
         try:
             self._loop()
-        except BudgetExceeded as error:
+        except (BudgetExceeded, KeyboardInterrupt, Cancelled) as error:
             if self.best is None:
                 raise
-            self.end = f"budget: {error}"
-        except (KeyboardInterrupt, Cancelled):
+            budget = isinstance(error, BudgetExceeded)
+            self.end = f"budget: {error}" if budget else "interrupted"
+        except (torch.OutOfMemoryError, BadScore) as error:
             if self.best is None:
                 raise
-            self.end = "interrupted"
+            kind = "reward" if isinstance(error, BadScore) else "out of memory"
+            self.end = f"{kind}: {error}"
+            name = type(self.method).__name__
+            warn_once(f"{name} ended early with the best image so far. {self.end}")
 
     def _loop(self) -> None:
         self._restore()

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffalign.alignment.ascent import ascent_of, parts_of
+from diffalign.alignment.ascent import parts_of, slopes_of
 from diffalign.alignment.parts import decode_in_parts, run_in_parts, twist_in_parts
 from diffalign.alignment.progress import Progress
 from diffalign.alignment.setting import Setting, finished
@@ -19,6 +19,7 @@ from diffalign.core.reward import Reward
 from diffalign.core.sampler import Clamp, Mode
 from diffalign.core.search import Ascent, Candidate, Lineage, Move
 from diffalign.core.seeds import seed_of
+from diffalign.core.words import Shift
 
 
 class PipelineProblem:
@@ -107,14 +108,11 @@ class PipelineProblem:
         self, images: Tensor, scores: Tensor, lineages: Sequence[Lineage]
     ) -> list[Candidate]:
         """Finished images with their scores; remembered unless they are drafts."""
-        text = None if self.setting.prompt == self.prompt else self.setting.prompt
-        pictures = images.detach().to("cpu", torch.float32)
-        candidates = []
-        for score, picture, lineage in zip(scores.tolist(), pictures, lineages, strict=True):
-            known = replace(lineage, prompt=text) if lineage.prompt is None else lineage
-            candidates.append(Candidate(score, picture.clone(), known))
-            if not self.draft:
-                self.progress.remember(candidates[-1])
+        dtype = self.sampler.segments.noise.dtype
+        known = [self.setting.known(lineage, self.prompt, dtype) for lineage in lineages]
+        candidates = _candidates_of(images, scores, known)
+        for candidate in () if self.draft else candidates:
+            self.progress.remember(candidate)
         return candidates
 
     def score(self, images: Tensor) -> Tensor:
@@ -132,11 +130,28 @@ class PipelineProblem:
         self.progress.use(self.sampler)
         leaf = noise.detach().clone().requires_grad_()
         images = self.sampler.render(leaf, True, mode, clamp, seeds)
-        ascent = ascent_of(images, leaf, self.progress.scorer, parts_of(self.reward, parts))
-        starts = noise.detach().clone()
-        lineages = [Lineage((Move(0, seed),), start) for seed, start in zip(seeds, starts)]
-        self._candidates(images, ascent.scores, lineages)
-        return ascent
+        pairs = parts_of(self.reward, self.prompt, parts)
+        slopes = slopes_of(images, leaf, self.progress.scorer, pairs)
+        rows = [i for i, finite in enumerate(slopes.total.isfinite().tolist()) if finite]
+        lineages = [Lineage((Move(0, seeds[i]),), noise[i].detach().clone()) for i in rows]
+        return slopes.ascent(self._candidates(images[rows], slopes.total[rows], lineages))
+
+    def lean(
+        self,
+        noise: Tensor,
+        seeds: Sequence[int],
+        shift: Shift,
+        *,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+    ) -> tuple[Tensor, Tensor]:
+        leaf = shift.values.detach().clone().requires_grad_()
+        other = self.variant(shift=Shift(shift.tokens, leaf))
+        self.progress.use(other.sampler)
+        images = other.sampler.render(noise, True, mode, clamp, seeds)
+        scores = self.progress.scorer.differentiable(images, self.reward)
+        (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+        return scores.detach().to("cpu", torch.float64), gradient
 
     def variant(
         self,
@@ -144,20 +159,24 @@ class PipelineProblem:
         call: Mapping[str, Any] | None = None,
         prompt: str | None = None,
         cache: float | None = None,
+        shift: Shift | None = None,
     ) -> Self:
-        setting = replace(
-            self.setting,
-            techniques=self.setting.techniques if techniques is None else tuple(techniques),
-            call={**self.setting.call, **(call or {})},
-            prompt=prompt or self.setting.prompt,
-            cache=self.setting.cache if cache is None else cache,
-        )
+        setting = self.setting.other(techniques, call, prompt, cache, shift)
         draft = self.draft or techniques is not None or bool(call) or cache is not None
         return type(self)(setting, self.prompt, self.seed, self.progress, draft)
 
     def repeat(self, lineage: Lineage) -> Tensor:
         """The image [1, 3, H, W] of a lineage, made alone from the beginning."""
-        if lineage.prompt not in (None, self.setting.prompt):
-            return self.variant(prompt=lineage.prompt).repeat(lineage)
+        if lineage.prompt not in (None, self.setting.prompt) or lineage.shift is not None:
+            variant = self.variant(prompt=lineage.prompt, shift=lineage.shift)
+            return variant.repeat(replace(lineage, shift=None))
         self.progress.use(self.sampler)
         return self.sampler.decode(finished(self.sampler, lineage))
+
+
+def _candidates_of(images: Tensor, scores: Tensor, lineages: Sequence[Lineage]) -> list[Candidate]:
+    pictures = images.detach().to("cpu", torch.float32)
+    return [
+        Candidate(score, picture.clone(), lineage)
+        for score, picture, lineage in zip(scores.tolist(), pictures, lineages, strict=True)
+    ]

@@ -83,6 +83,8 @@ class Result:
     judges: dict[str, tuple[float, float]]
     settings: Json
     tree: Tree | None = None
+    # what the method found besides images, such as a law of start noise
+    findings: Mapping[str, Tensor] = field(default_factory=dict)
     repeat: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -149,7 +151,8 @@ class Result:
 
         ``image.png`` carries the settings, ``result.json`` all numbers, ``curve.png`` the best
         score against NFE, ``before_after.png`` the first image beside the result, ``best.png`` the
-        best candidates; ``tree.png`` and ``tree.svg`` of a tree, ``noise.pt`` of a found noise.
+        best candidates; ``tree.png`` and ``tree.svg`` of a tree, ``noise.pt`` of a found noise,
+        ``findings.pt`` of other tensors that the method found.
         """
         return write(self, Path(folder))
 
@@ -208,4 +211,7 @@ def write(result: Result, place: Path) -> list[Path]:
     if result.noise is not None:
         torch.save(result.noise, place / "noise.pt")
         files.append(place / "noise.pt")
+    if result.findings:
+        torch.save(dict(result.findings), place / "findings.pt")
+        files.append(place / "findings.pt")
     return files

@@ -22,6 +22,10 @@ KEPT = 8
 """Images that a contact sheet of the best ones shows."""
 
 
+class BadScore(ValueError):
+    """A reward gave a score that is not finite; a run ends with its best image so far."""
+
+
 def name_of(reward: Reward) -> str:
     """How results call a reward."""
     name = getattr(reward, "name", None)
@@ -76,18 +80,22 @@ class Scorer:
     def differentiable(self, images: Tensor, reward: Reward) -> Tensor:
         """Scores [B] of images with a graph, by this or another reward; counted and checked.
 
-        Raises: ValueError for scores of another shape, not finite, or without a gradient.
+        They may be not finite: whoever follows the gradient goes back then.
+        Raises: ValueError for scores of another shape, or without a gradient.
         """
         self.meter.charge(rewards=len(images))
         scores = reward(images, [self.prompt] * len(images))
         name = name_of(reward)
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-            raise ValueError(f"The reward {name} must return a tensor of shape [{len(images)}].")
-        if not scores.requires_grad:
-            raise ValueError(f"The reward {name} has no gradient here; use another reward.")
-        if not scores.isfinite().all():
+            shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
-                f"The reward {name} returned {scores.tolist()}; scores must be finite."
+                f"The reward {name} must return one score per image, a tensor of shape "
+                f"[{len(images)}]; got {shape}."
+            )
+        if not scores.requires_grad:
+            raise ValueError(
+                f"The reward {name} gave scores without a gradient; use another reward, or a "
+                "method that needs none, such as find."
             )
         return scores
 
@@ -102,10 +110,7 @@ class Scorer:
             )
         scores = scores.detach().to("cpu", torch.float64)
         if not scores.isfinite().all():
-            raise ValueError(
-                f"The reward {name} returned {scores.tolist()}; scores must be finite. The best "
-                "image so far is kept."
-            )
+            raise BadScore(f"The reward {name} returned {scores.tolist()}; scores must be finite.")
         return scores
 
     def probe(self) -> None:

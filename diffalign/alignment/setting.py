@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffalign.core import Meter, State, Technique
 from diffalign.core.sampler import Sampler
 from diffalign.core.search import Lineage
 from diffalign.core.types import Pipeline
+from diffalign.core.words import Shift
 from diffalign.seams.trajectory.cached import CachedSampler
 from diffalign.seams.trajectory.sampler import PipelineSampler
 
@@ -28,10 +30,41 @@ class Setting:
     kernel: Any = None
     # threshold of the first-block cache, None for no cache
     cache: float | None = None
+    # added to the embeddings of tokens of the prompt
+    shift: Shift | None = None
+
+    def other(
+        self,
+        techniques: Sequence[Technique] | None,
+        call: Mapping[str, Any] | None,
+        prompt: str | None,
+        cache: float | None,
+        shift: Shift | None,
+    ) -> Setting:
+        """This setting with what is not None instead; ``call`` is merged into the arguments."""
+        return replace(
+            self,
+            techniques=self.techniques if techniques is None else tuple(techniques),
+            call={**self.call, **(call or {})},
+            prompt=prompt or self.prompt,
+            cache=self.cache if cache is None else cache,
+            shift=self.shift if shift is None else shift,
+        )
+
+    def known(self, lineage: Lineage, prompt: str, dtype: torch.dtype) -> Lineage:
+        """A lineage of a run of this setting: its text where that is not ``prompt``, its shift, and
+        its noise in the pipeline's dtype, to which the run has rounded it."""
+        text = None if self.prompt == prompt else self.prompt
+        return replace(
+            lineage,
+            prompt=text if lineage.prompt is None else lineage.prompt,
+            shift=self.shift if lineage.shift is None else lineage.shift,
+            noise=None if lineage.noise is None else lineage.noise.to(dtype),
+        )
 
     def sampler(self, meter: Meter) -> PipelineSampler:
         """A sampler of this setting, not open yet."""
-        call = {**self.call, "prompt": self.prompt}
+        call = {**self.call, "prompt": self.prompt, "shift": self.shift}
         if self.cache is None:
             return PipelineSampler(self.pipe, self.techniques, meter, kernel=self.kernel, **call)
         return CachedSampler(

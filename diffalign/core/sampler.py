@@ -12,7 +12,9 @@ from diffalign.core.rows import Rows, join_rows, select_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-Mode = Literal["one_step", "checkpoint", "skip", "plain"]
+    from diffalign.core.words import Words
+
+Mode = Literal["one_step", "checkpoint", "skip", "residual", "plain"]
 """How ``Sampler.render`` keeps what the backward pass needs."""
 Clamp = Literal["hard", "straight_through"]
 """What a saturated pixel does to a gradient: it is zero there, or passes unchanged."""
@@ -195,6 +197,14 @@ class Sampler(Protocol):
     @property
     def deterministic(self) -> str | None:
         """Why children of one state are alike and which kernel would do, None where they differ."""
+        ...
+
+    @property
+    def words(self) -> Words:
+        """The vocabulary of the pipeline's first text encoder.
+
+        Raises: ``UnsupportedModel`` where there is none that pools its text.
+        """
         ...
 
     def price(self, first: int = 0, last: int | None = None) -> int:

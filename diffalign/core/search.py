@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from diffalign.core.option import check_options
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffalign.core.reward import Reward
     from diffalign.core.sampler import Clamp, Mode, Sampler, State
     from diffalign.core.technique import Technique
+    from diffalign.core.words import Shift
 
 S = TypeVar("S")
 
@@ -48,15 +49,17 @@ class Lineage:
     noise: Tensor | None = None
     # what the pipeline was given instead of the problem's prompt
     prompt: str | None = None
+    # what was added to the embeddings of the text's tokens
+    shift: Shift | None = None
 
     def then(self, step: int, seed: int, back: int | None = None) -> Lineage:
         """The lineage with one more random choice."""
-        return Lineage((*self.moves, Move(step, seed, back)), self.noise, self.prompt)
+        return replace(self, moves=(*self.moves, Move(step, seed, back)))
 
     @property
     def seed(self) -> int | None:
         """The seed that alone makes the image in a plain call, None where there is none."""
-        single = len(self.moves) == 1 and self.noise is None
+        single = len(self.moves) == 1 and self.noise is None and self.shift is None
         return self.moves[0].seed if single else None
 
 
@@ -75,12 +78,20 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Ascent:
-    """Scores of start noises and where they rise."""
+    """Scores of start noises and where they rise, for each of a reward's R parts."""
 
-    # [B], float64 on the CPU
+    # [B], float64 on the CPU, of the whole reward; not finite where the reward is not
     scores: Tensor
-    # [R, B, ...] float32: of the reward in the start noise, or of each of its R parts
+    # [R, B], float64 on the CPU, of each part
+    values: Tensor
+    # of each part in the whole
+    weights: tuple[float, ...]
+    # [R, B, ...] float32, of each part in the start noise, its weight left out
     gradients: Tensor
+    # [R, B]: norm of the gradient in the noise over that in the image, NaN where that is zero
+    gains: Tensor
+    # the finished images whose scores are finite
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,18 +229,33 @@ class Problem(Protocol):
         """
         ...
 
+    def lean(
+        self,
+        noise: Tensor,
+        seeds: Sequence[int],
+        shift: Shift,
+        *,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [B], float64, of images of start noise [B, ...] whose text has this shift, and the
+        gradient [tokens, D] of their sum in ``shift.values``; the images are not remembered."""
+        ...
+
     def variant(
         self,
         techniques: Sequence[Technique] | None = None,
         call: Mapping[str, Any] | None = None,
         prompt: str | None = None,
         cache: float | None = None,
+        shift: Shift | None = None,
     ) -> Self:
         """The same problem with other techniques, other arguments of the pipeline (merged into
-        those of the run), another text for the pipeline, or the first-block cache of diffusers at
-        this threshold; budget, seeds and reward are shared, images are scored against the
-        problem's own prompt. What a variant finishes is a draft, which is never the best; only
-        that of a variant with nothing but another text is remembered like any other."""
+        those of the run), another text for the pipeline, something added to the embeddings of its
+        tokens, or the first-block cache of diffusers at this threshold; budget, seeds and reward
+        are shared, images are scored against the problem's own prompt. What a variant finishes is a
+        draft, which is never the best; only that of a variant with nothing but another text or
+        other embeddings is remembered like any other."""
         ...
 
 
@@ -284,6 +310,10 @@ class Method(ABC, Generic[S]):
     def best(self, problem: Problem, state: S) -> Candidate | None:
         """The result so far."""
         return problem.best
+
+    def findings(self, state: S) -> dict[str, Tensor]:
+        """Tensors by name that it has found besides images, such as a law of start noise."""
+        return {}
 
     def tree(self, state: S) -> Tree | None:
         """The states that it has visited, None for a method without a tree."""

@@ -8,13 +8,16 @@ from diffalign.rewards.category_aware import (
     weights_from_correlations,
     weights_from_ratings,
 )
+from diffalign.rewards.failure import Below, Failure
 from diffalign.rewards.held_out import HeldOut
 from diffalign.rewards.weighted import Scale, Weighted
 
 __all__ = [
     "BaseReward",
+    "Below",
     "CategoryAware",
     "Facts",
+    "Failure",
     "HeldOut",
     "Reward",
     "RewardInfo",

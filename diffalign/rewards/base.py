@@ -113,6 +113,7 @@ REWARDS: Registry[Reward] = Registry(
         for name, place in (
             ("emoji-clip", "emoji_clip:EmojiClip"),
             ("emoji-judge", "emoji_judge:EmojiJudge"),
+            ("emoji-failure", "failure:EmojiFailure"),
             ("clip", "clip_score:ClipScore"),
             ("hps-v2", "hps:HPSv2"),
             ("hps-v2-1", "hps:HPSv21"),

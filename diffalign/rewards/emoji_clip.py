@@ -4,11 +4,13 @@ score of Hessel et al. 2021, arXiv:2104.08718, without its factor and its cut at
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from diffalign.rewards.base import BaseReward, Facts
+from diffalign.seams.words import TextTower, open_clip_tower
 
 if TYPE_CHECKING:
     from diffalign.embedded.nets.clip import Clip
@@ -37,3 +39,12 @@ class EmojiClip(BaseReward):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.model.similarity(images, prompts)
+
+    @cached_property
+    def words(self) -> TextTower:
+        """The vocabulary of the text tower."""
+        return open_clip_tower(self.model.model, self.model.tokenizer)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> features [B, 192] of length 1."""
+        return self.model.image(images)

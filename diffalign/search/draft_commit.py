@@ -16,6 +16,7 @@ from diffalign.core.registry import METHODS, TECHNIQUES, written
 from diffalign.core.sampler import Clamp, Mode, State
 from diffalign.core.search import Ascent, Candidate, Info, Lineage, Method, Problem
 from diffalign.core.technique import Technique
+from diffalign.core.words import Shift
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,22 @@ class DraftProblem:
         mode: Mode = "checkpoint",
         clamp: Clamp = "hard",
     ) -> Ascent:
-        """Scores of drafts and their gradients."""
-        return self.cheap.ascend(noise, seeds, parts=parts, mode=mode, clamp=clamp)
+        """Scores of drafts and their gradients; the drafts are remembered here only."""
+        ascent = self.cheap.ascend(noise, seeds, parts=parts, mode=mode, clamp=clamp)
+        self.drafts += ascent.candidates
+        return ascent
+
+    def lean(
+        self,
+        noise: Tensor,
+        seeds: Sequence[int],
+        shift: Shift,
+        *,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of drafts and their gradient in the text."""
+        return self.cheap.lean(noise, seeds, shift, mode=mode, clamp=clamp)
 
     def variant(
         self,
@@ -110,9 +125,10 @@ class DraftProblem:
         call: Mapping[str, Any] | None = None,
         prompt: str | None = None,
         cache: float | None = None,
+        shift: Shift | None = None,
     ) -> DraftProblem:
         """Drafts of another kind."""
-        cheap = self.cheap.variant(techniques, call, prompt, cache)
+        cheap = self.cheap.variant(techniques, call, prompt, cache, shift)
         return DraftProblem(cheap, self.problem, self.full)
 
 

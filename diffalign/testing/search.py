@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.alignment.ascent import Slopes, parts_of
 from diffalign.core import (
     Ascent,
     BudgetExceeded,
@@ -24,12 +25,15 @@ from diffalign.core import (
     Lineage,
     Meter,
     Method,
+    Move,
     Reward,
     State,
     Technique,
+    UnsupportedModel,
 )
 from diffalign.core.sampler import Clamp, Mode, Transition
 from diffalign.core.seeds import seed_of
+from diffalign.core.words import Shift, Words
 from diffalign.testing.mixtures import Chain, Denoiser, Function
 
 S = TypeVar("S")
@@ -59,6 +63,18 @@ class PointReward:
         return self.function(points_of(images))
 
 
+@dataclass(slots=True)
+class PointSum:
+    """A weighted sum of such rewards."""
+
+    parts: Sequence[tuple[float, Reward]]
+    differentiable: bool = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        rows = [weight * part(images, prompts) for weight, part in self.parts]
+        return torch.stack(rows).sum(0)
+
+
 class PointSampler:
     """The chain of a model as a ``Sampler``; a row of it costs one NFE an evaluation."""
 
@@ -79,6 +95,11 @@ class PointSampler:
     def deterministic(self) -> str | None:
         """Why children of one state are alike, None where they differ."""
         return None if self.branches else "The chain draws no noise; give it eta above 0."
+
+    @property
+    def words(self) -> Words:
+        """A chain has no text encoder."""
+        raise UnsupportedModel("A chain of points has no text encoder.")
 
     def price(self, first: int = 0, last: int | None = None) -> int:
         """Denoiser rows of one image between two evaluations."""
@@ -221,20 +242,8 @@ class PointProblem:
         """How many of ``count`` images the budget lets run."""
         if count < 1:
             raise ValueError(f"room(count={count}) must be at least 1.")
-        price, whole = self.sampler.price(first, last), self.shared.price
-        budget, meter = self.meter.budget, self.meter
-        shares = [
-            (budget.nfe, meter.rows + self.reserve * whole, price),
-            (budget.decodes, meter.decodes + self.reserve, scores),
-            (budget.rewards, meter.rewards + self.reserve, scores),
-        ]
-        fits = [
-            count,
-            *((limit - spent) // each for limit, spent, each in shares if limit and each),
-        ]
-        if min(fits) < 1:
-            raise BudgetExceeded(f"{budget} is used up: one more image takes {price} NFE.")
-        return min(fits)
+        kept = (self.reserve * self.shared.price, self.reserve)
+        return _room(self.meter, count, self.sampler.price(first, last), scores, kept)
 
     def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
         """States before the first evaluation."""
@@ -260,7 +269,12 @@ class PointProblem:
     def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
         """Decode and score finished states."""
         images = self.sampler.decode(state)
-        scores = self.score(images)
+        return self._candidates(images, self.score(images), lineages)
+
+    def _candidates(
+        self, images: Tensor, scores: Tensor, lineages: Sequence[Lineage]
+    ) -> list[Candidate]:
+        """Finished images, remembered unless they are drafts."""
         candidates = [
             Candidate(float(score), image.float(), lineage)
             for score, image, lineage in zip(scores, images, lineages, strict=True)
@@ -288,12 +302,29 @@ class PointProblem:
         mode: Mode = "checkpoint",
         clamp: Clamp = "hard",
     ) -> Ascent:
-        """Scores of start noise and their gradient; a point's reward has one part."""
+        """Images of start noise, their scores and the gradient of each part."""
+        pairs = parts_of(self.reward, self.prompt, parts)
+        rows = len(noise)
+        self.meter.charge(rewards=rows * len(pairs), backward=rows * (len(pairs) - 1))
         leaf = noise.detach().clone().requires_grad_()
         images = self.sampler.render(leaf, True, mode, clamp, seeds)
-        scores = self.score(images)
-        (gradient,) = torch.autograd.grad(scores.sum(), leaf)
-        return Ascent(scores.detach(), gradient.float()[None])
+        slopes = _slopes(images, leaf, self.prompt, pairs)
+        finite = [i for i in range(rows) if slopes.total[i].isfinite()]
+        lineages = [Lineage((Move(0, seeds[i]),), noise[i].detach().clone()) for i in finite]
+        scores = slopes.total[finite]
+        return slopes.ascent(self._candidates(images.detach()[finite], scores, lineages))
+
+    def lean(
+        self,
+        noise: Tensor,
+        seeds: Sequence[int],
+        shift: Shift,
+        *,
+        mode: Mode = "checkpoint",
+        clamp: Clamp = "hard",
+    ) -> tuple[Tensor, Tensor]:
+        """A point has no token embeddings."""
+        raise ValueError("The text of a point has no token embeddings.")
 
     def variant(
         self,
@@ -301,9 +332,11 @@ class PointProblem:
         call: Mapping[str, Any] | None = None,
         prompt: str | None = None,
         cache: float | None = None,
+        shift: Shift | None = None,
     ) -> PointProblem:
         """The problem with other ``num_inference_steps`` or another text; it knows no technique."""
-        if cache is not None or techniques or set(call or {}) - {"num_inference_steps"}:
+        others = set(call or {}) - {"num_inference_steps"}
+        if cache is not None or shift is not None or techniques or others:
             raise ValueError(
                 f"variant(call=...) of a point takes num_inference_steps; got {call}, {techniques}."
             )
@@ -318,9 +351,38 @@ class PointProblem:
         return other
 
 
+def _room(meter: Meter, count: int, price: int, scores: int, reserve: tuple[int, int]) -> int:
+    """How many of ``count`` images the budget lets run beside the (rows, images) kept back."""
+    budget, (rows, images) = meter.budget, reserve
+    shares = [
+        (budget.nfe, meter.rows + rows, price),
+        (budget.decodes, meter.decodes + images, scores),
+        (budget.rewards, meter.rewards + images, scores),
+    ]
+    fits = [count, *((limit - spent) // each for limit, spent, each in shares if limit and each)]
+    if min(fits) < 1:
+        raise BudgetExceeded(f"{budget} is used up: one more image takes {price} NFE.")
+    return min(fits)
+
+
+def _slopes(
+    images: Tensor, leaf: Tensor, prompt: str, parts: Sequence[tuple[float, Reward]]
+) -> Slopes:
+    """Scores and gradients of each part; a gain is that of the chain, without the pixels."""
+    values, gradients, gains = [], [], []
+    for _, reward in parts:
+        scores = reward(images, [prompt] * len(images)).double()
+        gradient, slope = torch.autograd.grad(scores.sum(), (leaf, images), retain_graph=True)
+        values.append(scores.detach())
+        gradients.append(gradient.float())
+        gains.append(gradient.norm(dim=1) / (slope.sum(1)[:, 0] / (2 * SPAN)).norm(dim=1))
+    weights = tuple(weight for weight, _ in parts)
+    return Slopes(weights, *map(torch.stack, (values, gradients, gains)))
+
+
 def toy(
     model: Denoiser | Callable[[str], Denoiser],
-    function: Function,
+    function: Function | Sequence[tuple[float, Function]],
     *,
     chain: Chain | int = 10,
     budget: Meter | None = None,
@@ -328,10 +390,16 @@ def toy(
     differentiable: bool = True,
     reserve: int = 0,
 ) -> PointProblem:
-    """A problem of points. ``model`` may depend on the text; ``chain``: or its evaluations."""
+    """A problem of points. ``model`` may depend on the text; ``chain``: or its evaluations;
+    ``function``: or weighted parts."""
     models = model if callable(model) else lambda text: model
     levels = Chain.of_steps(chain) if isinstance(chain, int) else chain
-    reward = PointReward(function, differentiable)
+    reward: Reward
+    if callable(function):
+        reward = PointReward(function, differentiable)
+    else:
+        parts = [(weight, PointReward(part, differentiable)) for weight, part in function]
+        reward = PointSum(parts, differentiable)
     meter = budget if budget is not None else Meter()
     return PointProblem(models, levels, reward, base=seed, meter=meter, reserve=reserve)
 

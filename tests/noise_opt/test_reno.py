@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import diffalign as da
+from diffalign.testing import tiny_pipeline
+from diffalign.testing.search import solve
 
 PROMPT = "a photo of a red apple"
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0}
@@ -86,3 +88,83 @@ def test_what_is_refused(pipe):
         da.align(pipe, PROMPT, method=da.ReNO(), reward=Flat(), **CALL)
     with pytest.raises(ValueError, match="needs a trajectory of one evaluation; this one has 2"):
         da.align(pipe, PROMPT, method=da.ReNO(gradient="one_step"), reward=Redness(), **CALL)
+
+
+class Failing(Redness):
+    """It works three times, then memory ends or a score is no number; later it works again."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        if len(images) == 1 and self.calls == 4:
+            if self.error is not None:
+                raise self.error
+            return super().__call__(images, prompts) * float("nan")
+        return super().__call__(images, prompts)
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [(torch.OutOfMemoryError("no room"), "out of memory: no room"), (None, "reward: The reward")],
+)
+def test_memory_or_a_score_that_ends_leaves_the_best_image(pipe, error, end, monkeypatch):
+    monkeypatch.setattr("diffalign.core.errors._WARNED", set())
+    with pytest.warns(UserWarning, match="ended early with the best image so far"):
+        result = da.align(
+            pipe, PROMPT, method="random-search:noises=9,batch=1", reward=Failing(error), **CALL
+        )
+    assert result.end.startswith(end)
+    # the grey image, then two of the run
+    assert result.scored == 2
+
+
+def test_what_is_optimised_is_drafted_in_one_step_and_run_in_full(pipe):
+    """The published recipe for FLUX.1-schnell: climb with one step, render with more."""
+    method = da.DraftCommit("reno:iterations=3,gradient=one_step", steps=1, commits=1)
+    result = da.align(pipe, PROMPT, method=method, reward=Redness(), **CALL)
+    image = pipe(PROMPT, latents=result.noise[None], output_type="pt", **CALL).images[0]
+    assert torch.equal(image, result.tensor)
+    # three drafts of one step, one image in full and the final call, both branches
+    assert result.ledger.nfe == 2 * (3 * 1 + 2 + 2)
+
+
+def test_the_master_noise_is_float32_and_the_result_that_of_the_model():
+    """A model in bfloat16: the found noise is in its type and makes the image, bit for bit."""
+    pipe = tiny_pipeline("StableDiffusionPipeline", text=True, dtype=torch.bfloat16)
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
+    method = da.ReNO(iterations=3, clip=None, force=True)
+    result = da.align(pipe, PROMPT, method=method, reward=Redness(), **call)
+    assert result.noise.dtype == torch.bfloat16
+    image = pipe(PROMPT, latents=result.noise[None], output_type="pt", **call).images[0]
+    assert torch.equal(image.float(), result.tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_never_worse_than_the_start(pipe, seed):
+    method = da.ReNO(iterations=4, rate=5.0)
+    result = da.align(pipe, PROMPT, method=method, reward=Redness(), seed=seed, **CALL)
+    best = [moment.score for moment in result.history]
+    assert best == sorted(best)
+    assert result.score >= result.first.score - 1e-6
+
+
+def test_it_beats_best_of_n_at_equal_evaluations(plane):
+    """A smooth reward of 30 noises, paired; twenty times it is never below its start."""
+    gains = []
+    for seed in range(30):
+        ours, theirs = plane(rising, seed=seed), plane(rising, seed=seed)
+        _, infos = solve(ours, da.ReNO(iterations=20, clip=1.0))
+        solve(theirs, da.RandomSearch(noises=20))
+        assert ours.best.score >= infos[0].values["score"]
+        assert ours.meter.rows == theirs.meter.rows
+        gains.append(ours.best.score - theirs.best.score)
+    gain = torch.tensor(gains)
+    assert gain.mean() > 3 * gain.std() / len(gains) ** 0.5
+
+
+def rising(points):
+    """Higher where the first coordinate and all others are large."""
+    return points[:, 0] + 0.5 * points[:, 1:].tanh().sum(1)

@@ -7,12 +7,14 @@ from typing import Any
 
 from diffalign.core import Technique
 from diffalign.core.types import Keywords, Pipeline
+from diffalign.core.words import Shift, Words
 from diffalign.seams.guiders_in import as_technique
 from diffalign.seams.session import active
 from diffalign.seams.trajectory.grid import Grid
 from diffalign.seams.trajectory.kernels import Kernel, Native, std_at, why_alike
 from diffalign.seams.trajectory.price import rows_of
 from diffalign.seams.trajectory.segments import Segments
+from diffalign.seams.words import tower_of
 
 
 class Facts:
@@ -22,11 +24,17 @@ class Facts:
     is_open = False
 
     def __init__(
-        self, pipe: Pipeline, techniques: Sequence[Any], kernel: Kernel | None, call: Keywords
+        self,
+        pipe: Pipeline,
+        techniques: Sequence[Any],
+        kernel: Kernel | None,
+        call: Keywords,
+        shift: Shift | None = None,
     ) -> None:
-        self.pipe, self.segments = pipe, Segments(pipe, call)
+        self.pipe, self.segments = pipe, Segments(pipe, call, shift)
         self.techniques: tuple[Technique, ...] = tuple(map(as_technique, techniques))
         self.kernel: Kernel = Native() if kernel is None else kernel
+        self._words: Words | None = None
         # rows of one image at each evaluation, empty before somebody asks
         self._rows: tuple[int, ...] = ()
 
@@ -67,3 +75,13 @@ class Facts:
         Raises: ``UnsupportedModel`` for the scheduler's own steps, which do not say.
         """
         return std_at(self.kernel, self.grid, step)
+
+    @property
+    def words(self) -> Words:
+        """The vocabulary of the pipeline's first text encoder.
+
+        Raises: ``UnsupportedModel`` where there is none that pools its text.
+        """
+        if self._words is None:
+            self._words = tower_of(self.pipe)
+        return self._words

@@ -10,8 +10,8 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,21 @@ from torch.utils.checkpoint import checkpoint
 
 from diffalign.core import State, UnsupportedModel
 from diffalign.core.checks import check_choice
-from diffalign.core.sampler import Clamp, Mode
+from diffalign.core.sampler import Clamp, Mode, generator_states
 from diffalign.core.types import Pipeline
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall
 from diffalign.seams.denoiser.tap import Generation, Start
 from diffalign.seams.swap import original_class
 from diffalign.seams.trajectory.guards import check_noise
 from diffalign.seams.trajectory.kernels import drawing_of
+from diffalign.seams.trajectory.running import advance, generator_of, history_of
 from diffalign.seams.trajectory.schedule import Window
 
 if TYPE_CHECKING:
     from diffalign.seams.trajectory.sampler import PipelineSampler
+
+
+MODES: tuple[str, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,11 @@ class Rendering:
     grad: bool
     mode: Mode
     clamp: Clamp
-    # evaluations at the end whose gradient is exact, in mode "skip"
+    # evaluations at the end whose gradient is exact, in modes "skip" and "residual"
     exact: int
 
     def __post_init__(self) -> None:
-        check_choice("render", "mode", self.mode, ("one_step", "checkpoint", "skip", "plain"))
+        check_choice("render", "mode", self.mode, MODES)
         check_choice("render", "clamp", self.clamp, ("hard", "straight_through"))
         if self.exact < 1:
             raise ValueError(f"render(exact=...) must be at least 1; got {self.exact}.")
@@ -56,10 +60,11 @@ def render(
 
     The values are those of ``decode(run(start(seeds, noise)))``. Modes: ``checkpoint`` keeps the
     latents of each evaluation and runs it again in the backward pass; ``plain`` keeps everything;
-    ``one_step`` is ``plain`` for a trajectory of one evaluation; ``skip`` is approximate: the
-    prediction of all but the last ``exact`` evaluations counts as a constant, and the scheduler's
-    own arithmetic carries the gradient past them. ``clamp`` "straight_through" lets the gradient
-    pass saturated pixels.
+    ``one_step`` is ``plain`` for a trajectory of one evaluation. Two are approximate: ``skip``
+    counts the prediction of all but the last ``exact`` evaluations as a constant, and the
+    scheduler's own arithmetic carries the gradient past them; ``residual`` differentiates the last
+    ``exact`` evaluations only and hands their gradient to the noise as it is, which never vanishes.
+    ``clamp`` "straight_through" lets the gradient pass saturated pixels.
     Cost: one trajectory and its decodes; a backward pass is charged in denoiser rows when it
     begins.
     Raises: ValueError for noise of another shape or with NaN.
@@ -67,12 +72,14 @@ def render(
     session = sampler.session
     _check(sampler, noise, rendering)
     check_noise(sampler.segments, noise, len(seeds))
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    state = _beginning(sampler, noise, rendering, seeds)
+    generators = [generator_of(rng) for rng in state.rng]
     drawing = drawing_of(sampler.kernel, sampler.grid, generators)
-    window = Window(0, None, None, generators, drawing)
+    window = Window(state.step, None, history_of(state), generators, drawing)
     sampler.meter.charge(decodes=len(noise))
     kept = Kept(rendering, sampler.count)
-    session.start = Start(0, sampler.count, {}, kept.around if rendering.grad else None)
+    around = kept.around if rendering.grad else None
+    session.start = Start(state.step, sampler.count, dict(state.techniques or {}), around)
     undecorated = functools.partial(_undecorated(type(sampler.pipe)), sampler.pipe)
     try:
         with ExitStack() as stack:
@@ -82,8 +89,7 @@ def render(
                 stack.enter_context(frozen(sampler.pipe))
             if rendering.clamp == "straight_through":
                 stack.enter_context(unclamped(sampler.pipe))
-            latents = noise.to(sampler.segments.noise)
-            images = sampler.segments.call(latents, generators, "pt", undecorated)
+            images = sampler.segments.call(state.latents, generators, "pt", undecorated)
     finally:
         session.start = None
         sampler.meter.note(evaluations=window.calls * len(noise))
@@ -91,6 +97,21 @@ def render(
         hook: Any = images.register_hook  # untyped
         hook(functools.partial(_charge, sampler, kept))
     return images
+
+
+def _beginning(
+    sampler: PipelineSampler, noise: Tensor, rendering: Rendering, seeds: Sequence[int]
+) -> State:
+    """Where the differentiable part begins; its latents depend on ``noise``."""
+    latents = noise.to(sampler.segments.noise)
+    state = State(latents, 0, sampler.count, generator_states(seeds))
+    first = sampler.count - rendering.exact
+    if not rendering.grad or rendering.mode != "residual" or first < 1:
+        return state
+    with torch.no_grad():
+        state = advance(sampler, replace(state, latents=latents.detach()), first, None)
+    with torch.enable_grad():
+        return replace(state, latents=state.latents + (latents - latents.detach()))
 
 
 def twist(

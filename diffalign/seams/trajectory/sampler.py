@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign.core import Meter, SessionError, State
 from diffalign.core.sampler import Clamp, Mode, generator_states
 from diffalign.core.types import Pipeline
+from diffalign.core.words import Shift
 from diffalign.seams.session import Session
 from diffalign.seams.trajectory import gradient
 from diffalign.seams.trajectory.facts import Facts
@@ -35,7 +36,8 @@ class PipelineSampler(Facts):
     ``call``: arguments of the pipeline, prompts included; ``latents``, ``generator`` and
     ``output_type`` are the sampler's. One prompt makes any number of images. Techniques stay
     active in every segment, and their states travel with ``State``. ``tiny``: a small decoder for
-    previews, such as ``AutoencoderTiny``. A pipeline may have several samplers, one open at a time.
+    previews, such as ``AutoencoderTiny``. ``shift``: added to the embeddings of some tokens of the
+    prompt. A pipeline may have several samplers, one open at a time.
     Cost: the texts are encoded once; ``meter`` counts evaluations, denoiser rows and decodes.
     Raises: ``UnsupportedModel`` where the pipeline takes no start latents, for arguments that
     follow the position in the loop, and for a kernel that cannot act on the scheduler.
@@ -48,9 +50,10 @@ class PipelineSampler(Facts):
         meter: Meter | None = None,
         kernel: Kernel | None = None,
         tiny: Pipeline = None,
+        shift: Shift | None = None,
         **call: Any,
     ) -> None:
-        super().__init__(pipe, techniques, kernel, call)
+        super().__init__(pipe, techniques, kernel, call, shift)
         self.meter = Meter() if meter is None else meter
         self.tiny = tiny
         self._session: Session | None = None
@@ -103,7 +106,8 @@ class PipelineSampler(Facts):
             noise, generators = self.segments.draw(seeds)
             return State(noise, 0, self.count, states_of(generators))
         check_noise(self.segments, noise, len(seeds))
-        return State(noise, 0, self.count, generator_states(seeds))
+        latents = noise.to(self.segments.noise)
+        return State(latents, 0, self.count, generator_states(seeds))
 
     def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
         """Continue to evaluation ``until``, None for the end.
@@ -129,16 +133,13 @@ class PipelineSampler(Facts):
         With level ``(a, s)`` of the state and ``(a', s')`` of ``to`` the forward process is ``x' =
         (a'/a) x + sqrt(s'^2 - (a'/a)^2 s^2) z``, z from the seeds. Scheduler history and technique
         states begin anew.
-        Raises: ValueError for a ``to`` that is not earlier; ``UnsupportedModel`` for solvers of two
-        evaluations.
+        Raises: ValueError for a later ``to``; ``UnsupportedModel`` for solvers of two evaluations.
         """
         return noised(self, state, to, seeds)
 
     def preview(self, state: State) -> Tensor:
-        """The images [B, 3, H, W] in [0, 1], or videos, of the prediction ``state.x0``.
-
-        Raises: ValueError for a state before its first step.
-        """
+        """The images [B, 3, H, W] in [0, 1], or videos, of the prediction ``state.x0``; it needs a
+        step."""
         if state.x0 is None:
             raise ValueError("preview needs a state with a prediction; run one step first.")
         self.meter.charge(decodes=len(state.rng))

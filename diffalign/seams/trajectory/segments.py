@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 from diffalign.core import SessionError
 from diffalign.core.types import Keywords, Pipeline
+from diffalign.core.words import Shift
 from diffalign.seams.swap import original_class
 from diffalign.seams.trajectory.call import Call
 from diffalign.seams.trajectory.device import known
 from diffalign.seams.trajectory.grid import Grid, grid_of
 from diffalign.seams.trajectory.schedule import Window, segment
 from diffalign.seams.trajectory.texts import Texts
+from diffalign.seams.words import check_shift, shifted
 
 
 class Segments:
     """Segments of one pipeline and call: noise levels, start noise, decoded images."""
 
-    def __init__(self, pipe: Pipeline, options: Keywords) -> None:
-        self.pipe, self.call = pipe, Call(pipe, options)
+    def __init__(self, pipe: Pipeline, options: Keywords, shift: Shift | None = None) -> None:
+        self.pipe, self.call, self.shift = pipe, Call(pipe, options), shift
         self.texts = Texts()
+        if shift is not None:
+            check_shift(pipe, self.call.bound.values.get("prompt"), shift)
         self._grid: Grid | None = None
         self._noise: Tensor | None = None
         # device of the denoiser's weights -> where the pipeline runs
@@ -58,11 +62,13 @@ class Segments:
                 f"The pipeline's scheduler was {self._grid.scheduler} and is {name} now; make a "
                 "new sampler."
             )
-        with (
-            known(self.pipe, self._device),
-            self.texts.remembered(self.pipe),
-            segment(scheduler, window),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(known(self.pipe, self._device))
+            if self.shift is None or not self.shift.values.requires_grad:
+                stack.enter_context(self.texts.remembered(self.pipe))
+            if self.shift is not None:
+                stack.enter_context(shifted(self.pipe, self.shift))
+            stack.enter_context(segment(scheduler, window))
             yield
 
     @property

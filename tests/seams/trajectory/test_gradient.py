@@ -152,6 +152,57 @@ def test_skipped_evaluations_count_as_constants(sampler_for):
     torch.testing.assert_close(skipped, last * signal[2] / signal[0], rtol=0, atol=1e-5 * size)
 
 
+def test_the_residual_gradient_is_that_of_the_last_evaluations(sampler_for):
+    """The oracle: a twist at the latents before the last evaluation. It stays where the exact
+    gradient is zero."""
+    sampler = sampler_for(
+        SD, steps=3, guidance_scale=1.0, kernel=Eta(0.0), scheduler="DDIMScheduler",
+        options={"set_alpha_to_one": True},
+    )  # fmt: skip
+    with sampler:
+        leaf = sampler.segments.noise.clone().requires_grad_()
+        images = sampler.render(leaf, mode="residual")
+        state = sampler.start([0], leaf.detach())
+        assert torch.equal(images, sampler.decode(sampler.run(state)))
+        (residual,) = torch.autograd.grad(images.sum(), leaf)
+        _, expected = sampler.twist(sampler.run(state, 2), lambda x: x.flatten(1).sum(1))
+        assert sampler.meter.backward == 2
+        (whole,) = torch.autograd.grad(sampler.render(leaf, mode="residual", exact=3).sum(), leaf)
+        (exact,) = torch.autograd.grad(sampler.render(leaf).sum(), leaf)
+    torch.testing.assert_close(residual, expected, rtol=0, atol=1e-6)
+    assert torch.equal(whole, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_is_exact_and_the_approximations_have_a_gradient(sampler_for, name):
+    """At one evaluation all modes are one; the start noise is in units of normal noise."""
+    sampler = sampler_for(name, da.CFG(3.0), steps=1)
+    gradients = {}
+    with sampler:
+        noise = sampler.start([3]).latents
+        for mode in ("one_step", "checkpoint", "skip", "residual"):
+            if mode == "one_step" and sampler.count != 1:
+                continue
+            leaf = noise.clone().requires_grad_()
+            (gradients[mode],) = torch.autograd.grad(sampler.render(leaf, mode=mode).sum(), leaf)
+    first = gradients["checkpoint"]
+    assert first.abs().max() > 0
+    assert all(torch.equal(gradient, first) for gradient in gradients.values())
+    d = noise.numel()
+    assert abs(float(noise.norm()) - (d - 1) ** 0.5) < 4 / 2**0.5 + 0.5
+
+
+@slow
+def test_ten_steps_checkpointed_are_those_of_plain_autograd(sampler_for):
+    sampler = sampler_for(SD, da.CFG(3.0), dtype=torch.float64, steps=10)
+    gradients = []
+    with sampler:
+        for mode in ("plain", "checkpoint"):
+            leaf = sampler.segments.noise.clone().requires_grad_()
+            gradients.append(torch.autograd.grad(sampler.render(leaf, mode=mode).sum(), leaf)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
+
+
 def test_a_saturated_pixel_passes_its_gradient_on_where_asked(sampler_for):
     sampler = sampler_for(SD, steps=2)
     with sampler:
