@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [
     page
-    for name in ("guidance", "noise_opt", "search", "rewards", "app")
+    for name in ("guidance", "pruning", "noise_opt", "search", "rewards", "app")
     if (page := ROOT / name / "README.md").is_file()
 ]
 
