@@ -32,7 +32,6 @@ from torch import Tensor
 
 import diffalign as da
 from diffalign.core import StepInfo
-from diffalign.seams.tokens.work import Work
 from diffalign.testing.tiny.parts import image_vae
 
 COLUMNS = {

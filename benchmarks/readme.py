@@ -1,6 +1,6 @@
-"""Write the tables of techniques and methods: a short one by purpose into README.md, all techniques
-of guidance and attention into guidance/README.md, those of token pruning into pruning/README.md, all
-methods into search/README.md.
+"""Write the tables of techniques and methods: a short one by purpose into README.md, techniques of
+guidance and attention into guidance/README.md, of token pruning into pruning/README.md, all methods
+into search/README.md.
 
     python benchmarks/readme.py [--check]
 

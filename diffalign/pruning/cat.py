@@ -31,10 +31,18 @@ class Movement:
 
     def select(self, rows: Sequence[int]) -> Movement:
         """The movement of those images, in that order."""
-        names = ("reference", "latest", "labels", "visits", "drops")
-        parts = {name: getattr(self, name) for name in names}
-        taken = {name: x if x is None else x[list(rows)] for name, x in parts.items()}
-        return replace(self, **taken)
+
+        def take(x: Tensor | None) -> Tensor | None:
+            return x if x is None else x[list(rows)]
+
+        return replace(
+            self,
+            reference=take(self.reference),
+            latest=take(self.latest),
+            labels=take(self.labels),
+            visits=take(self.visits),
+            drops=take(self.drops),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,10 @@ class CAT(TokenTechnique[Movement]):
     """
 
     keep: float = option(
-        0.3, "share of the image tokens that a step computes, 1 is off", low=0.0, high=1.0,
+        0.3,
+        "share of the image tokens that a step computes, 1 is off",
+        low=0.0,
+        high=1.0,
         open_low=True,
     )
     _: KW_ONLY

@@ -53,7 +53,7 @@ def ranks(values: Tensor, labels: Tensor) -> Tensor:
     ordered = labels.gather(1, order)
     first = torch.searchsorted(ordered, ordered)  # where the label begins
     positions = torch.arange(labels.shape[1], device=labels.device) - first
-    return torch.empty_like(order).scatter_(1, order, positions)
+    return torch.zeros_like(order).scatter(1, order, positions)
 
 
 def by_region(delta: Tensor, labels: Tensor, quotas: Tensor, count: int) -> Tensor:
@@ -72,7 +72,8 @@ def by_region(delta: Tensor, labels: Tensor, quotas: Tensor, count: int) -> Tens
     turns = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # region -> its turn
     turn = turns.gather(1, labels)
     tokens = labels.shape[1]
-    key = turn * tokens + rank + (rank >= quotas[turn]) * (regions * tokens)
+    late = (rank >= quotas[turn]).long()
+    key = turn * tokens + rank + late * (regions * tokens)
     return key.argsort(dim=1)[:, :count]
 
 

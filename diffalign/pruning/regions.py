@@ -31,8 +31,7 @@ def regions(prediction: Tensor, grid: tuple[int, int, int], count: int) -> Tenso
     second in the other, begun at ``tiles`` and run on the device for ten rounds.
     """
     frames, height, width = grid
-    y = torch.arange(height, device=prediction.device) / height
-    x = torch.arange(width, device=prediction.device) / width
+    y, x = ((torch.arange(n, device=prediction.device) + 0.5) / n for n in (height, width))
     half = prediction.shape[-1] // 2
     places = torch.cartesian_prod(y, x).repeat(frames, 1)
     features = PREDICTION * prediction.float() + _spread(places, half, prediction.shape[-1])

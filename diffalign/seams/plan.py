@@ -20,7 +20,6 @@ from diffalign.seams.denoiser.space import parametrisation_of
 from diffalign.seams.tokens.places import refusal as token_refusal
 
 
-
 @dataclass(frozen=True, slots=True)
 class Arguments:
     """Arguments of one call of the pipeline, by name."""

@@ -116,7 +116,7 @@ def noted(model: torch.nn.Module) -> Iterator[list[tuple[Keywords, Tensor]]]:
     """The calls of a model in the block: arguments, and prediction [rows, ...]."""
     calls: list[tuple[Keywords, Tensor]] = []
 
-    def hook(module: object, args: object, kwargs: Keywords, output: Keywords) -> None:
+    def hook(module: object, args: object, kwargs: Keywords, output: Sequence[Tensor]) -> None:
         calls.append((dict(kwargs), output[0].clone()))
 
     handle = model.register_forward_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
@@ -130,9 +130,10 @@ def in_tokens(prediction: Tensor, patch: int) -> Tensor:
     """A prediction [rows, N, p], or [rows, C, H, W] in patches, as tokens [rows, N, p]."""
     if prediction.ndim == 3:
         return prediction
+    rows, channels = prediction.shape[:2]
     height, width = (size // patch for size in prediction.shape[2:])
-    patches = prediction.unflatten(3, (width, patch)).unflatten(2, (height, patch))
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    patches = prediction.reshape(rows, channels, height, patch, width, patch)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(rows, height * width, -1)
 
 
 @contextmanager

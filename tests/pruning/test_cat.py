@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffalign as da
@@ -19,7 +20,10 @@ from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
 SD3, FLUX, CHROMA = "StableDiffusion3Pipeline", "FluxPipeline", "ChromaPipeline"
 ALPHA, SIGMA, QWEN = "PixArtAlphaPipeline", "PixArtSigmaPipeline", "QwenImagePipeline"
-NAMES = [SD3, *(pytest.param(n, marks=pytest.mark.slow) for n in (FLUX, CHROMA, ALPHA, SIGMA, QWEN))]
+NAMES = [
+    SD3,
+    *(pytest.param(n, marks=pytest.mark.slow) for n in (FLUX, CHROMA, ALPHA, SIGMA, QWEN)),
+]
 STEPS = 6
 ACTING = da.CAT(0.4, start=2)
 
@@ -50,9 +54,8 @@ def test_keep_1_and_a_start_behind_the_run_are_the_pipeline(name):
 
 
 def test_a_start_behind_the_run_is_said():
-    with pytest.warns(UserWarning, match="CAT never left a token out in this run's 6 steps"):
-        _, report = run(SD3, da.CAT(0.4, start=20))
-    assert any("never left a token out" in note for note in report.notes)
+    _, report = run(SD3, da.CAT(0.4, start=20))
+    assert "CAT never left a token out in this run's 6 steps." in report.notes
     assert report.pruning["CAT"]["operations"] == report.pruning["CAT"]["operations_of_all"]
 
 
@@ -108,16 +111,20 @@ def test_a_counter_of_operations_agrees(name):
     depend on the image tokens cancels."""
     size = {"height": 64, "width": 64} if name != QWEN else {"height": 128, "width": 128}
     pipe = tiny_pipeline(name) if name != SD3 else roomy()
-    counts, technique = [], da.CAT(0.3, start=2)
+    counts, technique = [], da.CAT(0.3, start=2, selection="round-robin")
     for techniques in ((), (technique,)):
-        with da.apply(pipe, *techniques) as session, FlopCounterMode(display=False) as counter:
+        with (
+            da.apply(pipe, *techniques) as session,
+            sdpa_kernel(SDPBackend.MATH),  # torch does not count its fused kernel on CPUs
+            FlopCounterMode(display=False) as counter,
+        ):
             final(pipe, {**tiny_inputs(name, batch=1, steps=4), **size})
         counts.append(counter.get_total_flops())
     facts = session.report().pruning["CAT"]
     saved = facts["operations_of_all"] - facts["operations"]
     assert facts["tokens"] >= 64
-    # the choice of tokens is counted by torch too: a few products of tokens and regions
-    assert (counts[0] - counts[1]) == pytest.approx(saved, rel=0.01)
+    assert counts[0] - counts[1] == pytest.approx(saved, rel=0.01)
+    assert facts["operations_of_all"] <= counts[0]
 
 
 def roomy():
@@ -230,9 +237,9 @@ def test_a_step_cache_is_refused():
 
     pipe = tiny_pipeline(FLUX)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    with pytest.raises(UnsupportedModel, match="a step cache of the denoiser"):
-        with da.apply(pipe, ACTING):
-            pipe(**tiny_inputs(FLUX, steps=2))
+    words = "a step cache of the denoiser"
+    with pytest.raises(UnsupportedModel, match=words), da.apply(pipe, ACTING):
+        pipe(**tiny_inputs(FLUX, steps=2))
 
 
 def test_it_acts_on_every_family_that_says_its_places():

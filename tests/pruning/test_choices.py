@@ -1,4 +1,4 @@
-"""Which tokens are chosen: numbers by hand, slow plain versions, and the bounds that are promised."""
+"""Which tokens are chosen: numbers by hand, slow plain versions, and the promised bounds."""
 
 import math
 
@@ -128,7 +128,7 @@ def history(technique, steps=20, grid=(1, 12, 12), batch=2, width=8):
 
 
 def widest_gap(sets, tokens, image):
-    """Steps between two computations of a token, the longest; the steps before the first are full."""
+    """Steps between two computations of a token, the longest; None is a step with all tokens."""
     last, gap = torch.full((tokens,), -1), 0
     for index, chosen in enumerate(sets):
         if chosen is None:

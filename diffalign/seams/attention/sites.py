@@ -215,8 +215,7 @@ def _parts(layer: Layer, view: CallView, keys: int, queries: int) -> Parts:
         return {**_texts(view, 0), "image": slice(0, queries)}
     if queries <= total:
         raise UnsupportedModel(
-            f"Expected more than {total} tokens (text and image) at {layer.name!r}; got "
-            f"{queries}."
+            f"Expected more than {total} tokens (text and image) at {layer.name!r}; got {queries}."
         )
     tokens = queries - total
     if layer.text == "first":

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from diffalign.seams.denoiser.tap import Generation
 
 
-
-
 class Tokens:
     """One token technique in one generation."""
 
@@ -185,7 +183,7 @@ class Tokens:
                 "operations_of_all": self.whole,
                 "cache_bytes": self.largest,
             }
-        if not pruned and record.sigma:
+        if not pruned and record.sigma and self.generation.start is None:
             note = f"{name} never left a token out in this run's {len(record.sigma)} steps."
             warn_once(note)
             record.notes.append(note)

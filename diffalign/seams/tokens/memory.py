@@ -1,5 +1,5 @@
-"""What calls that leave tokens out need of earlier ones: keys and values of all tokens, and the last
-prediction of each."""
+"""What calls that leave tokens out need of earlier ones: keys and values of all tokens, and the
+last prediction of each."""
 
 from __future__ import annotations
 
@@ -88,8 +88,6 @@ class TokenStates:
         return TokenStates(technique, memories, self.step, computed, self.seen)
 
 
-
-
 def fresh(x: Tensor) -> Tensor:
     """Keys or values [rows, A, L + N, D] as a memory keeps them: a copy [rows, L + N, A, D]."""
     return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
@@ -126,7 +124,7 @@ class Places:
         if not in_place:  # gradients pass through
             old = before.narrow(1, before.shape[1] - self.tokens if text_first else 0, self.tokens)
             new = old.flatten(0, 1).index_copy(0, self.flat(self.tokens, 0), image)
-            parts = [words, new.unflatten(0, (-1, self.tokens))]
+            parts = [words, new.reshape(old.shape)]
             return torch.cat(parts if text_first else parts[::-1], 1)
         if before.shape[1] != text + self.tokens:
             before = self._with_text(before, text, text_first)

@@ -118,7 +118,8 @@ class Passage:
         if self.index is None:
             self.keys[layer.name], self.values[layer.name] = fresh(call.k), fresh(call.v)
             return call
-        assert self.memory is not None and self._places is not None
+        assert self.memory is not None
+        assert self._places is not None
         text_first = layer.text == "first"
         for new, old, x in (
             (self.keys, self.memory.keys, call.k),
