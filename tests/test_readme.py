@@ -164,8 +164,8 @@ def test_the_readme_is_short():
 
 
 def test_every_row_names_a_technique():
-    page = (ROOT / "guidance/README.md").read_text(encoding="utf-8")
-    names = re.findall(r"^\| \[`([a-z0-9-]+)`\]", page, flags=re.M)
+    pages = [(ROOT / name / "README.md").read_text("utf-8") for name in ("guidance", "pruning")]
+    names = re.findall(r"^\| \[`([a-z0-9-]+)`\]", "\n".join(pages), flags=re.M)
     assert sorted(names) == sorted(techniques())
     short = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"^\|[^|]*\| `da\.(\w+)\(", short, flags=re.M):

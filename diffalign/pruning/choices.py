@@ -73,7 +73,7 @@ def by_region(delta: Tensor, labels: Tensor, quotas: Tensor, count: int) -> Tens
     turn = turns.gather(1, labels)
     tokens = labels.shape[1]
     late = (rank >= quotas[turn]).long()
-    key = turn * tokens + rank + late * (regions * tokens)
+    key: Tensor = turn * tokens + rank + late * (regions * tokens)
     return key.argsort(dim=1)[:, :count]
 
 

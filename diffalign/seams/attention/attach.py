@@ -93,7 +93,7 @@ def attach(
     finally:
         activity.finish(selected, complete)
         if tokens is not None:
-            tokens.finish()
+            tokens.finish(complete)
 
 
 def layers_for(

@@ -4,6 +4,7 @@ between calls."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from diffalign.seams.denoiser.call import DenoiserCall
 from diffalign.seams.swap import unwrapped
 from diffalign.seams.tokens.memory import Memory, TokenStates
 from diffalign.seams.tokens.passage import Passage, Running, gathered, scattered
-from diffalign.seams.tokens.work import Work, work_of
+from diffalign.seams.tokens.work import Account, Work, work_of
 
 if TYPE_CHECKING:
     from diffalign.seams.denoiser.tap import Generation
@@ -46,21 +47,11 @@ class Tokens:
             for layer in map_layers(generation.family, name, model)
         ]
         self.grid: Grid | None = None
-        self._work: Work | None = None
-        # steps that left tokens out, and how many each computes
-        self.steps: set[int] = set()
-        self.kept = 0
-        # operations of all calls, and what they are with all tokens
-        self.operations = self.whole = 0.0
-        self.largest = 0
+        self.account: Account | None = None
         # steps of the whole trajectory
         self.count = 0
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens of one row, known from the first call on."""
-        frames, height, width = self.grid or (0, 0, 0)
-        return frames * height * width
+        # marks the memories that this generation may write into
+        self.mark = object()
 
     def with_layers(self, layers: Sequence[Layer]) -> list[Layer]:
         """``layers`` and those that token techniques act on."""
@@ -79,19 +70,13 @@ class Tokens:
     def open(self, call: DenoiserCall, arguments: dict[str, Any]) -> Passage | None:
         """The passage of a denoiser call; None where it computes all tokens and leaves nothing."""
         text, self.count = text_length(self.generation.family, arguments), call.step.count
-        if self.grid is None:
+        if self.grid is None or self.account is None:
             model = self.models[call.denoiser]
             self.grid = self.generation.family.grid(model, arguments)
-            self._work = self._work_of(call.denoiser)
-        passage = self._passage(call)
+            self.account = Account(self._work_of(call.denoiser), math.prod(self.grid))
+        passage = self._passage(call, self.account.tokens)
         index = None if passage is None else passage.index
-        kept = self.tokens if index is None else index.shape[1]
-        assert self._work is not None
-        self.operations += len(call.conditioned) * self._work(kept, self.tokens, text)
-        self.whole += len(call.conditioned) * self._work(self.tokens, self.tokens, text)
-        if index is not None:
-            self.steps.add(call.step.index)
-            self.kept = kept
+        self.account.add(call.step.index, len(call.conditioned), index, text)
         return passage
 
     def _work_of(self, denoiser: str) -> Work:
@@ -100,7 +85,7 @@ class Tokens:
         layers += [x for x in layers_of(family, denoiser, model) if x.kind == "cross"]
         return work_of(self.places, model, layers)
 
-    def _passage(self, call: DenoiserCall) -> Passage | None:
+    def _passage(self, call: DenoiserCall, tokens: int) -> Passage | None:
         step, p = call.step, call.passes[0]
         if not self.technique.active(step) or p.attention is not None:
             return None
@@ -114,10 +99,10 @@ class Tokens:
         in_place = not torch.is_grad_enabled()
         if states.computed is not None and ready and memory is not None:
             index = _of_images(states.computed, images)
-            if known != rows or (in_place and memory.owner is not self):
+            if known != rows or (in_place and memory.owner is not self.mark):
                 memory = memory.select([known.index(row) for row in rows])
         remembers = self.technique.remembers(step)
-        passage = Passage(self.places, self.tokens, images, index, memory, remembers)
+        passage = Passage(self.places, tokens, images, index, memory, remembers)
         passage.in_place = in_place
         return passage
 
@@ -145,8 +130,9 @@ class Tokens:
             memory = Memory(passage.keys, passage.values, prediction, step.index, p.blocks)
             memories = memories.after(_kind(call), rows, memory)
             if passage.in_place:
-                memory.owned(self)
-            self.largest = max(self.largest, _cache_bytes(memories))
+                memory.owned(self.mark)
+            if self.account is not None:
+                self.account.remembered(memory for _, _, memory in memories.parts)
         states = replace(states, memories=memories)
         rows_seen = None if states.seen or step.evaluation else self._seen(passage, call)
         if rows_seen is not None and self.grid is not None:
@@ -165,25 +151,18 @@ class Tokens:
         images = range(self.generation.batch)
         return [places[image] for image in images] if set(images) <= set(places) else None
 
-    def finish(self) -> None:
+    def finish(self, complete: bool) -> None:
         """Tell the report what was left out; after the last step nothing is kept."""
         states = self.generation.states.get(self.name)
         if states is not None and states.step == self.count - 1:
             del self.generation.states[self.name]
+        if self.account is None:
+            return
         record, name = self.generation.record, type(self.technique).__name__
-        pruned = len(self.steps)
-        record.layers[name] = (len(self.layers) if pruned else 0, len(self.layers))
-        record.acted[name] = pruned
-        if self.whole:
-            record.pruning[name] = {
-                "steps": pruned,
-                "computed": self.kept if pruned else self.tokens,
-                "tokens": self.tokens,
-                "operations": self.operations,
-                "operations_of_all": self.whole,
-                "cache_bytes": self.largest,
-            }
-        if not pruned and record.sigma and self.generation.start is None:
+        pruned, layers = len(self.account.steps), len(self.layers)
+        record.layers[name], record.acted[name] = (layers if pruned else 0, layers), pruned
+        record.pruning[name] = self.account.facts()
+        if complete and not pruned and self.generation.start is None:
             note = f"{name} never left a token out in this run's {len(record.sigma)} steps."
             warn_once(note)
             record.notes.append(note)
@@ -192,10 +171,6 @@ class Tokens:
 def _kind(call: DenoiserCall) -> str:
     """What a memory belongs to: second evaluations of a step have their own."""
     return f"{call.denoiser} {call.step.evaluation}"
-
-
-def _cache_bytes(memories: BlockStates) -> int:
-    return sum(memory.cache_bytes for _, _, memory in memories.parts)
 
 
 def _memory_of(

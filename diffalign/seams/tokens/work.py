@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from diffalign.families.layout import TokenPlaces
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffalign.seams.attention.sites import Layer
+    from diffalign.seams.tokens.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,43 @@ class Work:
         linear = 2.0 * (self.image * computed + self.text * text)
         joint = 4.0 * self.joint * (computed + text) * (tokens + text)
         return linear + joint + 4.0 * computed * (self.alone * tokens + self.cross * text)
+
+
+class Account:
+    """What the calls of one generation cost, beside the same calls with all ``tokens``."""
+
+    def __init__(self, work: Work, tokens: int) -> None:
+        self.work, self.tokens = work, tokens
+        # steps that left tokens out, and how many of them each computed
+        self.steps: set[int] = set()
+        self.computed = tokens
+        self.operations = self.whole = 0.0
+        # of keys and values, the most that was kept at one time
+        self.cache_bytes = 0
+
+    def add(self, step: int, rows: int, index: Tensor | None, text: int) -> None:
+        """A call: ``index`` [rows, S] as a passage has it, None for all tokens."""
+        computed = self.tokens
+        if index is not None:
+            self.steps.add(step)
+            self.computed = computed = index.shape[1]
+        self.operations += rows * self.work(computed, self.tokens, text)
+        self.whole += rows * self.work(self.tokens, self.tokens, text)
+
+    def remembered(self, memories: Iterable[Memory]) -> None:
+        """What is kept between two calls."""
+        self.cache_bytes = max(self.cache_bytes, sum(memory.cache_bytes for memory in memories))
+
+    def facts(self) -> dict[str, float]:
+        """The entry of the report."""
+        return {
+            "steps": len(self.steps),
+            "computed": self.computed,
+            "tokens": self.tokens,
+            "operations": self.operations,
+            "operations_of_all": self.whole,
+            "cache_bytes": self.cache_bytes,
+        }
 
 
 def work_of(places: TokenPlaces, model: Any, layers: Iterable[Layer]) -> Work:
