@@ -1,11 +1,11 @@
-"""How long does a step take that leaves image tokens out? Wall seconds beside the count of
-operations, and beside fewer steps of the same length.
+"""How long does a step take that leaves image tokens out? Processor seconds of one thread beside
+the count of operations, and beside fewer steps of the same length.
 
     python benchmarks/pruning.py [--rounds 2] [--blocks 2] [--output benchmarks/results]
 
 Stable Diffusion 3 medium and PixArt-Sigma at their true width and heads, with few blocks and random
-weights, one row and one thread: what is timed does not depend on the weights. Quality does, and is
-not measured here; a trained model would be one more entry of ``MODELS``.
+weights, and one row: what is timed does not depend on the weights. Quality does, and is not
+measured here; a trained model would be one more entry of ``MODELS``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from diffalign.testing.tiny.parts import image_vae
 
 COLUMNS = {
     "tokens": "image tokens",
-    "full_s": "seconds of a step with all tokens, median",
-    "pruned_s": "seconds of a step that leaves tokens out, median",
+    "full_s": "processor seconds of a step with all tokens, median",
+    "pruned_s": "processor seconds of a step that leaves tokens out, median",
     "speedup": "full_s / pruned_s",
     "bound": "the same ratio of operations",
     "of bound": "speedup / bound",
@@ -133,10 +133,10 @@ def step_seconds(
     times: list[float] = []
 
     def begin(module: object, args: object, kwargs: object) -> None:
-        times.append(-time.perf_counter())
+        times.append(-time.process_time())
 
     def end(module: object, args: object, output: object) -> None:
-        times[-1] += time.perf_counter()
+        times[-1] += time.process_time()
 
     handles = [
         pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True),
@@ -158,10 +158,10 @@ def choosing(technique: Any, side: int, channels: int, rounds: int) -> float:
     latest = torch.randn(1, side * side, channels, generator=rng)
     for index in range(technique.start - 2, technique.start + 1 + rounds):
         step = StepInfo(index, 100, 0.5)
-        began = time.perf_counter()
+        began = time.process_time()
         chosen = technique.choose(step, state)
         state = technique.observe(latest, chosen, grid, step, state)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
         latest = latest + 0.1 * torch.randn(latest.shape, generator=rng)
     return statistics.median(seconds[3:])
 

@@ -172,6 +172,28 @@ def test_equals_the_published_variant_written_out(variant):
         assert far(in_tokens(prediction, 2), expected) <= EXACT, f"step {step}"
 
 
+@pytest.mark.slow
+def test_a_compiled_model_has_two_graphs_for_each_piece():
+    """One for all tokens and one for some, however many images and steps follow."""
+    from torch._dynamo.utils import counters
+
+    pipe, counts = tiny_pipeline(SD3), []
+    torch._dynamo.reset()
+    counters.clear()
+    pipe.transformer.compile(backend="eager")
+    try:
+        for sets in (RandomSets(start=STEPS), RandomSets(), RandomSets()):
+            with da.apply(pipe, sets):
+                final(pipe, tiny_inputs(SD3, batch=BATCH, steps=STEPS))
+            counts.append(counters["stats"]["unique_graphs"])
+    finally:
+        pipe.transformer._compiled_call_impl = None
+        torch._dynamo.reset()
+    full, both, again = counts
+    assert 0 < full < both <= 2 * full
+    assert again == both
+
+
 def test_nothing_is_left_behind_and_the_caches_are_gone():
     pipe = pipeline(SD3, "3.5")
     plain = final(pipe, inputs(SD3, "3.5"))
