@@ -52,12 +52,6 @@ def by_purpose() -> str:
     rows = [
         [saves, "`da.AdaptiveGuidance()`", *_saving("adaptive-guidance")],
         [f"{saves}, fitted to my model", "`da.LinearAG()`", *_saving("linear-ag")],
-        [
-            f"{saves}, on a diffusion transformer",
-            "`da.CAT(0.3)`",
-            "46% fewer operations on SD3 at 28 steps, counted",
-            "not measured yet",
-        ],
         ["a negative prompt without guidance", "`da.NAG(5)`", "no evaluation", _removal()],
         [high, "`da.APG()`", "no evaluation", _repair("apg")],
         ["to know what works on my pipeline", "`da.supports(pipe)`", "", "a reason for every no"],
