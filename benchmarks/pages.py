@@ -160,6 +160,16 @@ def nag_cost(result: Result) -> str:
     return page(result, "What NAG costs beside a plain step, 1024 x 1024, one image", text)
 
 
+def pruning(result: Result) -> str:
+    return page(
+        result,
+        f"A step that leaves image tokens out, {result.facts['blocks']} blocks, one row",
+        "Random weights at the true width: time alone. Fewer steps take as long as CAT where the "
+        "columns `run of ...` say so; which of the two is nearer to the full run is not measured "
+        "here.",
+    )
+
+
 def overhead(result: Result) -> str:
     return page(result, "Session overhead: plain CFG through a session against native CFG")
 
@@ -430,6 +440,7 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "cost": cost,
     "nag_cost": nag_cost,
     "overhead": overhead,
+    "pruning": pruning,
     "search": search,
     "guarantee": guarantee,
     "policy": policy,

@@ -1,6 +1,7 @@
-"""Write the tables of techniques, methods and rewards: a short one by purpose into README.md, all
-techniques into guidance/README.md, all methods into search/README.md and noise_opt/README.md, all
-rewards into rewards/README.md.
+"""Write the tables of techniques, methods and rewards: a short one by purpose into README.md,
+techniques of guidance and attention into guidance/README.md, of token pruning into
+pruning/README.md, all methods into search/README.md and noise_opt/README.md, all rewards into
+rewards/README.md.
 
     python benchmarks/readme.py [--check]
 
@@ -94,10 +95,33 @@ def _removal() -> str:
     return f"object gone, other kept: {shares[0]}; CFG as strong: {shares[1]}"
 
 
+ROOMS = {"guidance": ("guidance", "attention"), "pruning": ("pruning",)}
+"""Folder of a catalogue -> the rooms whose techniques it lists."""
+
+
+def listed(folder: str) -> list[str]:
+    """The techniques of a catalogue, by name."""
+    places = tuple(f"diffalign.{room}." for room in ROOMS[folder])
+    known = da.techniques().items()
+    return [name for name, cls in known if cls.__module__.startswith(places)]
+
+
+def pruning() -> str:
+    """The table of ``pruning/README.md``."""
+    heads = ["technique", "what it does", "paper", "cost", "test"]
+    rows = []
+    for name in listed("pruning"):
+        source, test = files_of(da.techniques()[name])
+        facts = describe(name, da.techniques()[name])
+        place, cost = f"[`{name}`](../{source})", facts["cost"].partition(". ")[0].rstrip(".")
+        rows.append([place, facts["what"], linked(facts["paper"]), cost, f"[test](../{test})"])
+    return table(heads, rows)
+
+
 def catalogue() -> str:
-    """The table of ``guidance/README.md``: every technique."""
+    """The table of ``guidance/README.md``: every technique of guidance and attention."""
     heads = ["technique", "paper", "cost", "score against best CFG", "NFE", "on `emoji`", "test"]
-    return table(heads, [row_of(name) for name in da.techniques()])
+    return table(heads, [row_of(name) for name in listed("guidance")])
 
 
 def row_of(name: str) -> list[str]:
@@ -220,6 +244,7 @@ def evaluations(row: Row) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "README.md": by_purpose,
     "guidance/README.md": catalogue,
+    "pruning/README.md": pruning,
     "search/README.md": functools.partial(methods, "search"),
     "noise_opt/README.md": functools.partial(methods, "noise_opt"),
     "rewards/README.md": rewards,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from diffalign.embedded import load as load
     from diffalign.guidance import *  # noqa: F403
     from diffalign.noise_opt import *  # noqa: F403
+    from diffalign.pruning import CAT as CAT
     from diffalign.seams import Report as Report
     from diffalign.seams import Session as Session
     from diffalign.seams import active as active
@@ -63,6 +64,7 @@ _NAMES = {
     ),
     "diffalign.core.registry": ("methods", "register", "techniques"),
     "diffalign.embedded": ("load",),
+    "diffalign.pruning": ("CAT",),
     "diffalign.seams": (
         "Report",
         "Session",

@@ -19,7 +19,7 @@ LEVELS = (
     (("families",), "one file per model family"),
     (("seams",), "the only code that touches diffusers"),
     (("embedded",), "models that ship, their world and networks"),
-    (("guidance", "attention", "rewards"), "one file per technique or reward"),
+    (("guidance", "attention", "pruning", "rewards"), "one file per technique or reward"),
     (("search", "noise_opt"), "one file per method of align"),
     (("generate", "alignment"), "the one sampling loop; the door of search"),
     (("calibration",), "fits a technique to a model"),

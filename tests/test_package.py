@@ -20,7 +20,7 @@ import diffalign
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffalign"
-COMPANIONS = ("guidance", "noise_opt", "search", "rewards", "app")
+COMPANIONS = ("guidance", "pruning", "noise_opt", "search", "rewards", "app")
 # a module may import its own layer and those below it; `testing` is for tests and stands outside,
 # and the workshop, which nothing imports, stands on top
 LAYERS = (

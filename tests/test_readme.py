@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [
     page
-    for name in ("guidance", "noise_opt", "search", "rewards", "app")
+    for name in ("guidance", "pruning", "noise_opt", "search", "rewards", "app")
     if (page := ROOT / name / "README.md").is_file()
 ]
 
@@ -164,8 +164,8 @@ def test_the_readme_is_short():
 
 
 def test_every_row_names_a_technique():
-    page = (ROOT / "guidance/README.md").read_text(encoding="utf-8")
-    names = re.findall(r"^\| \[`([a-z0-9-]+)`\]", page, flags=re.M)
+    pages = [(ROOT / name / "README.md").read_text("utf-8") for name in ("guidance", "pruning")]
+    names = re.findall(r"^\| \[`([a-z0-9-]+)`\]", "\n".join(pages), flags=re.M)
     assert sorted(names) == sorted(techniques())
     short = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"^\|[^|]*\| `da\.(\w+)\(", short, flags=re.M):

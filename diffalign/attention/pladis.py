@@ -77,7 +77,7 @@ class PLADIS(Windowed, AttentionTechnique):
                 scale=attend.scale,
             )
         if not site.row_parts:
-            return self._joint(attend, q, k, v, site.parts["prompt"], site.parts["image"])
+            return self._joint(attend, q, k, v, site.keys["prompt"], site.parts["image"])
         outputs = []
         for i, parts in enumerate(site.row_parts):
             below = attend.narrow(_rows(site, [i]), [i])

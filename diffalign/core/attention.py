@@ -27,8 +27,11 @@ class Site:
     layer: str
     # "cross" (text keys only), "joint" (text and image in one softmax) or "self"
     kind: Literal["self", "cross", "joint"]
-    # positions by name, empty where they differ between rows
+    # positions by name, empty where they differ between rows; in joint attention among queries and
+    # keys alike
     parts: Parts = field(default_factory=dict)
+    # positions among the keys, where image tokens have keys and no queries; empty elsewhere
+    key_parts: Parts = field(default_factory=dict)
     # then the positions in each row; empty where all rows are alike
     row_parts: tuple[Parts, ...] = ()
     # number of image queries
@@ -42,6 +45,11 @@ class Site:
     # frames, height and width of the image in tokens of this layer, for techniques that read it;
     # tokens behind these are padding, or those of a reference image
     grid: tuple[int, int, int] | None = None
+
+    @property
+    def keys(self) -> Parts:
+        """Positions by name among the keys of joint attention and of self-attention."""
+        return self.key_parts or self.parts
 
 
 class Attend(Protocol):

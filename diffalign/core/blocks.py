@@ -61,9 +61,9 @@ class BlockTechnique(Technique, Generic[S]):
 class TokenTechnique(Technique, Generic[S]):
     """Computes some image tokens only.
 
-    They are gathered after the patch embedding and scattered back after the output layer.
-
-    Attention keeps keys and values of all tokens.
+    They are gathered after the patch embedding and scattered back after the output layer: a token
+    that is left out keeps its last prediction. Attention keeps keys and values of all tokens.
+    ``S`` is its state, which has ``select(rows)``, or None.
     """
 
     __slots__ = ()
@@ -73,6 +73,29 @@ class TokenTechnique(Technique, Generic[S]):
         """State before the first step, for ``batch`` images."""
         return None  # type: ignore[return-value]
 
-    def keep(self, step: StepInfo, state: S) -> Tensor | None:
-        """Indices [rows, kept] of the image tokens this step computes, None for all."""
+    def remembers(self, step: StepInfo) -> bool:
+        """Whether a later step may leave tokens out, so that keys and values of this one stay."""
+        return True
+
+    def choose(self, step: StepInfo, state: S) -> Tensor | None:
+        """Indices [B, S], rising, of the image tokens this step computes; None for all.
+
+        Every pass of the step computes those. Where a pass has no keys and values of the step
+        before, it computes all.
+        """
         raise NotImplementedError
+
+    def observe(
+        self,
+        prediction: Tensor,
+        computed: Tensor | None,
+        grid: tuple[int, int, int],
+        step: StepInfo,
+        state: S,
+    ) -> S:
+        """The state after a step, once for each step at which it is ``active``.
+
+        ``prediction`` [B, N, p]: the conditional one, in tokens; ``computed`` [B, S]: which of
+        them this step computed, None for all; ``grid``: the image in tokens.
+        """
+        return state

@@ -234,7 +234,7 @@ def _is_technique(value: object) -> bool:
 TECHNIQUES: Registry[Technique] = Registry(
     "technique",
     "diffalign.techniques",
-    rooms=("diffalign.guidance", "diffalign.attention"),
+    rooms=("diffalign.guidance", "diffalign.attention", "diffalign.pruning"),
     unlisted={"diffusers-guider": "diffalign.seams.guiders_in:DiffusersGuider"},
     belongs=_is_technique,
     needs="a frozen dataclass that derives from a contract of diffalign.core, such as TwoBranches",

@@ -6,7 +6,7 @@ import math
 
 from diffalign.families.arithmetic import per_thousand
 from diffalign.families.family import IMAGE, TEXT, Family, entries
-from diffalign.families.layout import position_grid
+from diffalign.families.layout import TokenPlaces, each_table, position_grid
 from diffalign.families.text import Argument, Encoder, SecondText, TextLayers
 
 SOURCE = "public NAG workflow for Chroma"
@@ -32,6 +32,15 @@ CHROMA = Family(
         {"prompt_embeds": "encoder_hidden_states", "prompt_attention_mask": "attention_mask"},
     ),
     attention=TextLayers(r"(single_)?transformer_blocks\.\d+\.attn", "joint"),
+    tokens=TokenPlaces(
+        embed="x_embedder",
+        out="proj_out",
+        image=r"transformer_blocks\.\d+\.(attn\.to_(?!add).*|ff\..*)|proj_out",
+        text=r"transformer_blocks\.\d+\.(attn\.(add_|to_add).*|ff_context\..*)",
+        both=r"single_transformer_blocks\.\d+\.(attn\.to_.*|proj_mlp|proj_out)",
+        masks=("attention_mask",),
+        rotary={"image_rotary_emb": each_table},
+    ),
     second_text=SecondText(),
     blocks={
         "ChromaTransformerBlock": (TEXT, IMAGE),

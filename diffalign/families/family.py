@@ -14,7 +14,7 @@ from diffalign.core import linear_mix
 from diffalign.core.presets import Entry
 from diffalign.core.types import Mix
 from diffalign.families.arithmetic import rescale, same
-from diffalign.families.layout import Grid, latent_grid
+from diffalign.families.layout import Grid, TokenPlaces, latent_grid
 from diffalign.families.text import (
     HIDDEN,
     Argument,
@@ -176,6 +176,8 @@ class Family(Predictions, Branches):
     # regular expression of the names of attention layers that see the image alone; None where
     # diffalign does not know them or there are none
     self_attention: str | None = None
+    # where some image tokens can be left out; None where diffalign does not know or none can be
+    tokens: TokenPlaces | None = None
     # how a second text is carried; None where it cannot be
     second_text: SecondText | None = None
     # class of a transformer block -> parameters of its forward that it returns, in that order

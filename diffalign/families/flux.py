@@ -9,7 +9,7 @@ from typing import Any
 
 from diffalign.families.arithmetic import first_tokens, per_thousand
 from diffalign.families.family import IMAGE, TEXT, Family, entries
-from diffalign.families.layout import position_grid
+from diffalign.families.layout import TokenPlaces, each_table, position_grid
 from diffalign.families.text import TEXT_POOLED, Argument, Encoder, SecondText, TextLayers
 
 
@@ -37,6 +37,14 @@ FLUX = Family(
     text=(Argument("encoder_hidden_states", positions="txt_ids"),),
     encoder=Encoder(("prompt_embeds", "pooled_prompt_embeds", "text_ids"), TEXT_POOLED),
     attention=TextLayers(r"(single_)?transformer_blocks\.\d+\.attn", "joint"),
+    tokens=TokenPlaces(
+        embed="x_embedder",
+        out="proj_out",
+        image=r"transformer_blocks\.\d+\.(attn\.to_(?!add).*|ff\..*)|proj_out",
+        text=r"transformer_blocks\.\d+\.(attn\.(add_|to_add).*|ff_context\..*)",
+        both=r"single_transformer_blocks\.\d+\.(attn\.to_.*|proj_mlp|proj_out)",
+        rotary={"image_rotary_emb": each_table},
+    ),
     second_text=SecondText(
         image_stack="single_transformer_blocks",
         image_modules=r"transformer_blocks\.\d+\.(ff|attn\.(to_[qkv]|to_qkv|to_out\.0))",
@@ -68,6 +76,11 @@ def image_tokens(arguments: Mapping[str, Any]) -> slice:
 KONTEXT = replace(
     FLUX,
     seen=image_tokens,
+    tokens=None,
+    refusals={
+        "cat": "its tokens are those of the image and of a reference, and which of them may be "
+        "left out is not known."
+    },
     pipelines=("FluxKontextPipeline", "FluxKontextInpaintPipeline"),
     to_step=first_tokens,
     defaults={

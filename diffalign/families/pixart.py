@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffalign.families.arithmetic import first_channels
 from diffalign.families.family import IMAGE, Family, entries
+from diffalign.families.layout import TokenPlaces
 from diffalign.families.text import (
     CROSS,
     HIDDEN_MASKED,
@@ -22,6 +23,12 @@ PIXART = Family(
     encoder=Encoder(MASKED, TEXT_MASKED),
     attention=CROSS,
     self_attention=SELF,
+    tokens=TokenPlaces(
+        embed="pos_embed",
+        out="proj_out",
+        image=r"transformer_blocks\.\d+\.(attn1\.to_.*|attn2\.to_(q|out).*|ff\..*)|proj_out",
+        text=r"transformer_blocks\.\d+\.attn2\.to_(k|v|kv)",
+    ),
     second_text=SecondText(tokens=r"caption_projection"),
     blocks={"BasicTransformerBlock": (IMAGE,)},
     defaults={

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffalign.families.arithmetic import first_tokens, per_thousand, renorm
 from diffalign.families.family import IMAGE, TEXT, Family, PipelineOption
-from diffalign.families.layout import Grid
+from diffalign.families.layout import Grid, TokenPlaces, first_table
 from diffalign.families.text import Argument, Encoder, SecondText, TextLayers
 
 
@@ -65,6 +65,13 @@ QWEN = Family(
         },
     ),
     attention=TextLayers(r"transformer_blocks\.\d+\.attn", "joint"),
+    tokens=TokenPlaces(
+        embed="img_in",
+        out="proj_out",
+        image=r"transformer_blocks\.\d+\.(attn\.to_(?!add).*|img_mlp\..*)|proj_out",
+        text=r"transformer_blocks\.\d+\.(attn\.(add_|to_add).*|txt_mlp\..*)",
+        rotary={"image_rotary_emb": first_table},
+    ),
     second_text=SecondText(around={"pos_embed": restart_positions}),
     blocks={"QwenImageTransformerBlock": (TEXT, IMAGE)},
     refusals={
@@ -80,4 +87,10 @@ EDIT = replace(
     modular=(),
     to_step=first_tokens,
     seen=image_tokens,
+    tokens=None,
+    refusals={
+        **QWEN.refusals,
+        "cat": "its tokens are those of the image and of references, and which of them may be left "
+        "out is not known.",
+    },
 )

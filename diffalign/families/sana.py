@@ -24,10 +24,13 @@ SANA = Family(
     attention=CROSS,
     second_text=SecondText(tokens=r"caption_projection"),
     blocks={"SanaTransformerBlock": (IMAGE,)},
-    refusals=dict.fromkeys(
-        ("pag", "seg"),
-        "its self-attention is linear and has no map that could be changed. Use S2Guidance.",
-    ),
+    refusals={
+        **dict.fromkeys(
+            ("pag", "seg"),
+            "its self-attention is linear and has no map that could be changed. Use S2Guidance.",
+        ),
+        "cat": "its feed-forward layers are convolutions, which need every position.",
+    },
     defaults={
         "nag": entries(
             "Chen et al. 2025 (arXiv:2505.21179), table 5, SANA (phi 4)",

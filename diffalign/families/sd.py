@@ -40,6 +40,7 @@ SD = Family(
     self_attention=r".*transformer_blocks\.\d+\.attn1",
     second_text=SecondText(),
     blocks={"BasicTransformerBlock": (IMAGE,)},
+    refusals={"cat": "the convolutions of a U-Net need every position. Use da.AdaptiveGuidance."},
     defaults={
         "nag": (
             *entries(f"{PAPER}, SD1.5 (phi 2)", scale=3.0, tau=2.5, alpha=0.375),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from diffalign.families.family import IMAGE, TEXT, Family, entries
+from diffalign.families.layout import TokenPlaces
 from diffalign.families.text import POOLED, TEXT_POOLED, Encoder, SecondText, TextLayers
 
 SD3 = Family(
@@ -28,6 +29,12 @@ SD3 = Family(
     attention=TextLayers(r"transformer_blocks\.\d+\.attn", "joint", text="last"),
     # the second attention of SD3.5 medium
     self_attention=r"transformer_blocks\.\d+\.attn2",
+    tokens=TokenPlaces(
+        embed="pos_embed",
+        out="proj_out",
+        image=r"transformer_blocks\.\d+\.(attn2?\.to_(?!add).*|ff\..*)|proj_out",
+        text=r"transformer_blocks\.\d+\.(attn\.(add_|to_add).*|ff_context\..*)",
+    ),
     second_text=SecondText(tokens=r"context_embedder|transformer_blocks\.\d+\.ff_context"),
     blocks={"JointTransformerBlock": (TEXT, IMAGE)},
     defaults={

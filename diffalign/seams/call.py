@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from diffalign.core import AttentionTechnique, BlockTechnique, Meter, SessionError, Technique
+from diffalign.core import (
+    AttentionTechnique,
+    BlockTechnique,
+    Meter,
+    SessionError,
+    Technique,
+    TokenTechnique,
+)
 from diffalign.seams import swap
 from diffalign.seams.denoiser import cache_dit
 from diffalign.seams.denoiser.tap import Generation
@@ -98,11 +105,12 @@ def _begin_caches(generation: Generation, stack: ExitStack) -> None:
 def _attach(generation: Generation, techniques: Sequence[Technique], stack: ExitStack) -> None:
     """Install the techniques of the other seams, by seam and never by the user's order."""
     attention = [t for t in techniques if isinstance(t, AttentionTechnique)]
+    pruning = next((t for t in techniques if isinstance(t, TokenTechnique) and not t.off), None)
     guidances = generation.plan.guidances.values()
-    if attention or any(p.attention for g in guidances for p in g.extra_passes):
+    if attention or pruning or any(p.attention for g in guidances for p in g.extra_passes):
         from diffalign.seams.attention.attach import attach
 
-        stack.enter_context(attach(attention, generation))
+        stack.enter_context(attach(attention, generation, pruning))
     blocks = [t for t in techniques if isinstance(t, BlockTechnique)]
     if blocks:
         from diffalign.seams.blocks.attach import attach as attach_blocks

@@ -17,11 +17,7 @@ from diffalign.seams import swap
 from diffalign.seams.attention import sites
 from diffalign.seams.denoiser.record import Resolved
 from diffalign.seams.denoiser.space import parametrisation_of
-
-NO_TOKENS = (
-    "no model family says yet where its image tokens are embedded and put out, so no technique "
-    "can compute some of them only"
-)
+from diffalign.seams.tokens.places import refusal as token_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +297,7 @@ def refusal(technique: Technique, context: Context) -> str | None:
     if reason is None and technique.seam == "attention":
         reason = sites.refusal(family_of(swap.original_class(context.pipe)))
     if reason is None and technique.seam == "tokens":
-        reason = NO_TOKENS
+        reason = token_refusal(family_of(swap.original_class(context.pipe)), context.pipe)
     return reason or technique.refuses(context)
 
 

@@ -67,6 +67,9 @@ class Report(Curves):
     resolved: dict[str, dict[str, tuple[Any, str]]] = field(default_factory=dict)
     # denoiser -> what its technique says beyond the above
     extras: dict[str, Any] = field(default_factory=dict)
+    # technique -> "steps" that left image tokens out, those "computed" of all "tokens" in each,
+    # "operations" of the blocks beside "operations_of_all" tokens, largest "cache_bytes"
+    pruning: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +91,14 @@ class Report(Curves):
             lines.append(
                 f"{name}: at {acting} of {selected} layers in {self.acted.get(name, 0)} of "
                 f"{self.steps} steps"
+            )
+        for name, facts in self.pruning.items():
+            share = facts["operations"] / facts["operations_of_all"]
+            lines.append(
+                f"{name}: {facts['computed']:g} of {facts['tokens']:g} image tokens in "
+                f"{facts['steps']:g} of {self.steps} steps, {100 * share:.0f}% of the blocks' "
+                f"{facts['operations_of_all'] / 1e12:.3g} TFLOP, caches "
+                f"{facts['cache_bytes'] / 2**20:.1f} MiB"
             )
         if self.backends.keys() - {"native"}:
             ran = ", ".join(f"{name} at {count}" for name, count in self.backends.items())

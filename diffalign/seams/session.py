@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from diffalign.core import Budget, Guidance, Meter, SessionError, Technique, UnsupportedModel
+from diffalign.core import Budget, Guidance, Meter, SessionError, Technique, TokenTechnique
 from diffalign.core.registry import from_config, to_config
 from diffalign.families import family_of
 from diffalign.seams import swap
@@ -16,7 +16,6 @@ from diffalign.seams.call import generate
 from diffalign.seams.denoiser.branch_log import BranchLog
 from diffalign.seams.denoiser.tap import Generation, Start
 from diffalign.seams.guiders_in import as_technique
-from diffalign.seams.plan import NO_TOKENS
 from diffalign.seams.report import Report
 
 _STACKS: weakref.WeakKeyDictionary[Any, list[Session]] = weakref.WeakKeyDictionary()
@@ -44,8 +43,6 @@ class Session:
                     f"apply takes techniques like da.CFG(5.0); got {technique!r}. `diffalign "
                     "techniques` lists them."
                 )
-            if technique.seam == "tokens":
-                raise UnsupportedModel(f"{type(technique).__name__} cannot act: {NO_TOKENS}.")
         self.meter = meter or Meter()
         self.lasting = lasting
         # where the next generation begins in its trajectory, None at the start
@@ -190,9 +187,9 @@ def techniques_of(config: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _check_together(techniques: Sequence[Technique]) -> None:
-    """Two guidances, or one class twice, cannot act together."""
+    """Two guidances, two token techniques, or one class twice, cannot act together."""
     classes: set[type] = set()
-    guidance = ""
+    guidance = pruning = ""
     for technique in techniques:
         name = type(technique).__name__
         if type(technique) in classes:
@@ -204,6 +201,13 @@ def _check_together(techniques: Sequence[Technique]) -> None:
                     f"{guidance} and {name} are both guidances; only one can form the prediction."
                 )
             guidance = name
+        if isinstance(technique, TokenTechnique):
+            if pruning:
+                raise ValueError(
+                    f"{pruning} and {name} both choose the tokens that a step computes; only one "
+                    "can."
+                )
+            pruning = name
 
 
 def _handler(pipe: Any) -> swap.Handler | None:

@@ -10,10 +10,11 @@ from diffalign.testing.beside import NEIGHBOURS
 from diffalign.testing.beside.check import beside, is_absent
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
-# one for each way of acting: a pass left out, for some images only, a pass more, inside attention
-KINDS = ("interval-cfg", "some images", "s2-guidance", "nag", "pladis")
+# one for each way of acting: a pass left out, for some images only, a pass more, inside attention,
+# tokens left out
+KINDS = ("interval-cfg", "some images", "s2-guidance", "nag", "pladis", "cat")
 # the same in short, beside one neighbour of each group; each has broken a technique once, or might
-QUICK = ("some images", "s2-guidance", "nag")
+QUICK = ("some images", "s2-guidance", "nag", "cat")
 QUICKLY = {
     "IP-Adapter with two pictures",
     "LoRA, loaded",

@@ -72,24 +72,30 @@ def joint(attend: Attend, q: Tensor, k: Tensor, v: Tensor, site: Site, guide: Gu
     Rows of the unconditional branch have a negative stream that nobody reads.
     """
     parts = tuple(site.parts[name] for name in ("prompt", "negative", "image"))
-    prompt, negative, image = parts
+    negative = parts[1]
     rows, others = _rows(site, True), _rows(site, False)
     part = replace(site, conditioned=(True,) * len(rows))
     qkv = Tokens(*(take(x, rows) for x in (q, k, v)))
-    texts = [Tokens(*(cut(x, [text]) for x in qkv)) for text in (prompt, negative)]
-    streams = once(attend, Tokens(*(cut(x, [image]) for x in qkv)), texts)
+    texts = [_tokens(qkv, site, text) for text in ("prompt", "negative")]
+    streams = once(attend, _tokens(qkv, site, "image"), texts)
     if streams is None:
-        streams = [_one(attend, qkv, part, rows, text) for text in (prompt, negative)]
+        streams = [_one(attend, qkv, part, rows, text) for text in ("prompt", "negative")]
     (text, z), (away_text, away) = streams
     guided = _sequence(parts, text, away_text, z if guide is None else guide(z, away))
     if not others:
         return guided
     alone = replace(site, conditioned=(False,) * len(others))
     qkv = Tokens(*(take(x, others) for x in (q, k, v)))
-    text, z = _one(attend, qkv, alone, others, prompt)
+    text, z = _one(attend, qkv, alone, others, "prompt")
     unread = z.new_zeros((*z.shape[:2], negative.stop - negative.start, z.shape[-1]))
     plain = _sequence(parts, text, unread, z)
     return _rows_together((rows, guided), (others, plain))
+
+
+def _tokens(qkv: Tokens, site: Site, name: str) -> Tokens:
+    """The tokens of one part of a joint sequence."""
+    q, k, v = qkv
+    return Tokens(cut(q, [site.parts[name]]), *(cut(x, [site.keys[name]]) for x in (k, v)))
 
 
 def once(attend: Attend, image: Tokens, texts: Sequence[Tokens]) -> list[Streams] | None:
@@ -124,7 +130,9 @@ def two_rows(
         shared = _one_image(attend, Tokens(q, k, v), site, guide)
         if shared is not None:
             return shared
-        q, k, v = (_copy_image(x, site.copies, images) for x in (q, k, v))
+        keys = [site.keys["image"]] * len(images) if site.key_parts else images
+        q = _copy_image(q, site.copies, images)
+        k, v = (_copy_image(x, site.copies, keys) for x in (k, v))
     z = attend.narrow(replace(site, copies=()))(q, k, v)
     guided = torch.stack([z[row, :, images[row]] for row, _ in site.copies])
     if guide is not None:
@@ -141,22 +149,28 @@ def _one_image(attend: Attend, qkv: Tokens, site: Site, guide: Guide) -> Tensor 
     sides = [[pair[side] for pair in site.copies] for side in (0, 1)]
     if site.row_parts or sides[0] + sides[1] != list(range(len(qkv.q))):
         return None
-    prompt, image = site.parts["prompt"], site.parts["image"]
-    texts = [Tokens(*(cut(take(x, rows), [prompt]) for x in qkv)) for rows in sides]
-    streams = once(attend, Tokens(*(cut(take(x, sides[0]), [image]) for x in qkv)), texts)
+    both = [Tokens(*(take(x, rows) for x in qkv)) for rows in sides]
+    texts = [_tokens(row, site, "prompt") for row in both]
+    streams = once(attend, _tokens(both[0], site, "image"), texts)
     if streams is None:
         return None
     (text, z), (away_text, away) = streams
     guided = z if guide is None else guide(z, away)
-    parts = (prompt, image)
+    parts = (site.parts["prompt"], site.parts["image"])
     return torch.cat([_sequence(parts, stream, guided) for stream in (text, away_text)])
 
 
-def _one(attend: Attend, qkv: Tokens, site: Site, rows: Sequence[int], text: slice) -> Streams:
+def _one(attend: Attend, qkv: Tokens, site: Site, rows: Sequence[int], text: str) -> Streams:
     """One text and the image in one softmax; ``qkv`` are those of ``rows``."""
-    ordered, (text_place, image_place) = together(text, site.parts["image"])
-    site = replace(site, parts={"prompt": text_place, "image": image_place})
-    z = attend.narrow(site, rows, ordered, ordered)(*(cut(x, ordered) for x in qkv))
+    ordered, (text_place, image_place) = together(site.parts[text], site.parts["image"])
+    keys, (text_keys, image_keys) = together(site.keys[text], site.keys["image"])
+    site = replace(
+        site,
+        parts={"prompt": text_place, "image": image_place},
+        key_parts={"prompt": text_keys, "image": image_keys} if site.key_parts else {},
+    )
+    q, k, v = cut(qkv.q, ordered), cut(qkv.k, keys), cut(qkv.v, keys)
+    z = attend.narrow(site, rows, ordered, keys)(q, k, v)
     return Streams(cut(z, [text_place]), cut(z, [image_place]))
 
 

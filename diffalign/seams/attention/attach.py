@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.core import AttentionTechnique, UnsupportedModel
+from diffalign.core import AttentionTechnique, TokenTechnique, UnsupportedModel
 from diffalign.core.errors import nearest
 from diffalign.families.family import Family
 from diffalign.families.layout import Grid
@@ -37,12 +37,17 @@ from diffalign.seams.denoiser.cached_calls import CachedCalls
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall
 from diffalign.seams.denoiser.tap import Generation
 from diffalign.seams.swap import intercepted, unwrapped
+from diffalign.seams.tokens.attach import Tokens
 
 
 @contextmanager
-def attach(techniques: Sequence[AttentionTechnique], generation: Generation) -> Iterator[None]:
+def attach(
+    techniques: Sequence[AttentionTechnique],
+    generation: Generation,
+    pruning: TokenTechnique[Any] | None = None,
+) -> Iterator[None]:
     """``techniques`` act on every denoiser call of a generation until the context is left; what
-    passes of its guidance change acts on theirs.
+    passes of its guidance change acts on theirs, and ``pruning`` leaves image tokens out of them.
 
     Raises ``UnsupportedModel`` where one cannot.
     """
@@ -68,14 +73,17 @@ def attach(techniques: Sequence[AttentionTechnique], generation: Generation) -> 
         if p.module is not None
         for layer in layers_for(family, name, p.module, acting)
     ]
+    everyone = {**denoisers, **others}
+    tokens = None if pruning is None else Tokens(pruning, generation, everyone)
+    layers = tokens.with_layers(layers) if tokens is not None else layers
     activity, complete = Activity(acting, generation.record), False
     try:
         with ExitStack() as stack:
-            if acting or changes:
-                everyone = {**denoisers, **others}
-                calls = generation.evaluator.cached_calls
-                opened = generation.plan.opened
-                attachment = Attachment(activity, family, everyone, layers, changes, calls, opened)
+            if acting or changes or tokens is not None:
+                calls, opened = generation.evaluator.cached_calls, generation.plan.opened
+                attachment = Attachment(
+                    activity, family, everyone, layers, changes, calls, opened, tokens
+                )
                 attachment.extend(generation)
                 stack.enter_context(attachment.installed())
                 generation.evaluator.middleware.append(attachment.around)
@@ -84,6 +92,8 @@ def attach(techniques: Sequence[AttentionTechnique], generation: Generation) -> 
         complete = True
     finally:
         activity.finish(selected, complete)
+        if tokens is not None:
+            tokens.finish(complete)
 
 
 def layers_for(
@@ -125,13 +135,17 @@ class Attachment:
         changes: Sequence[AttentionTechnique] = (),
         calls: CachedCalls | None = None,
         opened: bool = True,
+        tokens: Tokens | None = None,
     ) -> None:
         self.activity, self.family, self.denoisers = activity, family, denoisers
+        self.tokens = tokens
         techniques = activity.techniques
         self.layers = [
             layer
             for layer in layers
-            if layer.chain(techniques) or any(change.selects(layer.site) for change in changes)
+            if layer.chain(techniques)
+            or any(change.selects(layer.site) for change in changes)
+            or (tokens is not None and layer.kind != "cross")
         ]
         self.running = RunningCall(opaque=any(map(is_compiled, denoisers.values())))
         self.kernels = Kernels(activity.record.notes)
@@ -162,6 +176,8 @@ class Attachment:
             handlers[layer.module] = ("__call__", functools.partial(self._attend, layer))
         for extension in self.extensions.values():
             handlers.update(extension.handlers(self.running, self.denoisers))
+        if self.tokens is not None:
+            handlers.update(self.tokens.handlers(self.running.passage))
         with ExitStack() as stack:
             notes += [note for note in to_native(self.layers, stack) if note not in notes]
             stack.callback(self._tell)
@@ -195,8 +211,13 @@ class Attachment:
                 self.activity.acts(change, call.step)
                 view = replace(view, grid=self._grid(call, arguments) if change.spatial else None)
             self.caches.empty_stale(view)
+            passage = None if self.tokens is None else self.tokens.open(call, arguments)
+            if passage is not None:
+                arguments, view = passage.arguments(arguments), replace(view, passage=passage)
             with self.running.at(view):
                 output = inner(call, arguments)
+            if self.tokens is not None and passage is not None:
+                self.tokens.close(passage, call)
             for extension in reversed(extensions):
                 output = extension.close(output, view)
             return output
@@ -219,10 +240,15 @@ class Attachment:
         """One layer was called: its own processor runs, and the techniques around its attention."""
         view = self.running.view
         techniques = [] if view is None else layer.chain(view.active, view.change)
-        if view is None or not techniques:
+        passage = None if view is None or layer.kind == "cross" else view.passage
+        passage = passage if passage is not None and passage.at_layers else None
+        if view is None or not (techniques or passage):
             return original(*args, **kwargs)
 
         def attend(call: Arguments, dense: Dense) -> Tensor:
+            call = call if passage is None else passage.widened(layer, call)
+            if not techniques:
+                return dense(call.q, call.k, call.v, call.mask)
             site = site_of(layer, view, call.q, call.k)
             for technique in techniques:
                 if technique.selects(site):
@@ -230,6 +256,7 @@ class Attachment:
             call = replace(call, mask=_one_head(call.mask, layer))
             return start(call, dense, site, techniques, self.kernels)
 
+        kwargs = kwargs if passage is None else passage.layer_arguments(kwargs)
         seats = seats_of(layer.module)
         with Intercepted(layer.call, seats, layer.name, self.usage, attend) as mode:
             output = original(*args, **kwargs)
@@ -237,7 +264,7 @@ class Attachment:
             raise UnsupportedModel(
                 f"{type(layer.module.processor).__name__} at {layer.name!r} made {mode.calls} "
                 "calls of attention that diffalign can follow where "
-                f"{layer.call + 1} was expected, so {type(techniques[0]).__name__} cannot act "
+                f"{layer.call + 1} was expected, so {_name(techniques, self.tokens)} cannot act "
                 "there. Set a processor of diffusers."
             )
         return output
@@ -248,3 +275,9 @@ def _one_head(mask: Tensor | None, layer: Layer) -> Tensor | None:
     it is one."""
     theirs = type(layer.module.processor).__module__.startswith("diffusers.")
     return mask[:, :1] if mask is not None and mask.ndim == 4 and theirs else mask
+
+
+def _name(techniques: Sequence[AttentionTechnique], tokens: Tokens | None) -> str:
+    """The technique that a layer stops."""
+    first: object = techniques[0] if techniques or tokens is None else tokens.technique
+    return type(first).__name__

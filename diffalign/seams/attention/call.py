@@ -12,6 +12,7 @@ from diffalign.seams.swap import Handler, in_place, intercepted
 
 if TYPE_CHECKING:
     from diffalign.seams.denoiser.call import DenoiserCall
+    from diffalign.seams.tokens.passage import Passage
 
 Handlers = dict[Any, tuple[str, Handler]]
 """Object -> (method, its handler), as ``seams.swap.intercepted`` takes them."""
@@ -41,6 +42,8 @@ class CallView:
     change: AttentionTechnique | None = None
     # the image in tokens, None where the change does not ask
     grid: tuple[int, int, int] | None = None
+    # what happens to its image tokens, None where all are computed and nothing stays
+    passage: Passage | None = None
 
 
 class CallExtension(Protocol):
@@ -70,6 +73,10 @@ class RunningCall:
         self.handlers: Handlers = {}
         # a compiler does not look into the handlers
         self.opaque = opaque
+
+    def passage(self) -> Passage | None:
+        """What happens to the image tokens of the call that is running."""
+        return None if self.view is None else self.view.passage
 
     @contextmanager
     def at(self, view: CallView | None) -> Iterator[None]:

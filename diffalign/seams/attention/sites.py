@@ -166,11 +166,12 @@ def site_of(layer: Layer, view: CallView, q: Tensor, k: Tensor) -> Site:
         raise UnsupportedModel(
             f"Expected {len(view.conditioned)} rows at {layer.name!r}; got {q.shape[0]}."
         )
-    if layer.kind != "cross" and keys != queries:
+    if layer.kind != "cross" and keys != queries and view.passage is None:
         raise UnsupportedModel(
             f"Expected as many keys as queries at {layer.name!r}; got {keys} and {queries}."
         )
     rows = view.row_parts if layer.kind == "joint" else ()
+    key_parts: Parts = {}
     if rows:
         alike = all(parts == rows[0] for parts in rows)
         parts, image = rows[0] if alike else {}, rows[0]["image"]
@@ -178,10 +179,12 @@ def site_of(layer: Layer, view: CallView, q: Tensor, k: Tensor) -> Site:
     else:
         parts = _parts(layer, view, keys, queries)
         image = parts["image"]
+        if layer.kind != "cross" and keys != queries:
+            key_parts = _parts(layer, view, keys, keys)
     tokens = image.stop - image.start
     grid = None if view.grid is None else grid_at(view.grid, tokens, layer)
     texts = (view.conditioned, view.copies, view.negatives)
-    return Site(layer.name, layer.kind, parts, rows, tokens, *texts, grid)
+    return Site(layer.name, layer.kind, parts, key_parts, rows, tokens, *texts, grid)
 
 
 def grid_at(grid: Grid, tokens: int, layer: Layer) -> Grid:
@@ -210,13 +213,13 @@ def _parts(layer: Layer, view: CallView, keys: int, queries: int) -> Parts:
         if keys != total:
             raise UnsupportedModel(f"Expected {total} text keys at {layer.name!r}; got {keys}.")
         return {**_texts(view, 0), "image": slice(0, queries)}
-    if keys <= total:
+    if queries <= total:
         raise UnsupportedModel(
-            f"Expected more than {total} tokens (text and image) at {layer.name!r}; got {keys}."
+            f"Expected more than {total} tokens (text and image) at {layer.name!r}; got {queries}."
         )
-    tokens = keys - total
+    tokens = queries - total
     if layer.text == "first":
-        return {**_texts(view, 0), "image": slice(total, keys)}
+        return {**_texts(view, 0), "image": slice(total, queries)}
     return {**_texts(view, tokens), "image": slice(0, tokens)}
 
 

@@ -194,9 +194,10 @@ class Untouched:
         batched = generation.plan.opened and generation.family.mode == "batched"
         if batched and call.rows == 2 * batch:
             generation.record.guided_steps.add(step.info.index)
-            flags = (False,) * batch + (True,) * batch
-            flags = flags if generation.family.order == "uc" else flags[::-1]
-            return generation.evaluator.run(call, step.info, (COND, UNCOND), flags, arguments)
+            flags, both = (False,) * batch + (True,) * batch, (UNCOND, COND)
+            if generation.family.order == "cu":
+                flags, both = flags[::-1], both[::-1]
+            return generation.evaluator.run(call, step.info, both, flags, arguments)
         if call.rows != batch:
             raise UnsupportedModel(
                 f"Expected {batch} or {2 * batch} rows at the denoiser; got {call.rows}."

@@ -26,6 +26,8 @@ class Record:
     acted: dict[str, int] = field(default_factory=dict)
     # attention backend -> layers at which techniques' dense calls ran on it
     backends: dict[str, int] = field(default_factory=dict)
+    # technique -> what it left out, as in the report
+    pruning: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     # noise level at which the trajectory begins, None before the first step
     first: float | None = None
@@ -54,6 +56,7 @@ class Record:
             "layers": dict(self.layers),
             "acted": dict(self.acted),
             "backends": dict(self.backends),
+            "pruning": dict(self.pruning),
             "resolved": self.resolved,
             "notes": list(self.notes),
         }

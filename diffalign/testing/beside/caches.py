@@ -94,6 +94,7 @@ def faster(pipe: Pipeline, times: tuple[int, int]) -> FasterCacheConfig:
     )
 
 
+LEFT_OUT = Refusal(by_seam("tokens"), "a step cache of the denoiser")
 GROUP = "Feature caches"
 NEIGHBOURS = [
     Neighbour(
@@ -103,6 +104,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(first_block, threshold=1e9)),
         branches=False,
         remembers=True,
+        refusals=(LEFT_OUT,),
     ),
     Neighbour(
         name="FirstBlockCache that never reuses",
@@ -111,6 +113,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(first_block, threshold=0.0)),
         without=uncached,
         branches=False,
+        refusals=(LEFT_OUT,),
     ),
     Neighbour(
         name="TaylorSeer",
@@ -119,6 +122,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(taylor_seer, interval=2)),
         branches=False,
         remembers=True,
+        refusals=(LEFT_OUT,),
     ),
     Neighbour(
         name="TaylorSeer that never reuses",
@@ -127,6 +131,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(taylor_seer, interval=1)),
         without=uncached,
         branches=False,
+        refusals=(LEFT_OUT,),
     ),
     Neighbour(
         name="MagCache",
@@ -135,6 +140,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(magnitude, threshold=1e9)),
         branches=False,
         remembers=True,
+        refusals=(LEFT_OUT,),
     ),
     Neighbour(
         name="MagCache that never reuses",
@@ -143,6 +149,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(magnitude, threshold=-1.0)),
         without=uncached,
         branches=False,
+        refusals=(LEFT_OUT,),
     ),
     Neighbour(
         name="PyramidAttentionBroadcast",
@@ -152,6 +159,7 @@ NEIGHBOURS = [
         branches=False,
         remembers=True,
         refusals=(
+            LEFT_OUT,
             Refusal(
                 lambda name, cls: name == "nag",
                 "it hands attention outputs of one branch to the other",
@@ -166,6 +174,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(pyramid, times=NEVER)),
         without=uncached,
         branches=False,
+        refusals=(LEFT_OUT,),
     ),
     Neighbour(
         name="FasterCache",
@@ -175,6 +184,7 @@ NEIGHBOURS = [
         branches=False,
         remembers=True,
         refusals=(
+            LEFT_OUT,
             Refusal(by_seam("attention"), "FasterCacheConfig cannot be combined with attention"),
         ),
     ),

@@ -54,6 +54,7 @@ FURTHER: Mapping[str, type[Technique]] = {"some images": FirstImage}
 """Ways of acting that no registered technique shows in a short run."""
 ACTING: Mapping[str, Keywords] = {
     "adaptive-guidance": {"threshold": -1.0, "min_guided_steps": 1},
+    "cat": {"keep": 0.5, "start": 2},
     "cfg": {"scale": 4.0},
     "dynamic-cfg": {"scale": 3.0, "candidates": (1.0, 4.0), "evaluators": (Later(),)},
     "interval-cfg": {"stop": 0.5},
@@ -82,6 +83,7 @@ class Neutral(NamedTuple):
 NEUTRAL: Mapping[str, Neutral] = {
     "adaptive-guidance": Neutral({"threshold": 1.5}, "both"),
     "beta-cfg": Neutral({"a": 1.0, "b": 1.0, "gamma": 0.0}, "both"),
+    "cat": Neutral({"keep": 1.0}, "both"),
     "cfg": Neutral({}, "both"),
     "dynamic-cfg": Neutral({"candidates": (3.0,)}, "both"),
     "interval-cfg": Neutral({"sigma": ALWAYS}, "both"),

@@ -421,13 +421,14 @@ def test_states_are_divided_and_selected():
 class Fewer(TokenTechnique[None]):
     """Computes half of the tokens."""
 
-    def keep(self, step, state):
+    def choose(self, step, state):
         return None
 
 
-def test_token_techniques_are_refused():
+def test_token_techniques_are_refused_where_tokens_cannot_be_left_out():
     pipe = tiny_pipeline(SD)
-    with pytest.raises(UnsupportedModel, match=r"Fewer cannot act: no model family says yet"):
-        da.apply(pipe, Fewer())
+    words = "does not know where the image tokens of sd are embedded"
+    with pytest.raises(UnsupportedModel, match=words), da.apply(pipe, Fewer()):
+        pipe(**tiny_inputs(SD))
     context = context_of(pipe, FAMILIES[SD])
-    assert "no model family says yet" in reason_against(Fewer(), context)
+    assert words in reason_against(Fewer(), context)

@@ -1,0 +1,223 @@
+"""How long does a step take that leaves image tokens out? Processor seconds of one thread beside
+the count of operations, and beside fewer steps of the same length.
+
+    python benchmarks/pruning.py [--rounds 2] [--blocks 2] [--output benchmarks/results]
+
+Stable Diffusion 3 medium and PixArt-Sigma at their true width and heads, with few blocks and random
+weights, and one row: what is timed does not depend on the weights. Quality does, and is not
+measured here; a trained model would be one more entry of ``MODELS``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from results import Row, command_line, save
+from rich.progress import track
+from torch import Tensor
+
+import diffalign as da
+from diffalign.core import StepInfo
+from diffalign.testing.tiny.parts import image_vae
+
+COLUMNS = {
+    "tokens": "image tokens",
+    "full_s": "processor seconds of a step with all tokens, median",
+    "pruned_s": "processor seconds of a step that leaves tokens out, median",
+    "speedup": "full_s / pruned_s",
+    "bound": "the same ratio of operations",
+    "of bound": "speedup / bound",
+    "choice_ms": "milliseconds of choosing the tokens of a step",
+    "choice share": "of pruned_s",
+    "run of 28": "as long as so many full steps, 8 of them full",
+    "run of 50": "as long as so many full steps, 8 of them full",
+    "cache MiB": "keys and values of the whole model's blocks, one row, 16 bits",
+}
+
+
+def text(tokens: int, channels: int) -> Tensor:
+    """Embeddings [1, L, E] of a prompt."""
+    return torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A published model at its true width."""
+
+    # (side of the image in tokens, blocks) -> pipeline, arguments of a call without guidance
+    make: Callable[[int, int], tuple[Any, dict[str, Any]]]
+    blocks: int
+    width: int
+    text: int
+
+
+def sd3(side: int, blocks: int) -> tuple[Any, dict[str, Any]]:
+    """Width 1,536 in 24 heads, 333 tokens of text."""
+    transformer = SD3Transformer2DModel(
+        sample_size=2 * side,
+        num_layers=blocks,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=192,
+    )
+    none = dict.fromkeys(
+        f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=image_vae(16, shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **none,
+    )
+    return pipe, {
+        "prompt_embeds": text(333, 4096),
+        "pooled_prompt_embeds": text(1, 2048)[:, 0],
+        "guidance_scale": 1.0,
+    }
+
+
+def sigma(side: int, blocks: int) -> tuple[Any, dict[str, Any]]:
+    """Width 1,152 in 16 heads, 300 tokens of text."""
+    transformer = PixArtTransformer2DModel(
+        sample_size=2 * side,
+        num_layers=blocks,
+        attention_head_dim=72,
+        num_attention_heads=16,
+        cross_attention_dim=1152,
+        caption_channels=4096,
+        use_additional_conditions=False,
+    )
+    pipe = PixArtSigmaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        transformer=transformer,
+        vae=image_vae(4),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    return pipe, {
+        "negative_prompt": None,
+        "prompt_embeds": text(300, 4096),
+        "prompt_attention_mask": torch.ones(1, 300),
+        "use_resolution_binning": False,
+        "guidance_scale": 1.0,
+    }
+
+
+MODELS: Mapping[str, Model] = {
+    "SD3 medium": Model(sd3, 24, 1536, 333),
+    "PixArt-Sigma": Model(sigma, 28, 1152, 300),
+}
+
+
+def step_seconds(
+    pipe: Any, call: dict[str, Any], technique: Any, steps: int
+) -> tuple[list[float], Any]:
+    """Seconds of each denoiser call of one run, and the report."""
+    times: list[float] = []
+
+    def begin(module: object, args: object, kwargs: object) -> None:
+        times.append(-time.process_time())
+
+    def end(module: object, args: object, output: object) -> None:
+        times[-1] += time.process_time()
+
+    handles = [
+        pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True),
+        pipe.transformer.register_forward_hook(end),
+    ]
+    try:
+        with da.apply(pipe, technique) as session:
+            pipe(**call, num_inference_steps=steps, output_type="latent")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return times, session.report()
+
+
+def choosing(technique: Any, side: int, channels: int, rounds: int) -> float:
+    """Seconds that the technique itself takes in a step: it chooses and it observes."""
+    grid, rng = (1, side, side), torch.Generator().manual_seed(0)
+    state, seconds = technique.init(1), []
+    latest = torch.randn(1, side * side, channels, generator=rng)
+    for index in range(technique.start - 2, technique.start + 1 + rounds):
+        step = StepInfo(index, 100, 0.5)
+        began = time.process_time()
+        chosen = technique.choose(step, state)
+        state = technique.observe(latest, chosen, grid, step, state)
+        seconds.append(time.process_time() - began)
+        latest = latest + 0.1 * torch.randn(latest.shape, generator=rng)
+    return statistics.median(seconds[3:])
+
+
+def row(name: str, side: int, keep: float, options: Namespace) -> Row:
+    """One line of the table."""
+    model = MODELS[name]
+    pipe, call = model.make(side, options.blocks)
+    pipe.set_progress_bar_config(disable=True)
+    call |= {"height": 4 * side, "width": 4 * side}  # the VAE halves each side
+    call["generator"] = torch.Generator().manual_seed(0)
+    technique = da.CAT(keep, start=3)
+    seconds, report = step_seconds(pipe, call, technique, 4 + options.rounds)
+    # the first call warms up, the third keeps keys and values
+    full, pruned = seconds[1], statistics.median(seconds[3:])
+    facts = report.pruning["CAT"]
+    tokens, computed = int(facts["tokens"]), int(facts["computed"])
+    assert tokens == side * side
+    bound = facts["operations_of_all"] / len(seconds) / _pruned_operations(facts, len(seconds))
+    channels = pipe.transformer.proj_out.out_features
+    choice = choosing(technique, side, channels, max(3, options.rounds))
+    share = pruned / full
+    length = tokens + (model.text if name == "SD3 medium" else 0)
+    return {
+        "method": f"{name}, keep {keep:g}",
+        "tokens": tokens,
+        "full_s": full,
+        "pruned_s": pruned,
+        "speedup": 1 / share,
+        "bound": bound,
+        "of bound": 1 / share / bound,
+        "choice_ms": 1e3 * choice,
+        "choice share": choice / pruned,
+        "run of 28": 8 + 20 * share,
+        "run of 50": 8 + 42 * share,
+        "cache MiB": 2 * 2 * model.blocks * length * model.width / 2**20,
+        "computed": computed,
+    }
+
+
+def _pruned_operations(facts: Mapping[str, float], steps: int) -> float:
+    """Operations of one step that leaves tokens out."""
+    full = facts["operations_of_all"] / steps
+    return (facts["operations"] - full * (steps - facts["steps"])) / facts["steps"]
+
+
+def main() -> None:
+    parser = command_line(__doc__ or "", rounds=2, blocks=2)
+    parser.add_argument("--sides", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.3, 0.5])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = [(n, side, keep) for n in MODELS for side in options.sides for keep in options.keep]
+    rows = [row(*cell, options) for cell in track(cells, "timing")]
+    save("pruning", rows, options, COLUMNS, {"blocks": options.blocks})
+
+
+if __name__ == "__main__":
+    main()

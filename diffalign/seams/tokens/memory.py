@@ -1,0 +1,142 @@
+"""What calls that leave tokens out need of earlier ones: keys and values of all tokens, and the
+last prediction of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.core.rows import join_rows, select_rows
+from diffalign.seams.blocks.states import BlockStates
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Rows of one kind of denoiser call."""
+
+    # attention layer -> keys and values of text and image [rows, L + N, A, D], in the order of the
+    # layer's sequence
+    keys: dict[str, Tensor]
+    values: dict[str, Tensor]
+    # the last prediction of each token [rows, N, p]
+    prediction: Tensor
+    # step of the trajectory that wrote it last, and the blocks that it skipped
+    step: int
+    blocks: tuple[str, ...] | None
+    # who may write into the tensors; everybody else copies them first
+    owner: Any = field(init=False, default=None, compare=False)
+
+    def select(self, rows: Sequence[int]) -> Memory:
+        """A copy of those rows, in that order."""
+        index = torch.tensor(list(rows), device=self.prediction.device)
+
+        def take(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {layer: tensor[index] for layer, tensor in tensors.items()}
+
+        keys, values = take(self.keys), take(self.values)
+        return Memory(keys, values, self.prediction[index], self.step, self.blocks)
+
+    def owned(self, owner: object) -> Memory:
+        """The same tensors, into which ``owner`` may write."""
+        object.__setattr__(self, "owner", owner)
+        return self
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values."""
+        tensors = (*self.keys.values(), *self.values.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStates:
+    """What travels with the images of a run: the technique's state and what its calls remember."""
+
+    # the technique's own state
+    technique: Any
+    # of every row that has run
+    memories: BlockStates = field(default_factory=BlockStates)
+    # step whose tokens ``computed`` names
+    step: int = -1
+    # [B, kept], None for all tokens
+    computed: Tensor | None = None
+    # whether the technique has seen the prediction of that step
+    seen: bool = False
+
+    def select(self, rows: Sequence[int]) -> TokenStates:
+        """The states of those images, in that order."""
+        computed = None if self.computed is None else self.computed[list(rows)]
+        technique = select_rows(self.technique, rows)
+        return TokenStates(technique, self.memories.select(rows), self.step, computed, self.seen)
+
+    def join(self, others: Sequence[TokenStates], sizes: Sequence[int]) -> TokenStates:
+        """The states of all images.
+
+        Raises: ValueError where the states do not stand at the same step.
+        """
+        states = [self, *others]
+        if len({(state.step, state.computed is None, state.seen) for state in states}) > 1:
+            raise ValueError("join: the states have left out tokens at different steps.")
+        parts = [state.computed for state in states if state.computed is not None]
+        technique = join_rows([state.technique for state in states], sizes)
+        memories = self.memories.join([state.memories for state in others], sizes)
+        computed = torch.cat(parts) if parts else None
+        return TokenStates(technique, memories, self.step, computed, self.seen)
+
+
+def fresh(x: Tensor) -> Tensor:
+    """Keys or values [rows, A, L + N, D] as a memory keeps them: a copy [rows, L + N, A, D]."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+class Places:
+    """Where the tokens of one call stand among all of its model's.
+
+    ``index`` [rows, S]: the ``tokens`` N image tokens that it computes.
+    """
+
+    def __init__(self, index: Tensor, tokens: int) -> None:
+        self.index, self.tokens = index, tokens
+        # (length of a sequence, where its image begins) -> places in all rows, one after the other
+        self._flat: dict[tuple[int, int], Tensor] = {}
+
+    def flat(self, length: int, begin: int) -> Tensor:
+        """Places [rows * S] in sequences of that length that stand one after the other."""
+        if (length, begin) not in self._flat:
+            rows = torch.arange(len(self.index), device=self.index.device)[:, None]
+            self._flat[length, begin] = (self.index + rows * length + begin).flatten()
+        return self._flat[length, begin]
+
+    def written(self, before: Tensor, x: Tensor, text_first: bool, in_place: bool) -> Tensor:
+        """Keys or values of all tokens [rows, L + N, A, D], those of this call among them.
+
+        ``before`` [rows, any + N, A, D]: those of earlier calls; ``x`` [rows, A, L + S, D]: this
+        call's; ``text_first``: the order of the sequence; ``in_place``: ``before`` may change.
+        """
+        x, kept = x.transpose(1, 2), self.index.shape[1]
+        text = x.shape[1] - kept
+        image = x.narrow(1, text if text_first else 0, kept).flatten(0, 1)
+        words = x.narrow(1, 0 if text_first else kept, text)
+        if not in_place:  # gradients pass through
+            old = before.narrow(1, before.shape[1] - self.tokens if text_first else 0, self.tokens)
+            new = old.flatten(0, 1).index_copy(0, self.flat(self.tokens, 0), image)
+            parts = [words, new.reshape(old.shape)]
+            return torch.cat(parts if text_first else parts[::-1], 1)
+        if before.shape[1] != text + self.tokens:
+            before = self._with_text(before, text, text_first)
+        length, begin = before.shape[1], text if text_first else 0
+        before.flatten(0, 1).index_copy_(0, self.flat(length, begin), image)
+        if text:
+            before.narrow(1, 0 if text_first else self.tokens, text).copy_(words)
+        return before
+
+    def _with_text(self, before: Tensor, text: int, text_first: bool) -> Tensor:
+        """Room for another number of text tokens; those of the image are in place."""
+        new = before.new_empty((before.shape[0], text + self.tokens, *before.shape[2:]))
+        here, there = (before.shape[1] - self.tokens, text) if text_first else (0, 0)
+        new.narrow(1, there, self.tokens).copy_(before.narrow(1, here, self.tokens))
+        return new
