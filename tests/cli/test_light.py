@@ -19,6 +19,8 @@ COMMANDS = [
         [name, "--help"]
         for name in ("generate", "compare", "techniques", "models", "rewards", "env")
     ),
+    ["eval", "--help"],
+    *(["eval", name, "--help"] for name in ("run", "generate", "score", "report")),
     ["fit", "--help"],
     ["fit", "linear-ag", "--help"],
     ["calibrate", "--help"],
