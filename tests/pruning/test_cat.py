@@ -1,6 +1,7 @@
 """CAT on pipelines: off is the pipeline, its cost is counted, its state travels, and what it cannot
 do is said."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffalign as da
+from diffalign.alignment.checkpoint import Folder
 from diffalign.core import UnsupportedModel
 from diffalign.families import FAMILIES
 from diffalign.seams.support import supports
@@ -165,6 +167,16 @@ def test_a_run_in_segments_is_the_run(cut):
             assert torch.equal(here.run(half).latents, whole.latents)
         other = here.run(half.select([1, 0, 1]))
     assert (other.latents - whole.latents[[1, 0, 1]]).abs().max() <= 1e-5
+
+
+def test_a_state_is_saved_and_read_without_running_code(tmp_path):
+    with sampler(da.CFG(3.0), ACTING) as here:
+        half = here.run(here.start([0]), until=4)
+        folder = Folder(tmp_path / "run", {"technique": "cat"})
+        folder.save({"techniques": half.techniques})
+        read = folder.load()["techniques"]
+        other = dataclasses.replace(half, techniques=read)
+        assert torch.equal(here.run(other).latents, here.run(half).latents)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class Tokens:
         self.account: Account | None = None
         # steps of the whole trajectory
         self.count = 0
-        # marks the memories that this generation may write into
-        self.mark = object()
+        # memories into which this generation may write; it copies the others first
+        self.own_memories: WeakSet[Memory] = WeakSet()
 
     def with_layers(self, layers: Sequence[Layer]) -> list[Layer]:
         """``layers`` and those that token techniques act on."""
@@ -99,7 +100,7 @@ class Tokens:
         in_place = not torch.is_grad_enabled()
         if states.computed is not None and ready and memory is not None:
             index = _of_images(states.computed, images)
-            if known != rows or (in_place and memory.owner is not self.mark):
+            if known != rows or (in_place and memory not in self.own_memories):
                 memory = memory.select([known.index(row) for row in rows])
         remembers = self.technique.remembers(step)
         passage = Passage(self.places, tokens, images, index, memory, remembers)
@@ -130,7 +131,7 @@ class Tokens:
             memory = Memory(passage.keys, passage.values, prediction, step.index, p.blocks)
             memories = memories.after(_kind(call), rows, memory)
             if passage.in_place:
-                memory.owned(self.mark)
+                self.own_memories.add(memory)
             if self.account is not None:
                 self.account.remembered(memory for _, _, memory in memories.parts)
         states = replace(states, memories=memories)

@@ -14,9 +14,9 @@ from diffalign.core.rows import join_rows, select_rows
 from diffalign.seams.blocks.states import BlockStates
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Memory:
-    """Rows of one kind of denoiser call."""
+    """Rows of one kind of denoiser call; compared by identity."""
 
     # attention layer -> keys and values of text and image [rows, L + N, A, D], in the order of the
     # layer's sequence
@@ -27,8 +27,6 @@ class Memory:
     # step of the trajectory that wrote it last, and the blocks that it skipped
     step: int
     blocks: tuple[str, ...] | None
-    # who may write into the tensors; everybody else copies them first
-    owner: Any = field(init=False, default=None, compare=False)
 
     def select(self, rows: Sequence[int]) -> Memory:
         """A copy of those rows, in that order."""
@@ -39,11 +37,6 @@ class Memory:
 
         keys, values = take(self.keys), take(self.values)
         return Memory(keys, values, self.prediction[index], self.step, self.blocks)
-
-    def owned(self, owner: object) -> Memory:
-        """The same tensors, into which ``owner`` may write."""
-        object.__setattr__(self, "owner", owner)
-        return self
 
     @property
     def cache_bytes(self) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import diffalign as da
+from diffalign.families import FAMILIES
 from diffalign.testing.beside.examples import weaker
 from diffalign.testing.final import final
 from diffalign.testing.left_out import CachedKeys, RandomSets, in_tokens, noted, still
@@ -266,6 +267,27 @@ def test_beside_what_the_pipeline_does_itself(more):
         results.append(predictions)
     for one, other in zip(*results, strict=True):
         assert far(other, one) <= EXACT
+
+
+OTHERS = [
+    name
+    for name, family in FAMILIES.items()
+    if family.tokens is not None and "ControlNet" not in name and name not in (SD3, ALPHA, SIGMA)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_on_every_pipeline_of_the_families(name):
+    """Image-to-image, inpainting and control images, with and without guidance."""
+    pipe, results = tiny_pipeline(name, dtype=torch.float64), []
+    for tokens in ([], [RandomSets(start=1)]):
+        with still(pipe) as predictions, da.apply(pipe, *tokens) as session:
+            final(pipe, inputs(name, batch=1, steps=4))
+        results.append(predictions)
+    for one, other in zip(*results, strict=True):
+        assert far(other, one) <= EXACT
+    assert session.report().pruning["RandomSets"]["steps"] >= 2
 
 
 @pytest.mark.slow
