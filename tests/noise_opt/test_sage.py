@@ -111,9 +111,7 @@ CALL = {"num_inference_steps": 4, "guidance_scale": 3.0}
 
 @pytest.mark.slow
 def test_prompts_are_searched_on_the_embedded_model(pipe):
-    method = SAGE(
-        search="prompt", rounds=2, seeds=2, candidates=3, beam=2, confirmations=4, baseline=True
-    )
+    method = SAGE(search="prompt", rounds=2, seeds=1, candidates=2, beam=2, confirmations=2)
     prompt = "a photo of a bear"
     result = da.align(pipe, prompt, method=method, reward="emoji-failure", **CALL)
     assert "bear" in (result.lineage.prompt or prompt)
@@ -131,7 +129,7 @@ def test_prompts_are_searched_on_the_embedded_model(pipe):
 
 @pytest.mark.slow
 def test_an_embedding_is_searched_on_the_embedded_model(pipe):
-    method = SAGE(search="embedding", iterations=3, seeds=2, confirmations=4, rate=0.05)
+    method = SAGE(search="embedding", iterations=3, seeds=1, confirmations=2, rate=0.05)
     prompt = "a photo of a bear"
     result = da.align(pipe, prompt, method=method, reward="emoji-failure", **CALL)
     scores = [entry["score"] for entry in result.log if "embedding" in entry]
