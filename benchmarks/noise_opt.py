@@ -35,7 +35,7 @@ from diffalign.tasks.geneval.verdict import prompts
 
 FRESH = 50
 COLUMNS = {
-    "NFE": "mean denoiser rows of a run, the final call not counted",
+    "NFE": "mean denoiser rows of a run, the final call included",
     "backward": "mean denoiser rows of backward passes",
     "seconds": "median processor seconds of a run",
     "reward": "of the result, which is what is optimised",

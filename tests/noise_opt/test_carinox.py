@@ -80,6 +80,7 @@ def best(method, plain, seed):
     return problem.best.score, problem.meter.backward
 
 
+@pytest.mark.slow
 def test_several_starts_beat_one_long_ascent_and_random_search(plain):
     """Mean over 20 seeds at the same number of images, by three standard errors."""
     options = {"rate": 0.5, "clip": 0.3, "regulariser": 0.0}

@@ -76,6 +76,7 @@ def nearness(points):
 OPTIONS = {"iterations": 150, "rate": 5e-3, "draws": 20, "std": "fixed"}
 
 
+@pytest.mark.slow
 def test_fresh_draws_are_better_than_normal_noise(plain):
     """p < .01 over 20 seeds; the best of as many draws wins for a single image, as it should be."""
     fresh, usual, best, shifts = [], [], [], []
@@ -96,6 +97,7 @@ def test_fresh_draws_are_better_than_normal_noise(plain):
     assert sum(best) / 20 > sum(fresh) / 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "learned"])
 def test_other_calibrations_learn_too(plain, kind):
     options = {**OPTIONS, "iterations": 80, "rate": 1e-2}
@@ -119,6 +121,7 @@ def test_the_mean_is_of_the_past():
     assert [float(value) for value in memory] == [15.0, 3.0]
 
 
+@pytest.mark.slow
 def test_calibration_reduces_the_variance_of_the_gradient():
     """Scores far from zero: their mean carries no information and much noise."""
     spread = {}

@@ -120,6 +120,7 @@ def test_memory_or_a_score_that_ends_leaves_the_best_image(pipe, error, end, mon
     assert result.scored == 2
 
 
+@pytest.mark.slow
 def test_what_is_optimised_is_drafted_in_one_step_and_run_in_full(pipe):
     """The published recipe for FLUX.1-schnell: climb with one step, render with more."""
     method = da.DraftCommit("reno:iterations=3,gradient=one_step", steps=1, commits=1)
@@ -151,6 +152,7 @@ def test_never_worse_than_the_start(pipe, seed):
     assert result.score >= result.first.score - 1e-6
 
 
+@pytest.mark.slow
 def test_it_beats_best_of_n_at_equal_evaluations(plane):
     """A smooth reward of 30 noises, paired; twenty times it is never below its start."""
     gains = []

@@ -45,6 +45,7 @@ def hunt(plain, border, seed=0, confirmed=True, **options):
     return problem, method, state, infos
 
 
+@pytest.mark.slow
 def test_a_planted_region_is_found_sooner_than_by_chance(plain):
     """Three deviations away: chance needs 740 draws on the average; the noise stays normal."""
     border = 2.6 / (SIZE / 2) ** 0.5
@@ -64,6 +65,7 @@ def test_a_planted_region_is_found_sooner_than_by_chance(plain):
     assert hits <= 1
 
 
+@pytest.mark.slow
 def test_no_false_failure_in_twenty_runs(plain):
     for seed in range(20):
         _, _, state, infos = hunt(plain, float("inf"), seed, iterations=5)
@@ -72,6 +74,7 @@ def test_no_false_failure_in_twenty_runs(plain):
         assert infos[-1].values["found"] == 0.0
 
 
+@pytest.mark.slow
 def test_noise_that_is_not_normal_is_no_failure(plain):
     """A border so far that only noise far from normal reaches it."""
     _, _, state, infos = hunt(plain, 0.9, normality=0.0, rate=0.1)
@@ -108,9 +111,7 @@ CALL = {"num_inference_steps": 4, "guidance_scale": 3.0}
 
 @pytest.mark.slow
 def test_prompts_are_searched_on_the_embedded_model(pipe):
-    method = SAGE(
-        search="prompt", rounds=2, seeds=2, candidates=3, beam=2, confirmations=4, baseline=True
-    )
+    method = SAGE(search="prompt", rounds=2, seeds=1, candidates=2, beam=2, confirmations=2)
     prompt = "a photo of a bear"
     result = da.align(pipe, prompt, method=method, reward="emoji-failure", **CALL)
     assert "bear" in (result.lineage.prompt or prompt)
@@ -128,7 +129,7 @@ def test_prompts_are_searched_on_the_embedded_model(pipe):
 
 @pytest.mark.slow
 def test_an_embedding_is_searched_on_the_embedded_model(pipe):
-    method = SAGE(search="embedding", iterations=3, seeds=2, confirmations=4, rate=0.05)
+    method = SAGE(search="embedding", iterations=3, seeds=1, confirmations=2, rate=0.05)
     prompt = "a photo of a bear"
     result = da.align(pipe, prompt, method=method, reward="emoji-failure", **CALL)
     scores = [entry["score"] for entry in result.log if "embedding" in entry]
