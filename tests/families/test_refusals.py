@@ -11,10 +11,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 
 from diffalign.families import FAMILIES, refusals
 
-
-GONE = {
-    name for name in dir(diffusers) if name.startswith("Onnx") and not hasattr(diffusers, name)
-}
+GONE = {name for name in dir(diffusers) if name.startswith("Onnx") and not hasattr(diffusers, name)}
 """Names that diffusers lists and cannot import: with onnxruntime, one whose file is gone."""
 
 
