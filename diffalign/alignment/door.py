@@ -81,9 +81,9 @@ def align(
         improved=improved,
     )
     if isinstance(prompt, str):
-        return _run(order, prompt, folder)
+        return search(order, prompt, folder)
     places = folders_of(folder, prompt)
-    return [_run(order, text, place) for text, place in zip(prompt, places, strict=True)]
+    return [search(order, text, place) for text, place in zip(prompt, places, strict=True)]
 
 
 def folders_of(folder: str | os.PathLike[str] | None, prompts: Sequence[str]) -> list[Path | None]:
@@ -94,7 +94,8 @@ def folders_of(folder: str | os.PathLike[str] | None, prompts: Sequence[str]) ->
     return [Path(folder) / f"{number:03d}-{slug}" for number, slug in enumerate(slugs)]
 
 
-def _run(order: Order, prompt: str, folder: str | os.PathLike[str] | None) -> Result:
+def search(order: Order, prompt: str, folder: str | os.PathLike[str] | None) -> Result:
+    """Serve an order for one prompt; ``folder`` is where the run is saved, None for nowhere."""
     drive = order.drive(prompt, folder)
     try:
         drive.run()

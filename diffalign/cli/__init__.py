@@ -16,6 +16,7 @@ from diffalign.cli.align import align
 from diffalign.cli.calibrate import calibrate
 from diffalign.cli.compare import compare
 from diffalign.cli.env import env
+from diffalign.cli.evaluate import evaluate
 from diffalign.cli.fit import fit
 from diffalign.cli.generate import generate
 from diffalign.cli.methods import methods
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 for function in (generate, compare, align, models, techniques, methods, env):
     app.command()(function)
+app.add_typer(evaluate, name="eval")
 app.add_typer(fit, name="fit")
 app.add_typer(calibrate, name="calibrate")
 

@@ -7,6 +7,7 @@ numpy only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,3 +81,22 @@ def interval(
         draws,
         level,
     )
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """P values of several comparisons, corrected by Holm 1979: the smallest times their number, the
+    next times one less, and none below one before it; at most 1."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    corrected, floor = [0.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        floor = max(floor, min(1.0, values[i] * (len(values) - rank)))
+        corrected[i] = floor
+    return corrected
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p value of McNemar 1947: how unlikely so unequal numbers of images that only
+    one of two runs gets right are, if both are as good. It takes images for independent."""
+    total = only_a + only_b
+    tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2.0 * tail / 2**total)
