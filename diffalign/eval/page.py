@@ -12,16 +12,23 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 from diffalign.core.types import Json
 from diffalign.drawing.bars import Point, Series, bar_chart, cost_chart
 from diffalign.eval.benchmarks import order_of
 from diffalign.eval.results import Column, Shot
+from diffalign.eval.summary import FEW
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LARGEST = 10_000_000
 """Bytes that the pictures of a page may take; they are shrunk until they fit."""
+TILE = 96
+"""Side of an image as it is shown, in pixels."""
 SIZES = ((96, 80), (80, 75), (64, 70), (48, 60), (32, 50), (24, 30))
-"""Side in pixels and WebP quality of the pictures, from the first that fits."""
+"""Side in pixels and WebP quality of the images as they are stored; the first that fits counts."""
 
 
 def page(table: Sequence[Column], numbers: Json, timing: Json) -> str:
@@ -63,9 +70,9 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _picture(data: bytes, kind: str, text: str) -> str:
+def _picture(data: bytes, kind: str, text: str, size: str = "") -> str:
     code = base64.b64encode(data).decode()
-    return f'<img src="data:image/{kind};base64,{code}" alt="{_text(text)}">'
+    return f'<img src="data:image/{kind};base64,{code}" alt="{_text(text)}"{size}>'
 
 
 def _rows(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
@@ -126,7 +133,7 @@ def _scores(numbers: Json, timing: Json) -> str:
     rows = []
     for label, result in results.items():
         entries = [*(result["tags"].get(tag) for tag in tags), result["mean_of_tags"]]
-        cells = ["-" if e is None else f"{e['mean']:.3f} ± {_half(e):.3f}" for e in entries]
+        cells = [_spread(e) for e in entries]
         cells += [_number(result["overall"]), _number(result["best_of_images"])]
         cells += [result["mean_of_tags"]["prompts"], result["images"]]
         cells += [_number(result[name]) for name in ("nfe", "rewards", "tied")]
@@ -136,8 +143,12 @@ def _scores(numbers: Json, timing: Json) -> str:
     return _rows(heads, rows)
 
 
-def _half(entry: Json) -> float:
-    return float(entry["high"] - entry["low"]) / 2
+def _spread(entry: Json | None) -> str:
+    """Mean and half of the interval; an interval over few prompts says nothing."""
+    if entry is None:
+        return "-"
+    half = f" ± {(entry['high'] - entry['low']) / 2:.3f}" if entry["prompts"] >= FEW else ""
+    return f"{entry['mean']:.3f}{half}"
 
 
 def _number(value: float | None) -> str:
@@ -199,7 +210,7 @@ def _browser(table: Sequence[Column]) -> str:
             f"<h3>{_text(first.prompt)}</h3><small>{_text(first.tag)}, {index}</small>"
             f"{''.join(strips)}</article>"
         )
-    return f'<main style="--side:{side}px">{"".join(cards)}</main>'
+    return f'<main style="--side:{TILE}px">{"".join(cards)}</main>'
 
 
 def _strip(label: str, shots: Sequence[Shot], side: int, quality: int, named: bool) -> str:
@@ -211,30 +222,40 @@ def _strip(label: str, shots: Sequence[Shot], side: int, quality: int, named: bo
         text = sign if shot.score in (0.0, 1.0) else f"{sign} {shot.score:.2f}"
         marks.append(f'<i class="{kind}" title="{_text(shot.reason)}">{text}</i>')
     reasons = dict.fromkeys(shot.reason for shot in shots if shot.reason)
+    size = f' width="{TILE * len(shots)}" height="{TILE}"'
     return (
         f"{f'<b>{_text(label)}</b>' if named else ''}"
-        f"{_picture(_webp(shots, side, quality), 'webp', shots[0].prompt)}"
+        f"{_picture(_webp(shots, side, quality), 'webp', shots[0].prompt, size)}"
         f'<div class="marks">{"".join(marks)}</div>'
         f"<p>{_text('; '.join(reasons))}</p>"
     )
 
 
 def _webp(shots: Sequence[Shot], side: int, quality: int) -> bytes:
-    """The images of a prompt in one picture; a grey square where one is missing."""
+    """The images of a prompt in one picture of tiles; a grey tile where one is missing."""
     from PIL import Image
 
+    images = [_opened(shot) for shot in shots]
+    side = min(side, max(max(image.size) for image in images))
     strip = Image.new("RGB", (side * len(shots), side), "#999999")
-    for number, shot in enumerate(shots):
-        try:
-            with Image.open(shot.path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError):
-            continue
+    for number, image in enumerate(images):
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        strip.paste(image, (side * number, 0))
+        x, y = ((side - length) // 2 for length in image.size)
+        strip.paste(image, (side * number + x, y))
     buffer = BytesIO()
     strip.save(buffer, format="WEBP", quality=quality, method=2)
     return buffer.getvalue()
+
+
+def _opened(shot: Shot) -> Image.Image:
+    """The image of a shot, one grey pixel where it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(shot.path) as file:
+            return file.convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return Image.new("RGB", (1, 1), "#999999")
 
 
 def _size(table: Sequence[Column]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from diffalign.eval.benchmarks import order_of
 from diffalign.eval.files import storage, write, write_json
 from diffalign.eval.page import page
 from diffalign.eval.results import Column
-from diffalign.eval.summary import summarise, timing_of
+from diffalign.eval.summary import FEW, summarise, timing_of
 
 
 def report(table: Sequence[Column], folder: Path) -> tuple[Json, list[Path]]:
@@ -120,10 +120,6 @@ def comparison_lines(entries: Sequence[Json]) -> list[str]:
 def cell_text(text: str) -> str:
     """``text`` as a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
-
-
-FEW = 5
-"""Below so many prompts an interval over prompts says nothing."""
 
 
 def spread_text(value: Json | None) -> str:

@@ -17,6 +17,8 @@ from diffalign.tasks.geneval.summary import summary as official
 
 MISSING = 0.005
 """Share of prompts that may lack a score before no overall is formed."""
+FEW = 5
+"""Below so many prompts an interval over prompts says nothing."""
 
 
 def summarise(table: Sequence[Column]) -> Json:
