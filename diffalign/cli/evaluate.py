@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from diffalign.cli.request import check_numbers, read_size, techniques_of, writa
 
 if TYPE_CHECKING:
     from diffalign.core.types import Json
+    from diffalign.eval.benchmarks import Item
     from diffalign.eval.folder import RunFolder, Share
     from diffalign.eval.generation import Plan
     from diffalign.eval.scorers import Scorer
@@ -68,7 +69,7 @@ def settings_file(context: typer.Context, name: str) -> str:
     return str(options["benchmark"])
 
 
-def _option(panel: str, help: str, *names: str) -> Any:
+def _option(panel: str, help: str, *names: str) -> object:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
@@ -210,12 +211,13 @@ def make(options: arguments.Options, wish: Wish, plan: Plan, share: Share) -> Ru
     return folder
 
 
-def counter(step: Any) -> Any:
+def counter(step: Callable[[], None] | None) -> Callable[[int], None]:
     """What counts several steps at once."""
 
     def count(number: int) -> None:
-        for _ in range(number if step is not None else 0):
-            step()
+        for _ in range(number):
+            if step is not None:
+                step()
 
     return count
 
@@ -290,7 +292,7 @@ def run(
             )
 
 
-def check_scorer(scorer: Scorer, items: Any, reward: str | None) -> None:
+def check_scorer(scorer: Scorer, items: Sequence[Item], reward: str | None) -> None:
     """Raise ``BadInput`` where the scorer cannot judge the prompts, or was optimised."""
     if reward == scorer.name:
         raise BadInput(

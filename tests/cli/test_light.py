@@ -16,6 +16,8 @@ COMMANDS = [
     ["--help"],
     ["--version"],
     *([name, "--help"] for name in ("generate", "compare", "techniques", "models", "env")),
+    ["eval", "--help"],
+    *(["eval", name, "--help"] for name in ("run", "generate", "score", "report")),
     ["fit", "--help"],
     ["fit", "linear-ag", "--help"],
     ["calibrate", "--help"],

@@ -1,0 +1,84 @@
+"""GenEval with models of the hub: Mask2Former finds objects, CLIP names their colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from diffalign.core.types import Json
+from diffalign.eval.benchmarks import Item
+from diffalign.eval.scorers.base import Outcome
+from diffalign.eval.scorers.colours import Colours
+from diffalign.eval.scorers.mask2former import Mask2Former, class_name
+from diffalign.tasks.geneval.prompts import class_names
+from diffalign.tasks.geneval.verdict import OFFICIAL, Detection, verdict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GenEvalScorer:
+    """The official verdicts on what a detector and a colour classifier see."""
+
+    def __init__(self, name: str, detector: Mask2Former, colours: Colours) -> None:
+        self.name, self.detector, self.colours = name, detector, colours
+
+    def facts(self) -> Json:
+        """Networks and thresholds."""
+        return {
+            "name": self.name,
+            "detector": self.detector.facts(),
+            "colours": self.colours.facts(),
+            "thresholds": asdict(OFFICIAL),
+        }
+
+    def knows(self, item: Item) -> bool:
+        """Prompts with clauses of COCO's classes."""
+        clauses = item.facts.get("include", []) + item.facts.get("exclude", [])
+        return "include" in item.facts and all(c["class"] in class_names() for c in clauses)
+
+    def score(self, images: Sequence[Tensor], item: Item) -> list[Outcome]:
+        """Verdicts on one prompt's images; colours are asked for where the prompt names one."""
+        coloured = {c["class"] for c in item.facts["include"] if "color" in c}
+        outcomes = []
+        for image in images:
+            objects = []
+            for found in self.detector.detect(image):
+                name, colour = class_name(found.label), None
+                if name in coloured:
+                    colour = self.colours.of(image, found.box, found.mask, name)
+                objects.append(Detection(name, min(found.score, 1.0), found.box, colour))
+            result = verdict(item.facts, objects)
+            rows = [[d.name, round(d.score, 6), *d.box, d.colour] for d in objects]
+            measured: Json = {"size": list(image.shape[-2:]), "detections": rows}
+            outcomes.append(Outcome(float(result.correct), result.reason, measured))
+        return outcomes
+
+    def canary(self) -> str | None:
+        """A grey picture must show nothing, and the colour classifier must know plain colours."""
+        import torch
+
+        grey = torch.full((3, 256, 256), 0.5)
+        seen = [d for d in self.detector.detect(grey) if d.score > OFFICIAL.counting_threshold]
+        if seen:
+            return f"it sees {class_name(seen[0].label)} with {seen[0].score:.2f} in a grey picture"
+        plain = {"red": (0.9, 0.05, 0.05), "green": (0.05, 0.6, 0.1), "blue": (0.05, 0.1, 0.9)}
+        for colour, rgb in plain.items():
+            image = torch.tensor(rgb)[:, None, None].expand(3, 224, 224).clone()
+            answer = self.colours.of(image, (0.0, 0.0, 224.0, 224.0), None, "car")
+            if answer != colour:
+                return f"the colour classifier calls a plain {colour} picture {answer}"
+        return None
+
+
+def mask2former(device: str) -> GenEvalScorer:
+    """The small detector, Swin-S, of the size of the official one."""
+    detector = Mask2Former("facebook/mask2former-swin-small-coco-instance", device)
+    return GenEvalScorer("mask2former", detector, Colours.official(device))
+
+
+def mask2former_large(device: str) -> GenEvalScorer:
+    """The large detector, Swin-L."""
+    detector = Mask2Former("facebook/mask2former-swin-large-coco-instance", device)
+    return GenEvalScorer("mask2former-large", detector, Colours.official(device))

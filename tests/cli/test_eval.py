@@ -1,0 +1,147 @@
+"""``diffalign eval`` as a program: one command or three, a settings file, folders of others, and
+what it says when it cannot go on."""
+
+import json
+import shutil
+
+import pytest
+
+from diffalign.eval.benchmarks import geneval
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    texts = ("a photo of a bench", "a photo of a red bench", "a photo of two benchs")
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def judged(emoji, monkeypatch):
+    """The fake judge of the tiny model, whose canary is not asked: it sees benches everywhere."""
+    from diffalign.eval.scorers.emoji import EmojiScorer
+
+    monkeypatch.setattr(EmojiScorer, "canary", lambda self: None)
+    return emoji
+
+
+def files(folder, without="timing"):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and without not in str(p) and p.name != "index.html"
+    }
+
+
+def test_one_command_or_three_are_the_same(run, judged, prompts, tmp_path):
+    common = (prompts, "-s", 2, "--samples", 2)
+    whole = run("eval", *common, "-o", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.stderr
+    assert "0.667" in whole.stdout
+    assert whole.stdout.splitlines()[-1].endswith("timing.json")
+    for i in range(2):
+        part = tmp_path / f"part-{i}"
+        made = run("eval", "generate", *common, "--shard", f"{i}/2", "-o", part)
+        assert made.exit_code == 0, made.stderr
+        assert run("eval", "score", part).exit_code == 0
+    parts = [tmp_path / "part-0", tmp_path / "part-1"]
+    joined = run("eval", "report", *parts, "-o", tmp_path / "joined", "--json")
+    numbers = json.loads(joined.stdout)
+    (result,) = numbers["results"].values()
+    assert result["mean_of_tags"]["mean"] == pytest.approx(2 / 3)
+    assert {name: result["tags"][name]["mean"] for name in result["tags"]} == {
+        "single_object": 1.0,
+        "counting": 0.0,
+        "colors": 1.0,
+    }
+    left, right = files(tmp_path / "whole"), files(tmp_path / "joined")
+    assert {name: left[name] for name in right} == right
+    again = run("eval", *common, "-o", tmp_path / "whole")
+    assert again.exit_code == 0
+    assert files(tmp_path / "whole") == left
+
+
+def test_a_settings_file_and_options_beside_it(run, judged, prompts, tmp_path):
+    pytest.importorskip("yaml")
+    settings = tmp_path / "run.yaml"
+    settings.write_text(
+        f"benchmark: {prompts}\nsamples: 1\nsteps: 2\ntechnique: ['cfg:scale=2']\nlimit: 1\n"
+        f"output: {tmp_path / 'run'}\n"
+    )
+    result = run("eval", settings)
+    assert result.exit_code == 0, result.stderr
+    assert "emoji: cfg:scale=2" in result.stdout
+    assert "1 of 3 prompts" in result.stderr
+    saved = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (saved["steps"], saved["samples"]) == (2, 1)
+    other = run("eval", settings, "-s", 3)
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert "holds another run: steps is 2 there and 3 here" in other.stderr
+
+
+def test_images_of_another_tool(run, judged, tmp_path):
+    from PIL import Image
+
+    for n in (0, 7):
+        place = tmp_path / "theirs" / f"{n:05d}"
+        (place / "samples").mkdir(parents=True)
+        (place / "metadata.jsonl").write_text(json.dumps(geneval().items[n].facts))
+        Image.new("RGB", (20, 16), (9, 9, 9)).save(place / "samples" / "00000.png")
+    before = files(tmp_path / "theirs")
+    score = ("eval", "score", tmp_path / "theirs", "--benchmark", "geneval")
+    result = run(*score, "-o", tmp_path / "ours")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert files(tmp_path / "theirs") == before
+    numbers = json.loads(run("eval", "report", tmp_path / "ours", "--json").stdout)
+    result = numbers["results"]["theirs"]
+    assert result["tags"]["single_object"]["mean"] == 0.5
+    assert result["overall"] is None
+    empty = run("eval", "score", tmp_path, "--benchmark", "compbench", "-o", tmp_path / "x")
+    assert empty.exit_code == 1
+    assert "holds no images in the layout of compbench" in empty.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["genevall"], ["unknown benchmark 'genevall'", "Nearest: geneval"]),
+        (["geneval", "--samples", "0"], ["--samples must be at least 1"]),
+        (["geneval", "--limit", "0"], ["--limit must be at least 1"]),
+        (["geneval", "--shard", "2/2"], ["shard counts from 0"]),
+        (["geneval", "--category", "colour"], ["no category 'colour'"]),
+        (["geneval", "--technique", "cgf"], ["cgf", "Nearest"]),
+        (["geneval", "--budget", "nfe=9"], ["give --align METHOD"]),
+        (["geneval", "--align", "best-of-m"], ["best-of-m"]),
+        (["geneval", "--align", "best-of-n", "--budget", "seconds=9"], ["seconds", "nfe"]),
+        (["geneval", "--align", "best-of-n", "--reward", "emoji-judge"], ["is no test"]),
+        (["geneval", "--scorer", "emoji-jugde"], ["unknown scorer"]),
+        (["compbench", "--samples", "11"], ["at most 10"]),
+        (["compbench", "--category", "texture"], ["no prompt of these categories"]),
+        (["missing.jsonl"], ["missing.jsonl", "cannot be read"]),
+        (["missing.yaml"], ["missing.yaml", "cannot be read"]),
+        (["score", "nowhere", "--benchmark", "geneval"], ["--benchmark and --output go together"]),
+    ],
+)
+def test_bad_input(program, judged, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = program("eval", *arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1, err
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_failures_end_with_one_line_and_code_1(program, judged, prompts, tmp_path):
+    folder = tmp_path / "run"
+    assert program("eval", prompts, "-s", 2, "--samples", 1, "-o", folder, "-q")[0] == 0
+    (folder / "images" / "00001" / "samples" / "00000.png").write_bytes(b"no picture")
+    shutil.rmtree(folder / "scores")
+    code, out, err = program("eval", "score", folder)
+    assert (code, out) == (1, "")
+    assert "00000.png is not the one of its record" in err
+    assert len(err.splitlines()) == 1
+    code, out, err = program("eval", "report", tmp_path / "nowhere")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "no run.json" in err
