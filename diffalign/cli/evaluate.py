@@ -280,7 +280,7 @@ def run(
     with failing(f"what is finished is kept in {options.output}"):
         with checking():
             who = load_scorer(scorer or usual_scorer(plan), str(plan.model.pipe.device))
-        check_scorer(who, items, plan.search and plan.search.reward)
+        check_scorer(who, items, plan.search.reward if plan.search else None)
         folder = make(options, wish, plan, share)
         count, _ = judge(folder, who, share, plan.model.pipe.device.type, options.quiet)
         if count >= len(items):

@@ -99,4 +99,4 @@ def mcnemar(only_a: int, only_b: int) -> float:
     one of two runs gets right are, if both are as good. It takes images for independent."""
     total = only_a + only_b
     tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2.0 * tail / 2**total)
+    return min(1.0, float(2 * tail / 2**total))
