@@ -394,6 +394,41 @@ def report(
         write_report(folders, output or folders[0], scorer, options)
 
 
+@evaluate.command()
+@command
+@arguments.shared(("device", "json"))
+def frechet(
+    options: arguments.Options,
+    one: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of images.")],
+    other: Annotated[Path, typer.Argument(metavar="FOLDER", help="Another one.")],
+    encoder: Annotated[
+        str, _option(WHAT, "emoji-clip, or a CLIP by folder or hub id.", "--encoder")
+    ] = "emoji-clip",
+) -> None:
+    """The Fréchet distance of two sets of images, in the features of an encoder."""
+    from dataclasses import asdict
+
+    from diffalign.eval import encoders
+    from diffalign.eval.frechet import frechet as distance_of
+    from diffalign.eval.generation import one_thread
+    from diffalign.generate.models import place
+
+    with failing(), one_thread("cpu"):
+        with checking():
+            device, _ = place(options.device, None)
+            encode, facts = encoders.encoder(encoder, device)
+        sets = [encoders.features_of(encoders.images_in(folder), encode) for folder in (one, other)]
+        result = distance_of(*sets)
+    if options.json:
+        show.text(show.to_json({**asdict(result), "encoder": facts}))
+    else:
+        show.text(
+            f"Fréchet distance in {encoder}: {result.distance:.4f}, {result.low:.4f} to "
+            f"{result.high:.4f} over resampled sets of {result.images[0]} and {result.images[1]} "
+            "images"
+        )
+
+
 def write_report(
     folders: list[Path], output: Path, scorer: str, options: arguments.Options
 ) -> None:
