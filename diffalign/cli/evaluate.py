@@ -143,6 +143,18 @@ def failing(what: str = "") -> Iterator[None]:
         raise KeyboardInterrupt(what or "what is finished is kept") from None
 
 
+def device_of(name: str) -> str:
+    """The device of this process: of several on one host each takes its own accelerator."""
+    import os
+
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK", "")
+    if name != "auto" or not rank.isdecimal() or not torch.cuda.is_available():
+        return name
+    return f"cuda:{int(rank) % torch.cuda.device_count()}"
+
+
 def plan_of(options: arguments.Options, wish: Wish) -> tuple[Plan, Share]:
     """What is to be made, checked, with the model loaded, and this process's part of it."""
     from diffalign.cli.align import read_budget
@@ -179,7 +191,7 @@ def plan_of(options: arguments.Options, wish: Wish) -> tuple[Plan, Share]:
         size=read_size(options.size),
         scheduler=options.scheduler,
         dtype=options.dtype,
-        device=options.device,
+        device=device_of(options.device),
     )
     with checking():
         model = open_model(options.model, setting, (techniques,))
@@ -361,7 +373,7 @@ def score(
         )
     with failing(f"what is finished is kept in {output or folder}"):
         with checking():
-            share, (device, _) = Share.of(shard), place(options.device, None)
+            share, (device, _) = Share.of(shard), place(device_of(options.device), None)
             who = load_scorer(scorer, device)
         if benchmark is None or output is None:
             target = RunFolder.open(folder)
