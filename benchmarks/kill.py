@@ -51,7 +51,7 @@ def progress(folder: Path) -> int:
     return sum(len(list((folder / part).rglob("[0-9]*.json"))) for part in ("records", "scores"))
 
 
-def killed(folder: Path, prompts: int, times: int, rng: random.Random) -> int:
+def kill(folder: Path, prompts: int, times: int, rng: random.Random) -> int:
     """Kill evaluations in ``folder``; how many were still running when they were."""
     kills = 0
     for number in range(times):
@@ -81,12 +81,12 @@ def main() -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        whole, stopped = Path(root) / "whole", Path(root) / "stopped"
-        kills = killed(stopped, options.prompts, options.times, random.Random(0))
-        for folder in (stopped, whole):
+        whole, broken = Path(root) / "whole", Path(root) / "broken"
+        kills = kill(broken, options.prompts, options.times, random.Random(0))
+        for folder in (broken, whole):
             _, status = os.waitpid(start(folder, options.prompts), 0)
             assert status == 0, f"the run in {folder.name} ended with status {status}"
-        one, two = contents(whole), contents(stopped)
+        one, two = contents(whole), contents(broken)
         differing = sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
         print(f"{kills} kills, {len(one)} files, {len(differing)} differ {differing[:5]}")
         sys.exit(bool(differing))

@@ -472,7 +472,7 @@ def print_numbers(numbers: Json) -> None:
         for text in result["warnings"]:
             complain(f"{label}: {text}", "warning")
         if result["incomplete"]:
-            complain(f"{label}: no overall, because this is {result['incomplete']}", "warning")
+            complain(f"{label}: no overall; {result['incomplete']}", "warning")
     show.table(["run", *heads], rows, numbers=heads)
     for entry in numbers["comparisons"]:
         show.text(
