@@ -34,6 +34,7 @@ def files(folder, without="timing"):
     }
 
 
+@pytest.mark.slow
 def test_one_command_or_three_are_the_same(run, judged, prompts, tmp_path):
     common = (prompts, "-s", 2, "--samples", 2)
     whole = run("eval", *common, "-o", tmp_path / "whole")
@@ -62,6 +63,7 @@ def test_one_command_or_three_are_the_same(run, judged, prompts, tmp_path):
     assert files(tmp_path / "whole") == whole_files
 
 
+@pytest.mark.slow
 def test_a_settings_file_and_options_beside_it(run, judged, prompts, tmp_path):
     pytest.importorskip("yaml")
     settings = tmp_path / "run.yaml"

@@ -38,6 +38,7 @@ def test_interval_is_repeatable_and_the_distance_symmetric():
         frechet(a, b[:, :2])
 
 
+@pytest.mark.slow
 def test_folders_and_runs_of_images(evaluated, tmp_path):
     import torch
 

@@ -102,6 +102,7 @@ def test_what_is_optimised_is_no_judge():
     assert "no test" in result_of(one)["warnings"][0]
 
 
+@pytest.mark.slow
 def test_shards_join_to_the_bytes_of_the_whole_run(evaluated, tmp_path):
     evaluated("whole")
     for i in range(2):
@@ -118,6 +119,7 @@ def test_shards_join_to_the_bytes_of_the_whole_run(evaluated, tmp_path):
     assert incomplete_of(one[0]) == "only 3 of 5 prompts have scores"
 
 
+@pytest.mark.slow
 def test_runs_beside_each_other(evaluated, plan, tmp_path):
     evaluated("plain")
     technique = dataclasses.replace(plan, techniques=(da.CFG(5.0),))
@@ -138,6 +140,7 @@ def test_runs_beside_each_other(evaluated, plan, tmp_path):
     assert parquet.read_table(tmp_path / "report" / "results.parquet").to_pylist() == rows
 
 
+@pytest.mark.slow
 def test_nothing_in_a_prompt_can_run(evaluated, tmp_path):
     evaluated("run")
     numbers, _ = report(columns([tmp_path / "run"]), tmp_path / "report")
@@ -159,6 +162,7 @@ def test_pictures_shrink_until_the_page_fits(evaluated, tmp_path, monkeypatch):
     assert pages._size(table) == pages.SIZES[-1]
 
 
+@pytest.mark.slow
 def test_scorers_and_benchmarks_are_not_mixed(evaluated, tmp_path):
     from .conftest import Brightness
 
