@@ -143,6 +143,18 @@ def failing(what: str = "") -> Iterator[None]:
         raise KeyboardInterrupt(what or "what is finished is kept") from None
 
 
+def device_of(name: str) -> str:
+    """The device of this process: of several on one host each takes its own accelerator."""
+    import os
+
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK", "")
+    if name != "auto" or not rank.isdecimal() or not torch.cuda.is_available():
+        return name
+    return f"cuda:{int(rank) % torch.cuda.device_count()}"
+
+
 def plan_of(options: arguments.Options, wish: Wish) -> tuple[Plan, Share]:
     """What is to be made, checked, with the model loaded, and this process's part of it."""
     from diffalign.cli.align import read_budget
@@ -179,7 +191,7 @@ def plan_of(options: arguments.Options, wish: Wish) -> tuple[Plan, Share]:
         size=read_size(options.size),
         scheduler=options.scheduler,
         dtype=options.dtype,
-        device=options.device,
+        device=device_of(options.device),
     )
     with checking():
         model = open_model(options.model, setting, (techniques,))
@@ -361,7 +373,7 @@ def score(
         )
     with failing(f"what is finished is kept in {output or folder}"):
         with checking():
-            share, (device, _) = Share.of(shard), place(options.device, None)
+            share, (device, _) = Share.of(shard), place(device_of(options.device), None)
             who = load_scorer(scorer, device)
         if benchmark is None or output is None:
             target = RunFolder.open(folder)
@@ -392,6 +404,41 @@ def report(
     """Join the parts of runs, compare runs, and write numbers, tables and a page."""
     with failing():
         write_report(folders, output or folders[0], scorer, options)
+
+
+@evaluate.command()
+@command
+@arguments.shared(("device", "json"))
+def frechet(
+    options: arguments.Options,
+    one: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of images.")],
+    other: Annotated[Path, typer.Argument(metavar="FOLDER", help="Another one.")],
+    encoder: Annotated[
+        str, _option(WHAT, "emoji-clip, or a CLIP by folder or hub id.", "--encoder")
+    ] = "emoji-clip",
+) -> None:
+    """The Fréchet distance of two sets of images, in the features of an encoder."""
+    from dataclasses import asdict
+
+    from diffalign.eval import encoders
+    from diffalign.eval.frechet import frechet as distance_of
+    from diffalign.eval.generation import one_thread
+    from diffalign.generate.models import place
+
+    with failing(), one_thread("cpu"):
+        with checking():
+            device, _ = place(options.device, None)
+            encode, facts = encoders.encoder(encoder, device)
+        sets = [encoders.features_of(encoders.images_in(folder), encode) for folder in (one, other)]
+        result = distance_of(*sets)
+    if options.json:
+        show.text(show.to_json({**asdict(result), "encoder": facts}))
+    else:
+        show.text(
+            f"Fréchet distance in {encoder}: {result.distance:.4f}, {result.low:.4f} to "
+            f"{result.high:.4f} over resampled sets of {result.images[0]} and {result.images[1]} "
+            "images"
+        )
 
 
 def write_report(
@@ -425,7 +472,7 @@ def print_numbers(numbers: Json) -> None:
         for text in result["warnings"]:
             complain(f"{label}: {text}", "warning")
         if result["incomplete"]:
-            complain(f"{label}: no overall, because this is {result['incomplete']}", "warning")
+            complain(f"{label}: no overall; {result['incomplete']}", "warning")
     show.table(["run", *heads], rows, numbers=heads)
     for entry in numbers["comparisons"]:
         show.text(

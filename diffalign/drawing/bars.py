@@ -38,7 +38,7 @@ class Point:
 
 def bar_chart(groups: Sequence[str], series: Sequence[Series], title: str) -> bytes:
     """A PNG of bars in [0, 1], ``groups`` side by side, with the interval of each."""
-    figure, ax = _axes(max(6.0, 1.2 * len(groups) * max(1.0, 0.35 * len(series))), 3.4)
+    figure, ax = _axes(max(7.0, 1.35 * len(groups) * max(1.0, 0.35 * len(series))), 3.4)
     width = 0.8 / len(series)
     for number, one in enumerate(series):
         places = [i - 0.4 + width * (number + 0.5) for i in range(len(groups))]

@@ -23,5 +23,10 @@ function show() {
   document.getElementById("count").textContent = `${count} of ${cards.length} prompts`;
 }
 
+// a link like index.html#tag=counting&verdict=none opens with these filters
+for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
+  const field = fields.find((one) => one.id === name);
+  if (field) field.value = value;
+}
 for (const field of fields) field.addEventListener("input", show);
 show();

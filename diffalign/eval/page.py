@@ -88,7 +88,7 @@ def _rows(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
 def _warning(label: str, result: Json) -> str:
     texts = [f"{label}: {text}" for text in result["warnings"]]
     if result["incomplete"]:
-        texts.append(f"{label}: no overall, because this is {result['incomplete']}.")
+        texts.append(f"{label}: no overall; {result['incomplete']}.")
     if result["unscored"]:
         texts.append(f"{label}: {result['unscored']} prompts have images and no score.")
     return "".join(f'<p class="warning">{_text(text)}</p>' for text in texts)

@@ -206,9 +206,9 @@ def _texts(registry: Registry[object] | object, configs: Sequence[Mapping[str, o
 
 def distinct(labels: Sequence[str]) -> list[str]:
     """Labels with a number behind those that stand twice."""
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     result = []
     for label in labels:
-        seen[label] = seen.get(label, 0) + 1
-        result.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+        counts[label] = counts.get(label, 0) + 1
+        result.append(label if counts[label] == 1 else f"{label} ({counts[label]})")
     return result

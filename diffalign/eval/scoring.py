@@ -29,10 +29,10 @@ def read_image(path: Path, expected: str = "") -> Tensor:
     from PIL import Image
 
     again = "Make it again with `diffalign eval generate`." if expected else "Replace it."
-    found = file_digest(path)
-    if found is None:
+    current = file_digest(path)
+    if current is None:
         raise RunError(f"the image {path} is missing. {again}")
-    if expected and found != expected:
+    if expected and current != expected:
         raise RunError(f"the image {path} is not the one of its record: it was changed. {again}")
     try:
         with Image.open(path) as file:

@@ -96,9 +96,9 @@ def incomplete_of(column: Column) -> str:
         return f"only {benchmark['part']}"
     count, total = len(column.units), int(benchmark["prompts"])
     if total - count > MISSING * total:
-        return f"{count} of {total} prompts"
+        return f"only {count} of {total} prompts have scores"
     if benchmark["name"] != "geneval":
-        return "" if count == total else f"{count} of {total} prompts"
+        return "" if count == total else f"only {count} of {total} prompts have scores"
     lines = [
         {"tag": s.tag, "correct": s.score == 1.0, "metadata": json.dumps(s.facts)}
         for s in column.shots

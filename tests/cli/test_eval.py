@@ -34,6 +34,7 @@ def files(folder, without="timing"):
     }
 
 
+@pytest.mark.slow
 def test_one_command_or_three_are_the_same(run, judged, prompts, tmp_path):
     common = (prompts, "-s", 2, "--samples", 2)
     whole = run("eval", *common, "-o", tmp_path / "whole")
@@ -42,8 +43,8 @@ def test_one_command_or_three_are_the_same(run, judged, prompts, tmp_path):
     assert whole.stdout.splitlines()[-1].endswith("timing.json")
     for i in range(2):
         part = tmp_path / f"part-{i}"
-        made = run("eval", "generate", *common, "--shard", f"{i}/2", "-o", part)
-        assert made.exit_code == 0, made.stderr
+        part_run = run("eval", "generate", *common, "--shard", f"{i}/2", "-o", part)
+        assert part_run.exit_code == 0, part_run.stderr
         assert run("eval", "score", part).exit_code == 0
     parts = [tmp_path / "part-0", tmp_path / "part-1"]
     joined = run("eval", "report", *parts, "-o", tmp_path / "joined", "--json")
@@ -55,13 +56,14 @@ def test_one_command_or_three_are_the_same(run, judged, prompts, tmp_path):
         "counting": 0.0,
         "colors": 1.0,
     }
-    left, right = files(tmp_path / "whole"), files(tmp_path / "joined")
-    assert {name: left[name] for name in right} == right
+    whole_files, joined_files = files(tmp_path / "whole"), files(tmp_path / "joined")
+    assert {name: whole_files[name] for name in joined_files} == joined_files
     again = run("eval", *common, "-o", tmp_path / "whole")
     assert again.exit_code == 0
-    assert files(tmp_path / "whole") == left
+    assert files(tmp_path / "whole") == whole_files
 
 
+@pytest.mark.slow
 def test_a_settings_file_and_options_beside_it(run, judged, prompts, tmp_path):
     pytest.importorskip("yaml")
     settings = tmp_path / "run.yaml"

@@ -4,10 +4,8 @@ import dataclasses
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -172,6 +170,7 @@ def test_a_model_that_fails_in_the_middle_keeps_what_is_finished(plan, tmp_path,
     assert generate(plan, folder) == 3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("code", "message"),
     [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "must not be")],
@@ -249,6 +248,7 @@ def test_files_appear_whole_beside_other_writers(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "x[1].txt"]
 
 
+@pytest.mark.slow
 def test_a_search_makes_each_image(plan, tmp_path):
     search = Search("best-of-n:n=2", "emoji-clip")
     one = dataclasses.replace(plan, search=search, samples=1)
@@ -264,8 +264,8 @@ def test_a_search_makes_each_image(plan, tmp_path):
         Search("best-of-n", "emoji-clop").check()
 
 
-KILLED = """
-import sys
+KILLS = """
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
@@ -281,37 +281,45 @@ pipe.set_progress_bar_config(disable=True)
 call = {"num_inference_steps": 2, "guidance_scale": 3.0}
 model = Model("tiny", "folder", pipe, 2, 3.0, call, {"model": "tiny"})
 plan = Plan(of_file(root / "many.jsonl"), model, samples=2)
-folder = RunFolder.begin(root / sys.argv[3], plan.settings())
-print("ready", flush=True)
-generate(plan, folder)
+
+def start(name):
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            generate(plan, RunFolder.begin(root / name, plan.settings()))
+            code = 0
+        finally:
+            os._exit(code)
+    return process
+
+def count():
+    return len(list((root / "killed" / "records").glob("[0-9]*.json")))
+
+for moment in (3, 9, 16):
+    process = start("killed")
+    while count() < moment:
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.005)
+    os.kill(process, signal.SIGKILL)
+    print(os.WTERMSIG(os.waitpid(process, 0)[1]), count())
+for name in ("killed", "whole"):
+    assert os.waitpid(start(name), 0)[1] == 0
 """
 
 
 @pytest.mark.slow
 def test_kill_9_loses_at_most_the_unit_in_flight(tmp_path):
     """Three kills at different moments, then one run to the end: the files are those of a run that
-    nobody stopped."""
-    lines = [json.dumps({"prompt": f"a photo of {n} things"}) for n in range(40)]
+    nobody stopped. One process loads the libraries and forks the others."""
+    lines = [json.dumps({"prompt": f"a photo of {n} things"}) for n in range(24)]
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     root = os.path.dirname(os.path.dirname(da.__file__))
-
-    def start(name):
-        command = [sys.executable, "-c", KILLED, str(tmp_path), root, name]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        return process
-
-    counts = []
-    for moment in (3, 11, 24):
-        process = start("killed")
-        while len(list((tmp_path / "killed" / "records").glob("[0-9]*.json"))) < moment:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        counts.append(len(list((tmp_path / "killed" / "records").glob("[0-9]*.json"))))
-    assert counts[0] < counts[1] < counts[2] < 40
-    for name in ("killed", "whole"):
-        process = start(name)
-        assert process.wait() == 0
+    command = [sys.executable, "-c", KILLS, str(tmp_path), root]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    signals, counts = zip(*(map(int, line.split()) for line in result.stdout.splitlines()))
+    assert signals == (9, 9, 9)
+    assert 3 <= counts[0] < counts[1] < counts[2] < 24
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

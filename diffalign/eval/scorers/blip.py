@@ -72,14 +72,14 @@ class Blip:
         )
         text.input_ids[:, 0] = self.ids["encode"]
         with torch.no_grad():
-            seen = self.model.vision_model(
+            patches = self.model.vision_model(
                 pixel_values=normalised(pixels, MEAN, STD)[None], interpolate_pos_encoding=True
             ).last_hidden_state
             states = self.model.text_encoder(
                 input_ids=text.input_ids,
                 attention_mask=text.attention_mask,
-                encoder_hidden_states=seen,
-                encoder_attention_mask=torch.ones(seen.shape[:-1], device=self.device).long(),
+                encoder_hidden_states=patches,
+                encoder_attention_mask=torch.ones(patches.shape[:-1], device=self.device).long(),
             ).last_hidden_state
             logits = self.model.text_decoder(
                 input_ids=torch.tensor([[self.ids["start"]]], device=self.device),

@@ -23,7 +23,7 @@ SYNONYMS = {
     "picture": "painting",
     "tv": "television",
 }
-"""Label of the detector -> further noun under which it is found."""
+"""Label of the detector -> further noun under which it is looked up."""
 
 
 def detections(
@@ -46,12 +46,12 @@ def detections(
     return results
 
 
-def renamed(found: Labelled, nouns: Sequence[str]) -> Labelled:
+def renamed(detection: Labelled, nouns: Sequence[str]) -> Labelled:
     """A detection under the noun that names it: one part of a label like "cabinet/shelf", or a
     synonym."""
-    names = {*found.label.split("/"), SYNONYMS.get(found.label, found.label)}
+    names = {*detection.label.split("/"), SYNONYMS.get(detection.label, detection.label)}
     match = next((noun for noun in nouns if noun in names), None)
-    return found if match is None else Labelled(match, found.score, found.box)
+    return detection if match is None else Labelled(match, detection.score, detection.box)
 
 
 class Boxes:

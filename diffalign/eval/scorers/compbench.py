@@ -118,30 +118,32 @@ class CompBenchScorer:
     def objects(self, image: Tensor, nouns: Sequence[str]) -> list[rules.Labelled]:
         """Detections of an image under the nouns of its prompt."""
         names = [rules.person(noun) for noun in nouns]
-        found = rules.by_score(self.models.boxes.detect(image))
-        return [renamed(detection, names) for detection in found]
+        detections = rules.by_score(self.models.boxes.detect(image))
+        return [renamed(detection, names) for detection in detections]
 
     def spatial(self, image: Tensor, item: Item) -> tuple[float, Json]:
         """The 2D rule; ``complex`` has parsed objects of its own."""
         nouns = item.facts.get("spatial_objects")
         if nouns is None:
             nouns = [item.facts["nouns"][i] for i in (0, -1)]
-        found = self.objects(image, nouns)
-        return rules.spatial(found, nouns, rules.relation_of(item.prompt)), _measured(found)
+        detections = self.objects(image, nouns)
+        return rules.spatial(detections, nouns, rules.relation_of(item.prompt)), _measured(
+            detections
+        )
 
     def spatial_3d(self, image: Tensor, item: Item) -> tuple[float, Json]:
         """The depth rule."""
         nouns = [item.facts["nouns"][i] for i in (0, -1)]
-        found, depth = self.objects(image, nouns), self.models.depth.map(image)
+        detections, depth = self.objects(image, nouns), self.models.depth.map(image)
         relation = rules.relation_of(item.prompt, rules.RELATIONS_3D)
-        value = rules.spatial_3d(found, nouns, relation, depth, self.mode)
-        return value, _measured(found)
+        value = rules.spatial_3d(detections, nouns, relation, depth, self.mode)
+        return value, _measured(detections)
 
     def numeracy(self, image: Tensor, item: Item) -> tuple[float, Json]:
         """The counting rule."""
-        found = self.objects(image, item.facts["objects"])
-        value = rules.numeracy(found, item.facts["objects"], item.facts["counts"])
-        return value, _measured(found)
+        detections = self.objects(image, item.facts["objects"])
+        value = rules.numeracy(detections, item.facts["objects"], item.facts["counts"])
+        return value, _measured(detections)
 
     def clip(self, image: Tensor, item: Item) -> tuple[float, Json]:
         """The plain cosine; for ``complex`` of the prompt without its adjectives."""
@@ -168,8 +170,8 @@ class CompBenchScorer:
         return None
 
 
-def _measured(found: Sequence[rules.Labelled]) -> Json:
-    rows = [[d.label, round(d.score, 6), *(round(v, 3) for v in d.box)] for d in found]
+def _measured(detections: Sequence[rules.Labelled]) -> Json:
+    rows = [[d.label, round(d.score, 6), *(round(v, 3) for v in d.box)] for d in detections]
     return {"detections": rows}
 
 

@@ -48,41 +48,43 @@ class EmojiScorer:
         import torch
 
         outcomes = []
-        for image, found in zip(images, self.judge.detect(torch.stack(list(images))), strict=True):
+        for image, objects in zip(
+            images, self.judge.detect(torch.stack(list(images))), strict=True
+        ):
             size = (int(image.shape[-2]), int(image.shape[-1]))
-            measured: Json = {"size": list(size), "detections": [_row(d) for d in found]}
+            measured: Json = {"size": list(size), "detections": [_row(d) for d in objects]}
             if "include" in item.facts:
-                result = verdict(item.facts, found, self.judge.thresholds)
+                result = verdict(item.facts, objects, self.judge.thresholds)
                 outcomes.append(Outcome(float(result.correct), result.reason, measured))
             else:
-                outcomes.append(Outcome(*self._by_rule(item, found, size), measured))
+                outcomes.append(Outcome(*self._by_rule(item, objects, size), measured))
         return outcomes
 
     def _by_rule(
-        self, item: Item, found: Sequence[Detection], size: tuple[int, int]
+        self, item: Item, objects: Sequence[Detection], size: tuple[int, int]
     ) -> tuple[float, str]:
         """Score and reason of an image of a prompt of T2I-CompBench++."""
         if item.tag == "color":
-            return self._by_colour(item, found)
+            return self._by_colour(item, objects)
         scale = rules.FRAME / min(size)
         boxes = [
             rules.Labelled(d.name, d.score, _scaled(d.box, scale))
-            for indices in keep(found, "", self.judge.thresholds).values()
-            for d in (found[i] for i in indices)
+            for indices in keep(objects, "", self.judge.thresholds).values()
+            for d in (objects[i] for i in indices)
         ]
-        seen = ", ".join(f"{d.label} {d.score:.2f}" for d in rules.by_score(boxes)) or "nothing"
+        shown = ", ".join(f"{d.label} {d.score:.2f}" for d in rules.by_score(boxes)) or "nothing"
         if item.tag == "numeracy":
             value = rules.numeracy(boxes, item.facts["objects"], item.facts["counts"])
         else:
             nouns = [item.facts["nouns"][i] for i in (0, -1)]
             value = rules.spatial(boxes, nouns, rules.relation_of(item.prompt))
-        return value, "" if value > 0.99 else f"saw {seen}"
+        return value, "" if value > 0.99 else f"saw {shown}"
 
-    def _by_colour(self, item: Item, found: Sequence[Detection]) -> tuple[float, str]:
+    def _by_colour(self, item: Item, objects: Sequence[Detection]) -> tuple[float, str]:
         """The product over the noun phrases of the best score of such an object; 0 for none."""
         parts = []
         for colour, noun in phrases_of(item):
-            scores = [d.score for d in found if (d.name, d.colour) == (noun, colour)]
+            scores = [d.score for d in objects if (d.name, d.colour) == (noun, colour)]
             parts.append((max(scores, default=0.0), f"{colour} {noun}"))
         missing = [name for score, name in parts if score < self.judge.thresholds.threshold]
         reason = f"no {' and no '.join(missing)}" if missing else ""
@@ -96,9 +98,9 @@ class EmojiScorer:
         pairs = list(World().wrong(seed, CANARIES))
         pixels = torch.stack([torch.from_numpy(scene.image.copy()) for scene, _ in pairs])
         images = pixels.permute(0, 3, 1, 2).float() / 255
-        for (scene, false), found in zip(pairs, self.judge.detect(images), strict=True):
-            right += verdict(scene.metadata(), found, self.judge.thresholds).correct
-            wrong += verdict(false, found, self.judge.thresholds).correct
+        for (scene, false), objects in zip(pairs, self.judge.detect(images), strict=True):
+            right += verdict(scene.metadata(), objects, self.judge.thresholds).correct
+            wrong += verdict(false, objects, self.judge.thresholds).correct
         if right < 0.8 * len(pairs) or wrong > 0.2 * len(pairs):
             return (
                 f"of {len(pairs)} rendered scenes it calls {right} right with their own prompts "

@@ -44,11 +44,11 @@ class GenEvalScorer:
         outcomes = []
         for image in images:
             objects = []
-            for found in self.detector.detect(image):
-                name, colour = class_name(found.label), None
+            for instance in self.detector.detect(image):
+                name, colour = class_name(instance.label), None
                 if name in coloured:
-                    colour = self.colours.of(image, found.box, found.mask, name)
-                objects.append(Detection(name, min(found.score, 1.0), found.box, colour))
+                    colour = self.colours.of(image, instance.box, instance.mask, name)
+                objects.append(Detection(name, min(instance.score, 1.0), instance.box, colour))
             result = verdict(item.facts, objects)
             rows = [[d.name, round(d.score, 6), *d.box, d.colour] for d in objects]
             measured: Json = {"size": list(image.shape[-2:]), "detections": rows}
@@ -60,9 +60,11 @@ class GenEvalScorer:
         import torch
 
         grey = torch.full((3, 256, 256), 0.5)
-        seen = [d for d in self.detector.detect(grey) if d.score > OFFICIAL.counting_threshold]
-        if seen:
-            return f"it sees {class_name(seen[0].label)} with {seen[0].score:.2f} in a grey picture"
+        limit = OFFICIAL.counting_threshold
+        for instance in self.detector.detect(grey):
+            if instance.score > limit:
+                name = class_name(instance.label)
+                return f"it sees {name} with {instance.score:.2f} in a grey picture"
         plain = {"red": (0.9, 0.05, 0.05), "green": (0.05, 0.6, 0.1), "blue": (0.05, 0.1, 0.9)}
         for colour, rgb in plain.items():
             image = torch.tensor(rgb)[:, None, None].expand(3, 224, 224).clone()

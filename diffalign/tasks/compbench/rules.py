@@ -187,12 +187,12 @@ def distinct(detections: Sequence[Labelled]) -> list[Labelled]:
     A duplicate has the label of a better one and overlaps it by more than 0.9, by intersection
     over union or over either area, where both end pixels belong to a box.
     """
-    kept: list[Labelled] = []
+    singles: list[Labelled] = []
     for d in by_score(detections):
-        same = [k for k in kept if k.label == d.label]
+        same = [k for k in singles if k.label == d.label]
         if not any(_covers(k.box, d.box) for k in same):
-            kept.append(d)
-    return kept
+            singles.append(d)
+    return singles
 
 
 def _covers(a: Box, b: Box) -> bool:

@@ -60,7 +60,7 @@ def _score(lines: Sequence[tuple[str, str, bool]]) -> TagScore:
 def _incomplete(counts: Mapping[str, int], images_per_prompt: int) -> str:
     """Why ``counts`` (canonical metadata -> images) is not the full official set; "" if it is.
     Names the first prompt of each kind."""
-    official = [json.dumps(item) for item in prompts()]
+    official = [json.dumps(item, sort_keys=True) for item in prompts()]
 
     def name(key: str) -> str:
         return repr(json.loads(key).get("prompt", key))
@@ -108,7 +108,8 @@ def summary(results: Iterable[Mapping[str, object]], images_per_prompt: int = 4)
                 f"mapping); got {dict(result)!r}."
             )
         try:
-            key = json.dumps(json.loads(metadata) if isinstance(metadata, str) else metadata)
+            facts = json.loads(metadata) if isinstance(metadata, str) else metadata
+            key = json.dumps(facts, sort_keys=True)
         except ValueError as error:
             raise ValueError(
                 f"the metadata of result {number} is not JSON: {metadata!r}."

@@ -48,12 +48,12 @@ def test_instances_of_a_hand_made_output():
     masks = torch.full((2, 8, 8), -20.0)
     masks[0, 1:3, 2:6] = 20.0
     masks[1, 0:4, 0:1] = 20.0
-    found = instances(classes, masks, (8, 8), (4, 8), (4, 8))
-    assert [f.label for f in found] == [2, 0, 1]
-    assert [f.box for f in found] == [(0, 0, 1, 4), (2, 1, 6, 3), (2, 1, 6, 3)]
-    assert found[0].score == pytest.approx(math.exp(4) / (math.exp(4) + 1), rel=1e-3)
+    objects = instances(classes, masks, (8, 8), (4, 8), (4, 8))
+    assert [f.label for f in objects] == [2, 0, 1]
+    assert [f.box for f in objects] == [(0, 0, 1, 4), (2, 1, 6, 3), (2, 1, 6, 3)]
+    assert objects[0].score == pytest.approx(math.exp(4) / (math.exp(4) + 1), rel=1e-3)
     slow = slow_instances(classes, masks, (8, 8), (4, 8), (4, 8))
-    assert [f.score for f in found] == pytest.approx([s for s, _, _ in slow[:3]], rel=1e-5)
+    assert [f.score for f in objects] == pytest.approx([s for s, _, _ in slow[:3]], rel=1e-5)
     assert box_of(torch.zeros(4, 4, dtype=torch.bool)) == (0, 0, 0, 0)
 
 
@@ -61,11 +61,11 @@ def test_instances_against_the_slow_computation():
     rng = torch.Generator().manual_seed(1)
     classes = 3 * torch.randn(20, 9, generator=rng)
     masks = 4 * torch.randn(20, 8, 12, generator=rng)
-    found = instances(classes, masks, (32, 64), (30, 45), (40, 60))
+    objects = instances(classes, masks, (32, 64), (30, 45), (40, 60))
     slow = [r for r in slow_instances(classes, masks, (32, 64), (30, 45), (40, 60)) if r[0] > 0.05]
-    assert len(found) == len(slow) > 10
-    assert [f.score for f in found] == pytest.approx([s for s, _, _ in slow], rel=1e-4)
-    assert [(f.label, f.box) for f in found] == [(label, box) for _, label, box in slow]
+    assert len(objects) == len(slow) > 10
+    assert [f.score for f in objects] == pytest.approx([s for s, _, _ in slow], rel=1e-4)
+    assert [(f.label, f.box) for f in objects] == [(label, box) for _, label, box in slow]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_mask2former_in_the_published_format(mask2former, monkeypatch):
     from diffalign.eval.scorers import mask2former as module
 
     monkeypatch.setattr(module, "SHORT", 96)
-    found = Mask2Former(str(mask2former), "cpu").detect(IMAGE)
+    objects = Mask2Former(str(mask2former), "cpu").detect(IMAGE)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(mask2former).eval()
     small = vision.resize(IMAGE, [96, 144], antialias=True)
     small = vision.normalize(small, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -116,9 +116,9 @@ def test_mask2former_in_the_published_format(mask2former, monkeypatch):
     args = ((96, 160), (96, 144), (40, 60))
     slow = slow_instances(output.class_queries_logits[0], output.masks_queries_logits[0], *args)
     slow = [entry for entry in slow if entry[0] > 0.05]
-    assert len(found) == len(slow) > 0
-    assert [f.score for f in found] == pytest.approx([s for s, _, _ in slow], rel=1e-3)
-    assert [(f.label, f.box) for f in found] == [(label, box) for _, label, box in slow]
+    assert len(objects) == len(slow) > 0
+    assert [f.score for f in objects] == pytest.approx([s for s, _, _ in slow], rel=1e-3)
+    assert [(f.label, f.box) for f in objects] == [(label, box) for _, label, box in slow]
 
 
 @pytest.mark.slow
@@ -199,8 +199,8 @@ def test_geneval_scorer_needs_both_networks():
 
     car = class_names().index("car")
     mask = torch.ones(40, 60, dtype=torch.bool)
-    found = [SimpleNamespace(label=car, score=0.95, box=(0.0, 0.0, 9.0, 9.0), mask=mask)]
-    detector = SimpleNamespace(detect=lambda image: found, facts=dict)
+    objects = [SimpleNamespace(label=car, score=0.95, box=(0.0, 0.0, 9.0, 9.0), mask=mask)]
+    detector = SimpleNamespace(detect=lambda image: objects, facts=dict)
     colours = SimpleNamespace(of=lambda *a: "red", facts=dict)
     scorer = GenEvalScorer("mask2former", detector, colours)
     for colour, score in (("red", 1.0), ("blue", 0.0)):
@@ -239,6 +239,7 @@ def blip(tmp_path_factory):
 IDS = {"yes": 5, "no": 6, "start": 11, "encode": 12}
 
 
+@pytest.mark.slow
 def test_blip_asks_as_the_published_program_does(blip):
     """The same numbers from transformers' own generation with the question's first token put right,
     and other ones without."""
@@ -271,6 +272,7 @@ def test_questions_are_cleaned():
     assert len(question_of("x " * 80).split()) == 50
 
 
+@pytest.mark.slow
 def test_soft_tifa_is_two_means(blip):
     from diffalign.eval.benchmarks import Item
 
@@ -284,6 +286,7 @@ def test_soft_tifa_is_two_means(blip):
     assert answers[0] == pytest.approx(blip_yes[0])
 
 
+@pytest.mark.slow
 def test_depth_in_the_published_format(tmp_path):
     """Against transformers' own processor up to its 8 bits: rows, columns, nearer is larger."""
     from transformers import DPTConfig, DPTForDepthEstimation
@@ -322,11 +325,11 @@ def test_depth_in_the_published_format(tmp_path):
 def test_boxes_by_hand_and_in_the_published_format(tmp_path):
     logits = torch.tensor([[2.0, -5.0], [1.0, 0.0]])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]])
-    found = detections(logits, boxes, (100, 200))
-    assert [f[0] for f in found] == [0, 0, 1, 1]
-    assert found[0][2] == pytest.approx((80, 30, 120, 70))
-    assert found[1][2] == pytest.approx((0, 0, 100, 100))
-    assert found[2][1] == 0.5
+    objects = detections(logits, boxes, (100, 200))
+    assert [f[0] for f in objects] == [0, 0, 1, 1]
+    assert objects[0][2] == pytest.approx((80, 30, 120, 70))
+    assert objects[1][2] == pytest.approx((0, 0, 100, 100))
+    assert objects[2][1] == 0.5
     assert renamed(Labelled("cabinet/shelf", 1.0, (0, 0, 1, 1)), ["shelf"]).label == "shelf"
     assert renamed(Labelled("tv", 1.0, (0, 0, 1, 1)), ["television"]).label == "television"
     assert renamed(Labelled("carpet", 1.0, (0, 0, 1, 1)), ["car"]).label == "carpet"
@@ -359,7 +362,7 @@ def test_dfine_in_the_published_format(tmp_path):
         )  # fmt: skip
         model = DFineForObjectDetection(config)
     model.save_pretrained(tmp_path)
-    found = Boxes(str(tmp_path)).detect(IMAGE)
+    objects = Boxes(str(tmp_path)).detect(IMAGE)
     pixels = interpolate(IMAGE[None], (640, 640), mode="bilinear", antialias=True).clamp(0, 1)
     model.eval()
     with torch.no_grad():
@@ -367,6 +370,8 @@ def test_dfine_in_the_published_format(tmp_path):
     processor = RTDetrImageProcessor()
     (expected,) = processor.post_process_object_detection(output, 0.0, torch.tensor([[479, 718]]))
     count = len(expected["scores"])
-    assert [f.score for f in found[:count]] == pytest.approx(expected["scores"].tolist(), abs=1e-5)
-    for one, box in zip(found[:20], expected["boxes"][:20].tolist()):
+    assert [f.score for f in objects[:count]] == pytest.approx(
+        expected["scores"].tolist(), abs=1e-5
+    )
+    for one, box in zip(objects[:20], expected["boxes"][:20].tolist()):
         assert one.box == pytest.approx(box, abs=0.05)

@@ -75,9 +75,9 @@ def test_places_worked_out_by_hand(relation, a, b, expected):
 def test_fixed_mode_reads_rows_as_y():
     """The left half of the picture is near; the box on the left is wider than high."""
     depth = [[1.0] * 50 + [0.0] * 50 for _ in range(100)]
-    left, right = (0.0, 60.0, 50.0, 100.0), (10.0, 60.0, 100.0, 100.0)
-    assert rules.place_3d(left, right, "in front of", depth, "fixed") > 0
-    assert rules.place_3d(left, right, "in front of", depth, "compat") == 0.0
+    one, other = (0.0, 60.0, 50.0, 100.0), (10.0, 60.0, 100.0, 100.0)
+    assert rules.place_3d(one, other, "in front of", depth, "fixed") > 0
+    assert rules.place_3d(one, other, "in front of", depth, "compat") == 0.0
 
 
 def test_attribute_is_a_rounded_product_of_eight():
@@ -117,8 +117,8 @@ def test_every_file_name_gives_prompt_and_number_back():
 
 
 def test_relations_and_counts_of_the_prompts():
-    found = [rules.relation_of(prompt) for prompt in prompts("spatial")]
-    numbers = {name: found.count(name) for name in rules.RELATIONS_2D}
+    names = [rules.relation_of(prompt) for prompt in prompts("spatial")]
+    numbers = {name: names.count(name) for name in rules.RELATIONS_2D}
     assert numbers == {
         "next to": 24,
         "near": 24,
