@@ -23,9 +23,10 @@ DROPPED = {
     "FluxKontextPipeline": BEHIND,
     "FluxKontextInpaintPipeline": BEHIND,
     "QwenImageEditPipeline": slice(4, None),
+    "QwenImageEditPlusPipeline": slice(4, None),
     "LTXImageToVideoPipeline": BEFORE,
 }
-SLOW = ("QwenImageEditPipeline", "FluxKontextInpaintPipeline")
+SLOW = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextInpaintPipeline")
 
 
 def tripled(dropped):

@@ -9,7 +9,8 @@ import diffusers
 import pytest
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from diffalign.families import FAMILIES, refusals
+from diffalign.core import UnsupportedModel
+from diffalign.families import FAMILIES, family_of, modular_families, refusals
 
 
 def exported() -> Iterator[tuple[str, type]]:
@@ -44,6 +45,16 @@ def test_reasons_are_one_specific_sentence_each() -> None:
         assert 25 < len(reason) < 240, name
         assert reason.endswith("."), name
         assert name not in reason, name
+
+
+def test_modular_classes_are_sent_to_guiders_where_these_exist() -> None:
+    for name, reason in refusals().items():
+        served = name in modular_families()
+        assert ("da.guider(technique, pipe)" in reason) is served, name
+        if served:
+            with pytest.raises(UnsupportedModel, match=r"guider=da\.guider\(technique, pipe\)"):
+                family_of(EXPORTED[name])
+    assert len(modular_families()) > 4
 
 
 def test_classes_named_as_alternatives_can_be_used() -> None:

@@ -13,6 +13,8 @@ from diffalign.core import COND, Pass, StepInfo, UnsupportedModel
 from diffalign.core.registry import from_config, make, to_config
 from diffalign.families import FAMILIES
 from diffalign.guidance import CFG, AutoGuidance
+from diffalign.testing.beside.adapters import flux_pictures, unet_pictures
+from diffalign.testing.beside.base import Part
 from diffalign.testing.contracts import GuidanceContract
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -138,6 +140,12 @@ def test_refusals_say_what_to_do():
     wider.register_to_config(in_channels=9)
     with pytest.raises(UnsupportedModel, match=r"must have in_channels=4; got 9"):
         call(pipe, AutoGuidance(2.0, weak=wider))
+    for name, pictures in (("FluxPipeline", flux_pictures), (SD, unet_pictures)):
+        seen = tiny_pipeline(name)
+        weak = copy.deepcopy(getattr(seen, FAMILIES[name].denoisers[0]))
+        refused = pytest.raises(UnsupportedModel, match="load the IP-Adapter into both")
+        with pictures(seen) as arguments, refused:
+            call(seen, AutoGuidance(2.0, weak=weak), batch=2, **arguments(Part()))
     experts = tiny_pipeline(WAN, variant="2.2")
     with pytest.raises(UnsupportedModel, match="two denoisers"):
         call(experts, AutoGuidance(2.0, weak=copy.deepcopy(experts.transformer)), batch=1)

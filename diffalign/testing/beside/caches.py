@@ -21,7 +21,15 @@ from diffusers import (
 )
 
 from diffalign.core.types import Pipeline
-from diffalign.testing.beside.base import STEPS, Arguments, Neighbour, Refusal, by_seam, nothing
+from diffalign.testing.beside.base import (
+    STEPS,
+    Arguments,
+    Neighbour,
+    Refusal,
+    by_name,
+    by_seam,
+    nothing,
+)
 
 FLUX, WAN = "FluxPipeline", "WanPipeline"
 COGVIDEO, LTX, QWEN = "CogVideoXPipeline", "LTXPipeline", "QwenImagePipeline"
@@ -95,6 +103,8 @@ def faster(pipe: Pipeline, times: tuple[int, int]) -> FasterCacheConfig:
 
 
 GROUP = "Feature caches"
+PERTURBED = "it hands attention outputs of one pass to the next"
+FASTER = "FasterCacheConfig cannot be combined with attention"
 NEIGHBOURS = [
     Neighbour(
         name="FirstBlockCache",
@@ -157,6 +167,7 @@ NEIGHBOURS = [
                 "it hands attention outputs of one branch to the other",
                 (FLUX,),
             ),
+            Refusal(by_name("pag", "seg"), PERTURBED),
         ),
     ),
     Neighbour(
@@ -166,6 +177,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(pyramid, times=NEVER)),
         without=uncached,
         branches=False,
+        refusals=(Refusal(by_name("pag", "seg"), PERTURBED),),
     ),
     Neighbour(
         name="FasterCache",
@@ -175,7 +187,9 @@ NEIGHBOURS = [
         branches=False,
         remembers=True,
         refusals=(
-            Refusal(by_seam("attention"), "FasterCacheConfig cannot be combined with attention"),
+            Refusal(by_seam("attention"), FASTER),
+            Refusal(by_name("pag", "seg"), FASTER),
+            Refusal(by_name("auto-guidance"), "which this guidance does not run"),
         ),
     ),
 ]

@@ -48,7 +48,7 @@ def compiled(
 
 def acts_inside(name: str, cls: type[Technique]) -> bool:
     """Techniques that change what the denoiser does, not only how it is called."""
-    return cls.seam == "attention" or name in ("s2-guidance", "skip-layer-guidance")
+    return cls.seam == "attention" or name in ("s2-guidance", "skip-layer-guidance", "pag", "seg")
 
 
 GROUP = "Compiled models"

@@ -85,6 +85,26 @@ def rounded(pipe: Pipeline) -> Iterator[Arguments]:
 
 
 @contextmanager
+def quantised(pipe: Pipeline) -> Iterator[Arguments]:
+    """Weights of linear layers in eight bits each, by torchao."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(getattr(pipe, denoiser_of(pipe)), Int8WeightOnlyConfig())
+    yield nothing
+
+
+@contextmanager
+def dequantised(pipe: Pipeline) -> Iterator[Arguments]:
+    """The weights that those eight bits stand for, in float32."""
+    model = getattr(pipe, denoiser_of(pipe))
+    with quantised(pipe) as arguments:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+        yield arguments
+
+
+@contextmanager
 def sliced(pipe: Pipeline) -> Iterator[Arguments]:
     """Attention computed slice by slice."""
     pipe.enable_attention_slicing(1)
@@ -154,6 +174,13 @@ NEIGHBOURS = [
         put=layerwise_casting,
         without=rounded,
         bound=0.0,
+    ),
+    Neighbour(
+        name="int8 weights of torchao",
+        group=WEIGHTS,
+        pipelines=MODELS,
+        put=quantised,
+        without=dequantised,
     ),
     Neighbour(
         name="attention slicing",

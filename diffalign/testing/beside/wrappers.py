@@ -19,6 +19,7 @@ from diffalign.testing.beside.base import (
     Neighbour,
     Part,
     Refusal,
+    by_name,
     by_seam,
     denoiser_of,
     nothing,
@@ -182,6 +183,7 @@ def processed(pipe: Pipeline, cls: type) -> Iterator[Arguments]:
 
 
 GROUP = "Wrappers, hooks and processors"
+UNSEEN = "calls of attention that diffalign can follow"
 MODELS = (SD, FLUX, SD3, SDXL, WAN)
 NEIGHBOURS = [
     Neighbour(
@@ -232,6 +234,9 @@ NEIGHBOURS = [
         group=GROUP,
         pipelines=(SD, SDXL),
         put=partial(processed, cls=Hidden),
-        refusals=(Refusal(by_seam("attention"), "calls of scaled_dot_product_attention"),),
+        refusals=(
+            Refusal(by_seam("attention"), UNSEEN),
+            Refusal(by_name("pag", "seg"), UNSEEN),
+        ),
     ),
 ]
