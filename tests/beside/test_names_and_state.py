@@ -20,6 +20,7 @@ from transformers import CLIPTextModel
 import diffalign as da
 from diffalign.core.identity import model_hash
 from diffalign.testing import tiny_inputs, tiny_pipeline
+from diffalign.testing.beside.memory import dequantised, quantised
 from diffalign.testing.final import final
 
 SD, SDXL, SD3 = (
@@ -350,6 +351,21 @@ def test_a_model_is_itself_in_another_dtype_fused_or_with_an_adapter_of_no_effec
     with torch.no_grad():
         other.unet.conv_out.weight.flatten()[0] += 1.0
     assert model_hash(other.unet) != plain
+
+
+@pytest.mark.parametrize("name", [SD, SD3, WAN])
+def test_a_quantised_model_is_another_model(name):
+    """Techniques that ask which model it is run on it too."""
+    pipe, attribute = tiny_pipeline(name), "unet" if name == SD else "transformer"
+    plain = model_hash(getattr(pipe, attribute))
+    with quantised(pipe):
+        assert model_hash(getattr(pipe, attribute)) not in (plain, "")
+        assert same(pipe, name, da.AdaptiveGuidance(threshold=1.5))[0] == 0.0
+    with dequantised(pipe):
+        same_values = model_hash(getattr(pipe, attribute))
+    other = tiny_pipeline(name)
+    with dequantised(other):
+        assert model_hash(getattr(other, attribute)) == same_values
 
 
 def test_shipped_folders_run_as_they_are_loaded():

@@ -133,7 +133,8 @@ class Evaluator:
         conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
         if not group[0].alone:
             check_rows(call.module, len(rows), call.rows)
-        with self.cached_calls.around(group[0].module or call.module, group, len(rows), step):
+        module = call.module if group[0].module is None else group[0].module
+        with self.cached_calls.around(module, group, len(rows), step):
             output = self.run(call, step, tuple(group), conditioned, arguments)
         predictions = prediction_of(output).split_with_sizes(sizes)
         for p, prediction in zip(group, predictions):
