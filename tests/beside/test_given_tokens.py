@@ -23,10 +23,9 @@ DROPPED = {
     "FluxKontextPipeline": BEHIND,
     "FluxKontextInpaintPipeline": BEHIND,
     "QwenImageEditPipeline": slice(4, None),
-    "QwenImageEditPlusPipeline": slice(4, None),
     "LTXImageToVideoPipeline": BEFORE,
 }
-SLOW = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextInpaintPipeline")
+SLOW = ("QwenImageEditPipeline", "FluxKontextInpaintPipeline")
 
 
 def tripled(dropped):
@@ -67,6 +66,11 @@ def check(name, technique, dropped, **more):
 )
 def test_what_the_pipeline_drops_counts_nowhere(name, technique):
     check(name, technique, DROPPED[name])
+
+
+@pytest.mark.slow
+def test_several_reference_pictures_count_nowhere():
+    check("QwenImageEditPlusPipeline", da.APG(), slice(4, None))
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda t: type(t).__name__)

@@ -355,17 +355,15 @@ def test_a_model_is_itself_in_another_dtype_fused_or_with_an_adapter_of_no_effec
 
 @pytest.mark.parametrize("name", [SD, SD3, WAN])
 def test_a_quantised_model_is_another_model(name):
-    """Techniques that ask which model it is run on it too."""
-    pipe, attribute = tiny_pipeline(name), "unet" if name == SD else "transformer"
+    """And the same as one with the values that its bits stand for."""
+    pipe, other = tiny_pipeline(name), tiny_pipeline(name)
+    attribute = "unet" if name == SD else "transformer"
     plain = model_hash(getattr(pipe, attribute))
-    with quantised(pipe):
-        assert model_hash(getattr(pipe, attribute)) not in (plain, "")
-        assert same(pipe, name, da.AdaptiveGuidance(threshold=1.5))[0] == 0.0
-    with dequantised(pipe):
-        same_values = model_hash(getattr(pipe, attribute))
-    other = tiny_pipeline(name)
-    with dequantised(other):
-        assert model_hash(getattr(other, attribute)) == same_values
+    with quantised(pipe), dequantised(other):
+        known = model_hash(getattr(pipe, attribute))
+        assert known == model_hash(getattr(other, attribute)) != plain
+        with da.apply(pipe, da.AdaptiveGuidance()):  # which asks what is known of this model
+            assert final(pipe, tiny_inputs(name, steps=2)).isfinite().all()
 
 
 def test_shipped_folders_run_as_they_are_loaded():
