@@ -24,6 +24,8 @@ class Part:
     images: tuple[int, ...] = tuple(range(BATCH))
     # "both" is a guided call; the others are unguided, with the prompt or with the negative prompt
     branch: Literal["both", "cond", "uncond"] = "both"
+    # its latents are led along those of another run
+    led: bool = False
 
 
 Model = Any

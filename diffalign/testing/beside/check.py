@@ -174,9 +174,8 @@ class Cells:
         words = self.neighbour.refusal(name, cls, self.here.name)
         if is_absent(name, self.here.name, self.neighbour.variant, self.neighbour.text):
             return "absent"
-        technique = self.here.acting(name)
         try:
-            self._run(name, technique)
+            self._run(name, self.here.acting(name))
             sentence = ""
         except OURS as error:
             sentence = str(error)
@@ -204,7 +203,8 @@ class Cells:
             with da.apply(self.there.pipe, self.there.acting(name)):
                 plain = self.there.run()
             bound = self.neighbour.bound
-            limit = self.tolerance if bound is None else bound * float(plain.abs().max())
+            rounding = self.tolerance * examples.REACH.get(name, 1.0)
+            limit = rounding if bound is None else bound * float(plain.abs().max())
             assert _distance(ours, plain) <= limit, (
                 f"{technique}: {_distance(ours, plain)} from the same without the mechanism"
             )
@@ -227,7 +227,7 @@ class Cells:
                 )
 
     def _alone(self, p: Pass, way: list[Tensor]) -> list[Tensor]:
-        part = Part(branch="cond" if p.conditioned else "uncond")
+        part = Part(branch="cond" if p.conditioned else "uncond", led=True)
         inputs = {**self.neighbour.inputs(self.here.name, part), **self.here.arguments(part)}
         return alone(self.pipe, p, inputs, way)
 

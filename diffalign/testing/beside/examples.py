@@ -63,6 +63,10 @@ ACTING: Mapping[str, Keywords] = {
 }
 """Options with which a technique acts at some of three steps; the others act by default."""
 
+REACH: Mapping[str, float] = {"nag": 7.0, "pladis": 3.0}
+"""How far attention outputs are extrapolated: at scale ``w`` rounding differences of both outputs
+are multiplied by up to ``w + (w - 1)``."""
+
 FAINT: Mapping[str, Keywords] = {
     "nag": {**ACTING["nag"], "alpha": 1e-7},
     "pag": {"pag_scale": 1e-7},

@@ -15,7 +15,14 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from diffalign.core.types import Pipeline
-from diffalign.testing.beside.base import Arguments, Neighbour, denoiser_of, nothing
+from diffalign.testing.beside.base import (
+    Arguments,
+    Neighbour,
+    Refusal,
+    by_name,
+    denoiser_of,
+    nothing,
+)
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 SD3, FLUX, WAN = "StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline"
@@ -166,6 +173,7 @@ NEIGHBOURS = [
         put=sequential_offload,
         without=resident,
         bound=0.0,
+        refusals=(Refusal(by_name("linear-ag"), "Use enable_model_cpu_offload instead"),),
     ),
     Neighbour(
         name="layerwise casting",

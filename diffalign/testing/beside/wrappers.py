@@ -99,7 +99,7 @@ def callback(pipe: Pipeline) -> Iterator[Arguments]:
     """A callback after each step that changes the latents."""
 
     def arguments(part: Part) -> Keywords:
-        return {"callback_on_step_end": faded} if part.branch == "both" else {}
+        return {} if part.led else {"callback_on_step_end": faded}
 
     yield arguments
 
