@@ -236,7 +236,7 @@ def ramp(attribute="_guidance_scale", values=(5.0, 5.0)):
     return callback, read
 
 
-@pytest.mark.parametrize("name", [SD, SDXL, SD3, WAN])
+@pytest.mark.parametrize("name", [SD, SDXL, SD3, WAN, "ZImagePipeline"])
 def test_a_callback_that_changes_the_scale(name):
     pipe = tiny_pipeline(name)
     results = []

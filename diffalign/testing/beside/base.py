@@ -70,6 +70,8 @@ class Neighbour:
     variant: str = ""
     # each branch can be evaluated alone, by the pipeline itself
     branches: bool = True
+    # classes whose unconditional branch takes what the conditional one has made
+    shared: tuple[str, ...] = ()
     # pictures and the like travel with the images: each image alone is the same
     images: bool = False
     # what it computes depends on earlier steps: a technique of almost no effect changes almost

@@ -218,6 +218,8 @@ class Cells:
         results: dict[tuple[object, ...], list[Tensor]] = {}
         for index, preds in enumerate(steps):
             for p, value in preds.items():
+                if not p.conditioned and self.here.name in self.neighbour.shared:
+                    continue
                 key = (p.name, p.blocks)
                 if key not in results:
                     results[key] = self._alone(p, way)
