@@ -30,9 +30,15 @@ Right is what the last column of the first table says. *Branches*: every predict
 the pipeline itself, run with that branch only. *Images*: every image of a batch equals the image
 made alone. *Without*: the result equals the same computed without the mechanism (fused instead of
 loaded, resident instead of offloaded). *Faint*: what is computed from earlier steps stays what it
-is natively under a technique of almost no weight, and images do not mix. The cells are what the
-library declares. One technique of each way of acting was run beside every kind of neighbour, on the
-first class that is named; all cells together take hours and have not been run in one go yet.
+is natively under a technique of almost no weight, and images do not mix. The perturbed, smoothed
+and weaker passes of PAG, SEG and AutoGuidance are compared with attention written out, and with the
+pipeline whose denoiser is the weaker one.
+
+On 2026-11-28, with diffusers 0.42.1, torch 2.14.1 and torchao 0.18.0, every technique was run beside
+every neighbour on the first class that is named, each cell in the end as the tables say. On the
+other classes one technique of each way of acting was run, and those that the first class does not
+have, except beside compiled transformers and, on the last of their classes, beside some wrappers
+and attention backends: those cells are what the library declares.
 
 This page is made by `python benchmarks/beside.py`; `pytest -m exhaustive tests/beside` checks every
 cell.

@@ -39,9 +39,17 @@ def model_hash(module: Module) -> str:
                 "enable_model_cpu_offload instead."
             )
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        values = tensor.detach().flatten()[:4].to("cpu", torch.bfloat16)
+        values = _first(tensor.detach()).to("cpu", torch.bfloat16)
         digest.update(values.float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """The first four values."""
+    try:
+        return tensor.flatten()[:4]
+    except NotImplementedError:  # quantised tensors of torchao cannot be flattened
+        return tensor.dequantize().flatten()[:4]
 
 
 def _weights(module: Module) -> Iterator[tuple[str, Tensor]]:

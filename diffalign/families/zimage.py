@@ -93,6 +93,7 @@ ZIMAGE = Family(
     on_above=0.0,
     off=0.0,
     offset=1.0,
+    live_scale=True,
     lists=True,
     grid=grid,
     mix=mix,

@@ -37,6 +37,8 @@ INTERFACE = (
     "text_dim",
     "text_embed_dim",
 )
+# what an IP-Adapter adds to a denoiser that reads its pictures
+PICTURES = ("encoder_hid_proj", "image_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,12 @@ class AutoGuidance(Guidance[None]):
             values = own.config.get(name), weak.config.get(name)
             if values[0] != values[1]:
                 return f"weak=... must have {name}={values[0]}; got {values[1]}"
+        for name in PICTURES:
+            if getattr(own, name, None) is not None and getattr(weak, name, None) is None:
+                return (
+                    f"weak=... has no {name}, and the pipeline's own denoiser reads pictures by "
+                    "it; load the IP-Adapter into both"
+                )
         if context.pipe is not None and len(family_named(context.family).present(context.pipe)) > 1:
             return "it has two denoisers, and weak=... is one"
         return None

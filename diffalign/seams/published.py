@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffalign.core import UnsupportedModel
 from diffalign.core.errors import warn_once
 from diffalign.core.option import CALL, options_of
 from diffalign.seams import swap
@@ -37,13 +38,17 @@ class Published:
         self.engine = {name: plan.arguments[name] for name in self.values if name in plan.arguments}
         for name in generation.family.gates:
             self._show(name)
+        above = generation.family.on_above
+        # scales of calls that guide nothing
+        self.off = {gate for gate in generation.family.gates if self.values.get(gate, 9.0) <= above}
 
     def _show(self, gate: str) -> None:
         """Where the user's scale says "off" and the technique guides, callbacks read its scale:
         they choose rows by it, and both branches are there."""
         plan, family = self.generation.plan, self.generation.family
         scale = next(iter(plan.guidances.values())).asked_scale if plan.guidances else None
-        if gate in self.values and self.values[gate] <= family.on_above and scale is not None:
+        follows = scale is None or bool(plan.free)
+        if gate in self.values and self.values[gate] <= family.on_above and not follows:
             self.values[gate] = max(family.native(scale), family.placeholder)
 
     def call(self, callback: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -70,6 +75,11 @@ class Published:
             self.generation.way = Ended()
             del self.engine[name]
             return
+        elif changed and name in self.off:
+            raise UnsupportedModel(
+                f"A callback set {name} to {value}, and the call began without guidance. Ask for "
+                "guidance in the call too."
+            )
         elif changed and family.live_scale:
             self._rescale(name, family.scale(value))
         setattr(self.pipe, f"_{name}", self.engine[name])

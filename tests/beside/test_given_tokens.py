@@ -68,6 +68,11 @@ def test_what_the_pipeline_drops_counts_nowhere(name, technique):
     check(name, technique, DROPPED[name])
 
 
+@pytest.mark.slow
+def test_several_reference_pictures_count_nowhere():
+    check("QwenImageEditPlusPipeline", da.APG(), slice(4, None))
+
+
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("strength", [1.0, 0.2])
 def test_given_frames_count_from_the_step_on_that_releases_them(technique, strength):

@@ -7,16 +7,20 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from peft import LoraConfig, get_peft_model
+from transformers import CLIPTextModel
 
 import diffalign as da
 from diffalign.core.identity import model_hash
 from diffalign.testing import tiny_inputs, tiny_pipeline
+from diffalign.testing.beside.memory import dequantised, quantised
 from diffalign.testing.final import final
 
 SD, SDXL, SD3 = (
@@ -189,12 +193,23 @@ class Direct:
         return len(self.scheduler)
 
 
-@pytest.mark.parametrize("technique", [da.CFG(3.0), da.APG(8.0), da.PLADIS(1.7)])
-def test_the_undecorated_call_runs_in_the_session_with_gradients(technique):
-    pipe = tiny_pipeline(SD)
+@pytest.mark.parametrize(
+    ("name", "technique"),
+    [
+        (SD, da.CFG(3.0)),
+        (SD, da.APG(8.0)),
+        (SD, da.PLADIS(1.7)),
+        (SDXL, da.APG(8.0)),
+        (SD3, da.APG(8.0)),
+        (WAN, da.PLADIS(1.7)),
+    ],
+)
+def test_the_undecorated_call_runs_in_the_session_with_gradients(name, technique):
+    pipe = tiny_pipeline(name)
 
     def call():
-        return pipe.__call__.__wrapped__(pipe, **tiny_inputs(SD, steps=2)).images
+        inputs = {**tiny_inputs(name, steps=2), "return_dict": False}
+        return pipe.__call__.__wrapped__(pipe, **inputs)[0]
 
     plain = call()
     with da.apply(pipe, technique) as session:
@@ -203,7 +218,7 @@ def test_the_undecorated_call_runs_in_the_session_with_gradients(technique):
     assert ours.requires_grad
     assert session.report().steps == 2
     with da.apply(pipe, technique):
-        assert torch.allclose(final(pipe, tiny_inputs(SD, steps=2)), ours.detach(), atol=1e-5)
+        assert torch.allclose(final(pipe, tiny_inputs(name, steps=2)), ours.detach(), atol=1e-5)
 
 
 # -- attributes that callbacks read and write ------------------------------------------------------
@@ -221,7 +236,7 @@ def ramp(attribute="_guidance_scale", values=(5.0, 5.0)):
     return callback, read
 
 
-@pytest.mark.parametrize("name", [SD, SDXL, SD3, WAN])
+@pytest.mark.parametrize("name", [SD, SDXL, SD3, WAN, "ZImagePipeline"])
 def test_a_callback_that_changes_the_scale(name):
     pipe = tiny_pipeline(name)
     results = []
@@ -297,14 +312,22 @@ def test_a_scale_of_its_own_wins_over_a_callback_with_a_warning():
             assert torch.equal(call(callback_on_step_end=callback), plain)
 
 
-def test_one_gate_over_two_scales():
+@pytest.mark.parametrize(
+    "name",
+    [
+        WAN,
+        pytest.param("WanImageToVideoPipeline", marks=pytest.mark.slow),
+        pytest.param("WanVACEPipeline", marks=pytest.mark.slow),
+    ],
+)
+def test_one_gate_over_two_scales(name):
     """Wan 2.2 guides neither expert when its first scale is 1."""
-    pipe = tiny_pipeline(WAN, variant="2.2")
+    pipe = tiny_pipeline(name, variant="2.2")
     for scale, second in ((1.0, 4.0), (4.0, 1.0), (4.0, 2.0)):
         scales = {"guidance_scale": scale, "guidance_scale_2": second}
-        plain = final(pipe, {**tiny_inputs(WAN, variant="2.2", steps=6), **scales})
+        plain = final(pipe, {**tiny_inputs(name, variant="2.2", steps=6), **scales})
         with da.apply(pipe, da.CFG()):
-            ours = final(pipe, {**tiny_inputs(WAN, variant="2.2", steps=6), **scales})
+            ours = final(pipe, {**tiny_inputs(name, variant="2.2", steps=6), **scales})
         torch.testing.assert_close(ours, plain, rtol=0, atol=0 if scale == 1.0 else 1e-5)
 
 
@@ -330,6 +353,19 @@ def test_a_model_is_itself_in_another_dtype_fused_or_with_an_adapter_of_no_effec
     assert model_hash(other.unet) != plain
 
 
+@pytest.mark.parametrize("name", [SD, SD3, WAN])
+def test_a_quantised_model_is_another_model(name):
+    """And the same as one with the values that its bits stand for."""
+    pipe, other = tiny_pipeline(name), tiny_pipeline(name)
+    attribute = "unet" if name == SD else "transformer"
+    plain = model_hash(getattr(pipe, attribute))
+    with quantised(pipe), dequantised(other):
+        known = model_hash(getattr(pipe, attribute))
+        assert known == model_hash(getattr(other, attribute)) != plain
+        with da.apply(pipe, da.AdaptiveGuidance()):  # which asks what is known of this model
+            assert final(pipe, tiny_inputs(name, steps=2)).isfinite().all()
+
+
 def test_shipped_folders_run_as_they_are_loaded():
     from diffalign.embedded.load import FOLDER
 
@@ -344,9 +380,20 @@ def check_folder(folder):
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a photo of a red apple", num_inference_steps=2, output_type="pt").images
     assert image.dtype == torch.float32
+    for part, cls in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        model = cls.from_pretrained(folder, subfolder=part, local_files_only=True)
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}, part
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.bfloat16, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    latents = pipe("a red apple", num_inference_steps=1, output_type="latent").images
+    assert latents.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXL", "StableDiffusion3", "QwenImage", "Wan"])
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXL", "StableDiffusion3", "QwenImage", "Wan", "Wan22"]
+)
 def test_modular_pipelines_are_sent_to_guiders(name):
     import diffusers
 

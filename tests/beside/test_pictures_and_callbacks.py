@@ -43,3 +43,17 @@ def test_a_callback_that_switches_guidance_on_is_refused():
 
     with da.apply(pipe, da.CFG()), pytest.raises(da.UnsupportedModel, match="it began without"):
         final(pipe, {**tiny_inputs(name, guided=False), "callback_on_step_end": on})
+
+
+@pytest.mark.parametrize("name", ["CogVideoXPipeline", "StableDiffusionPipeline", "LTXPipeline"])
+def test_a_rule_that_follows_the_call_cannot_begin_in_its_middle(name):
+    """The call begins without guidance, and the technique has prepared both branches."""
+    pipe = tiny_pipeline(name)
+
+    def on(pipe, index, time, tensors):
+        pipe._guidance_scale = 3.0
+        return {}
+
+    inputs = {**tiny_inputs(name), "guidance_scale": 1.0, "callback_on_step_end": on}
+    with da.apply(pipe, da.ScheduledCFG()), pytest.raises(da.UnsupportedModel, match="began with"):
+        pipe(**inputs)

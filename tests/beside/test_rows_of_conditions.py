@@ -192,3 +192,14 @@ def test_each_image_keeps_its_condition(condition):
         assert (some[i] - alone[i][0 if i in GUIDED else 1]).abs().max() <= slack
         assert (none[i] - alone[i][1]).abs().max() <= slack
     assert torch.equal(run(every), run(every, da.CFG()))
+
+
+def test_masks_that_the_pipeline_does_not_repeat_are_refused():
+    """Hunyuan-DiT repeats given texts for every image of a prompt, and their masks not."""
+    name = "HunyuanDiTPipeline"
+    pipe = tiny_pipeline(name)
+    inputs = {**tiny_inputs(name, steps=1), "num_images_per_prompt": 2}
+    inputs["generator"] = [torch.Generator().manual_seed(row) for row in range(2)]
+    off = da.IntervalCFG(3.0, sigma=(0.0, 1e-9))
+    with da.apply(pipe, off), pytest.raises(da.UnsupportedModel, match="4 rows in text_embedding"):
+        pipe(**inputs)

@@ -11,6 +11,7 @@ import diffalign as da
 from diffalign.core import BlockTechnique, Guidance
 from diffalign.core.registry import techniques
 from diffalign.families import FAMILIES
+from diffalign.guidance import PAG, SEG, AutoGuidance
 from diffalign.testing.beside.base import BATCH, STEPS, Neighbour, Part, nothing
 from diffalign.testing.beside.check import Setting, differences, footprint, is_absent
 from diffalign.testing.beside.examples import neutral
@@ -35,13 +36,11 @@ class Halved(BlockTechnique[None]):
         return tuple((a + b) / 2 for a, b in zip(streams, block())), state
 
 
+# what the passes of a guidance change in attention is in the report under its own name
+CHANGES = {PAG: "IdentityMaps", SEG: "BlurredQueries"}
 TOGETHER = r"both guidances|is given twice"
 BLOCKS = "halved blocks"
 NAMES = [*techniques(), BLOCKS]
-
-# their passes change attention or name another denoiser, which reports count by themselves; their
-# own tests have them beside NAG and PLADIS
-OWN_PASSES = ("auto-guidance", "pag", "seg")
 
 
 class Room:
@@ -49,6 +48,7 @@ class Room:
 
     def __init__(self, name, folder):
         self.name, self.pipe = name, tiny_pipeline(name)
+        self.kind = type(self.pipe)
         neighbour = Neighbour(name="", group="", pipelines=(name,), put=None)
         self.setting = Setting(neighbour, name, self.pipe, nothing, folder)
         self.native = self.setting.run()
@@ -59,19 +59,20 @@ class Room:
         return Halved() if name == BLOCKS else self.setting.acting(name)
 
     def present(self):
-        there = [name for name in NAMES if name not in OWN_PASSES]
-        return [name for name in there if name == BLOCKS or not is_absent(name, self.name)]
+        return [name for name in NAMES if name == BLOCKS or not is_absent(name, self.name)]
 
     def run(self, *chosen):
         """The result, the report, and rows that guidances declared and that the denoiser saw."""
         counted, handles, declared = [], [], []
-        module = getattr(self.pipe, FAMILIES[self.name].denoisers[0])
+        modules = [getattr(self.pipe, FAMILIES[self.name].denoisers[0])]
+        modules += [t.weak for t in chosen if isinstance(t, AutoGuidance)]
 
         def count(module, args, kwargs):
             names = ("sample", "hidden_states")
             counted.append(len(args[0] if args else kwargs[next(k for k in names if k in kwargs)]))
 
-        handles.append(module.register_forward_pre_hook(count, with_kwargs=True))
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(count, with_kwargs=True))
         try:
             with noted_passes(chosen, declared), da.apply(self.pipe, *chosen) as session:
                 result = self.setting.run()
@@ -131,7 +132,7 @@ def check_invalid(room, names):
     assert any(type(technique).__name__ in str(error.value) for technique in chosen)
     with pytest.raises(ValueError, match=TOGETHER):  # one in the other
         nested(room.pipe, chosen)
-    assert type(room.pipe).__call__ is type(tiny_pipeline(room.name)).__call__
+    assert type(room.pipe) is room.kind
 
 
 def nested(pipe, chosen):
@@ -152,8 +153,9 @@ def check_valid(room, names):
         assert report.steps == STEPS
         for acting, selected in report.layers.values():
             assert acting == selected > 0
-        others = {type(t).__name__ for t in map(room.make, names) if not isinstance(t, Guidance)}
-        assert set(report.layers) == others
+        kinds = set(map(type, map(room.make, names)))
+        others = {kind.__name__ for kind in kinds if not issubclass(kind, Guidance)}
+        assert set(report.layers) == others | {CHANGES[kind] for kind in kinds & CHANGES.keys()}
     assert all(torch.equal(results[0], other) for other in results[1:])
     for name in names:
         assert not torch.equal(results[0], room.result_of(name)), f"{name} alone is the same"

@@ -3,17 +3,21 @@
 import copy
 import functools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 import diffalign as da
-from diffalign.core import COND, Pass, StepInfo, UnsupportedModel
+from diffalign.core import COND, BlockTechnique, Pass, StepInfo, UnsupportedModel
 from diffalign.core.registry import from_config, make, to_config
 from diffalign.families import FAMILIES
 from diffalign.guidance import CFG, AutoGuidance
+from diffalign.testing.beside.adapters import flux_pictures, unet_pictures
+from diffalign.testing.beside.base import Part
 from diffalign.testing.contracts import GuidanceContract
+from diffalign.testing.deep import deep_pipeline
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -127,6 +131,54 @@ def test_attention_techniques_act_in_both():
         assert report.layers == base.layers
 
 
+@dataclass(frozen=True, slots=True)
+class Halved(BlockTechnique[None]):
+    """Lets every block do half of what it does."""
+
+    def around(self, block, streams, site, step, state):
+        return tuple((a + b) / 2 for a, b in zip(streams, block())), state
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_block_techniques_act_in_both(name):
+    pipe = deep_pipeline(name)
+    weak = deep_pipeline(name).transformer
+    with torch.no_grad():
+        for parameter in weak.parameters():
+            parameter.mul_(0.9)
+    twin = copy.deepcopy(pipe)
+    twin.transformer = weak
+    on, report = call(pipe, AutoGuidance(2.5, weak=weak), Halved(), steps=1)
+    strong, base = call(pipe, CFG(1.0), Halved(), steps=1)
+    other, _ = call(twin, CFG(1.0), Halved(), steps=1)
+    expected = other.double() + 2.5 * (strong.double() - other.double())
+    bound = 64 * 2.5 * EPS * max(x.abs().max() for x in (strong, other))
+    assert (on - expected).abs().max() <= bound
+    assert (on - call(pipe, AutoGuidance(2.5, weak=weak), steps=1)[0]).abs().max() > 20 * bound
+    assert report.layers == base.layers
+
+
+class Sized(nn.Module):
+    """A wrapper without a length, as compiled models are to whoever asks whether they are true."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __len__(self):
+        raise TypeError("no length")
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_a_wrapped_weak_model():
+    pipe = tiny_pipeline(SD)
+    weak = weaker(pipe, "unet")
+    bare, _ = call(pipe, AutoGuidance(2.5, weak=weak))
+    assert torch.equal(call(pipe, AutoGuidance(2.5, weak=Sized(weak)))[0], bare)
+
+
 def test_refusals_say_what_to_do():
     pipe = tiny_pipeline(SD)
     with pytest.raises(UnsupportedModel, match="is the pipeline's own denoiser"):
@@ -138,6 +190,12 @@ def test_refusals_say_what_to_do():
     wider.register_to_config(in_channels=9)
     with pytest.raises(UnsupportedModel, match=r"must have in_channels=4; got 9"):
         call(pipe, AutoGuidance(2.0, weak=wider))
+    for name, pictures in (("FluxPipeline", flux_pictures), (SD, unet_pictures)):
+        seen = tiny_pipeline(name)
+        weak = copy.deepcopy(getattr(seen, FAMILIES[name].denoisers[0]))
+        refused = pytest.raises(UnsupportedModel, match="load the IP-Adapter into both")
+        with pictures(seen) as arguments, refused:
+            call(seen, AutoGuidance(2.0, weak=weak), batch=2, **arguments(Part()))
     experts = tiny_pipeline(WAN, variant="2.2")
     with pytest.raises(UnsupportedModel, match="two denoisers"):
         call(experts, AutoGuidance(2.0, weak=copy.deepcopy(experts.transformer)), batch=1)

@@ -34,9 +34,9 @@ def attach(techniques: Sequence[BlockTechnique[Any]], generation: Generation) ->
     The first is outermost. Raises ``UnsupportedModel`` where one selects no block.
     """
     places = [
-        Place(name, unwrapped(module).get_submodule(site.name), site)
+        place
         for name, module in generation.family.present(generation.pipe).items()
-        for site in sites(module)
+        for place in places_of(name, module)
     ]
     selected = {t: sum(t.selects(place.site) for place in places) for t in techniques}
     for technique, count in selected.items():
@@ -47,10 +47,18 @@ def attach(techniques: Sequence[BlockTechnique[Any]], generation: Generation) ->
                 f"{original_class(generation.pipe).__name__}. "
                 + (f"Its blocks: {blocks}." if blocks else "diffalign knows none of its blocks.")
             )
+    # denoisers that make passes in place of the pipeline's have blocks of their own
+    others = [
+        place
+        for name, guidance in generation.plan.guidances.items()
+        for p in guidance.extra_passes
+        if p.module is not None
+        for place in places_of(name, p.module)
+    ]
     activity = Activity([t for t in techniques if not t.off], generation.record)
     complete = False
     try:
-        with Attachment(activity, generation, places).installed():
+        with Attachment(activity, generation, [*places, *others]).installed():
             yield
         complete = True
     finally:
@@ -65,6 +73,14 @@ class Place:
     denoiser: str
     block: nn.Module
     site: BlockSite
+    # whose block it is: that denoiser, or one that makes passes in its place
+    model: nn.Module
+
+
+def places_of(denoiser: str, model: nn.Module) -> list[Place]:
+    """The blocks of one model."""
+    bare = unwrapped(model)
+    return [Place(denoiser, bare.get_submodule(site.name), site, model) for site in sites(model)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +101,6 @@ class Attachment:
         places: Sequence[Place],
     ) -> None:
         self.activity, self.generation, self.places = activity, generation, places
-        self.denoisers = generation.family.present(generation.pipe)
         self.handlers: dict[Any, tuple[str, Handler]] = {}
         # of the running call, None between calls
         self.moment: Moment | None = None
@@ -97,14 +112,15 @@ class Attachment:
         for place in self.places:
             if any(t.selects(place.site) for t in techniques):
                 read = reader(place.block, place.site.streams)
-                whole = is_compiled_whole(self.denoisers[place.denoiser])
+                whole = is_compiled_whole(place.model)
                 handler = _run_then_decide if whole or is_offloaded(place.block) else _decide
                 call = functools.partial(handler, self, place, read)
                 self.handlers[place.block] = ("__call__", call)
         middleware = self.generation.evaluator.middleware
         with ExitStack() as stack:
             stack.enter_context(intercepted(self.handlers))
-            checkpoints.remember(self.denoisers.values(), self._snapshot, stack)
+            models = {id(place.model): place.model for place in self.places}
+            checkpoints.remember(models.values(), self._snapshot, stack)
             middleware.append(self._around)
             stack.callback(middleware.remove, self._around)
             yield

@@ -72,7 +72,18 @@ def _has_graph(part: Any) -> bool:
 
 def keeps_both(module: Any) -> bool:
     """Whether the model's cache takes the halves of every batch for the two branches."""
-    return config_name(module) == "FasterCacheConfig"
+    config = vars(unwrapped(module)).get("_cache_config")
+    return type(config).__name__ == "FasterCacheConfig" and not config.is_guidance_distilled
+
+
+def check_branches(module: Any, passes: int) -> None:
+    """Raise ``UnsupportedModel`` where a cache of the model wants two branches and a guidance of
+    several ``passes`` runs one of them."""
+    if passes > 1 and keeps_both(module):
+        raise UnsupportedModel(
+            "FasterCache takes the first half of every batch for the unconditional branch, which "
+            "this guidance does not run, so it would mix images up. Disable the cache."
+        )
 
 
 def check_rows(module: Any, rows: int, whole: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign.core import COND, UNCOND, Meter, Pass, StepInfo, UnsupportedModel
 from diffalign.families.family import Family
 from diffalign.seams.blocks.skip import skipped
-from diffalign.seams.denoiser.cache import check_rows, fixed_rows, keeps_both
+from diffalign.seams.denoiser.cache import check_branches, check_rows, fixed_rows, keeps_both
 from diffalign.seams.denoiser.cached_calls import CachedCalls
 from diffalign.seams.denoiser.call import Denoise, DenoiserCall, PipelineCall
 from diffalign.seams.denoiser.rows import prediction_of, take_arguments
@@ -86,6 +86,8 @@ class Evaluator:
         if plain and branches.uncond and keeps_both(call.module):
             template, preds = self._both(call, step, plain, branches)
             plain = []
+        elif plain:
+            check_branches(call.module, len(passes))
         groups = [plain] if plain else []
         groups += [[p] for p in passes if p.alone]
         for group in groups:
@@ -131,7 +133,8 @@ class Evaluator:
         conditioned = tuple(p.conditioned for p, size in zip(group, sizes) for _ in range(size))
         if not group[0].alone:
             check_rows(call.module, len(rows), call.rows)
-        with self.cached_calls.around(group[0].module or call.module, group, len(rows), step):
+        module = call.module if group[0].module is None else group[0].module
+        with self.cached_calls.around(module, group, len(rows), step):
             output = self.run(call, step, tuple(group), conditioned, arguments)
         predictions = prediction_of(output).split_with_sizes(sizes)
         for p, prediction in zip(group, predictions):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffalign.core import UnsupportedModel
+
 if TYPE_CHECKING:
     from diffalign.families.family import Family
 
@@ -63,7 +65,9 @@ def take_arguments(
 
     Within a dictionary, pictures of adapters are split by rows, several to a row where there are as
     many, and their masks never are.
+    Raises: ``UnsupportedModel`` for a mask of the text that has other rows than the text.
     """
+    _check_masks(kwargs, total, family)
 
     def entry(name: str, value: Any, whole: bool) -> Any:
         if name in SHARED_WITHIN or (whole and name not in ROWS_WITHIN):
@@ -81,6 +85,21 @@ def take_arguments(
             value = take(value, rows, total, family.lists, axes.get(name, 0))
         arguments[name] = value
     return arguments
+
+
+def _check_masks(kwargs: dict[str, Any], total: int, family: Family) -> None:
+    """Some pipelines repeat their texts for ``num_images_per_prompt``, and not the masks: whose
+    rows are they?"""
+    declared = {argument.mask for argument in family.text}
+    for name, mask in kwargs.items():
+        if name not in declared and not name.startswith("text_embedding_mask"):
+            continue
+        if isinstance(mask, Tensor) and mask.ndim > 1 and mask.shape[0] not in (1, total):
+            raise UnsupportedModel(
+                f"Expected {total} rows in {name}, as many as the texts have; got "
+                f"{mask.shape[0]}. Use num_images_per_prompt=1 and give each image its own text "
+                "and mask."
+            )
 
 
 def _take_groups(value: Any, rows: Sequence[int], total: int) -> Any:

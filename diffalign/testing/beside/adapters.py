@@ -254,7 +254,15 @@ LORA = [
     Neighbour(
         name="LoRA, scale given to the call",
         group="LoRA",
-        pipelines=(SD, SDXL, SD3, FLUX),
+        pipelines=(SD, SDXL),
+        put=partial(lora, call_scale=0.5),
+        without=partial(lora, weights=(0.5,), fuse=True),
+        text=True,
+    ),
+    Neighbour(
+        name="LoRA of a transformer, scale given to the call",
+        group="LoRA",
+        pipelines=(SD3, FLUX),
         put=partial(lora, call_scale=0.5),
         without=partial(lora, weights=(0.5,), fuse=True),
     ),

@@ -24,6 +24,8 @@ class Part:
     images: tuple[int, ...] = tuple(range(BATCH))
     # "both" is a guided call; the others are unguided, with the prompt or with the negative prompt
     branch: Literal["both", "cond", "uncond"] = "both"
+    # its latents are led along those of another run
+    led: bool = False
 
 
 Model = Any
@@ -68,6 +70,8 @@ class Neighbour:
     variant: str = ""
     # each branch can be evaluated alone, by the pipeline itself
     branches: bool = True
+    # classes whose unconditional branch takes what the conditional one has made
+    shared: tuple[str, ...] = ()
     # pictures and the like travel with the images: each image alone is the same
     images: bool = False
     # what it computes depends on earlier steps: a technique of almost no effect changes almost

@@ -21,7 +21,15 @@ from diffusers import (
 )
 
 from diffalign.core.types import Pipeline
-from diffalign.testing.beside.base import STEPS, Arguments, Neighbour, Refusal, by_seam, nothing
+from diffalign.testing.beside.base import (
+    STEPS,
+    Arguments,
+    Neighbour,
+    Refusal,
+    by_name,
+    by_seam,
+    nothing,
+)
 
 FLUX, WAN = "FluxPipeline", "WanPipeline"
 COGVIDEO, LTX, QWEN = "CogVideoXPipeline", "LTXPipeline", "QwenImagePipeline"
@@ -96,6 +104,8 @@ def faster(pipe: Pipeline, times: tuple[int, int]) -> FasterCacheConfig:
 
 LEFT_OUT = Refusal(by_seam("tokens"), "a step cache of the denoiser")
 GROUP = "Feature caches"
+PERTURBED = "it hands attention outputs of one pass to the next"
+FASTER = "FasterCacheConfig cannot be combined with attention"
 NEIGHBOURS = [
     Neighbour(
         name="FirstBlockCache",
@@ -165,6 +175,7 @@ NEIGHBOURS = [
                 "it hands attention outputs of one branch to the other",
                 (FLUX,),
             ),
+            Refusal(by_name("pag", "seg"), PERTURBED),
         ),
     ),
     Neighbour(
@@ -174,7 +185,7 @@ NEIGHBOURS = [
         put=partial(cached, config=partial(pyramid, times=NEVER)),
         without=uncached,
         branches=False,
-        refusals=(LEFT_OUT,),
+        refusals=(LEFT_OUT, Refusal(by_name("pag", "seg"), PERTURBED)),
     ),
     Neighbour(
         name="FasterCache",
@@ -185,7 +196,9 @@ NEIGHBOURS = [
         remembers=True,
         refusals=(
             LEFT_OUT,
-            Refusal(by_seam("attention"), "FasterCacheConfig cannot be combined with attention"),
+            Refusal(by_seam("attention"), FASTER),
+            Refusal(by_name("pag", "seg"), FASTER),
+            Refusal(by_name("auto-guidance"), "which this guidance does not run"),
         ),
     ),
 ]

@@ -92,6 +92,8 @@ class Setting:
     # what the neighbour adds to a call
     arguments: Arguments
     folder: Path
+    # the same on a pipeline of less, whose denoiser is AutoGuidance's weak one
+    weak: Pipeline | None = None
     # results of the pipeline itself: branch -> [B, ...]
     plain: dict[str, Tensor] = field(default_factory=dict)
 
@@ -116,6 +118,8 @@ class Setting:
 
     def acting(self, name: str) -> Technique:
         """The technique of that name with an effect here."""
+        if name == "auto-guidance":
+            return examples.weakened(self.pipe, self.weak)
         shape = self.shape if name == "linear-ag" else ()
         return examples.acting(name, self.pipe, shape, STEPS, self.folder)
 
@@ -126,12 +130,13 @@ def setting(
 ) -> Iterator[Setting]:
     """The neighbour on a fresh tiny pipeline; ``without`` its mechanism, the same computed
     plainly."""
-    pipe = neighbour.pipeline(name)
+    pipe, weak = neighbour.pipeline(name), neighbour.pipeline(name)
+    examples.weaken(getattr(weak, denoiser_of(weak)))
     put = neighbour.without if without else neighbour.put
     assert put is not None
     place: AbstractContextManager[Arguments] = put(pipe)
-    with place as arguments:
-        yield Setting(neighbour, name, pipe, arguments, folder)
+    with put(weak), place as arguments:
+        yield Setting(neighbour, name, pipe, arguments, folder, weak)
 
 
 @contextmanager
@@ -169,9 +174,8 @@ class Cells:
         words = self.neighbour.refusal(name, cls, self.here.name)
         if is_absent(name, self.here.name, self.neighbour.variant, self.neighbour.text):
             return "absent"
-        technique = self.here.acting(name)
         try:
-            self._run(name, technique)
+            self._run(name, self.here.acting(name))
             sentence = ""
         except OURS as error:
             sentence = str(error)
@@ -199,7 +203,8 @@ class Cells:
             with da.apply(self.there.pipe, self.there.acting(name)):
                 plain = self.there.run()
             bound = self.neighbour.bound
-            limit = self.tolerance if bound is None else bound * float(plain.abs().max())
+            rounding = self.tolerance * examples.REACH.get(name, 1.0)
+            limit = rounding if bound is None else bound * float(plain.abs().max())
             assert _distance(ours, plain) <= limit, (
                 f"{technique}: {_distance(ours, plain)} from the same without the mechanism"
             )
@@ -213,7 +218,9 @@ class Cells:
         results: dict[tuple[object, ...], list[Tensor]] = {}
         for index, preds in enumerate(steps):
             for p, value in preds.items():
-                key = (p.conditioned, p.blocks or ())
+                if not p.conditioned and self.here.name in self.neighbour.shared:
+                    continue
+                key = (p.name, p.blocks)
                 if key not in results:
                     results[key] = self._alone(p, way)
                 expected = results[key][index][chosen_rows(p.rows)]
@@ -222,9 +229,9 @@ class Cells:
                 )
 
     def _alone(self, p: Pass, way: list[Tensor]) -> list[Tensor]:
-        part = Part(branch="cond" if p.conditioned else "uncond")
+        part = Part(branch="cond" if p.conditioned else "uncond", led=True)
         inputs = {**self.neighbour.inputs(self.here.name, part), **self.here.arguments(part)}
-        return alone(self.pipe, denoiser_of(self.pipe), inputs, way, p.blocks or ())
+        return alone(self.pipe, p, inputs, way)
 
     def _each_image_alone(self, technique: Technique, ours: Tensor) -> None:
         # that rule guides whichever image comes first

@@ -48,7 +48,8 @@ def compiled(
 
 def acts_inside(name: str, cls: type[Technique]) -> bool:
     """Techniques that change what the denoiser does, not only how it is called."""
-    return cls.seam in ("attention", "tokens") or name in ("s2-guidance", "skip-layer-guidance")
+    names = ("s2-guidance", "skip-layer-guidance", "pag", "seg")
+    return cls.seam in ("attention", "tokens") or name in names
 
 
 GROUP = "Compiled models"

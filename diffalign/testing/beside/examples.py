@@ -64,9 +64,15 @@ ACTING: Mapping[str, Keywords] = {
 }
 """Options with which a technique acts at some of three steps; the others act by default."""
 
+REACH: Mapping[str, float] = {"nag": 7.0, "pladis": 3.0}
+"""How far attention outputs are extrapolated: at scale ``w`` rounding differences of both outputs
+are multiplied by up to ``w + (w - 1)``."""
+
 FAINT: Mapping[str, Keywords] = {
     "nag": {**ACTING["nag"], "alpha": 1e-7},
+    "pag": {"pag_scale": 1e-7},
     "pladis": {"strength": 1e-7},
+    "seg": {"seg_scale": 1e-7},
     "s2-guidance": {**ACTING["s2-guidance"], "omega": 1e-7},
     "skip-layer-guidance": {**ACTING["skip-layer-guidance"], "slg_scale": 1e-7},
 }
@@ -89,10 +95,12 @@ NEUTRAL: Mapping[str, Neutral] = {
     "interval-cfg": Neutral({"sigma": ALWAYS}, "both"),
     "magnitude-aware": Neutral({"alpha": 0.0}, "both"),
     "nag": Neutral({"scale": 1.0}, "both"),
+    "pag": Neutral({"pag_scale": 0.0}, "both"),
     "pladis": Neutral({"strength": 0.0}, "both"),
     "rescaled-cfg": Neutral({"phi": 0.0}, "both"),
     "s2-guidance": Neutral({"blocks": ("*",), "omega": 0.0}, "both"),
     "scheduled-cfg": Neutral({"shape": "constant"}, "both"),
+    "seg": Neutral({"seg_scale": 0.0}, "both"),
     "skip-layer-guidance": Neutral({"layers": (0,), "slg_scale": 0.0, "stop": 1.0}, "both"),
     "apg": Neutral({"scale": 1.0}, "cond"),
     "cfg-zero-star": Neutral({"scale": 1.0, "zero_steps": 0}, "cond"),
@@ -119,19 +127,26 @@ def acting(name: str, pipe: Pipeline, shape: Sequence[int], steps: int, folder: 
         LinearPolicy(identity, plan, weights, {}, {}, 0).save(folder / "policy")
         return TECHNIQUES.build(name, {"scale": 3.0, "policy": str(folder / "policy")})
     if name == "auto-guidance":
-        return AutoGuidance(3.0, weak=weaker(pipe))
+        return weakened(pipe)
     return TECHNIQUES.build(name, ACTING.get(name, {}))
 
 
-def weaker(pipe: Pipeline) -> torch.nn.Module:
-    """A copy of the pipeline's first denoiser with smaller weights."""
-    family = family_of(original_class(pipe))
-    copy = deepcopy(getattr(pipe, family.denoisers[0]))
+def weakened(pipe: Pipeline, weak: Pipeline | None = None) -> AutoGuidance:
+    """AutoGuidance by the denoiser of ``weak``; None is a copy of the pipeline's own with smaller
+    weights."""
+    name = family_of(original_class(pipe)).denoisers[0]
+    if weak is not None:
+        return AutoGuidance(3.0, weak=getattr(weak, name))
+    module = deepcopy(getattr(pipe, name))
+    weaken(module)
+    return AutoGuidance(3.0, weak=module)
+
+
+def weaken(denoiser: torch.nn.Module) -> None:
+    """Make its weights smaller."""
     with torch.no_grad():
-        for parameter in copy.parameters():
+        for parameter in denoiser.parameters():
             parameter.mul_(0.9)
-    weak: torch.nn.Module = copy
-    return weak
 
 
 def class_of(name: str) -> type[Technique]:

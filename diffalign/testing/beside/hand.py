@@ -1,5 +1,5 @@
-"""A branch evaluated by hand: the pipeline itself without guidance and without any technique, led
-along the latents of another run."""
+"""A pass evaluated by hand: the pipeline itself without guidance and without any technique, led
+along the latents of another run, with what the pass changes done plainly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from diffalign.families import block_streams
 from diffalign.seams.denoiser.call import Step
 from diffalign.seams.denoiser.tap import Generation
 from diffalign.seams.swap import original_class, unwrapped
-from diffalign.testing.beside.base import Model
+from diffalign.testing.beside.base import Model, denoiser_of
+from diffalign.testing.beside.maps import changed_maps
 from diffalign.testing.final import final
 
 
@@ -97,18 +98,30 @@ def without_blocks(denoiser: nn.Module, names: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def alone(
-    pipe: Pipeline,
-    denoiser: str,
-    arguments: Keywords,
-    way: Sequence[Tensor],
-    blocks: Sequence[str] = (),
-) -> list[Tensor]:
-    """Predictions of one branch at each of the latents of ``way``, [B, ...] each.
+@contextmanager
+def replaced(pipe: Pipeline, denoiser: str, module: nn.Module | None) -> Iterator[None]:
+    """Another denoiser in place of the pipeline's."""
+    before = getattr(pipe, denoiser)
+    setattr(pipe, denoiser, before if module is None else module)
+    try:
+        yield
+    finally:
+        setattr(pipe, denoiser, before)
 
-    ``arguments``: of a call without guidance. ``blocks``: names of blocks to leave out.
+
+def alone(pipe: Pipeline, p: Pass, arguments: Keywords, way: Sequence[Tensor]) -> list[Tensor]:
+    """Predictions of a pass at each of the latents of ``way``, [B, ...] each.
+
+    ``arguments``: of a call without guidance, with the text that the pass reads.
     """
-    with without_blocks(getattr(pipe, denoiser), blocks), tracked(pipe, way) as track:
+    name = denoiser_of(pipe)
+    text = arguments["prompt_embeds"].shape[1] if "prompt_embeds" in arguments else 0
+    frames = way[0].shape[2] if way[0].ndim == 5 else 1
+    with ExitStack() as stack:
+        stack.enter_context(replaced(pipe, name, p.module))
+        stack.enter_context(without_blocks(getattr(pipe, name), p.blocks or ()))
+        stack.enter_context(changed_maps(pipe, name, p.attention, text, frames))
+        track = stack.enter_context(tracked(pipe, way))
         final(pipe, arguments)
     for here, there in zip(track.latents, way, strict=True):
         assert torch.equal(here, there), "the run was not led along these latents"

@@ -15,7 +15,14 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from diffalign.core.types import Pipeline
-from diffalign.testing.beside.base import Arguments, Neighbour, denoiser_of, nothing
+from diffalign.testing.beside.base import (
+    Arguments,
+    Neighbour,
+    Refusal,
+    by_name,
+    denoiser_of,
+    nothing,
+)
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 SD3, FLUX, WAN = "StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline"
@@ -85,6 +92,26 @@ def rounded(pipe: Pipeline) -> Iterator[Arguments]:
 
 
 @contextmanager
+def quantised(pipe: Pipeline) -> Iterator[Arguments]:
+    """Weights of linear layers in eight bits each, by torchao."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(getattr(pipe, denoiser_of(pipe)), Int8WeightOnlyConfig())
+    yield nothing
+
+
+@contextmanager
+def dequantised(pipe: Pipeline) -> Iterator[Arguments]:
+    """The weights that those eight bits stand for, in float32."""
+    model = getattr(pipe, denoiser_of(pipe))
+    with quantised(pipe) as arguments:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+        yield arguments
+
+
+@contextmanager
 def sliced(pipe: Pipeline) -> Iterator[Arguments]:
     """Attention computed slice by slice."""
     pipe.enable_attention_slicing(1)
@@ -146,6 +173,7 @@ NEIGHBOURS = [
         put=sequential_offload,
         without=resident,
         bound=0.0,
+        refusals=(Refusal(by_name("linear-ag"), "Use enable_model_cpu_offload instead"),),
     ),
     Neighbour(
         name="layerwise casting",
@@ -154,6 +182,13 @@ NEIGHBOURS = [
         put=layerwise_casting,
         without=rounded,
         bound=0.0,
+    ),
+    Neighbour(
+        name="int8 weights of torchao",
+        group=WEIGHTS,
+        pipelines=MODELS,
+        put=quantised,
+        without=dequantised,
     ),
     Neighbour(
         name="attention slicing",

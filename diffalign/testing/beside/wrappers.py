@@ -19,6 +19,7 @@ from diffalign.testing.beside.base import (
     Neighbour,
     Part,
     Refusal,
+    by_name,
     by_seam,
     denoiser_of,
     nothing,
@@ -98,7 +99,7 @@ def callback(pipe: Pipeline) -> Iterator[Arguments]:
     """A callback after each step that changes the latents."""
 
     def arguments(part: Part) -> Keywords:
-        return {"callback_on_step_end": faded} if part.branch == "both" else {}
+        return {} if part.led else {"callback_on_step_end": faded}
 
     yield arguments
 
@@ -182,6 +183,7 @@ def processed(pipe: Pipeline, cls: type) -> Iterator[Arguments]:
 
 
 GROUP = "Wrappers, hooks and processors"
+UNSEEN = "calls of attention that diffalign can follow"
 MODELS = (SD, FLUX, SD3, SDXL, WAN)
 NEIGHBOURS = [
     Neighbour(
@@ -232,6 +234,9 @@ NEIGHBOURS = [
         group=GROUP,
         pipelines=(SD, SDXL),
         put=partial(processed, cls=Hidden),
-        refusals=(Refusal(by_seam("attention"), "calls of scaled_dot_product_attention"),),
+        refusals=(
+            Refusal(by_seam("attention"), UNSEEN),
+            Refusal(by_name("pag", "seg"), UNSEEN),
+        ),
     ),
 ]

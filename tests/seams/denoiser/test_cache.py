@@ -72,6 +72,16 @@ def test_faster_cache_takes_whole_batches_only():
     cache.check_rows(Model(FirstBlockCacheConfig()), 2, 4)
 
 
+def test_faster_cache_needs_both_branches_beside_a_second_pass():
+    faster = Model(FasterCacheConfig())
+    cache.check_branches(faster, 1)
+    with pytest.raises(UnsupportedModel, match=r"unconditional branch, which .* does not run"):
+        cache.check_branches(faster, 2)
+    distilled = Model(FasterCacheConfig(is_guidance_distilled=True))
+    assert not cache.keeps_both(distilled)
+    cache.check_branches(distilled, 2)
+
+
 def test_an_emptied_cache_keeps_its_place():
     model, hook = Model(FirstBlockCacheConfig()), Remembering()
     HookRegistry.check_if_exists_or_initialize(model.block).register_hook(hook, "remember")
