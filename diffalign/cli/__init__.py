@@ -3,7 +3,7 @@
 Help is shown without loading a model library: commands import what they need when they run.
 
 Exit codes: 0 done, 2 bad input (one line on standard error, before anything is computed), 130 after
-Ctrl-C, 1 anything unexpected.
+Ctrl-C, 1 a run of ``eval`` that had to stop (one line) or anything unexpected.
 """
 
 import os
