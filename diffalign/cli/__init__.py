@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (one line on standard error, before anything is 
 Ctrl-C, 1 a run of ``eval`` that had to stop (one line) or anything unexpected.
 """
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -26,6 +27,10 @@ from diffalign.cli.rewards import rewards
 from diffalign.cli.techniques import techniques
 
 __all__ = ["app", "main"]
+
+# diffusers imports torchao where it is installed, and both talk about it on standard error
+for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 app = typer.Typer(
     no_args_is_help=True,
