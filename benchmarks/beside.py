@@ -34,11 +34,11 @@ is natively under a technique of almost no weight, and images do not mix. The pe
 and weaker passes of PAG, SEG and AutoGuidance are compared with attention written out, and with the
 pipeline whose denoiser is the weaker one.
 
-On 2026-11-28, with diffusers 0.42.1, torch 2.14.1 and torchao 0.18.0, every technique was run beside
-every neighbour on the first class that is named, each cell in the end as the tables say. On the
-other classes one technique of each way of acting was run, and those that the first class does not
-have, except beside compiled transformers and, on the last of their classes, beside some wrappers
-and attention backends: those cells are what the library declares.
+On 2026-11-28, with diffusers 0.42.1, torch 2.14.1 and torchao 0.18.0, every technique was run
+beside every neighbour on the first class that is named, and in the end each cell was as the tables
+say. On the other classes one technique of each way of acting was run, and those that the first
+class does not have, except beside models compiled in place, by blocks or as a full graph: those
+cells are what the library declares.
 
 This page is made by `python benchmarks/beside.py`; `pytest -m exhaustive tests/beside` checks every
 cell.

@@ -47,8 +47,9 @@ class Published:
         they choose rows by it, and both branches are there."""
         plan, family = self.generation.plan, self.generation.family
         scale = next(iter(plan.guidances.values())).asked_scale if plan.guidances else None
-        follows = scale is None or bool(plan.free)
-        if gate in self.values and self.values[gate] <= family.on_above and not follows:
+        if scale is None or plan.free:  # it follows the user's
+            return
+        if gate in self.values and self.values[gate] <= family.on_above:
             self.values[gate] = max(family.native(scale), family.placeholder)
 
     def call(self, callback: Callable[..., Any], args: Any, kwargs: Any) -> Any:
