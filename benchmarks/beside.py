@@ -35,11 +35,11 @@ and weaker passes of PAG, SEG and AutoGuidance are compared with attention writt
 pipeline whose denoiser is the weaker one.
 
 On 2026-11-28, with diffusers 0.42.1, torch 2.14.1 and torchao 0.18.0, every technique but CAT was
-run beside every neighbour on the first class that is named, each cell in the end as the tables say.
-On the other classes one technique of each way of acting was run, and those that the first class
-does not have, except beside compiled transformers and, on the last of their classes, beside some
-wrappers and attention backends. CAT was run on Stable Diffusion 3, Flux and Qwen-Image, beside some
-attention backends and wrappers in part. Cells that were not run are what the library declares.
+run beside every neighbour on the first class that is named, and in the end each cell was as the
+tables say. On the other classes one technique of each way of acting was run, and those that the
+first class does not have, except beside models compiled in place, by blocks or as a full graph. CAT
+was run on Stable Diffusion 3, Flux and Qwen-Image, beside some wrappers and backends in part. Cells
+that were not run are what the library declares.
 
 This page is made by `python benchmarks/beside.py`; `pytest -m exhaustive tests/beside` checks every
 cell.

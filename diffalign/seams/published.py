@@ -47,9 +47,9 @@ class Published:
         they choose rows by it, and both branches are there."""
         plan, family = self.generation.plan, self.generation.family
         scale = next(iter(plan.guidances.values())).asked_scale if plan.guidances else None
-        if scale is None or plan.free or gate not in self.values:
+        if scale is None or plan.free:  # it follows the user's
             return
-        if self.values[gate] <= family.on_above:
+        if gate in self.values and self.values[gate] <= family.on_above:
             self.values[gate] = max(family.native(scale), family.placeholder)
 
     def call(self, callback: Callable[..., Any], args: Any, kwargs: Any) -> Any:

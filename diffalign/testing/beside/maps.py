@@ -44,7 +44,8 @@ class Maps:
         """Changed scores [..., N, N] of queries and keys [..., N, D]."""
         count, image = q.shape[-2], self.image(q.shape[-2])
         if not self.identity:
-            frames = q[..., image, :].unflatten(-2, (self.frames, -1))
+            part = q[..., image, :]
+            frames = part.reshape(*part.shape[:-2], self.frames, -1, part.shape[-1])
             mean = frames.mean(-2, keepdim=True).expand_as(frames).flatten(-3, -2)
             q = torch.cat((q[..., : image.start, :], mean, q[..., image.stop :, :]), -2)
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -101,14 +102,14 @@ def _functions(maps: Maps) -> list[Model]:
     functional = torch.nn.functional.scaled_dot_product_attention
     scores = attention_processor.Attention.get_attention_scores
 
-    def native(*args: Model, **options: Model) -> Tensor:
+    def native(*args: Model, **options: Model) -> Model:
         if maps.layer is None:
             return functional(*args, **options)
         named = {**dict(zip(("query", "key", "value", "attn_mask"), args)), **options}
         q, k, v = (named[name] for name in ("query", "key", "value"))
         return maps.attention(q, k, v, named.get("attn_mask"), named.get("scale"))
 
-    def sliced(attn: Model, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    def sliced(attn: Model, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Model:
         if maps.layer is None:
             return scores(attn, q, k, mask)
         assert mask is None
@@ -132,7 +133,7 @@ def _functions(maps: Maps) -> list[Model]:
     if ops is not None:
         efficient = ops.memory_efficient_attention
 
-        def folded(q: Tensor, k: Tensor, v: Tensor, **rest: Model) -> Tensor:
+        def folded(q: Tensor, k: Tensor, v: Tensor, **rest: Model) -> Model:
             if maps.layer is None:
                 return efficient(q, k, v, **rest)
             return maps.attention(q, k, v, rest.get("attn_bias"), rest.get("scale"))
