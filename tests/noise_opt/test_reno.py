@@ -44,6 +44,7 @@ def test_what_it_costs(pipe):
     assert (ledger.nfe, ledger.backward, ledger.rewards) == (16, 8, 4)
 
 
+@pytest.mark.slow
 def test_the_regulariser_keeps_the_norm(pipe):
     mode = (16 * 8 * 8 - 1) ** 0.5
     far = {}

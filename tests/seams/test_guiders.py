@@ -41,6 +41,8 @@ from diffalign.testing.deep import deep_pipeline
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = {
     "StableDiffusionXLPipeline": StableDiffusionXLAutoBlocks,
     "StableDiffusion3Pipeline": StableDiffusion3AutoBlocks,

@@ -16,6 +16,8 @@ from diffalign.testing.deep import PIPELINES, deep_pipeline
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["StableDiffusionPipeline", "FluxPipeline", "ZImagePipeline", "WanPipeline"]
 
 

@@ -216,6 +216,7 @@ def test_a_resumed_run_repeats_the_bits() -> None:
     )
 
 
+@pytest.mark.slow
 def test_ranking_pushes_right_above_wrong() -> None:
     """One step on the ranking loss alone raises the margin between right and wrong pictures of a
     prompt."""

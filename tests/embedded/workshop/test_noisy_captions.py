@@ -48,6 +48,7 @@ def assert_share(hits: int, total: int, expected: float) -> None:
     assert hits / total == pytest.approx(expected, abs=LIMIT * error)
 
 
+@pytest.mark.slow
 def test_shares_of_omissions_and_errors(scenes: list[Scene], statements: list[Statement]) -> None:
     omitted = [s.omission is not None for scene, s in zip(scenes, statements) if spare(scene)]
     assert_share(sum(omitted), len(omitted), 0.35)

@@ -35,6 +35,7 @@ def plain(pipe, caption, seed, scale):
         ).images
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_their_batch(pipe, judge):
     records = samples.official_prompts(3)
     whole = samples.generate(pipe, judge, records, 2, 7, steps=STEPS)

@@ -15,6 +15,8 @@ from diffalign.core import AttentionTechnique
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 SD, XL, SD3, FLUX, WAN, QWEN = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",

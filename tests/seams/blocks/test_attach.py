@@ -30,6 +30,8 @@ from diffalign.testing.deep import PIPELINES, deep_pipeline, without_block
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 SD, FLUX = "StableDiffusionPipeline", "FluxPipeline"
 BLOCK = {
     SD: "mid_block.attentions.0.transformer_blocks.0",

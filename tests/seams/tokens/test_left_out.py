@@ -7,7 +7,7 @@ import torch
 
 import diffalign as da
 from diffalign.families import FAMILIES
-from diffalign.testing.beside.examples import weaker
+from diffalign.testing.beside.examples import weakened
 from diffalign.testing.final import final
 from diffalign.testing.left_out import CachedKeys, RandomSets, in_tokens, noted, still
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
@@ -293,7 +293,7 @@ def test_on_every_pipeline_of_the_families(name):
 @pytest.mark.slow
 def test_beside_a_weaker_model():
     pipe = pipeline(SD3, "3.5")
-    guidance, results = da.AutoGuidance(3.0, weak=weaker(pipe)), []
+    guidance, results = weakened(pipe), []
     for tokens in ([], [RandomSets()]):
         with still(pipe) as predictions, da.apply(pipe, guidance, *tokens):
             final(pipe, inputs(SD3, "3.5"))

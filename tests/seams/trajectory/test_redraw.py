@@ -7,6 +7,8 @@ from diffalign.core import UnsupportedModel
 from diffalign.seams.trajectory.cached import CachedSampler, first_block_cache
 from diffalign.seams.trajectory.kernels import Eta, FlowSDE, VPFlow
 
+pytestmark = pytest.mark.slow
+
 SD, SD3, FLUX = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 
 
