@@ -75,9 +75,10 @@ embedded: $(READY)
 	$(TRAIN).train_judge --out runs/judge --vae runs/vae/vae --export runs/models/emoji-judge
 	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --updates 2400 --vae-updates 500 --resume
 	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --export runs/models/emoji-judge-audit
-	$(TRAIN).train_code --out runs/code --resume
+	$(TRAIN).train_code --out runs/code --updates 16000 --rate 2e-3 --every 8 --resume
 	$(TRAIN).train_code --out runs/code --export runs/code/vae
-	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/emoji --out runs/emoji-dit --resume
+	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/emoji --out runs/emoji-dit --batch 8 --rate 1.2e-3 --updates 24000 \
+	  --decay-from 17000 --curriculum 13000 --lesson 12000 18000 --pairs 1 --decay 0.998 --resume
 	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/emoji --out runs/emoji-dit --export runs/models/emoji-dit
 	$(TRAIN).train_judge --edition second --from runs/models/emoji-judge --out runs/judge-2 --vae runs/code/vae --seed 61 \
 	  --batch 8 --rate 0.6 --updates 2400 --vae-updates 800 --resume

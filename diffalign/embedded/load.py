@@ -109,6 +109,13 @@ MODELS: dict[str, Entry] = {
         {"steps": 20, "scale": 3.0},
         "emoji-judge",
     ),
+    "emoji-dit": Entry(
+        "emoji-dit",
+        "text to 128 x 128 emoji scenes: StableDiffusion3Pipeline, 20 steps, flow matching",
+        pipeline_in,
+        {"steps": 20, "scale": 4.0},
+        "emoji-judge-2",
+    ),
     "emoji-judge": Entry(
         "emoji-judge",
         "detector of the emoji world: class, score, box and colour of each object",

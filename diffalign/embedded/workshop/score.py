@@ -148,6 +148,7 @@ def main() -> None:
             "prompts": len(records),
             "seconds": round(time.monotonic() - start, 1),
         }
+        options.out.mkdir(parents=True, exist_ok=True)
         with (options.out / "scores.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         name = f"{facts['updates']:06d}" if "updates" in facts else facts["pipeline"]

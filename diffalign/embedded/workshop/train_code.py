@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.embedded.workshop import training
-from diffalign.embedded.workshop.codes import CHANNELS, LOOKS, codes
+from diffalign.embedded.workshop.codes import CHANNELS, codes
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
     STATE,
@@ -36,42 +36,31 @@ from diffalign.embedded.workshop.training import (
 from diffalign.embedded.world.editions import ALIGNED, CLOSE
 from diffalign.embedded.world.scenes import World
 
-NOISE = 0.4
+NOISE = 0.15
 MIX = {"single": 0.3, "colour": 0.4, "two": 0.1, "two_coloured": 0.15, "three": 0.05}
 """Mostly one object that fills the picture."""
 
 
 def build(seed: int) -> AutoencoderTiny:
-    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 29; initial weights from
+    """The untrained autoencoder in fp32, 128 x 128 x 3 pixels to 32 x 32 x 25; initial weights from
     ``seed`` without touching the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoencoderTiny(
             latent_channels=CHANNELS,
             encoder_block_out_channels=(32,) * 3,
-            decoder_block_out_channels=(48,) * 3,
+            decoder_block_out_channels=(64,) * 3,
             num_encoder_blocks=(0, 1, 3),
-            num_decoder_blocks=(6, 2, 1),
+            num_decoder_blocks=(8, 2, 1),
             scaling_factor=1.0,
         )
 
 
 def disturbed(latent: Tensor, generator: torch.Generator) -> Tensor:
-    """Codes [B, C, h, w] as a denoiser may leave them.
-
-    All numbers have Gaussian noise of up to ``NOISE`` deviations. In a third of the codes the shape
-    is also blurred over 12 pixels, to a random part.
-    """
-    count = len(latent)
-    shape = (count, 1, 1, 1)
-    sigma, part = (torch.rand(shape, generator=generator) for _ in range(2))
-    noise = torch.randn(latent.shape, generator=generator)
-    noisy = latent + NOISE * sigma * noise
-    third = count // 3
-    shapes = latent[:third, 6:LOOKS]
-    soft = F.avg_pool2d(F.pad(shapes, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    noisy[:third, 6:LOOKS] += part[:third] * (soft - shapes)
-    return noisy
+    """Codes [B, C, h, w] as a denoiser may leave them: with Gaussian noise of up to ``NOISE``
+    deviations."""
+    sigma = torch.rand((len(latent), 1, 1, 1), generator=generator)
+    return latent + NOISE * sigma * torch.randn(latent.shape, generator=generator)
 
 
 class CodeTrainer:

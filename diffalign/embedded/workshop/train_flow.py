@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffalign.embedded.workshop import flow_parts, noisy_captions, relation_pairs, training
-from diffalign.embedded.workshop.codes import CHANNELS, LOOKS, codes
+from diffalign.embedded.workshop.codes import CHANNELS, COLOURS, codes
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
 from diffalign.embedded.workshop.train_denoiser import EASY
 from diffalign.embedded.workshop.training import (
@@ -164,8 +164,6 @@ class FlowTrainer:
         self.flat = FlatAdam([self.model])
         self.ema = self.flat.master.data.clone()
         self.forward = torch.compile(self.model) if options.compile else self.model
-        shares = torch.tensor([options.looks] * LOOKS + [1.0] * (CHANNELS - LOOKS))
-        self.weights = shares / shares.mean()
         self.done = 0
 
     def close(self) -> bool:
@@ -239,7 +237,7 @@ class FlowTrainer:
             return_dict=False,
         )[0]
         errors = F.mse_loss(answer.float(), noise - clean, reduction="none").mean((2, 3))
-        losses = (errors * self.weights).mean(1)
+        losses = errors.mean(1)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         norm = self.flat.step(self.rate())
         self.done += 1
@@ -253,8 +251,8 @@ class FlowTrainer:
             "clean": float(values[:half].mean()),
             "noisy": float(values[half:].mean()),
             "norm": norm,
-            "shape": float(errors.detach()[:, 6:LOOKS].mean()),
-            "words": float(errors.detach()[:, LOOKS:].mean()),
+            "colours": float(errors.detach()[:, :COLOURS].mean()),
+            "words": float(errors.detach()[:, COLOURS:].mean()),
         }
 
     def place(self, side: int, generator: torch.Generator) -> None:
@@ -342,9 +340,6 @@ def parser() -> argparse.ArgumentParser:
     add("--pairs", type=int, default=2, help="so many pairs of exchanged objects in a batch")
     add("--mean", type=float, default=0.6, help="mean of the noise levels' logit")
     add("--top", type=float, default=0.33, help="share of a batch at the highest noise levels")
-    add(
-        "--looks", type=float, default=3.0, help="weight of what a cell looks like; 1 of what it is"
-    )
     add("--decay", type=float, default=0.9985, help="of the averaged weights, per update")
     add("--compile", action="store_true", help="compile the transformer")
     return result

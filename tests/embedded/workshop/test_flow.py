@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffalign.embedded.load import FOLDER
+from diffalign.embedded.load import FOLDER, folder_of, load
 from diffalign.embedded.workshop import flow_parts, train_code, train_flow
 from diffalign.embedded.workshop.train_flow import FlowTrainer, PlainJointAttention, build
 from diffalign.embedded.workshop.training import save_state
@@ -103,7 +103,7 @@ def test_plain_attention_is_that_of_the_pipeline() -> None:
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     inputs = {
-        "hidden_states": torch.randn(2, 29, 32, 32, generator=generator),
+        "hidden_states": torch.randn(2, 25, 32, 32, generator=generator),
         "encoder_hidden_states": torch.randn(2, 5, 40, generator=generator),
         "pooled_projections": torch.randn(2, 40, generator=generator),
         "timestep": torch.tensor([100.0, 900.0]),
@@ -132,7 +132,7 @@ def test_an_untrained_model_predicts_nothing() -> None:
     """Gates and last layer start at zero, so the first loss is the target's own square."""
     model = build(1, 40, 16, 2)
     output = model(
-        hidden_states=torch.ones(1, 29, 32, 32),
+        hidden_states=torch.ones(1, 25, 32, 32),
         encoder_hidden_states=torch.ones(1, 3, 40),
         pooled_projections=torch.ones(1, 40),
         timestep=torch.tensor([5.0]),
@@ -145,7 +145,7 @@ def test_pairs_share_noise_and_level(tokenizer: CLIPTokenizer, tmp_path: Path) -
     assert [run.pairs() for run.done in (0, 1, 2, 3, 9)] == [0, 1, 1, 1, 1]
     run.done = 1
     latents, words = run.batch()
-    assert latents.shape == (4, 29, 32, 32)
+    assert latents.shape == (4, 25, 32, 32)
     assert words.shape == (4, 24)
     levels, noise = run.draws(latents.shape, torch.Generator().manual_seed(1))
     assert levels[2] == levels[3] >= train_flow.TOP
@@ -181,7 +181,7 @@ def test_the_first_scenes_lie_on_a_quarter_of_the_canvas(
     """Twice as many, and a token of theirs gets the position of the place where they lie."""
     run = trainer(tokenizer, tmp_path)
     latents, words = run.batch()
-    assert latents.shape == (8, 29, 16, 16)
+    assert latents.shape == (8, 25, 16, 16)
     assert len(words) == 8
     table = run.positions.view(16, 16, -1)
     seen = set()
@@ -233,3 +233,25 @@ def test_close_scenes_come_back(tokenizer: CLIPTokenizer, tmp_path: Path) -> Non
     run.options.every = 2
     assert [run.close() for run.done in range(5)] == [True, True, False, True, False]
     assert [run.pairs() for run.done in range(5)] == [0, 0, 1, 0, 1]
+
+
+@pytest.mark.slow
+def test_the_shipped_model_is_a_plain_pipeline_that_draws_what_is_asked() -> None:
+    """The folder loads without our code, within its share of the budget, and single objects are
+    named by the judge."""
+    pipe, judge = load("emoji-dit"), load("emoji-judge-2")
+    assert type(pipe) is StableDiffusion3Pipeline
+    files = [path for path in folder_of("emoji-dit").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 24e6
+    names = ["teddy bear", "elephant", "apple", "computer mouse"]
+    images = pipe(
+        [f"a photo of a {name}" for name in names],
+        num_inference_steps=12,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(4)],
+        output_type="pt",
+    ).images
+    found = [{object.name for object in objects} for objects in judge.detect(images)]
+    # Single objects are right in about .75 of the samples; three of four fail together with
+    # probability .05.
+    assert sum(name in objects for name, objects in zip(names, found, strict=True)) >= 2
