@@ -113,7 +113,7 @@ MODELS: dict[str, Entry] = {
         "emoji-dit",
         "text to 128 x 128 emoji scenes: StableDiffusion3Pipeline, 20 steps, flow matching",
         pipeline_in,
-        {"steps": 20, "scale": 4.0},
+        {"steps": 20, "scale": 2.5},
         "emoji-judge-2",
     ),
     "emoji-judge": Entry(
