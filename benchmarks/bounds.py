@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLLOWED = ("diffusers", "transformers", "torch")
-EXTRAS = ("dev", "app", "eval")
+EXTRAS = ("dev", "app", "eval", "ocr")
 SHOWN = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "numpy")
 REQUIREMENT = re.compile(r"([\w.-]+)(\[[^\]]*\])?\s*([^;]*)(;.*)?")
 

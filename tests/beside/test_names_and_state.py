@@ -1,21 +1,22 @@
 """Subclasses, wrappers, callbacks and settings that people bring: right, or refused by name."""
 
 import functools
+import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from peft import LoraConfig, get_peft_model
-from transformers import CLIPTextModel
 
 import diffalign as da
 from diffalign.core.identity import model_hash
@@ -376,11 +377,14 @@ def test_shipped_folders_run_as_they_are_loaded():
 
 
 def check_folder(folder):
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a photo of a red apple", num_inference_steps=2, output_type="pt").images
     assert image.dtype == torch.float32
-    for part, cls in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+    denoiser = "unet" if "unet" in index else "transformer"
+    for part, library in ((denoiser, diffusers), ("text_encoder", transformers)):
+        cls = getattr(library, index[part][1])
         model = cls.from_pretrained(folder, subfolder=part, local_files_only=True)
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}, part
     pipe = DiffusionPipeline.from_pretrained(

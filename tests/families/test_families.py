@@ -181,11 +181,3 @@ def test_every_variant_is_of_the_same_family():
             module = next(iter(family.present(tiny_pipeline(name, variant=variant)).values()))
             classes = {type(part).__name__ for part in module.modules()}
             assert set(family.blocks) <= classes, (name, variant)
-
-
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_a_live_scale_is_read_from_the_pipeline_at_each_step(name):
-    """As the source of the pipeline says: ``self.guidance_scale * (...)`` or a local name."""
-    source = inspect.getsource(getattr(diffusers, name).__call__)
-    live = bool(re.search(r"self\._?guidance_scale \* \(", source))
-    assert FAMILIES[name].live_scale is live or not FAMILIES[name].gates
