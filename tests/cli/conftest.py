@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from diffalign import cli
 from diffalign.embedded.load import MODELS, Entry
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
-from diffalign.testing.tiny import tiny_pipeline
 
 STEPS = 4
 
@@ -20,6 +19,8 @@ STEPS = 4
 def folder(tmp_path_factory):
     """A Stable Diffusion folder as ``save_pretrained`` writes it: 16 x 16 pixels, tiny random
     weights."""
+    from diffalign.testing.tiny import tiny_pipeline
+
     path = tmp_path_factory.mktemp("tiny")
     tiny_pipeline("StableDiffusionPipeline", text=True).save_pretrained(path)
     return path

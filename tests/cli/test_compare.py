@@ -30,6 +30,7 @@ def shows(sheet, tile):
     return any(np.array_equal(sheet[y : y + height, x : x + width], tile) for y, x in corners)
 
 
+@pytest.mark.slow
 def test_columns_share_their_noise_and_plain_is_the_pipeline(run, folder, tmp_path):
     result = run(
         "compare",
@@ -188,6 +189,7 @@ def test_interrupt_keeps_finished_images(run, folder, tmp_path, monkeypatch):
     assert not (tmp_path / "compare.png").exists()
 
 
+@pytest.mark.slow
 def test_demo_runs_one_official_prompt_of_each_category(emoji, tmp_path):
     result = CliRunner().invoke(demo.typer_app(), ["--output", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output

@@ -82,6 +82,7 @@ def test_a_settings_file_and_options_beside_it(run, judged, prompts, tmp_path):
     assert "holds another run: steps is 2 there and 3 here" in other.stderr
 
 
+@pytest.mark.slow
 def test_images_of_another_tool(run, judged, tmp_path):
     from PIL import Image
 

@@ -228,6 +228,7 @@ def test_prompts_file_and_size(run, folder, tmp_path):
     "name",
     [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES],
 )
+@pytest.mark.few(1)
 def test_every_scheduler_samples(run, folder, tmp_path, name):
     result = run(
         "generate",

@@ -55,6 +55,7 @@ def loaded():
 
 
 @pytest.mark.parametrize("command", [" ".join(command) for command in COMMANDS])
+@pytest.mark.few(8)
 def test_no_heavy_library_is_loaded(loaded, command):
     assert not set(loaded[command]) & HEAVY
 

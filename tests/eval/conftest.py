@@ -4,14 +4,6 @@ import json
 
 import pytest
 
-from diffalign.eval.benchmarks import of_file
-from diffalign.eval.folder import RunFolder
-from diffalign.eval.generation import Plan, generate
-from diffalign.eval.scorers.base import Outcome
-from diffalign.eval.scoring import pictures_of, score
-from diffalign.generate.models import Model
-from diffalign.testing.tiny import tiny_pipeline
-
 PROMPTS = ["a photo of a bench", "a <b>red</b> & blue thing", "a photo of two dogs", "x", "y"]
 
 
@@ -34,6 +26,8 @@ class Brightness:
         return self.broken
 
     def score(self, images, item):
+        from diffalign.eval.scorers.base import Outcome
+
         self.images += len(images)
         values = [float(image.mean()) for image in images]
         if item.index == self.failing:
@@ -47,6 +41,9 @@ class Brightness:
 @pytest.fixture(scope="session")
 def tiny():
     """A tiny Stable Diffusion as a loaded model of two steps."""
+    from diffalign.generate.models import Model
+    from diffalign.testing.tiny import tiny_pipeline
+
     pipe = tiny_pipeline("StableDiffusionPipeline", text=True)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 2, "guidance_scale": 3.0}
@@ -56,6 +53,8 @@ def tiny():
 @pytest.fixture
 def benchmark_file(tmp_path):
     """Five prompts of two categories in a file."""
+    from diffalign.eval.benchmarks import of_file
+
     path = tmp_path / "prompts.jsonl"
     tags = ("first", "first", "second", "second", "second")
     lines = [json.dumps({"prompt": p, "category": t}) for p, t in zip(PROMPTS, tags)]
@@ -65,12 +64,17 @@ def benchmark_file(tmp_path):
 
 @pytest.fixture
 def plan(tiny, benchmark_file):
+    from diffalign.eval.generation import Plan
+
     return Plan(benchmark_file, tiny, samples=2)
 
 
 @pytest.fixture
 def evaluated(plan, tmp_path):
     """``evaluated("name", ...)``: a run that is made and scored, in a folder of that name."""
+    from diffalign.eval.folder import RunFolder
+    from diffalign.eval.generation import generate
+    from diffalign.eval.scoring import pictures_of, score
 
     def make(name, plan=plan, scorer=None, **options):
         folder = RunFolder.begin(tmp_path / name, plan.settings())

@@ -3,11 +3,6 @@
 from dataclasses import dataclass
 
 import pytest
-import torch
-
-from diffalign.core import Budget, Meter
-from diffalign.testing.mixtures import Chain, Mixture
-from diffalign.testing.search import toy
 
 
 @dataclass(frozen=True)
@@ -23,6 +18,9 @@ class Identity:
 @pytest.fixture
 def plain():
     """``plain(reward, size, seed=, **limits)``: the image is the noise, one NFE each."""
+    from diffalign.core import Budget, Meter
+    from diffalign.testing.mixtures import Chain
+    from diffalign.testing.search import toy
 
     def make(function, size=16, seed=0, differentiable=True, **limits):
         meter = Meter(Budget(**limits))
@@ -38,6 +36,12 @@ def plain():
 @pytest.fixture
 def plane():
     """``plane(reward, steps, seed=)``: two Gaussians in 16 dimensions, without noise in steps."""
+    import torch
+
+    from diffalign.core import Budget, Meter
+    from diffalign.testing.mixtures import Chain, Mixture
+    from diffalign.testing.search import toy
+
     means = torch.zeros(2, 16, dtype=torch.float64)
     means[0, 0], means[1, 0] = -2.0, 2.0
     mixture = Mixture.of(means.tolist(), 0.5)

@@ -14,6 +14,7 @@ def pipe():
 
 
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.slow
 def test_a_preset_is_a_tuple_that_apply_takes_and_that_changes_the_image(pipe, name):
     def image():
         generator = torch.Generator().manual_seed(0)

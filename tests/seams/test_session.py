@@ -503,6 +503,7 @@ def test_session_config_round_trip(pipe):
 
 
 @pytest.mark.parametrize("kind", ["function", "object"])
+@pytest.mark.slow
 def test_callbacks_run_outside_the_session(pipe, kind):
     """Another pipeline that shares the U-Net generates in a callback as it would alone, and is not
     counted."""

@@ -42,6 +42,7 @@ def test_features_are_those_of_the_encoder(pipe):
         tower.features(torch.zeros(1, 76, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_the_words_of_open_clip():
     from diffalign.embedded import load
 

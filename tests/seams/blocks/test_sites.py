@@ -83,6 +83,7 @@ def test_every_family_of_the_registry_has_blocks():
     assert seen == set(block_streams())
 
 
+@pytest.mark.slow
 def test_text_and_image_lengths_differ_where_there_are_two_streams():
     """Otherwise swapped streams would pass the deletion test by shape; lengths are read off the
     real calls."""

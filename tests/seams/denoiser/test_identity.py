@@ -85,7 +85,7 @@ def check_identity(monkeypatch, name, variant, dummy, batch, dtype):
 
 
 @pytest.mark.parametrize(("name", "variant"), QUICK_FIRST)
-@pytest.mark.few(9)
+@pytest.mark.few(4)
 def test_cfg_is_native(monkeypatch, name, variant):
     check_identity(monkeypatch, name, variant, dummy=9.0, batch=2, dtype=torch.float32)
 
@@ -101,7 +101,7 @@ def test_cfg_is_native_matrix(monkeypatch, name, variant, dummy, batch, dtype):
 
 
 @pytest.mark.parametrize(("name", "variant"), QUICK_FIRST)
-@pytest.mark.few(9)
+@pytest.mark.few(4)
 def test_skipping_is_guidance_off(name, variant):
     """The same bits as native guidance off, and half the rows."""
     pipe = tiny_pipeline(name, variant=variant)
@@ -118,7 +118,7 @@ def test_skipping_is_guidance_off(name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant"), QUICK_FIRST)
-@pytest.mark.few(9)
+@pytest.mark.few(4)
 def test_scale_one_leaves_the_pipeline_alone(name, variant):
     pipe = tiny_pipeline(name, variant=variant)
     family = FAMILIES[name]

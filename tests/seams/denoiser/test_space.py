@@ -60,7 +60,7 @@ class Look(Guidance[None]):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SAYING)
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_x0_is_the_schedulers(name, prediction):
     cls = getattr(diffusers, name)
     options = {"prediction_type": prediction}
@@ -133,7 +133,7 @@ def test_edm_multistep_is_preconditioned_too():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 def test_every_scheduler_is_read_or_refused(name):
     """No scheduler of diffusers ends in an error that is not ours, and ``supports`` agrees."""
     pipe = tiny_pipeline(SDXL)

@@ -142,6 +142,7 @@ KERNELS = (
     [*KERNELS[:2], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in KERNELS[2:])],
     ids=repr,
 )
+@pytest.mark.slow
 def test_children_of_one_state_differ_and_cuts_do_not_show(sampler_for, name, kernel):
     sampler = sampler_for(name, da.APG(3.0, cap=5.0, momentum=-0.5), kernel=kernel, steps=3)
     assert sampler.branches
