@@ -4,6 +4,7 @@ data."""
 import json
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
