@@ -54,8 +54,8 @@ def _at_end(line: str, end: str) -> str:
         return line
     floor = next(part.strip()[2:] for part in bounds.split(",") if part.strip().startswith(">="))
     minor = ".".join([*floor.split("."), "0"][:2])
-    wanted = f">={floor}" if end == "newest" else f">={floor},=={minor}.*"
-    return f"{name}{extras}{wanted}{marker}"
+    bound = f">={floor}" if end == "newest" else f">={floor},=={minor}.*"
+    return f"{name}{extras}{bound}{marker}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,10 +73,10 @@ def splits(
     half = values.shape[1] // 2
     for _ in range(count):
         order = torch.randperm(values.shape[1], generator=rng)
-        tested, rest = order[:half], order[half:]
+        one, rest = order[:half], order[half:]
         choice = None
         for i in range(len(thresholds)):
-            if p_value(float(values[i, tested].mean()), half, bound) > 1 - CONFIDENCE:
+            if p_value(float(values[i, one].mean()), half, bound) > 1 - CONFIDENCE:
                 break
             choice = i
         if choice is not None:
@@ -120,20 +120,20 @@ def policy(pipe: Any, judge: Any, options: Any, bar: Progress) -> list[Row]:
     """Rows of the policy, AdaptiveGuidance and plain guidance on the evidence prompts."""
     steps = options.steps
     nfe = 3 * steps // 2
-    told = [str(prompts()[n]["prompt"]) for n in tuning_prompts()[: options.trial]]
-    calls = -(-len(told) // 32)
+    trial = [str(prompts()[n]["prompt"]) for n in tuning_prompts()[: options.trial]]
+    calls = -(-len(trial) // 32)
     task = bar.add_task("policy", total=(most_trials(steps, nfe) + 1) * steps * calls)
-    found = search_policy(
-        pipe, told, scale=options.scale, steps=steps, nfe=nfe, step=lambda: bar.advance(task)
+    result = search_policy(
+        pipe, trial, scale=options.scale, steps=steps, nfe=nfe, step=lambda: bar.advance(task)
     )
     bar.update(task, completed=bar.tasks[task].total)
-    curves, _ = record(pipe, told, scale=options.scale, space="x0", num_inference_steps=steps)
+    curves, _ = record(pipe, trial, scale=options.scale, space="x0", num_inference_steps=steps)
     adaptive = AdaptiveGuidance(
         options.scale, threshold=curves.threshold_for(1 - nfe / (2 * steps)), space="x0"
     )
     ids = evidence_prompts()
     texts = [str(prompts()[n]["prompt"]) for n in ids]
-    ways = {"plain guidance": (), "searched policy": (found.technique,), "adaptive": (adaptive,)}
+    ways = {"plain guidance": (), "searched policy": (result.technique,), "adaptive": (adaptive,)}
     right, costs = {}, {}
     for name, techniques in ways.items():
         call = {"num_inference_steps": steps, "guidance_scale": options.scale}
@@ -156,7 +156,7 @@ def policy(pipe: Any, judge: Any, options: Any, bar: Progress) -> list[Row]:
             "vs plain": Estimate.of(
                 interval([a - b for a, b in zip(values, plain, strict=True)], tags)
             ),
-            "shares": list(found.shares) if name == "searched policy" else None,
+            "shares": list(result.shares) if name == "searched policy" else None,
         }
         for name, values in right.items()
     ]

@@ -93,15 +93,15 @@ def check_guarantee(images: int, loss: float, confidence: float) -> int:
     for name, value in (("loss", loss), ("confidence", confidence)):
         if not 0.0 < value < 1.0:
             raise ValueError(f"{name} must be above 0 and below 1; got {value:g}.")
-    tested = images - math.ceil(CHOICE * images)
+    count = images - math.ceil(CHOICE * images)
     least = least_images(loss, confidence)
-    if tested < least:
+    if count < least:
         raise ValueError(
             f"A loss of at most {loss:g} at confidence {confidence:g} needs at least {least} "
             f"images to test on, {math.ceil(least / (1 - CHOICE))} in all; got {images}. Take more "
             "images, or allow a larger loss."
         )
-    return tested
+    return count
 
 
 @dataclass(slots=True)
@@ -248,7 +248,7 @@ def certify_adaptive_guidance(
     step where none of the earlier candidates did. Raises ValueError for too few images, before
     anything runs, and where not even the first candidate is certain.
     """
-    tested = check_guarantee(len(prompts), loss, confidence)
+    count = check_guarantee(len(prompts), loss, confidence)
     rule = AdaptiveGuidance(scale, space=space)
     check_saving(SAVINGS[0], steps, int(getattr(pipe.scheduler, "order", 1)), rule.min_guided_steps)
     call |= {"num_inference_steps": steps}
@@ -264,7 +264,7 @@ def certify_adaptive_guidance(
         step=step,
         **call,
     )
-    first = len(prompts) - tested
+    first = len(prompts) - count
     chooses = dataclasses.replace(curves, cosine=curves.cosine[:first])
     tests = dataclasses.replace(curves, cosine=curves.cosine[first:])
     most = chooses.saving(-1.0)
@@ -281,4 +281,4 @@ def certify_adaptive_guidance(
         conditions(pipe, scale, steps, space, negative_prompt),
     )
     name = "pixels" if measure is None else str(getattr(measure, "name", type(measure).__name__))
-    return calibration, Guarantee(loss, confidence, name, tested, tuple(trials))
+    return calibration, Guarantee(loss, confidence, name, count, tuple(trials))

@@ -4,6 +4,7 @@ relations against GenEval's formula."""
 import re
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_metadata_has_the_published_form() -> None:
         next(World({"three": 1.0}).scenes(0, 1)).metadata()
 
 
-def holds(scene: Scene, metadata: dict, geneval_relations: Relations) -> bool:  # type: ignore[type-arg]
+def holds(scene: Scene, metadata: dict[str, Any], geneval_relations: Relations) -> bool:
     """The truth of a prompt for the rendered objects, by counting."""
     groups = []
     for clause in metadata["include"]:
