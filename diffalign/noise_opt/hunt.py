@@ -60,7 +60,7 @@ class Hunt:
     phase: Phase = "search"
     iteration: int = 0
     # images that the search has made
-    made: int = 0
+    total: int = 0
     # latent: [1, ...]; the seed is of later noise
     noise: Tensor | None = None
     seed: int = 0

@@ -229,8 +229,8 @@ class Search:
         again = self.words.tokens(text)
         state = replace(state, tried=state.tried + 1, altered=state.altered + (again != row))
         cosine = float(cosines[best]) if again == row else self.cosine(state, again)
-        said = text.lower()
-        if cosine <= state.cosine or any(word.lower() in said for word in self.banned):
+        words = text.lower()
+        if cosine <= state.cosine or any(word.lower() in words for word in self.banned):
             return state
         return replace(state, tokens=tuple(again), text=text, cosine=cosine)
 

@@ -37,8 +37,8 @@ class RandomSearch(Method[int]):
         lineages = [Lineage((Move(0, seed),)) for seed in seeds]
         candidates = problem.finish(problem.run(problem.start(seeds)), lineages)
         mean = sum(candidate.score for candidate in candidates) / len(candidates)
-        left = state - len(seeds)
-        return left, Info(f"{left} noises left", {"mean": mean})
+        rest = state - len(seeds)
+        return rest, Info(f"{rest} noises left", {"mean": mean})
 
     def finished(self, state: int) -> bool:
         return state == 0

@@ -108,8 +108,8 @@ class SAGE(Method[Hunt]):
         return self._chance(problem, state, prey)
 
     def _confirm(self, problem: Problem, state: Hunt, prey: Prey) -> tuple[Hunt, Info]:
-        left = self.confirmations - state.fresh.images
-        candidates = prey.fresh(problem, state, problem.room(min(4, left)))
+        rest = self.confirmations - state.fresh.images
+        candidates = prey.fresh(problem, state, problem.room(min(4, rest)))
         worst = max(candidates, key=lambda candidate: candidate.score)
         fresh = state.fresh + judged(problem, candidates)
         over = fresh.images == self.confirmations
@@ -125,9 +125,9 @@ class SAGE(Method[Hunt]):
         return after, Info(f"{fresh.images} fresh images", numbers)
 
     def _chance(self, problem: Problem, state: Hunt, prey: Prey) -> tuple[Hunt, Info]:
-        count = problem.room(min(4, state.made - state.random.images))
+        count = problem.room(min(4, state.total - state.random.images))
         random = state.random + judged(problem, prey.random(problem, state, count))
-        phase: Phase = "done" if random.images == state.made else "random"
+        phase: Phase = "done" if random.images == state.total else "random"
         numbers = {
             "found": float(state.failure is not None),
             "fresh": state.fresh.rate,
@@ -136,7 +136,7 @@ class SAGE(Method[Hunt]):
             "random agreement": random.agreement,
         }
         after = replace(state, random=random, phase=phase)
-        return after, Info(f"{random.images} of {state.made} images of chance", numbers)
+        return after, Info(f"{random.images} of {state.total} images of chance", numbers)
 
     def finished(self, state: Hunt) -> bool:
         return state.phase == "done" or (state.phase == "random" and not self.baseline)

@@ -39,16 +39,16 @@ class EmbeddingSearch:
         noise = variant.start(seeds).latents
         scores, slope = variant.lean(noise, seeds, shift, mode=self.gradient)
         score, number = float(scores.mean()), hunt.iteration + 1
-        made = hunt.made + len(seeds)
+        total = hunt.total + len(seeds)
         if not slope.isfinite().all() or not scores.isfinite().all():
-            return replace(hunt, phase="random", made=made), Info("a gradient that is not finite")
+            return replace(hunt, phase="random", total=total), Info("a gradient that is not finite")
         update, moments = adam(slope.cpu().float(), hunt.moments)
         step = self.rate * float(table.square().mean().sqrt())
         moved = bounded(words, table[token].cpu() + shift.values + step * update)
         shift = Shift((token,), moved - table[token].cpu())
         phase: Phase = "fresh" if number == self.iterations else "search"
         after = replace(
-            hunt, phase=phase, iteration=number, made=made, shift=shift, moments=moments
+            hunt, phase=phase, iteration=number, total=total, shift=shift, moments=moments
         )
         numbers = {"score": score, "embedding": float(moved.norm())}
         return after, Info(f"iteration {number} of {self.iterations}", numbers)

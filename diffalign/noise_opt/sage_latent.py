@@ -32,8 +32,8 @@ class LatentSearch:
         noise = hunt.noise
         assert noise is not None
         ascent = problem.ascend(noise, [hunt.seed], mode=self.gradient)
-        number, made = hunt.iteration + 1, hunt.made + 1
-        hunt = replace(hunt, iteration=number, made=made)
+        number, total = hunt.iteration + 1, hunt.total + 1
+        hunt = replace(hunt, iteration=number, total=total)
         climb = self._climb(noise, ascent.gradients[0], hunt)
         if not ascent.candidates or not climb.isfinite().all():
             return replace(hunt, phase="random"), Info("a gradient that is not finite")
@@ -47,8 +47,8 @@ class LatentSearch:
             "normal": float(look.normal),
         }
         if tally.confirmed and look.normal:
-            found = replace(hunt, phase="fresh", failure=ascent.candidates[0])
-            return found, Info(f"{text}: a confirmed failure", numbers)
+            success = replace(hunt, phase="fresh", failure=ascent.candidates[0])
+            return success, Info(f"{text}: a confirmed failure", numbers)
         if number == self.iterations:
             return replace(hunt, phase="random"), Info(f"{text}: none", numbers)
         if not look.normal:

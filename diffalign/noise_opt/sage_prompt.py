@@ -50,9 +50,9 @@ class PromptHunt:
         seeds = problem.seeds(self.seeds)
         phrases = [self.phrase(problem, filling, seeds) for filling in fresh]
         ranked = sorted((*hunt.beam, *phrases), key=lambda phrase: -phrase.score)
-        made = hunt.made + len(fresh) * self.seeds + (len(hunt.beam) * self.seeds)
+        total = hunt.total + len(fresh) * self.seeds + (len(hunt.beam) * self.seeds)
         number = hunt.iteration + 1
-        hunt = replace(hunt, beam=tuple(ranked[: self.beam]), iteration=number, made=made)
+        hunt = replace(hunt, beam=tuple(ranked[: self.beam]), iteration=number, total=total)
         best = hunt.beam[0]
         numbers = {"score": best.score, "confirmed": best.tally.rate, "tried": len(fresh)}
         over = number >= self.rounds or best.tally.rate == 1.0 or not fresh

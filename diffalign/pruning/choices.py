@@ -81,5 +81,5 @@ def stalest(visits: Tensor, taken: Tensor, count: int) -> Tensor:
     """``count`` tokens [B, count] with the smallest ``visits`` [B, N], none of ``taken`` [B, any];
     of equal ones those that ``spread`` names first."""
     order = spread(visits.shape[1], visits.device)
-    left = visits.scatter(1, taken, torch.inf)[:, order]
-    return order[left.argsort(dim=1, stable=True)[:, :count]]
+    ages = visits.scatter(1, taken, torch.inf)[:, order]
+    return order[ages.argsort(dim=1, stable=True)[:, :count]]

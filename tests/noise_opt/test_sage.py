@@ -49,19 +49,19 @@ def hunt(plain, border, seed=0, confirmed=True, **options):
 def test_a_planted_region_is_found_sooner_than_by_chance(plain):
     """Three deviations away: chance needs 740 draws on the average; the noise stays normal."""
     border = 2.6 / (SIZE / 2) ** 0.5
-    made, hits = [], 0
+    totals, hits = [], 0
     for seed in range(6):
         _, method, state, infos = hunt(plain, border, seed, normality=0.005)
         assert state.failure is not None
         assert Normality.of(state.failure.lineage.noise).normal
         assert method.best(None, state) is state.failure
-        made.append(state.made)
+        totals.append(state.total)
         hits += state.random.confirmed
         assert infos[-1].values["found"] == 1.0
         assert infos[-1].values["fresh"] == state.fresh.rate
         # chance was tried with as many images
-        assert state.random.images == state.made
-    assert sum(made) / len(made) < 1 / 0.0047
+        assert state.random.images == state.total
+    assert sum(totals) / len(totals) < 1 / 0.0047
     assert hits <= 1
 
 
