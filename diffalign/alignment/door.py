@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 
 from diffalign.alignment.driver import Drive, Status
+from diffalign.alignment.forecast import Forecast, measure
 from diffalign.alignment.order import (
     AnyMethod,
     AnyReward,
@@ -55,6 +56,7 @@ def align(
     folder: str | os.PathLike[str] | None = None,
     show: Callable[[Status], None] | None = None,
     improved: Callable[[Candidate], None] | None = None,
+    announce: Callable[[Forecast], None] | None = None,
     **call: Any,
 ) -> Result | list[Result]:
     """Spend runs of ``pipe`` on the image of ``prompt`` that ``reward`` likes best.
@@ -66,7 +68,8 @@ def align(
     scores. ``kernel``: how steps draw noise, for methods that branch, like ``da.Eta()``. ``batch``:
     images at once; four on a CPU and 16 elsewhere, halved where memory ends. ``folder``: the run is
     saved after each step and continues from there. ``show`` is called after each step, ``improved``
-    with each new best image. Other keywords go to the pipeline.
+    with each new best image. ``announce`` is called once, before the first run, with the seconds
+    and the memory that it will take, measured on one image. Other keywords go to the pipeline.
 
     A list of prompts gives one result each, with the whole budget each. Ctrl-C returns the best.
     Cost: the budget, one call for the result's image kept back from it; one grey image is scored.
@@ -88,6 +91,8 @@ def align(
         show=show,
         improved=improved,
     )
+    if announce is not None and prompt:
+        announce(measure(order, prompt if isinstance(prompt, str) else prompt[0]))
     if isinstance(prompt, str):
         return search(order, prompt, folder)
     places = folders_of(folder, prompt)

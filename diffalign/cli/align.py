@@ -16,6 +16,7 @@ from diffalign.cli.request import prepare, techniques_of
 
 if TYPE_CHECKING:
     from diffalign.alignment.driver import Status
+    from diffalign.alignment.forecast import Forecast
     from diffalign.alignment.result import Result
     from diffalign.core.budget import Budget
     from diffalign.core.types import Json
@@ -82,9 +83,15 @@ def align(
             seed=options.seed,
             folder=options.output,
             show=line,
+            announce=None if options.quiet or options.json else announce,
             **request.model.call,
         )
     say(options, prompts, results)
+
+
+def announce(forecast: Forecast) -> None:
+    """Say on standard error what the run will take."""
+    typer.echo(str(forecast), err=True)
 
 
 def check_folder(place: Path, resume: bool) -> None:

@@ -303,6 +303,11 @@ class Method(ABC, Generic[S]):
         """Whether it finishes by itself; one that does not needs a budget."""
         return False
 
+    @property
+    def images(self) -> int | None:
+        """How many images it finishes by itself; None where it does not say."""
+        return None
+
     def finished(self, state: S) -> bool:
         """Whether there is nothing left to do."""
         return False

@@ -41,6 +41,10 @@ class CARINOX(Climber):
         "paper", "weights after the clip as in the paper, or before it as in the released code"
     )
 
+    @property
+    def images(self) -> int | None:
+        return self.starts * self.iterations
+
     def look(self, problem: Problem, state: Climb, point: Tensor) -> Slope:
         ascent = self.ascent(problem, state, point, parts=True)
         pull = self.pull(state, point)

@@ -53,6 +53,10 @@ class Climber(NoiseMethod):
         False, "go on where the gradient vanishes or explodes on its way to the noise"
     )
 
+    @property
+    def images(self) -> int | None:
+        return self.iterations
+
     def refuses(self, problem: Problem) -> str | None:
         count = problem.sampler.count
         if self.gradient == "one_step" and count != 1:

@@ -61,6 +61,10 @@ class FIND(NoiseMethod):
                 f"at least 2, got {self.batch}. Use calibration='mean'."
             )
 
+    @property
+    def images(self) -> int | None:
+        return self.iterations * self.batch + self.draws
+
     def begin(self, problem: Problem, state: Climb) -> Climb:
         noise = problem.start([0]).latents[0].float()
         return Climb(torch.stack([torch.zeros_like(noise), torch.ones_like(noise)]), rate=self.rate)

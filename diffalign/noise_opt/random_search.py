@@ -28,6 +28,10 @@ class RandomSearch(Method[int]):
     def ends(self) -> bool:
         return True
 
+    @property
+    def images(self) -> int | None:
+        return self.noises
+
     def init(self, problem: Problem) -> int:
         """Several processes share the noises: each counts what is left of its share."""
         return -(-self.noises // problem.processes)

@@ -36,6 +36,10 @@ class BestOfN(Method[Draws]):
     def ends(self) -> bool:
         return self.n is not None
 
+    @property
+    def images(self) -> int | None:
+        return self.n
+
     def init(self, problem: Problem) -> Draws:
         return Draws(0, None if self.n is None else -(-self.n // problem.processes))
 
