@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Unpack
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffalign.core.words import Words
 from diffalign.rewards.checkpoint import (
     Foreign,
     Source,
@@ -24,6 +25,7 @@ from diffalign.rewards.checkpoint import (
 )
 from diffalign.rewards.network import NetworkReward, Placement, warn_of_cut
 from diffalign.rewards.preprocessing import Fit, fitted, normalised, wide
+from diffalign.seams.words import clip_tower
 
 VOCABULARY, CONTEXT, END = 49408, 77, 49407
 """Of OpenAI's byte pair encoding, which all of these models share, and their text length."""
@@ -235,6 +237,11 @@ class ClipReward(NetworkReward):
                 features = F.normalize(self.text(token_ids(new, self.name)), dim=-1)
             self._texts |= dict(zip(new, features))
         return torch.stack([self._texts[prompt] for prompt in prompts])
+
+    @cached_property
+    def words(self) -> Words:
+        """The vocabulary of the text tower, for methods that write texts."""
+        return clip_tower(self.text.model.embeddings.token_embedding, self.text, _tokenizer())
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit features [B, D] of images."""

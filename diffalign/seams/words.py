@@ -157,8 +157,13 @@ def shifted(pipe: Pipeline, shift: Shift) -> Iterator[None]:
 
 def open_clip_tower(model: Any, tokenizer: Any) -> TextTower:
     """The words of an open_clip model; its features are those of ``encode_text``."""
-    _, end, *rest = tokenizer([""])[0].tolist()
     owner = model if hasattr(model, "token_embedding") else model.text
+    return clip_tower(owner.token_embedding, model.encode_text, tokenizer)
+
+
+def clip_tower(layer: nn.Module, encode: Callable[[Tensor], Tensor], tokenizer: Any) -> TextTower:
+    """The words of a text encoder whose tokenizer is one of open_clip's."""
+    _, end, *rest = tokenizer([""])[0].tolist()
 
     def tokenize(text: str) -> list[int]:
         row: list[int] = tokenizer([text])[0].tolist()
@@ -166,4 +171,4 @@ def open_clip_tower(model: Any, tokenizer: Any) -> TextTower:
 
     decode = getattr(tokenizer, "tokenizer", tokenizer).decode
     length, padding = 2 + len(rest), rest[-1] if rest else end
-    return TextTower(owner.token_embedding, model.encode_text, tokenize, decode, length, padding)
+    return TextTower(layer, encode, tokenize, decode, length, padding)

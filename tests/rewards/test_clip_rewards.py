@@ -219,3 +219,27 @@ def test_noise_is_optimised_for_it_and_for_several(clip_folder):
 def test_published_scales(name):
     """The learned factor of the published files is about 100."""
     assert math.isclose(load(name).scale, 100.0, rel_tol=0.02)
+
+
+def test_the_words_of_the_text_tower(hps, prompts):
+    words = hps.words
+    tokens = words.tokens("a red dog")
+    assert words.text(tokens) == "a red dog"
+    assert words.room == 75
+    row = torch.tensor([tokens])
+    with torch.no_grad():
+        features = F.normalize(words.features(row), dim=-1)
+        assert torch.equal(features, hps.texts(["a red dog"]))
+        assert torch.equal(words.features(row, words.table[row]), words.features(row))
+
+
+def test_texts_are_differentiable_in_their_embeddings(hps):
+    words = hps.words
+    row = torch.tensor([words.tokens("a red dog")])
+    leaf = words.table[row].clone().requires_grad_()
+    direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)).double()
+    (slope,) = torch.autograd.grad(words.features(row, leaf).sum(), leaf)
+    step = 1e-5 * direction.to(leaf)
+    with torch.no_grad():
+        up, down = (words.features(row, leaf + sign * step).sum() for sign in (1, -1))
+    assert float((slope * direction).sum()) == pytest.approx(float((up - down) / 2e-5), rel=1e-5)
