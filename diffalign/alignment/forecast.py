@@ -71,7 +71,7 @@ def measure(order: Order, prompt: str) -> Forecast:
 
 def images_of(order: Order, price: int) -> int | None:
     """Images of a run by what its method and its budget say, None where neither does."""
-    budget, count = order.budget, order.method.images
+    budget, count = order.budget, order.method.total
     limits = [] if count is None else [count]
     if budget is not None:
         limits += [] if budget.nfe is None else [budget.nfe // price - 1]

@@ -304,7 +304,7 @@ class Method(ABC, Generic[S]):
         return False
 
     @property
-    def images(self) -> int | None:
+    def total(self) -> int | None:
         """How many images it finishes by itself; None where it does not say."""
         return None
 

@@ -42,7 +42,7 @@ class CARINOX(Climber):
     )
 
     @property
-    def images(self) -> int | None:
+    def total(self) -> int | None:
         return self.starts * self.iterations
 
     def look(self, problem: Problem, state: Climb, point: Tensor) -> Slope:

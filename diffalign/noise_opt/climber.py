@@ -54,7 +54,7 @@ class Climber(NoiseMethod):
     )
 
     @property
-    def images(self) -> int | None:
+    def total(self) -> int | None:
         return self.iterations
 
     def refuses(self, problem: Problem) -> str | None:

@@ -62,7 +62,7 @@ class FIND(NoiseMethod):
             )
 
     @property
-    def images(self) -> int | None:
+    def total(self) -> int | None:
         return self.iterations * self.batch + self.draws
 
     def begin(self, problem: Problem, state: Climb) -> Climb:

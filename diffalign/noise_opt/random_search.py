@@ -29,7 +29,7 @@ class RandomSearch(Method[int]):
         return True
 
     @property
-    def images(self) -> int | None:
+    def total(self) -> int | None:
         return self.noises
 
     def init(self, problem: Problem) -> int:

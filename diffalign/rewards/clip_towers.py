@@ -241,7 +241,8 @@ class ClipReward(NetworkReward):
     @cached_property
     def words(self) -> Words:
         """The vocabulary of the text tower, for methods that write texts."""
-        return clip_tower(self.text.model.embeddings.token_embedding, self.text, _tokenizer())
+        layer = self.text.model.get_submodule("embeddings.token_embedding")
+        return clip_tower(layer, self.text, _tokenizer())
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit features [B, D] of images."""

@@ -37,7 +37,7 @@ class BestOfN(Method[Draws]):
         return self.n is not None
 
     @property
-    def images(self) -> int | None:
+    def total(self) -> int | None:
         return self.n
 
     def init(self, problem: Problem) -> Draws:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import diffalign as da
 from diffalign.seams.attention.dense import Dense
+from diffalign.testing.calls import model_of
 from diffalign.testing.final import final
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -30,10 +31,6 @@ def negative(name, length=7, **others):
     width = tiny_inputs(name)["prompt_embeds"].shape[-1]
     rng = torch.Generator().manual_seed(3)
     return {"negative_prompt_embeds": torch.randn(1, length, width, generator=rng), **others}
-
-
-def model_of(pipe):
-    return getattr(pipe, "unet", None) or pipe.transformer
 
 
 def run(pipe, name, *techniques, **more):

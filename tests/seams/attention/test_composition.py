@@ -15,6 +15,7 @@ from diffalign.guidance import IntervalCFG
 from diffalign.guidance.linear_ag import identity_of
 from diffalign.guidance.linear_policy import LinearPolicy
 from diffalign.seams import swap
+from diffalign.testing.calls import model_of, nag, run
 from diffalign.testing.final import final
 from diffalign.testing.lockstep import paper, walk
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline, tiny_recipe
@@ -32,22 +33,6 @@ EVERY = list(
     {family.name: name for name, family in reversed(FAMILIES.items()) if family.attention}.values()
 )
 EPS = torch.finfo(torch.float32).eps
-
-
-def nag(scale=4.0, **options):
-    return da.NAG(scale, **{"tau": 1.6, "alpha": 0.7, "sigma": (0.0, float("inf")), **options})
-
-
-def model_of(pipe):
-    return getattr(pipe, "unet", None) or pipe.transformer
-
-
-def run(pipe, name, *techniques, **given):
-    inputs = {**tiny_inputs(name, batch=2, steps=2), **given}
-    if not techniques:
-        return final(pipe, inputs), None
-    with da.apply(pipe, *techniques) as session:
-        return final(pipe, inputs), session.report
 
 
 def footprint(pipe):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffalign as da
 from diffalign.seams.denoiser.tap import Generation
-from diffalign.testing.final import final
+from diffalign.testing.calls import model_of, nag, run
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
 SD, SD3, FLUX, WAN, QWEN = (
@@ -28,22 +28,6 @@ SD, SD3, FLUX, WAN, QWEN = (
     "QwenImagePipeline",
 )
 EPS = torch.finfo(torch.float32).eps
-
-
-def nag(scale=4.0, **options):
-    return da.NAG(scale, **{"tau": 1.6, "alpha": 0.7, "sigma": (0.0, float("inf")), **options})
-
-
-def model_of(pipe):
-    return getattr(pipe, "unet", None) or pipe.transformer
-
-
-def run(pipe, name, *techniques, **given):
-    inputs = {**tiny_inputs(name, batch=2, steps=2), **given}
-    if not techniques:
-        return final(pipe, inputs), None
-    with da.apply(pipe, *techniques) as session:
-        return final(pipe, inputs), session.report
 
 
 def text_gradient(name, prepare=lambda pipe: None):
