@@ -40,6 +40,7 @@ STEPS = 20
 READ = (100, 200, 400, 800, 1600)
 ETA = {"kernel": da.Eta(1.0)}
 BASE = "best-of-n"
+JUDGES = ("emoji-judge", "emoji-judge-audit")
 COLUMNS = {
     "NFE": "denoiser rows, the final call not counted",
     "seconds": "median processor seconds of a run up to there",
@@ -85,11 +86,14 @@ class Timed:
     def __init__(self) -> None:
         self.reward = da.rewards.load(self.name)
         self.seconds = 0.0
+        # what it was shown
+        self.images: list[torch.Tensor] = []
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         start = time.process_time()
         scores = self.reward(images, prompts)
         self.seconds += time.process_time() - start
+        self.images += list(images.detach())
         return scores
 
 
@@ -141,14 +145,7 @@ def run(way: Way, pipe: Any, prompt_id: int, nfe: int, scale: float) -> dict[str
         )
     total = time.process_time() - start
     own = total - network[0] - decoder[0] - reward.seconds
-    seen = torch.stack(images)
-    right = [
-        [
-            verdict is not None and verdict.correct
-            for verdict in verdicts(judge, seen, [record] * len(seen))
-        ]
-        for judge in (da.load("emoji-judge"), da.load("emoji-judge-audit"))
-    ]
+    right = [correct(images, record, judge) for judge in JUDGES]
     points = [
         {"nfe": m.nfe, "seconds": t, "reward": m.score, "judge": a, "audit": b}
         for m, t, a, b in zip(result.history, times, *right, strict=True)
@@ -161,22 +158,42 @@ def run(way: Way, pipe: Any, prompt_id: int, nfe: int, scale: float) -> dict[str
         "own": own / total,
         "scored": result.scored,
         "equal": result.equal,
+        "all": everything(reward, record) if way is WAYS[BASE] else None,
     }
+
+
+def correct(images: Sequence[torch.Tensor], record: dict[str, Any], judge: str) -> list[bool]:
+    """Whether each image is right."""
+    found = verdicts(da.load(judge), torch.stack(list(images)), [record] * len(images))
+    return [verdict is not None and verdict.correct for verdict in found]
+
+
+def everything(reward: Timed, record: dict[str, Any]) -> dict[str, list[Any]]:
+    """Score and verdicts of every image that was finished, the grey one before the run and the
+    final call's left out."""
+    images = reward.images[1:-1]
+    scores = reward.reward(torch.stack(images), [str(record["prompt"])] * len(images)).tolist()
+    return {"reward": scores} | {judge: correct(images, record, judge) for judge in JUDGES}
 
 
 def limit_of(name: str, options: Namespace) -> int:
     return int(options.nfe) * (2 if name == BASE else 1)
 
 
+def place_of(name: str, prompt_id: int, options: Namespace) -> Path:
+    """The file of one run."""
+    folder = Path(options.work) / name.replace(", ", "-").replace(" ", "-")
+    return folder / f"{prompt_id}-{limit_of(name, options)}.json"
+
+
 def runs(name: str, pipe: Any, ids: Sequence[int], options: Namespace, bar: Progress) -> list[Any]:
     """The runs of one way on all prompts, those that are finished read from their files."""
-    place = Path(options.work) / name.replace(", ", "-").replace(" ", "-")
-    place.mkdir(parents=True, exist_ok=True)
     task = bar.add_task(name, total=len(ids))
     nfe = limit_of(name, options)
     found = []
     for prompt_id in ids:
-        file = place / f"{prompt_id}-{nfe}.json"
+        file = place_of(name, prompt_id, options)
+        file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             part = file.with_suffix(f".{os.getpid()}.part")
             part.write_text(json.dumps(run(WAYS[name], pipe, prompt_id, nfe, options.scale)))
@@ -184,6 +201,24 @@ def runs(name: str, pipe: Any, ids: Sequence[int], options: Namespace, bar: Prog
         found.append(json.loads(file.read_text()))
         bar.advance(task)
     return found
+
+
+def way_to_the_best(base: Sequence[Any], ids: Sequence[int]) -> dict[str, dict[str, float]]:
+    """By category and judge: the share of right images, that of images chosen by the reward, and
+    that of prompts with a right image among the same ones."""
+    table: dict[str, dict[str, float]] = {}
+    for judge in JUDGES:
+        for tag in ("all", *dict.fromkeys(map(tag_of, ids))):
+            rows = [r["all"] for r, i in zip(base, ids, strict=True) if tag in ("all", tag_of(i))]
+            chosen = [row[judge][row["reward"].index(max(row["reward"]))] for row in rows]
+            one = statistics.fmean(statistics.fmean(row[judge]) for row in rows)
+            best = statistics.fmean(any(row[judge]) for row in rows)
+            mine = statistics.fmean(chosen)
+            part = {"one": one, "chosen": mine, "best": best, "prompts": float(len(rows))}
+            if best > one:
+                part["share of the way"] = (mine - one) / (best - one)
+            table[f"{judge}: {tag}"] = part
+    return table
 
 
 def at(record: dict[str, Any], key: str, limit: float) -> dict[str, Any]:
@@ -234,10 +269,19 @@ def rows_of(
 def main() -> None:
     parser = command_line(__doc__, prompts=60, nfe=800, scale=3.0, work="build/search")
     parser.add_argument("--model", default="emoji")
+    parser.add_argument(
+        "--finished", action="store_true", help="only prompts that every method has finished"
+    )
     parser.add_argument("--methods", nargs="*", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     ids = stratified(options.prompts)
+    if options.finished:
+        ids = [
+            i
+            for i in ids
+            if all(place_of(n, i, options).exists() for n in {BASE, *options.methods})
+        ]
     pipe = da.load(options.model)
     pipe.set_progress_bar_config(disable=True)
     with Progress() as bar:
@@ -250,7 +294,12 @@ def main() -> None:
             rows += rows_of(name, found, base, ids, limit_of(name, options))
             ties[name] = sum(record["equal"] > 1 for record in found) / len(found)
             own[name] = statistics.median(record["own"] for record in found)
-    facts = {"prompts": len(ids), "share of ties": ties, "share of the driver": own}
+    facts = {
+        "prompts": len(ids),
+        "share of ties": ties,
+        "share of the driver": own,
+        "from one image to the best": way_to_the_best(base, ids),
+    }
     save("search", rows, options, COLUMNS, facts)
 
 
