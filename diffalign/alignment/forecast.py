@@ -11,10 +11,12 @@ import torch
 from diffalign.alignment.order import Order
 from diffalign.alignment.problem import PipelineProblem
 from diffalign.core import Budget
-from diffalign.core.memory import PeakMemory
+from diffalign.core.memory import Peak
 from diffalign.core.search import Method
 from diffalign.noise_opt.carinox import CARINOX
 from diffalign.noise_opt.climber import Climber
+
+MEASURED = " (measured on one image)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +31,15 @@ class Forecast:
     images: int | None
     # denoiser rows of one image, without those of a backward pass
     price: int
-    # beyond what is in use already, while one image is made
-    memory: int
+    # bytes beyond what is in use already, while one image is made; None where nobody counts them
+    memory: int | None
 
     def __str__(self) -> str:
-        memory = f"{self.memory / 2**20:,.0f} MB more memory (measured on one image)"
+        memory = "" if self.memory is None else f" and {self.memory / 2**20:,.0f} MiB more memory"
         if self.seconds is None or self.images is None:
-            return f"{_text(self.image_seconds)} an image of {self.price} NFE, {memory}"
+            return f"{_text(self.image_seconds)} an image of {self.price} NFE{memory}{MEASURED}"
         count = f"{self.images} image{'s' * (self.images != 1)}"
-        return f"about {_text(self.seconds)} for {count} of {self.price} NFE, {memory}"
+        return f"about {_text(self.seconds)} for {count} of {self.price} NFE{memory}{MEASURED}"
 
 
 def _text(seconds: float) -> str:
@@ -56,7 +58,7 @@ def measure(order: Order, prompt: str) -> Forecast:
     problem.meter.budget = Budget()
     device = torch.device(getattr(order.pipe, "device", "cpu"))
     try:
-        with PeakMemory(device) as peak:
+        with Peak(device) as peak:
             seconds = _climb(problem, method) if method.needs_gradient else _draw(problem)
     finally:
         problem.progress.use(None)
@@ -66,7 +68,7 @@ def measure(order: Order, prompt: str) -> Forecast:
     limit = None if order.budget is None else order.budget.seconds
     if limit is not None and (total is None or total > limit):
         total, count = limit, max(1, int(limit / seconds) - 1)
-    return Forecast(seconds, total, count, price, peak.bytes)
+    return Forecast(seconds, total, count, price, peak.more)
 
 
 def images_of(order: Order, price: int) -> int | None:

@@ -1,34 +1,32 @@
-"""How much more memory something needs while it runs."""
+"""The most memory that a piece of work took."""
 
 from __future__ import annotations
 
-import threading
-from contextlib import AbstractContextManager
+import re
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import torch
 
-EVERY = 0.002
-"""Seconds between two looks at the memory of the process."""
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-class PeakMemory(AbstractContextManager["PeakMemory"]):
-    """Measures the largest memory inside a block beyond what was in use when it began.
+class Peak:
+    """``with Peak(device) as peak: ...; peak.bytes`` is the most that was taken at one time, and
+    ``peak.more`` how much of it was not in use when the block began.
 
-    ``bytes`` afterwards: on a CUDA device what PyTorch had allocated there, whose peak counter is
-    set back; elsewhere the resident memory of the process, looked at every 2 ms, so shorter peaks
-    may be missed and memory that PyTorch kept from earlier work counts as used already.
+    On CUDA what torch allocated there, on the CPU of Linux what is resident of the process, loaded
+    models among it; both None elsewhere. The counter of the system, or of torch, begins anew.
     """
 
-    bytes: int = 0
+    bytes: int | None = None
+    more: int | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._done = threading.Event()
-        self._before = self._peak = 0
-        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._before: int | None = None
 
     def __enter__(self) -> Self:
         if self.device.type == "cuda":
@@ -36,9 +34,8 @@ class PeakMemory(AbstractContextManager["PeakMemory"]):
 
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
-        else:
-            self._before = self._peak = _resident()
-            self._watch.start()
+        elif self.device.type == "cpu" and _forget():
+            self._before = _resident()
         return self
 
     def __exit__(
@@ -47,22 +44,27 @@ class PeakMemory(AbstractContextManager["PeakMemory"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._before is None:
+            return
         if self.device.type == "cuda":
             import torch
 
-            self._peak = torch.cuda.max_memory_allocated(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
         else:
-            self._done.set()
-            self._watch.join()
-            self._peak = max(self._peak, _resident())
-        self.bytes = max(0, self._peak - self._before)
-
-    def _look(self) -> None:
-        while not self._done.wait(EVERY):
-            self._peak = max(self._peak, _resident())
+            self.bytes = _resident()
+        self.more = None if self.bytes is None else max(0, self.bytes - self._before)
 
 
-def _resident() -> int:
-    import psutil
+def _forget() -> bool:
+    """Begin anew with the peak of the resident memory; False where the system cannot."""
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
 
-    return int(psutil.Process().memory_info().rss)
+
+def _resident() -> int | None:
+    """The peak of the resident memory in bytes; just begun anew, what is resident now."""
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text("utf-8"), flags=re.M)
+    return None if match is None else 1024 * int(match[1])
