@@ -178,6 +178,7 @@ def search(result: Result) -> str:
     facts, options = result.facts, result.options
     ties = ", ".join(f"{name} {share:.2f}" for name, share in facts["share of ties"].items())
     own = ", ".join(f"{name} {share:.3f}" for name, share in facts["share of the driver"].items())
+    best: list[Row] = [{"images": k} | v for k, v in facts["from one image to the best"].items()]
     return page(
         result,
         f"Search on {options['model']}: {facts['prompts']} GenEval prompts, 20 steps, scale "
@@ -186,6 +187,10 @@ def search(result: Result) -> str:
         "judges only look.",
         f"Share of prompts whose highest score is shared by several images: {ties}.",
         f"Share of the seconds that is neither denoiser, decoder nor reward, median: {own}.",
+        "Best-of-N at 1600 NFE, by judge and category: the share of right images (one), of images "
+        "that emoji-clip chose among 40 (chosen), of prompts with a right one among the same 40 "
+        "(best), and how much of the way from one to best is made.",
+        table(best, {}),
         "![Score against NFE and seconds](search.png)",
     )
 
