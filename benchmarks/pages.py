@@ -183,8 +183,8 @@ def search(result: Result) -> str:
         result,
         f"Search on {options['model']}: {facts['prompts']} GenEval prompts, 20 steps, scale "
         f"{options['scale']:g}",
-        "One run per method and prompt, read at several budgets. emoji-clip is optimised; the "
-        "judges only look.",
+        "One run per method and prompt, read at several budgets, where every run had an image by "
+        "then. emoji-clip is optimised; the judges only look.",
         f"Share of prompts whose highest score is shared by several images: {ties}.",
         f"Share of the seconds that is neither denoiser, decoder nor reward, median: {own}.",
         "Best-of-N at 1600 NFE, by judge and category: the share of right images (one), of images "

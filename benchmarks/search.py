@@ -221,11 +221,11 @@ def way_to_the_best(base: Sequence[Any], ids: Sequence[int]) -> dict[str, dict[s
     return table
 
 
-def at(record: dict[str, Any], key: str, limit: float) -> dict[str, Any]:
-    """The best image of a run when ``key`` ("nfe" or "seconds") had come to ``limit``; the first
-    one where none was finished by then."""
+def at(record: dict[str, Any], key: str, limit: float) -> dict[str, Any] | None:
+    """The best image of a run when ``key`` ("nfe" or "seconds") had come to ``limit``; None where
+    no image was finished by then."""
     reached = [point for point in record["points"] if point[key] <= limit]
-    return dict(reached[-1] if reached else record["points"][0])
+    return dict(reached[-1]) if reached else None
 
 
 def seconds_at(record: dict[str, Any], limit: int) -> float:
@@ -236,7 +236,7 @@ def seconds_at(record: dict[str, Any], limit: int) -> float:
 def rows_of(
     name: str, found: list[Any], base: list[Any], ids: Sequence[int], nfe: int
 ) -> list[Row]:
-    """The table's rows of one way."""
+    """The table's rows of one way, at the budgets where each of its runs has an image."""
     tags = [tag_of(prompt_id) for prompt_id in ids]
 
     def mean(values: Sequence[float]) -> Estimate:
@@ -244,15 +244,21 @@ def rows_of(
 
     rows: list[Row] = []
     for limit in (limit for limit in READ if limit <= nfe):
-        here = [at(record, "nfe", limit) for record in found]
-        there = [at(record, "nfe", limit) for record in base]
+        reached = [at(record, "nfe", limit) for record in found]
+        here = [point for point in reached if point is not None]
+        if len(here) < len(found):
+            continue
+        there = [at(record, "nfe", limit) or record["points"][0] for record in base]
         times = [seconds_at(record, limit) for record in found]
-        timely = [at(record, "seconds", time) for record, time in zip(base, times)]
+        timely = [
+            at(record, "seconds", seconds) or record["points"][0]
+            for record, seconds in zip(base, times, strict=True)
+        ]
         rows.append(
             {
                 "method": name,
                 "NFE": limit,
-                "seconds": sorted(times)[len(times) // 2],
+                "seconds": statistics.median(times),
                 "reward": mean([point["reward"] for point in here]),
                 "judge": mean([float(point["judge"]) for point in here]),
                 "audit": mean([float(point["audit"]) for point in here]),

@@ -29,6 +29,8 @@ COLOURS = (
     "#b48c14",
     "#008c96",
 )
+# line and dot of the first curves of all colours, and of those that come after
+STYLES = (("solid", "o"), ("dashed", "s"), ("dotted", "^"))
 INK, GRID = "#26262a", "#e2e2e6"
 DPI = 100
 # height of a name in the chart, in pixels
@@ -118,7 +120,8 @@ def line_chart(
     xs = [x for curve in curves for x, _ in curve.points]
     main.set_xlim(*_scaled(main.xaxis, xs, log == "x"))
     for i, curve in enumerate(curves):
-        _draw(axes[curve.right], curve, COLOURS[i % len(COLOURS)])
+        again, colour = divmod(i, len(COLOURS))
+        _draw(axes[curve.right], curve, COLOURS[colour], *STYLES[again % len(STYLES)])
     _legend(figure, main, axes, curves)
     if title:
         figure.suptitle(title, x=0.012, ha="left", fontsize=11.5, color=INK)
@@ -177,10 +180,11 @@ def _scaled(axis: Axis, values: Sequence[float], log: bool) -> tuple[float, floa
     return limits(values, log=log)
 
 
-def _draw(ax: Axes, curve: Curve, colour: str) -> None:
+def _draw(ax: Axes, curve: Curve, colour: str, style: str, dot: str) -> None:
     xs, ys = zip(*curve.points, strict=True)
-    style = "solid" if curve.line and len(xs) > 1 else "none"
-    dot = "" if style == "solid" and len(xs) > DENSE else "o"
+    joined = curve.line and len(xs) > 1
+    style = style if joined else "none"
+    dot = "" if joined and len(xs) > DENSE else dot
     ax.plot(xs, ys, color=colour, linestyle=style, linewidth=2, marker=dot, markersize=4.5)
     if curve.low and curve.band:
         ax.fill_between(xs, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)

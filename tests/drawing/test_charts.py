@@ -108,6 +108,15 @@ def test_intervals_lie_inside_the_axis(monkeypatch):
     assert high > 0.9
 
 
+def test_more_curves_than_colours_differ_by_their_dashes(monkeypatch):
+    curves = [Curve(str(i), [(0.0, i), (1.0, i + 1.0)]) for i in range(10)]
+    lines = figure_of(monkeypatch, curves).axes[0].lines
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+    assert len(looks) == 10
+    assert lines[8].get_color() == lines[0].get_color()
+    assert lines[8].get_linestyle() == "--"
+
+
 def test_points_without_a_line():
     points = [(0, 0.0), (1, 1.0)]
     joined, single = (line_chart([Curve("a", points, line=line)]) for line in (True, False))
