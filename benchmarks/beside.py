@@ -34,12 +34,11 @@ is natively under a technique of almost no weight, and images do not mix. The pe
 and weaker passes of PAG, SEG and AutoGuidance are compared with attention written out, and with the
 pipeline whose denoiser is the weaker one.
 
-On 2026-11-28, with diffusers 0.42.1, torch 2.14.1 and torchao 0.18.0, every technique but CAT was
-run beside every neighbour on the first class that is named, and in the end each cell was as the
-tables say. On the other classes one technique of each way of acting was run, and those that the
-first class does not have, except beside models compiled in place, by blocks or as a full graph. CAT
-was run on Stable Diffusion 3, Flux and Qwen-Image, beside some wrappers and backends in part. Cells
-that were not run are what the library declares.
+On 2026-11-28 and 29, with diffusers 0.42.1, torch 2.14.1 and torchao 0.18.0, every technique was
+run beside every neighbour on the first class that is named, CAT on every class that it serves, and
+in the end each cell was as the tables say. On the other classes one technique of each way of acting
+was run, and those that the first class does not have, except beside models compiled in place, by
+blocks or as a full graph. Cells that were not run are what the library declares.
 
 This page is made by `python benchmarks/beside.py`; `pytest -m exhaustive tests/beside` checks every
 cell.
