@@ -25,8 +25,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 import diffalign as da
+from diffalign.core.identity import model_hash
 from diffalign.drawing.sheet import Cell, contact_sheet
-from diffalign.eval.evidence import fingerprint, read_lines, seed_of
+from diffalign.eval.evidence import seed_of
 from diffalign.eval.statistics import interval
 from diffalign.generate.samples import Job, samples
 from diffalign.tasks.geneval.verdict import keep, prompts
@@ -187,13 +188,24 @@ class Calls:
         self.values.append((x, named["timestep"], text, output[0].clone()))
 
 
+def read_lines(path: Path) -> list[Record]:
+    """Records of a JSON lines file; a torn last line, left by an interruption, is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 @torch.no_grad()
 def collect(
     pipe: Any, judge: Any, way: Way, cases: list[Case], kind: str, options: Namespace, bar: Progress
 ) -> list[Record]:
     """Records of all cases in their order; images lie beside them, and a run that was cut off goes
     on where it stopped."""
-    folder = Path(options.runs_folder) / fingerprint(pipe.unet) / kind / way.name.replace(" ", "-")
+    folder = Path(options.runs_folder) / model_hash(pipe.unet) / kind / way.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "records.jsonl"
     done: dict[tuple[int, int], Record] = {
@@ -378,5 +390,5 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
         (way for way in nags if way.cfg == 1), key=lambda way: mean(results["object", way], "both")
     )
     columns = [Way(), matches["object", strongest], Way(5.0, negative=True), strongest]
-    folder = Path(options.runs_folder) / fingerprint(pipe.unet)
+    folder = Path(options.runs_folder) / model_hash(pipe.unet)
     sheet(results, cases["object"], columns, folder, Path(options.output) / "negation-images.png")

@@ -103,18 +103,19 @@ NAMES = tuple(field.name for field in dataclasses.fields(Options))
 def shared(
     names: Collection[str] = NAMES,
     *,
+    group: type[Options] = Options,
     without: Collection[str] = (),
     help: Mapping[str, str] | None = None,
     **defaults: object,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The command gets the options ``names`` but those ``without``, in the place of its first
-    parameter, which is an ``Options``.
+    parameter, which is a ``group``.
 
     ``help`` and ``defaults`` are of this command where they differ from those of ``Options``.
     """
-    hints = typing.get_type_hints(Options, include_extras=True)
-    usual = {field.name: field.default for field in dataclasses.fields(Options)} | defaults
-    names = [name for name in NAMES if name in names and name not in without]
+    hints = typing.get_type_hints(group, include_extras=True)
+    usual = {field.name: field.default for field in dataclasses.fields(group)} | defaults
+    names = [name for name in usual if name in names and name not in without]
 
     def parameter(name: str) -> inspect.Parameter:
         hint = hints[name]
@@ -130,7 +131,7 @@ def shared(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**values: Any) -> None:
-            function(Options(**{name: values.pop(name) for name in names}), **values)
+            function(group(**{name: values.pop(name) for name in names}), **values)
 
         others = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         parameters = [parameter(name) for name in names]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,17 +12,33 @@ import typer
 from typer.core import TyperGroup
 
 from diffalign.cli import arguments, show
+from diffalign.cli.plan import (
+    NAMES,
+    WHAT,
+    Engine,
+    RunOptions,
+    Shard,
+    Workers,
+    check_engine,
+    check_scorer,
+    device_of,
+    items_of,
+    option,
+    plan_of,
+    share_of,
+    usual_scorer,
+    without_accelerator,
+)
 from diffalign.cli.problem import BadInput, checking, command, complain
-from diffalign.cli.request import check_numbers, read_size, techniques_of, writable
+from diffalign.cli.request import writable
 
 if TYPE_CHECKING:
     from diffalign.core.types import Json
     from diffalign.eval.benchmarks import Item
+    from diffalign.eval.cluster import Work
     from diffalign.eval.folder import RunFolder, Share
     from diffalign.eval.generation import Plan
     from diffalign.eval.scorers import Scorer
-
-WHAT, HOW, WHERE = "What to evaluate", "How to search", "How to share the work"
 
 
 class Commands(TyperGroup):
@@ -45,90 +61,6 @@ evaluate = typer.Typer(
 )
 
 
-def settings_file(context: typer.Context, name: str) -> str:
-    """The benchmark; of a YAML file its values become the defaults of the other options."""
-    if not name.endswith((".yaml", ".yml")):
-        return name
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{name!r} cannot be read: {error}") from error
-    known = {parameter.name for parameter in context.command.params}
-    if not isinstance(values, dict) or not isinstance(values.get("benchmark"), str):
-        raise typer.BadParameter(f"{name!r} must hold options by name, with benchmark: geneval.")
-    options = {str(key).replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        from diffalign.core.errors import nearest
-
-        near = nearest(unknown[0], [str(key) for key in known])
-        raise typer.BadParameter(f"{name!r}: no option {unknown[0]!r}. Nearest: {near}.")
-    context.default_map = {**(context.default_map or {}), **options}
-    return str(options["benchmark"])
-
-
-def _option(panel: str, help: str, *names: str) -> object:
-    return typer.Option(*names, help=help, rich_help_panel=panel)
-
-
-Name = Annotated[
-    str,
-    typer.Argument(
-        metavar="BENCHMARK",
-        help="geneval, compbench, a FILE.jsonl of prompts, or a FILE.yaml of options.",
-        callback=settings_file,
-        is_eager=True,
-    ),
-]
-Samples = Annotated[int, _option(WHAT, "Images of a prompt.", "--samples")]
-Limit = Annotated[int | None, _option(WHAT, "Only so many prompts, evenly spaced.", "--limit")]
-Category = Annotated[list[str] | None, _option(WHAT, "Only this one; repeatable.", "--category")]
-ScorerName = Annotated[
-    str | None,
-    _option(WHAT, "Who judges the images; by model and benchmark if left out.", "--scorer"),
-]
-Align = Annotated[
-    str | None, _option(HOW, "A method makes every image; see diffalign methods.", "--align")
-]
-Reward = Annotated[str, _option(HOW, "The score that it raises.", "--reward")]
-Limits = Annotated[str | None, _option(HOW, "Of each image, like nfe=400.", "--budget")]
-Shard = Annotated[
-    str | None,
-    _option(WHERE, "0/2 is the first of two machines; diffalign eval report joins.", "--shard"),
-]
-SHARED = (
-    "model",
-    "negative_prompt",
-    "seed",
-    "size",
-    "technique",
-    "steps",
-    "scale",
-    "scheduler",
-    "dtype",
-    "device",
-    "output",
-    "json",
-    "quiet",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """The options of a run beside those that all commands share."""
-
-    benchmark: str
-    samples: int
-    limit: int | None
-    category: list[str] | None
-    align: str | None
-    reward: str
-    budget: str | None
-    shard: str | None
-
-
 @contextmanager
 def failing(what: str = "") -> Iterator[None]:
     """Inside, a run that had to stop ends the program with one line and exit code 1."""
@@ -143,160 +75,150 @@ def failing(what: str = "") -> Iterator[None]:
         raise KeyboardInterrupt(what or "what is finished is kept") from None
 
 
-def device_of(name: str) -> str:
-    """The device of this process: of several on one host each takes its own accelerator."""
-    import os
-
-    import torch
-
-    rank = os.environ.get("LOCAL_RANK", "")
-    if name != "auto" or not rank.isdecimal() or not torch.cuda.is_available():
-        return name
-    return f"cuda:{int(rank) % torch.cuda.device_count()}"
-
-
-def plan_of(options: arguments.Options, wish: Wish) -> tuple[Plan, Share]:
-    """What is to be made, checked, with the model loaded, and this process's part of it."""
-    from diffalign.cli.align import read_budget
-    from diffalign.eval.benchmarks import named
-    from diffalign.eval.folder import Share
-    from diffalign.eval.generation import Plan, Search
-    from diffalign.eval.scorers.world import knows
-    from diffalign.generate.models import Setting, open_model
-
-    check_numbers(options)
-    for name, value in (("samples", wish.samples), ("limit", wish.limit)):
-        if value is not None and value < 1:
-            raise BadInput(f"--{name} must be at least 1; got {value}.")
-    techniques = techniques_of(options.technique)
-    with checking():
-        share = Share.of(wish.shard)
-        benchmark = named(wish.benchmark, wish.category or ())
-        search = None
-        if wish.align is not None:
-            search = Search(wish.align, wish.reward, read_budget(wish.budget))
-            search.check()
-        elif wish.budget is not None:
-            raise BadInput("--budget limits a search; give --align METHOD too.")
-    if benchmark.name == "compbench" and wish.samples > benchmark.samples:
-        raise BadInput(
-            f"--samples must be at most {benchmark.samples} for compbench, whose file names number "
-            f"ten images of a prompt; got {wish.samples}."
-        )
-    writable(options.output)
-    setting = Setting(
-        steps=options.steps,
-        scale=options.scale,
-        negative_prompt=options.negative_prompt,
-        size=read_size(options.size),
-        scheduler=options.scheduler,
-        dtype=options.dtype,
-        device=device_of(options.device),
-    )
-    with checking():
-        model = open_model(options.model, setting, (techniques,))
-    if model.kind == "embedded" and benchmark.name == "compbench":
-        total = len(benchmark.items)
-        known = benchmark.where(knows, "")
-        benchmark = benchmark.where(
-            knows, f"{len(known.items)} of {total} prompts, whose nouns the embedded world knows"
-        )
-    if not benchmark.items:
-        raise BadInput("no prompt of these categories can be drawn by this model.")
-    return Plan(benchmark, model, techniques, wish.samples, options.seed, search), share
-
-
-def make(options: arguments.Options, wish: Wish, plan: Plan, share: Share) -> RunFolder:
-    """The images of this process's part."""
-    import shlex
-    import sys
-
-    from diffalign.eval.folder import RunFolder
-    from diffalign.eval.generation import generate as run
-
-    folder = RunFolder.begin(options.output, plan.settings())
-    total = len(share.of_items(plan.benchmark.spread(wish.limit))) * plan.samples
-    with show.progress(total, options.quiet) as bar:
-        count = counter(bar("images"))
-        words = shlex.join(["diffalign", *sys.argv[1:]])
-        run(plan, folder, share=share, limit=wish.limit, command=words, progress=count)
-    return folder
-
-
-def counter(step: Callable[[], None] | None) -> Callable[[int], None]:
-    """What counts several steps at once."""
+def counter(step: Callable[[], None] | None, each: int = 1) -> Callable[[int], None]:
+    """What counts several steps at once, ``each`` for one."""
 
     def count(number: int) -> None:
-        for _ in range(number):
+        for _ in range(number * each):
             if step is not None:
                 step()
 
     return count
 
 
+def make(options: RunOptions, plan: Plan) -> RunFolder:
+    """The images of this process's part."""
+    import shlex
+    import sys
+
+    from diffalign.eval.folder import RunFolder
+    from diffalign.eval.generation import generate
+
+    items = items_of(options, plan)
+    words = shlex.join(["diffalign", *sys.argv[1:]])
+    with show.progress(len(items) * plan.samples, options.quiet) as bar:
+        step = bar("images")
+        if options.engine == "ray":
+            from diffalign.eval.cluster import spread
+
+            spread(
+                partial(maker, options, words, Path.cwd()),
+                items,
+                options.workers,
+                accelerator=options.device != "cpu",
+                progress=counter(step, plan.samples),
+            )
+            return RunFolder.open(options.output)
+        folder = RunFolder.begin(options.output, plan.settings())
+        generate(plan, folder, items, command=words, progress=counter(step))
+    return folder
+
+
+def maker(options: RunOptions, words: str, place: Path) -> Work:
+    """In an actor of Ray, what makes a unit; ``place``: the folder of the program."""
+    import os
+
+    from diffalign.eval.files import RunError
+    from diffalign.eval.folder import RunFolder
+    from diffalign.eval.generation import generate
+
+    os.chdir(place)
+    try:
+        plan = plan_of(options)
+    except BadInput as error:
+        raise RunError(str(error)) from error
+    folder = RunFolder.begin(options.output, plan.settings())
+
+    def unit(item: Item) -> None:
+        generate(plan, folder, [item], command=words)
+
+    return unit
+
+
 def judge(
-    folder: RunFolder, scorer: Scorer, share: Share, device: str, quiet: bool
+    folder: RunFolder, scorer: Scorer, share: Share, device: str, quiet: bool, workers: int
 ) -> tuple[int, int]:
-    """Score this process's part; prompts with scores, of all and now."""
+    """Score this process's part, on ``workers`` actors of Ray if any; prompts with scores, of all
+    and now. ``device``: as the user names it."""
+    from diffalign.eval.cluster import spread
     from diffalign.eval.results import image_root
     from diffalign.eval.scoring import Scores, pictures_of, score
+    from diffalign.generate.models import place
 
     pictures = pictures_of(folder)
-    total = sum(len(p.files) for p in pictures if p.item.index % share.count == share.index)
-    with show.progress(total, quiet) as bar:
-        new = score(
-            scorer,
-            folder.path,
-            image_root(folder),
-            pictures,
-            share=share,
-            device=device,
-            progress=counter(bar(scorer.name)),
-        )
-    place = Scores.begin(folder.path, scorer)
-    return sum(place.read(p.item, p.hashes) is not None for p in pictures), new
+    mine = [p for p in pictures if p.item.index % share.count == share.index]
+    scores = Scores.begin(folder.path, scorer)
+    missing = [p for p in mine if scores.read(p.item, p.hashes) is None]
+    with show.progress(sum(len(p.files) for p in missing), quiet) as bar:
+        step = bar(scorer.name)
+        if workers:
+            spread(
+                partial(judging, folder.path.absolute(), scorer.name, device),
+                [p.item for p in missing],
+                workers,
+                accelerator=device != "cpu",
+                progress=counter(step, folder.samples),
+            )
+        else:
+            score(
+                scorer,
+                folder.path,
+                image_root(folder),
+                missing,
+                device=place(device_of(device), None)[0],
+                progress=counter(step),
+            )
+    return sum(scores.read(p.item, p.hashes) is not None for p in pictures), len(missing)
 
 
-def usual_scorer(plan: Plan) -> str:
-    """The scorer of a run that names none."""
-    from diffalign.embedded.load import MODELS
+def judging(path: Path, name: str, device: str) -> Work:
+    """In an actor of Ray, what scores a unit of the run in ``path``."""
+    from diffalign.eval.files import RunError
+    from diffalign.eval.folder import RunFolder
+    from diffalign.eval.results import image_root
+    from diffalign.eval.scorers import load_scorer
+    from diffalign.eval.scoring import Scores, check, pictures_of, score_unit
+    from diffalign.generate.models import place
 
-    if plan.model.kind == "embedded" and MODELS[plan.model.name].judge:
-        return MODELS[plan.model.name].judge
-    if any("questions" in item.facts for item in plan.benchmark.items):
-        return "blip-vqa"
-    return "compbench" if plan.benchmark.name == "compbench" else "mask2former"
+    device, _ = place(device, None)
+    try:
+        scorer = load_scorer(name, device)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    check(scorer)
+    folder = RunFolder.open(path)
+    scores, images = Scores.begin(path, scorer), image_root(folder)
+    pictures = {p.item.index: p for p in pictures_of(folder)}
+
+    def unit(item: Item) -> None:
+        score_unit(scorer, scores, images, pictures[item.index], device)
+
+    return unit
 
 
 @evaluate.command()
 @command
-@arguments.shared(SHARED, output=Path("outputs/eval"))
-def run(
-    options: arguments.Options,
-    benchmark: Name,
-    samples: Samples = 4,
-    limit: Limit = None,
-    category: Category = None,
-    scorer: ScorerName = None,
-    align: Align = None,
-    reward: Reward = "emoji-clip",
-    budget: Limits = None,
-    shard: Shard = None,
-) -> None:
+@arguments.shared(
+    NAMES, group=RunOptions, benchmark=arguments.REQUIRED, output=Path("outputs/eval")
+)
+def run(options: RunOptions) -> None:
     """Make the images, score them and write the report; the same command goes on after a stop."""
     from diffalign.eval.scorers import load_scorer
+    from diffalign.eval.scoring import check
 
-    wish = Wish(benchmark, samples, limit, category, align, reward, budget, shard)
-    plan, share = plan_of(options, wish)
-    items = plan.benchmark.spread(limit)
+    workers = options.workers if options.engine == "ray" else 0
+    plan = plan_of(without_accelerator(options) if workers else options)
+    items = plan.benchmark.spread(options.limit)
     with failing(f"what is finished is kept in {options.output}"):
         with checking():
-            who = load_scorer(scorer or usual_scorer(plan), str(plan.model.pipe.device))
-        check_scorer(who, items, plan.search.reward if plan.search else None)
-        folder = make(options, wish, plan, share)
-        count, _ = judge(folder, who, share, plan.model.pipe.device.type, options.quiet)
+            scorer = load_scorer(options.scorer or usual_scorer(plan), str(plan.model.pipe.device))
+        check_scorer(scorer, items, plan.search.reward if plan.search else None)
+        check(scorer)
+        folder = make(options, plan)
+        share = share_of(options)
+        count, _ = judge(folder, scorer, share, options.device, options.quiet, workers)
         if count >= len(items):
-            write_report([options.output], options.output, who.name, options)
+            write_report([options.output], options.output, scorer.name, options)
         elif not options.quiet:
             show.text(
                 f"{count} of {len(items)} prompts are finished in {options.output}; `diffalign "
@@ -304,43 +226,23 @@ def run(
             )
 
 
-def check_scorer(scorer: Scorer, items: Sequence[Item], reward: str | None) -> None:
-    """Raise ``BadInput`` where the scorer cannot judge the prompts, or was optimised."""
-    if reward == scorer.name:
-        raise BadInput(
-            f"--reward {reward} is also the judge of this run: what is optimised is no test. Give "
-            "another --reward, or another --scorer such as emoji-judge-audit."
-        )
-    unknown = [item for item in items if not scorer.knows(item)]
-    if unknown:
-        raise BadInput(
-            f"--scorer {scorer.name} cannot judge {len(unknown)} of {len(items)} prompts, first "
-            f"{unknown[0].prompt!r} ({unknown[0].tag})."
-        )
-
-
 @evaluate.command()
 @command
-@arguments.shared(SHARED, without=("json",), output=Path("outputs/eval"))
-def generate(
-    options: arguments.Options,
-    benchmark: Name,
-    samples: Samples = 4,
-    limit: Limit = None,
-    category: Category = None,
-    align: Align = None,
-    reward: Reward = "emoji-clip",
-    budget: Limits = None,
-    shard: Shard = None,
-) -> None:
+@arguments.shared(
+    NAMES,
+    group=RunOptions,
+    without=("json", "scorer"),
+    benchmark=arguments.REQUIRED,
+    output=Path("outputs/eval"),
+)
+def generate(options: RunOptions) -> None:
     """Make the images of a run and nothing else."""
-    wish = Wish(benchmark, samples, limit, category, align, reward, budget, shard)
-    plan, share = plan_of(options, wish)
+    plan = plan_of(without_accelerator(options) if options.engine == "ray" else options)
     with failing(f"what is finished is kept in {options.output}"):
-        folder = make(options, wish, plan, share)
+        folder = make(options, plan)
     if not options.quiet:
-        done = sum(1 for _ in folder.entries())
-        show.text(f"{done} prompts are finished in {options.output}")
+        count = sum(1 for _ in folder.entries())
+        show.text(f"{count} prompts are finished in {options.output}")
 
 
 @evaluate.command()
@@ -349,16 +251,20 @@ def generate(
 def score(
     options: arguments.Options,
     folder: Annotated[Path, typer.Argument(help="A run, or images that another tool made.")],
-    scorer: Annotated[str, _option(WHAT, "Who judges the images.", "--scorer")] = "emoji-judge",
+    scorer: Annotated[
+        str, option(WHAT, "Who judges the images.", "--scorer", "--detector")
+    ] = "emoji-judge",
     benchmark: Annotated[
         str | None,
-        _option(WHAT, "Of images of another tool: geneval or compbench.", "--benchmark"),
+        option(WHAT, "Of images of another tool: geneval or compbench.", "--benchmark"),
     ] = None,
     output: Annotated[
         Path | None,
-        _option(WHAT, "Where the scores of such images go.", "--output", "-o"),
+        option(WHAT, "Where the scores of such images go.", "--output", "-o"),
     ] = None,
     shard: Shard = None,
+    engine: Engine = "local",
+    workers: Workers = 2,
 ) -> None:
     """Score the images of a run, or a folder in GenEval's or T2I-CompBench's own layout."""
     from diffalign.eval.folder import RunFolder, Share
@@ -366,6 +272,7 @@ def score(
     from diffalign.eval.scorers import load_scorer
     from diffalign.generate.models import place
 
+    check_engine(engine, workers)
     if (benchmark is None) != (output is None):
         raise BadInput(
             "--benchmark and --output go together: they are for images of another tool; the "
@@ -381,7 +288,8 @@ def score(
             target = adopt(folder, benchmark, writable(output))
         reward = (target.settings.get("search") or {}).get("reward")
         check_scorer(who, [item for item, _ in target.entries()], reward)
-        count, new = judge(target, who, share, device, options.quiet)
+        actors = workers if engine == "ray" else 0
+        count, new = judge(target, who, share, options.device, options.quiet, actors)
     if not options.quiet:
         show.text(f"{count} prompts are scored in {target.path}, {new} of them now")
 
@@ -397,9 +305,9 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        _option(WHAT, "Folder of the report; the first run if left out.", "--output", "-o"),
+        option(WHAT, "Folder of the report; the first run if left out.", "--output", "-o"),
     ] = None,
-    scorer: Annotated[str, _option(WHAT, "Whose scores, if there are several.", "--scorer")] = "",
+    scorer: Annotated[str, option(WHAT, "Whose scores, if there are several.", "--scorer")] = "",
 ) -> None:
     """Join the parts of runs, compare runs, and write numbers, tables and a page."""
     with failing():
@@ -414,7 +322,7 @@ def frechet(
     one: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run, or a folder of images.")],
     other: Annotated[Path, typer.Argument(metavar="FOLDER", help="Another one.")],
     encoder: Annotated[
-        str, _option(WHAT, "emoji-clip, or a CLIP by folder or hub id.", "--encoder")
+        str, option(WHAT, "emoji-clip, or a CLIP by folder or hub id.", "--encoder")
     ] = "emoji-clip",
 ) -> None:
     """The Fréchet distance of two sets of images, in the features of an encoder."""

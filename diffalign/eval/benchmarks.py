@@ -131,7 +131,8 @@ def named(name: str, tags: Sequence[str] = ()) -> Benchmark:
 
 def of_file(path: Path) -> Benchmark:
     """Prompts of a JSON lines file: ``prompt``, and perhaps ``category``, the clauses of GenEval
-    (``tag``, ``include``, ``exclude``) or ``questions`` (pairs of question and answer).
+    (``tag``, ``include``, ``exclude``) or ``questions`` (pairs of question and answer). The file of
+    GenEval 2 is read as it is.
 
     Raises: ValueError for a file that cannot be read, with the line.
     """
@@ -161,6 +162,9 @@ def _item(index: int, line: str, where: str) -> Item:
     prompt = facts.get("prompt") if isinstance(facts, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'{where}: expected an object with "prompt": text; got {line[:80]!r}.')
+    if "vqa_list" in facts:  # a line of GenEval 2
+        kind = f"atomicity {facts.get('atom_count', '?')}"
+        facts = {"category": kind, "questions": facts["vqa_list"], **facts}
     if "include" not in facts and "questions" not in facts:
         facts = {**(parse_prompt(prompt) or {}), **facts}
     tag = facts.get("category", facts.get("tag", "prompts"))
@@ -177,7 +181,7 @@ def _check_questions(questions: object, where: str) -> None:
         if (
             not isinstance(pair, list)
             or len(pair) != 2
-            or not all(isinstance(text, str) for text in pair)
+            or not all(isinstance(text, str) and text.strip() for text in pair)
         ):
             raise ValueError(
                 f'{where}: questions must be pairs like ["Is there a cat?", "yes"]; got {pair!r}.'

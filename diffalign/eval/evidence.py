@@ -2,17 +2,16 @@
 compared.
 
 200 official GenEval prompts, stratified by tag, x 2 seeds; another 100 prompts for choosing
-thresholds. A run is a folder with one JSON line per image and its picture; it resumes by skipping
-prompts that are finished. One prompt's images stay in one batch.
+thresholds. The images are made and scored by the runner, so a run is a folder of its kind and goes
+on where it was.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +19,24 @@ import numpy as np
 
 from diffalign.core.seeds import seed_of as image_seed
 from diffalign.core.technique import Technique
-from diffalign.core.types import Json, Pipeline
+from diffalign.core.types import Json, Keywords, Pipeline
+from diffalign.eval.benchmarks import Item, geneval
+from diffalign.eval.folder import RunFolder
+from diffalign.eval.generation import Plan, generate
+from diffalign.eval.scorers.base import Outcome, Scorer
+from diffalign.eval.scoring import Scores, pictures_of, score
 from diffalign.eval.statistics import Interval, interval
-from diffalign.generate.seeds import Job
 from diffalign.tasks.geneval.prompts import TAGS
 from diffalign.tasks.geneval.verdict import prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module
 
-    from diffalign.generate.samples import Sample
+    from diffalign.generate.models import Model
     from diffalign.generate.verdicts import Detector
 
-Scorer = Callable[["Tensor", Sequence[str]], "Tensor"]
-"""Images [B, 3, H, W] in [0, 1] and their prompts -> [B] scores."""
+Measure = Callable[["Tensor", Sequence[str]], "Tensor"]
+"""Images [B, 3, H, W] in [0, 1] and their prompts -> [B] numbers."""
 
 
 def stratified(count: int, *, offset: int = 0) -> list[int]:
@@ -141,6 +143,41 @@ def compare(a: Measured, b: Measured, key: str = "correct", **options: Any) -> I
     return interval([ours[n] - theirs[n] for n in ours], [tag_of(n) for n in ours], **options)
 
 
+@dataclass(slots=True)
+class Function:
+    """A function of images and prompts as a scorer of the runner."""
+
+    name: str
+    function: Measure
+
+    def facts(self) -> Json:
+        """Its name; a function has no revision."""
+        return {"name": self.name, "of": type(self.function).__name__}
+
+    def knows(self, item: Item) -> bool:
+        """Every prompt."""
+        return True
+
+    def canary(self) -> str | None:
+        """It is no judge, so nothing is known to be right."""
+        return None
+
+    def score(self, images: Sequence[Tensor], item: Item) -> list[Outcome]:
+        """The function's numbers for the images of one prompt."""
+        import torch
+
+        with torch.no_grad():
+            values = self.function(torch.stack(list(images)), [item.prompt] * len(images))
+        return [Outcome(float(value), "", {}) for value in values]
+
+
+def spread(images: Tensor, texts: Sequence[str]) -> Tensor:
+    """Diversity of one prompt's images [B, 3, H, W]: the mean absolute pixel difference of each to
+    the others, in [0, 1]; 0 for a single one."""
+    differences = (images[:, None] - images[None]).abs().mean((2, 3, 4))
+    return differences.sum(1) / max(len(images) - 1, 1)
+
+
 def measure(
     pipe: Pipeline,
     judge: Detector,
@@ -149,169 +186,69 @@ def measure(
     *,
     prompt_ids: Sequence[int],
     samples: int = 2,
-    batch: int = 16,
-    scorers: Mapping[str, Scorer] | None = None,
+    scorers: Mapping[str, Measure] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Measured:
-    """Generate, judge and record ``samples`` images of each prompt under ``config``; finished
-    prompts are read from ``folder``.
+    """Make ``samples`` images of each prompt under ``config`` and score them, as a run in
+    ``folder``; what is finished there is not done again.
 
-    ``seconds`` of a record: of one image, in processor time on a CPU with one thread (so that other
-    load does not count), else on the wall. ``batch``: images per call, a multiple of ``samples``.
-    ``scorers``: name -> ``f(images [B, 3, H, W], prompts) -> [B]``.
-    Cost: ``len(prompt_ids) * samples`` images. Raises ValueError when ``folder`` holds a run with
-    other settings.
+    ``seconds`` of a record: of one image, in processor time on a CPU, so that other load does not
+    count, else on the wall. ``scorers``: name -> function of images and prompts.
+    Cost: ``len(prompt_ids) * samples`` images. Raises: ``RunError`` when ``folder`` holds another
+    run.
     """
-    if batch % samples:
-        raise ValueError(
-            f"batch must be a multiple of samples={samples}, so that a prompt's images share a "
-            f"batch; got {batch}."
-        )
-    write_manifest(pipe, judge, config, folder, samples, batch)
-    lines = folder / "records.jsonl"
-    records = {(r["prompt_id"], r["sample"]): r for r in read_lines(lines)}
-    missing = [n for n in prompt_ids if any((n, k) not in records for k in range(samples))]
-    jobs = [
-        Job(str(prompts()[n]["prompt"]), seed_of(n, k), f"{n}/{k}")
-        for n in missing
-        for k in range(samples)
-    ]
-    with lines.open("a") as file:
-        for images, seconds in _timed(pipe, config, jobs, samples, batch):
-            entries = _records(images, seconds, judge, samples, scorers or {})
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
-            file.flush()
-            records.update({(r["prompt_id"], r["sample"]): r for r in entries})
-            progress(len(entries))
-    return Measured(config, tuple(records[n, k] for n in prompt_ids for k in range(samples)))
+    from diffalign.eval.scorers.emoji import EmojiScorer
+
+    benchmark = geneval()
+    plan = Plan(benchmark, _model(pipe, config), config.techniques, samples)
+    run = RunFolder.begin(folder, plan.settings())
+    items = [benchmark.items[n] for n in prompt_ids]
+    generate(plan, run, items, progress=progress)
+    everyone: list[Scorer] = [EmojiScorer("judge", judge), Function("spread", spread)]
+    everyone += [Function(name, function) for name, function in (scorers or {}).items()]
+    numbers = set(prompt_ids)
+    pictures = [p for p in pictures_of(run) if p.item.index in numbers]
+    for scorer in everyone:
+        score(scorer, run.path, run.path / "images", pictures)
+    places = [Scores.begin(run.path, scorer) for scorer in everyone]
+    return Measured(config, tuple(r for item in items for r in _records(run, item, places)))
 
 
-def write_manifest(
-    pipe: Pipeline, judge: Detector, config: Config, folder: Path, samples: int, batch: int
-) -> None:
-    """Write what a run depends on.
+def _model(pipe: Pipeline, config: Config) -> Model:
+    """A loaded pipeline as the runner takes it."""
+    from diffalign.families import family_of
+    from diffalign.generate.models import Model
 
-    Raises ValueError when ``folder`` holds a run with other settings.
-    """
-    from diffalign.core.registry import to_config
-
-    settings = {
-        "techniques": [to_config(t) for t in config.techniques],
-        "scale": config.scale,
-        "steps": config.steps,
-        "samples": samples,
-        "batch": batch,
-        "scheduler": type(pipe.scheduler).__name__,
-        "model": fingerprint(getattr(pipe, "unet", None) or pipe.transformer),
-        "judge": [
-            fingerprint(judge.net) if hasattr(judge, "net") else type(judge).__name__,
-            asdict(judge.thresholds),
-        ],
-    }
-    manifest = folder / "manifest.json"
-    settings = json.loads(json.dumps(settings))
-    folder.mkdir(parents=True, exist_ok=True)
-    if manifest.exists():
-        previous = json.loads(manifest.read_text())
-        differing = [key for key in settings if settings[key] != previous.get(key)]
-        if differing or previous != settings:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({', '.join(differing)}); give another "
-                "folder or delete it."
-            )
-    manifest.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def _timed(
-    pipe: Pipeline, config: Config, jobs: Sequence[Job], samples: int, batch: int
-) -> Iterator[tuple[list[Sample], float]]:
-    """Batches of finished images, with the seconds of one image."""
-    import torch
-
-    from diffalign.generate import samples as sampling
-
-    call: dict[str, float] = {"num_inference_steps": config.steps}
+    family = family_of(type(pipe))
+    gate = family.gates[0]
+    call: Keywords = {"num_inference_steps": config.steps}
+    native = inspect.signature(type(pipe).__call__).parameters[gate].default
     if config.scale is not None:
-        call["guidance_scale"] = config.scale
-    alone = pipe.device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    batches = sampling.samples(
-        pipe, config.techniques, jobs, batch=batch, call=call, copies=samples
-    )
-    for _ in range(0, len(jobs), batch):
-        start = clock()
-        images = next(batches)
-        yield images, (clock() - start) / len(images)
+        native = call[gate] = family.native(config.scale)
+    name = type(pipe).__name__
+    return Model(name, "folder", pipe, config.steps, family.scale(native), call, {})
 
 
-def _records(
-    results: Sequence[Sample],
-    seconds: float,
-    judge: Detector,
-    samples: int,
-    scorers: Mapping[str, Scorer],
-) -> list[Json]:
-    """One record for each image of a batch."""
-    import torch
-
-    from diffalign.generate.verdicts import verdicts
-
-    images = torch.stack([sample.image for sample in results])
-    texts = [sample.job.prompt for sample in results]
-    with torch.no_grad():
-        scores = {name: scorer(images, texts).tolist() for name, scorer in scorers.items()}
-    places = [tuple(map(int, sample.job.key.split("/"))) for sample in results]
-    answers = verdicts(judge, images, [prompts()[n] for n, _ in places])
-    report = results[0].report
-    scales = [s for s in report.scale if s is not None]
-    records = []
-    for i, ((n, k), verdict) in enumerate(zip(places, answers)):
-        assert verdict is not None
-        record = {
-            "prompt_id": n,
+def _records(run: RunFolder, item: Item, places: Sequence[Scores]) -> list[Json]:
+    """One record for each image of a prompt."""
+    unit, timing = run.record(item), run.timing(item)
+    assert unit is not None
+    on_cpu = run.settings["device"] == "cpu"
+    seconds = timing["processor_seconds" if on_cpu else "seconds"] / timing["images"]
+    hashes = [sample["sha256"] for sample in unit["samples"]]
+    columns = {place.facts["name"]: place.read(item, hashes) or [] for place in places}
+    judge = columns.pop("judge")
+    return [
+        {
+            "prompt_id": item.index,
             "sample": k,
-            "seed": results[i].job.seed,
-            "correct": verdict.correct,
-            "reason": verdict.reason,
-            "nfe": report.nfe,
+            "seed": sample["seed"],
+            "correct": judge[k]["score"] == 1.0,
+            "reason": judge[k]["reason"],
+            "nfe": sample["nfe"],
             "seconds": seconds,
-            "scale": sum(scales) / len(scales) if scales else 1.0,
-            "spread": _spread(images, i, samples),
+            "scale": unit["report"]["scale"] or 1.0,
         }
-        records.append(record | {name: values[i] for name, values in scores.items()})
-    return records
-
-
-def _spread(images: Tensor, i: int, samples: int) -> float:
-    """Diversity: mean absolute pixel difference of image i to the other images of its prompt, in
-    [0, 1]; 0 for a single sample."""
-    first = i - i % samples
-    others = [j for j in range(first, first + samples) if j != i]
-    return (
-        float(sum((images[i] - images[j]).abs().mean() for j in others) / len(others))
-        if others
-        else 0.0
-    )
-
-
-def read_lines(path: Path) -> list[Json]:
-    """Records of a JSON lines file; a torn last line, left by an interruption, is dropped."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def fingerprint(network: Module) -> str:
-    """Short hash of a network's weights, so that records of another model or judge are never mixed
-    in."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        | {name: column[k]["score"] for name, column in columns.items()}
+        for k, sample in enumerate(unit["samples"])
+    ]

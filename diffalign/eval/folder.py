@@ -68,10 +68,6 @@ class Share:
         return [item for item in items if item.index % self.count == self.index]
 
 
-ALL = Share()
-"""All units."""
-
-
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """A folder with a run in it."""

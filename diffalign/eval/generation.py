@@ -20,7 +20,7 @@ from diffalign.core.types import Json
 from diffalign.core.values import plain
 from diffalign.eval.benchmarks import Benchmark, Item
 from diffalign.eval.files import RunError, file_digest, storage
-from diffalign.eval.folder import ALL, RunFolder, Share
+from diffalign.eval.folder import RunFolder
 from diffalign.generate.seeds import Job
 from diffalign.rewards.base import REWARDS
 
@@ -153,33 +153,36 @@ def one_thread(device: str) -> Iterator[None]:
 def generate(
     plan: Plan,
     folder: RunFolder,
+    items: Sequence[Item] | None = None,
     *,
-    share: Share = ALL,
-    limit: int | None = None,
     command: str = "",
     progress: Callable[[int], None] = lambda images: None,
 ) -> int:
-    """Make the units of ``share`` that are not finished; how many were made.
+    """Make the units of ``items``, of all if None, that are not finished; how many were made.
 
-    ``limit``: prompts in all, evenly spaced. ``command``: kept beside the seconds. ``progress`` is
-    told the images of each unit. Cost: the images that are missing.
-    Raises: ``RunError`` when the disk or the model fails; what is finished is kept.
+    ``command``: kept beside the seconds. ``progress`` is told the images of each unit.
+    Cost: the images that are missing. Raises: ``RunError`` when the disk or the model fails; what
+    is finished is kept.
     """
-    share_items = share.of_items(plan.benchmark.spread(limit))
+    items = plan.benchmark.items if items is None else items
     with storage(folder.path):
-        missing = [item for item in share_items if not folder.finished(item)]
-    progress(plan.samples * (len(share_items) - len(missing)))
+        missing = [item for item in items if not folder.finished(item)]
+    progress(plan.samples * (len(items) - len(missing)))
     images = (_searched if plan.search else _sampled)(plan, missing)
     facts = environment(str(plan.model.pipe.device)) | {"command": command}
     with one_thread(plan.model.pipe.device.type):
-        for number, item in enumerate(missing):
-            start = time.perf_counter()
-            with _failing(folder, item, len(share_items) - len(missing) + number, share_items):
+        for item in missing:
+            start, processor = time.perf_counter(), time.process_time()
+            with _failing(folder, item):
                 unit = next(images)
-            seconds = time.perf_counter() - start
+            timing = {
+                "seconds": time.perf_counter() - start,
+                "processor_seconds": time.process_time() - processor,
+                "images": plan.samples,
+                "date": _now(),
+            }
             with storage(folder.path):
-                timing = {"seconds": seconds, "images": plan.samples, "date": _now(), **facts}
-                _write(plan, folder, item, unit, timing)
+                _write(plan, folder, item, unit, timing | facts)
             progress(plan.samples)
     return len(missing)
 
@@ -198,15 +201,15 @@ class Unit:
 
 
 @contextmanager
-def _failing(folder: RunFolder, item: Item, count: int, items: Sequence[Item]) -> Iterator[None]:
+def _failing(folder: RunFolder, item: Item) -> Iterator[None]:
     """Inside, whatever the model raises becomes a ``RunError`` that names the prompt."""
     try:
         yield
     except Exception as error:
+        count = sum(1 for _ in folder.entries())
         raise RunError(
-            f"prompt {item.index} ({item.prompt!r}): {type(error).__name__}: {error} {count} of "
-            f"{len(items)} prompts are finished and kept in {folder.path}; the same command goes "
-            "on from there."
+            f"prompt {item.index} ({item.prompt!r}): {type(error).__name__}: {error} {count} "
+            f"prompts are finished and kept in {folder.path}; the same command goes on from there."
         ) from error
 
 
@@ -222,7 +225,7 @@ def _write(plan: Plan, folder: RunFolder, item: Item, unit: Unit, timing: Json) 
         save_png(image, path, unit.settings[number])
         name = plan.benchmark.file(item, number)
         seed = seed_of(item.place, number, plan.seed)
-        entry = {"file": name, "sha256": file_digest(path), "seed": seed}
+        entry = {"file": name, "sha256": file_digest(path), "seed": seed, "size": image.size}
         samples.append(entry | unit.cost[number])
     record = {
         "index": item.index,
@@ -267,12 +270,19 @@ def _sampled(plan: Plan, items: Sequence[Item]) -> Iterator[Unit]:
             {
                 "steps": report.steps,
                 "guided_steps": report.guided_steps,
+                "scale": _mean(report.scale),
                 "nfe_cfg": report.nfe_cfg,
                 "layers": report.layers,
                 "resolved": report.resolved,
                 "notes": report.notes,
             },
         )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known, None of nothing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _searched(plan: Plan, items: Sequence[Item]) -> Iterator[Unit]:

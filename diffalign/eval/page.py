@@ -18,7 +18,7 @@ from diffalign.core.types import Json
 from diffalign.drawing.bars import Point, Series, bar_chart, cost_chart
 from diffalign.eval.benchmarks import order_of
 from diffalign.eval.results import Column, Shot
-from diffalign.eval.summary import FEW
+from diffalign.eval.summary import FEW, published_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,6 +46,7 @@ def page(table: Sequence[Column], numbers: Json, timing: Json) -> str:
         _charts(table, numbers, timing),
         "<h2>Scores</h2>",
         _scores(numbers, timing),
+        "".join(f"<p>{_text(line)}</p>" for line in published_lines(numbers["results"])),
         _comparisons(numbers["comparisons"]),
         "<h2>Images</h2>",
         _filters(table),

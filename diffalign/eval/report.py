@@ -20,7 +20,7 @@ from diffalign.eval.benchmarks import order_of
 from diffalign.eval.files import storage, write, write_json
 from diffalign.eval.page import page
 from diffalign.eval.results import Column
-from diffalign.eval.summary import FEW, summarise, timing_of
+from diffalign.eval.summary import FEW, published_lines, summarise, timing_of
 
 
 def report(table: Sequence[Column], folder: Path) -> tuple[Json, list[Path]]:
@@ -96,11 +96,11 @@ def markdown(numbers: Json) -> str:
         if result["incomplete"]:
             text.append(f"No overall of {cell_text(label)}: {cell_text(result['incomplete'])}.")
         text += [f"Warning, {cell_text(label)}: {cell_text(w)}" for w in result["warnings"]]
-        if other := result.get("published"):
+        if "geometric" in result:
             text.append(
-                f"Published overall of this model: {other['overall']:.2f} ({other['source']}, "
-                f"another evaluator); difference {other['difference']:+.3f}."
+                f"Geometric mean of the answers, {cell_text(label)}: {result['geometric']:.3f}."
             )
+    text += map(cell_text, published_lines(results))
     if numbers["comparisons"]:
         text += ["", *comparison_lines(numbers["comparisons"])]
     return "\n".join(text) + "\n"

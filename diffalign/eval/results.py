@@ -33,6 +33,10 @@ class Shot:
     reason: str
     # nfe, decodes, rewards: what making it cost, empty where unknown
     cost: Json
+    # width and height in pixels, None where the record does not say
+    size: tuple[int, int] | None = None
+    # of answers to questions: their geometric mean
+    geometric: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,8 @@ def _shots(folder: RunFolder, place: Scores, record: Json) -> list[Shot] | None:
             score=float(outcome["score"]),
             reason=outcome["reason"],
             cost={k: sample[k] for k in ("nfe", "decodes", "rewards", "tied") if k in sample},
+            size=tuple(sample["size"]) if "size" in sample else None,
+            geometric=outcome["measured"].get("geometric"),
         )
         for number, (sample, outcome) in enumerate(
             zip(record["samples"], entry["samples"], strict=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from diffalign.core.types import Json
 from diffalign.eval.benchmarks import Item
 from diffalign.eval.files import RunError, digest, file_digest, read_json, storage, write_json
-from diffalign.eval.folder import ALL, RunFolder, Share
+from diffalign.eval.folder import RunFolder
 from diffalign.eval.generation import json_data, one_thread
 from diffalign.eval.scorers.base import Outcome, Scorer
 
@@ -116,46 +116,64 @@ def pictures_of(folder: RunFolder) -> list[Pictures]:
     ]
 
 
+def check(scorer: Scorer) -> None:
+    """Give a scorer its canary.
+
+    Raises: ``RunError`` when it is broken.
+    """
+    with one_thread("cpu"):
+        problem = scorer.canary()
+    if problem is not None:
+        raise RunError(f"{scorer.name} is broken: {problem}. No image was scored.")
+
+
 def score(
     scorer: Scorer,
     folder: Path,
     images: Path,
     pictures: Sequence[Pictures],
     *,
-    share: Share = ALL,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda images: None,
 ) -> int:
-    """Score the images of ``share`` that ``folder`` holds no scores of; how many prompts were.
+    """Score the images of ``pictures`` that ``folder`` holds no scores of; how many prompts were.
 
     The canary comes first. Raises: ``RunError`` when the scorer is broken or an image cannot be
     read; scores that are written are kept.
     """
     place = Scores.begin(folder, scorer)
-    mine = [p for p in pictures if p.item.index % share.count == share.index]
-    unknown = [p.item for p in mine if not scorer.knows(p.item)]
+    unknown = [p.item for p in pictures if not scorer.knows(p.item)]
     if unknown:
         raise RunError(
-            f"{scorer.name} cannot score {len(unknown)} of {len(mine)} prompts, first "
+            f"{scorer.name} cannot score {len(unknown)} of {len(pictures)} prompts, first "
             f"{unknown[0].prompt!r} ({unknown[0].tag}). Give another --scorer, or --category."
         )
-    missing = [p for p in mine if place.read(p.item, p.hashes) is None]
-    progress(sum(len(p.files) for p in mine) - sum(len(p.files) for p in missing))
-    with one_thread(device):
-        problem = scorer.canary() if missing else None
-        if problem is not None:
-            raise RunError(f"{scorer.name} is broken: {problem}. No image was scored.")
-        for p in missing:
-            tensors = [
-                read_image(images / file, expected)
-                for file, expected in zip(p.files, p.hashes, strict=True)
-            ]
-            outcomes = scorer.score(tensors, p.item)
-            _check(scorer, p, outcomes)
-            with storage(folder):
-                place.write(p, outcomes)
-            progress(len(p.files))
+    missing = [p for p in pictures if place.read(p.item, p.hashes) is None]
+    progress(sum(len(p.files) for p in pictures) - sum(len(p.files) for p in missing))
+    if missing:
+        check(scorer)
+    for p in missing:
+        score_unit(scorer, place, images, p, device)
+        progress(len(p.files))
     return len(missing)
+
+
+def score_unit(
+    scorer: Scorer, place: Scores, images: Path, pictures: Pictures, device: str
+) -> None:
+    """Score the images of one prompt and keep what came out.
+
+    Raises: ``RunError`` for an image that cannot be read and a score that is none.
+    """
+    tensors = [
+        read_image(images / file, expected)
+        for file, expected in zip(pictures.files, pictures.hashes, strict=True)
+    ]
+    with one_thread(device):
+        outcomes = scorer.score(tensors, pictures.item)
+    _check(scorer, pictures, outcomes)
+    with storage(place.folder):
+        place.write(pictures, outcomes)
 
 
 def _check(scorer: Scorer, pictures: Pictures, outcomes: Sequence[Outcome]) -> None:

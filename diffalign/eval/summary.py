@@ -12,8 +12,8 @@ from diffalign.eval.benchmarks import order_of
 from diffalign.eval.files import RunError
 from diffalign.eval.results import Column
 from diffalign.eval.statistics import Interval, holm, interval, mcnemar
-from diffalign.tasks.geneval.published import published
 from diffalign.tasks.geneval.summary import summary as official
+from diffalign.tasks.published import published
 
 MISSING = 0.005
 """Share of prompts that may lack a score before no overall is formed."""
@@ -75,14 +75,37 @@ def result_of(column: Column) -> Json:
         "incomplete": incomplete,
         "images": len(column.shots),
         "best_of_images": sum(best.values()) / len(best),
+        "sizes": sorted({f"{w}x{h}" for w, h in (s.size for s in column.shots if s.size)}),
         "unscored": column.unscored,
         "warnings": warnings_of(column, by_tag),
     }
     for name in ("nfe", "decodes", "rewards", "tied"):
         result[name] = column.mean(name)
-    if not incomplete and column.settings["benchmark"]["name"] == "geneval":
-        result["published"] = published(str(column.settings["model"]["name"]), whole.mean)
+    geometric = [shot.geometric for shot in column.shots if shot.geometric is not None]
+    if len(geometric) == len(column.shots):
+        result["geometric"] = sum(geometric) / len(geometric)
+    if not incomplete:
+        scores = {tag: entry["mean"] for tag, entry in by_tag.items()} | {"overall": whole.mean}
+        settings = column.settings
+        name, model = settings["benchmark"]["name"], str(settings["model"]["name"])
+        result["published"] = published(name, model, scores)
     return result
+
+
+def published_lines(results: Json) -> list[str]:
+    """A sentence for each run whose model has published scores."""
+    lines = []
+    for label, result in results.items():
+        other = result.get("published")
+        if other:
+            parts = (
+                f"{name} {row['published']:.4g}, here {row['difference']:+.3f}"
+                for name, row in other["scores"].items()
+            )
+            lines.append(
+                f"{label}: published by another evaluator ({other['source']}): {'; '.join(parts)}."
+            )
+    return lines
 
 
 def _numbers(value: Interval) -> Json:

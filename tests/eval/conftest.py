@@ -76,12 +76,11 @@ def evaluated(plan, tmp_path):
     from diffalign.eval.generation import generate
     from diffalign.eval.scoring import pictures_of, score
 
-    def make(name, plan=plan, scorer=None, **options):
+    def make(name, plan=plan, scorer=None, items=None):
         folder = RunFolder.begin(tmp_path / name, plan.settings())
-        generate(plan, folder, **options)
-        share = {key: options[key] for key in options if key == "share"}
+        generate(plan, folder, items)
         images = folder.path / "images"
-        score(scorer or Brightness(), folder.path, images, pictures_of(folder), **share)
+        score(scorer or Brightness(), folder.path, images, pictures_of(folder))
         return folder
 
     return make

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 import diffalign as da
 from diffalign.eval.evidence import (
@@ -12,14 +13,14 @@ from diffalign.eval.evidence import (
     compare,
     evidence_prompts,
     measure,
-    read_lines,
     seed_of,
+    spread,
     stratified,
     tuning_prompts,
 )
+from diffalign.eval.files import RunError
 from diffalign.eval.statistics import interval
 from diffalign.tasks.geneval.verdict import Detection, Thresholds, prompts
-from diffalign.testing.tiny import tiny_pipeline
 
 
 def test_sets_are_stratified_and_disjoint():
@@ -75,40 +76,53 @@ class Judge:
 
 
 @pytest.fixture
-def pipe():
-    made = tiny_pipeline("StableDiffusionPipeline", text=True)
-    made.set_progress_bar_config(disable=True)
-    return made
+def pipe(tiny):
+    return tiny.pipe
+
+
+@pytest.fixture(autouse=True)
+def _no_canary(monkeypatch):
+    """The stand-in for a judge has never seen the embedded world."""
+    from diffalign.eval.scorers.emoji import EmojiScorer
+
+    monkeypatch.setattr(EmojiScorer, "canary", lambda self: None)
 
 
 def run(pipe, folder, config, ids=(0, 7, 80, 180), **more):
-    return measure(pipe, Judge(), config, folder, prompt_ids=list(ids), batch=4, **more)
+    return measure(pipe, Judge(), config, folder, prompt_ids=list(ids), **more)
 
 
-def test_a_run_resumes_without_doing_anything_twice(pipe, tmp_path):
+def test_a_run_goes_on_without_doing_anything_twice(pipe, tmp_path):
     config = Config("cfg", (da.CFG(3.0),), steps=2)
     whole = run(pipe, tmp_path / "whole", config)
     run(pipe, tmp_path / "parts", config, ids=(0, 7))
-    path = tmp_path / "parts" / "records.jsonl"
-    with path.open("a") as lines:
-        lines.write('{"prompt_id": 80, "sam')  # torn by an interruption
-    done = []
-    parts = run(pipe, tmp_path / "parts", config, progress=done.append)
-    assert sum(done) == 4
+    record = tmp_path / "parts" / "records" / "00007.json"
+    record.write_text(record.read_text()[:40])  # torn by an interruption
+    images = []
+    parts = run(pipe, tmp_path / "parts", config, progress=images.append)
+    assert images[0] == 2
+    assert sum(images) == 8
     keys = ("prompt_id", "sample", "seed", "correct", "reason", "nfe", "scale", "spread")
     assert [[r[k] for k in keys] for r in parts.records] == [
         [r[k] for k in keys] for r in whole.records
     ]
-    assert len(read_lines(path)) == 8
     assert all(
         r["nfe"] == 4.0 and r["scale"] == pytest.approx(3.0, rel=1e-4) for r in whole.records
     )
+    assert all(r["seconds"] > 0 for r in whole.records)
 
 
 def test_other_settings_in_the_same_folder_are_refused(pipe, tmp_path):
     run(pipe, tmp_path, Config("cfg", (da.CFG(3.0),), steps=2), ids=(0,))
-    with pytest.raises(ValueError, match=r"other settings \(techniques, steps\)"):
+    with pytest.raises(RunError, match=r"another run: steps is 2 there and 3 here, techniques"):
         run(pipe, tmp_path, Config("cfg", (da.CFG(4.0),), steps=3), ids=(0,))
+
+
+def test_spread_by_hand():
+    """Three images of one grey each: every one to the two others."""
+    images = torch.tensor([0.0, 0.3, 0.9])[:, None, None, None].expand(3, 3, 2, 2)
+    assert spread(images, []).tolist() == pytest.approx([0.6, 0.45, 0.75])
+    assert spread(images[:1], []).tolist() == [0.0]
 
 
 def test_paired_comparison(pipe, tmp_path):
@@ -130,7 +144,7 @@ def test_paired_comparison(pipe, tmp_path):
     short = run(pipe, tmp_path / "c", Config("c", scale=3.0, steps=2), ids=(0, 7))
     with pytest.raises(ValueError, match="same prompts and seeds"):
         compare(one, short)
-    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["model"]
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["model"]["revision"]
 
 
 def test_images_do_not_depend_on_the_technique_when_it_is_off(pipe, tmp_path):

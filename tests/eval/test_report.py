@@ -89,7 +89,9 @@ def test_overall_of_geneval_needs_every_prompt():
 
     whole = result_of(geneval(553))
     assert (whole["overall"], whole["best_of_images"]) == (0.25, 1.0)
-    assert whole["published"]["difference"] == pytest.approx(0.25 - 0.87)
+    rows = whole["published"]["scores"]
+    assert rows["overall"] == {"published": 0.87, "difference": pytest.approx(0.25 - 0.87)}
+    assert rows["position"] == {"published": 0.76, "difference": pytest.approx(0.25 - 0.76)}
     assert any("single_object is 0.25" in text for text in whole["warnings"])
     partial = result_of(geneval(550))
     assert partial["overall"] is None
@@ -103,10 +105,10 @@ def test_what_is_optimised_is_no_judge():
 
 
 @pytest.mark.slow
-def test_shards_join_to_the_bytes_of_the_whole_run(evaluated, tmp_path):
+def test_shards_join_to_the_bytes_of_the_whole_run(evaluated, plan, tmp_path):
     evaluated("whole")
     for i in range(2):
-        evaluated(f"part-{i}", share=Share(i, 2))
+        evaluated(f"part-{i}", items=Share(i, 2).of_items(plan.benchmark.items))
     names = ("results.json", "samples.jsonl", "results.md", "results.parquet")
     report(columns([tmp_path / "whole"]), tmp_path / "a")
     report(columns([tmp_path / "part-1", tmp_path / "part-0"]), tmp_path / "b")

@@ -24,10 +24,22 @@ SIDE, WORDS, TOKENS = 480, 50, 35
 """Side of the image in pixels, most words and most tokens of a question."""
 
 
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
 def question_of(phrase: str) -> str:
     """A noun phrase as a question, cleaned as the published program cleans it."""
     text = re.sub(r"[.!\"()*#:;~]", " ", f"{phrase}?".lower())
     return " ".join(text.split()[:WORDS])
+
+
+def forms_of(answer: str) -> list[str]:
+    """How an answer may be written: a number up to ten as a word and in digits."""
+    text = answer.strip().lower()
+    for number, word in enumerate(NUMBERS):
+        if text in (word, str(number)):
+            return [word, str(number)]
+    return [text]
 
 
 class Blip:
@@ -95,7 +107,9 @@ class Blip:
         return yes / (yes + no)
 
     def correct(self, image: Tensor, question: str, answer: str) -> float:
-        """The probability of an answer's first token, as Soft-TIFA reads it."""
-        tokens = self.tokenizer(answer.lower(), add_special_tokens=False).input_ids[:1]
-        (value,) = self.answers(image, question_of(question.rstrip("?")), tokens)
-        return value
+        """The probability of an answer's first token, as Soft-TIFA reads it: of a number that of
+        its word and that of its digits together."""
+        texts = forms_of(answer)
+        ids = {self.tokenizer(text, add_special_tokens=False).input_ids[0] for text in texts}
+        values = self.answers(image, question_of(question.rstrip("?")), sorted(ids))
+        return min(sum(values), 1.0)
