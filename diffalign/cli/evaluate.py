@@ -22,12 +22,12 @@ from diffalign.cli.plan import (
     check_engine,
     check_scorer,
     device_of,
+    driver_of,
     items_of,
     option,
     plan_of,
     share_of,
     usual_scorer,
-    without_accelerator,
 )
 from diffalign.cli.problem import BadInput, checking, command, complain
 from diffalign.cli.request import writable
@@ -86,11 +86,13 @@ def counter(step: Callable[[], None] | None, each: int = 1) -> Callable[[int], N
     return count
 
 
-def make(options: RunOptions, plan: Plan) -> RunFolder:
-    """The images of this process's part."""
+def make(options: RunOptions, plan: Plan, scorer: str = "") -> RunFolder:
+    """The images of this process's part. Actors of Ray score theirs too, if there is a
+    ``scorer``."""
     import shlex
     import sys
 
+    from diffalign.eval.cluster import spread
     from diffalign.eval.folder import RunFolder
     from diffalign.eval.generation import generate
 
@@ -99,10 +101,8 @@ def make(options: RunOptions, plan: Plan) -> RunFolder:
     with show.progress(len(items) * plan.samples, options.quiet) as bar:
         step = bar("images")
         if options.engine == "ray":
-            from diffalign.eval.cluster import spread
-
             spread(
-                partial(maker, options, words, Path.cwd()),
+                partial(making, options, words, scorer, Path.cwd()),
                 items,
                 options.workers,
                 accelerator=options.device != "cpu",
@@ -114,8 +114,9 @@ def make(options: RunOptions, plan: Plan) -> RunFolder:
     return folder
 
 
-def maker(options: RunOptions, words: str, place: Path) -> Work:
-    """In an actor of Ray, what makes a unit; ``place``: the folder of the program."""
+def making(options: RunOptions, words: str, scorer: str, place: Path) -> Work:
+    """In an actor of Ray, what makes a unit and has ``scorer`` score it; ``place``: the folder of
+    the program."""
     import os
 
     from diffalign.eval.files import RunError
@@ -128,27 +129,50 @@ def maker(options: RunOptions, words: str, place: Path) -> Work:
     except BadInput as error:
         raise RunError(str(error)) from error
     folder = RunFolder.begin(options.output, plan.settings())
+    mark = judging(options.output, scorer, options.device) if scorer else None
 
     def unit(item: Item) -> None:
         generate(plan, folder, [item], command=words)
+        if mark is not None:
+            mark(item)
 
     return unit
 
 
+def judging(path: Path, name: str, device: str) -> Work:
+    """In an actor of Ray, what scores a unit of the run in ``path``."""
+    from diffalign.eval.files import RunError
+    from diffalign.eval.folder import RunFolder
+    from diffalign.eval.scorers import load_scorer
+    from diffalign.eval.scoring import check, pictures_of, score_units
+    from diffalign.generate.models import place
+
+    device, _ = place(device, None)
+    try:
+        scorer = load_scorer(name, device)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    check(scorer)
+    folder = RunFolder.open(path)
+    return lambda item: score_units(scorer, folder, pictures_of(folder, item), device)
+
+
 def judge(
-    folder: RunFolder, scorer: Scorer, share: Share, device: str, quiet: bool, workers: int
+    folder: RunFolder, scorer: Scorer, share: Share, device: str, quiet: bool, workers: int = 0
 ) -> tuple[int, int]:
     """Score this process's part, on ``workers`` actors of Ray if any; prompts with scores, of all
     and now. ``device``: as the user names it."""
     from diffalign.eval.cluster import spread
-    from diffalign.eval.results import image_root
     from diffalign.eval.scoring import Scores, pictures_of, score
     from diffalign.generate.models import place
 
     pictures = pictures_of(folder)
-    mine = [p for p in pictures if p.item.index % share.count == share.index]
     scores = Scores.begin(folder.path, scorer)
-    missing = [p for p in mine if scores.read(p.item, p.hashes) is None]
+    missing = [
+        p
+        for p in pictures
+        if p.item.index % share.count == share.index and scores.read(p.item, p.hashes) is None
+    ]
     with show.progress(sum(len(p.files) for p in missing), quiet) as bar:
         step = bar(scorer.name)
         if workers:
@@ -160,40 +184,9 @@ def judge(
                 progress=counter(step, folder.samples),
             )
         else:
-            score(
-                scorer,
-                folder.path,
-                image_root(folder),
-                missing,
-                device=place(device_of(device), None)[0],
-                progress=counter(step),
-            )
+            target = place(device_of(device), None)[0]
+            score(scorer, folder, missing, device=target, progress=counter(step))
     return sum(scores.read(p.item, p.hashes) is not None for p in pictures), len(missing)
-
-
-def judging(path: Path, name: str, device: str) -> Work:
-    """In an actor of Ray, what scores a unit of the run in ``path``."""
-    from diffalign.eval.files import RunError
-    from diffalign.eval.folder import RunFolder
-    from diffalign.eval.results import image_root
-    from diffalign.eval.scorers import load_scorer
-    from diffalign.eval.scoring import Scores, check, pictures_of, score_unit
-    from diffalign.generate.models import place
-
-    device, _ = place(device, None)
-    try:
-        scorer = load_scorer(name, device)
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    check(scorer)
-    folder = RunFolder.open(path)
-    scores, images = Scores.begin(path, scorer), image_root(folder)
-    pictures = {p.item.index: p for p in pictures_of(folder)}
-
-    def unit(item: Item) -> None:
-        score_unit(scorer, scores, images, pictures[item.index], device)
-
-    return unit
 
 
 @evaluate.command()
@@ -206,17 +199,15 @@ def run(options: RunOptions) -> None:
     from diffalign.eval.scorers import load_scorer
     from diffalign.eval.scoring import check
 
-    workers = options.workers if options.engine == "ray" else 0
-    plan = plan_of(without_accelerator(options) if workers else options)
+    plan = plan_of(driver_of(options))
     items = plan.benchmark.spread(options.limit)
     with failing(f"what is finished is kept in {options.output}"):
         with checking():
             scorer = load_scorer(options.scorer or usual_scorer(plan), str(plan.model.pipe.device))
         check_scorer(scorer, items, plan.search.reward if plan.search else None)
         check(scorer)
-        folder = make(options, plan)
-        share = share_of(options)
-        count, _ = judge(folder, scorer, share, options.device, options.quiet, workers)
+        folder = make(options, plan, scorer.name)
+        count, _ = judge(folder, scorer, share_of(options), options.device, options.quiet)
         if count >= len(items):
             write_report([options.output], options.output, scorer.name, options)
         elif not options.quiet:
@@ -237,7 +228,7 @@ def run(options: RunOptions) -> None:
 )
 def generate(options: RunOptions) -> None:
     """Make the images of a run and nothing else."""
-    plan = plan_of(without_accelerator(options) if options.engine == "ray" else options)
+    plan = plan_of(driver_of(options))
     with failing(f"what is finished is kept in {options.output}"):
         folder = make(options, plan)
     if not options.quiet:

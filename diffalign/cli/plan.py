@@ -247,6 +247,7 @@ def check_scorer(scorer: Scorer, items: Sequence[Item], reward: str | None) -> N
         )
 
 
-def without_accelerator(options: RunOptions) -> RunOptions:
-    """The options with which a driver checks a run that others make on their devices."""
-    return replace(options, device="cpu") if options.device == "auto" else options
+def driver_of(options: RunOptions) -> RunOptions:
+    """The options with which this process checks a run; actors of Ray take the accelerators."""
+    alone = options.engine == "ray" and options.device == "auto"
+    return replace(options, device="cpu") if alone else options

@@ -53,7 +53,7 @@ def spread(
     progress: Callable[[int], None] = lambda units: None,
 ) -> None:
     """Do the units of ``items`` on ``workers`` actors of the cluster that RAY_ADDRESS names, or of
-    one that is started on this machine and ended again.
+    one that is started on this machine and lives until the program ends.
 
     ``prepare`` is called in each actor and gives what does a unit; it must be such as can be
     pickled. ``accelerator``: each actor takes one, where the cluster has any. ``progress`` is told
@@ -63,12 +63,10 @@ def spread(
     """
     if not items:
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    import ray.exceptions
 
-    fresh = not ray.is_initialized()
-    if fresh:
-        _start(workers)
+    _start(workers)
     try:
         for row in _rows(prepare, items, workers, accelerator):
             if row["error"]:
@@ -79,27 +77,30 @@ def spread(
         raise RunError(
             f"Ray gave up: {reason}. What is finished is kept; the same command goes on from there."
         ) from error
-    finally:
-        if fresh:
-            ray.shutdown()
 
 
 def _start(workers: int) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine, without its page."""
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine, without its page and
+    without reports to anybody."""
     import logging
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else lines of its own on the terminal
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as fast as any other engine
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if ray.is_initialized():
+        return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        ray.init(
-            num_cpus=workers + 1,
-            include_dashboard=False,
-            object_store_memory=STORE,
-            **quiet,
-        )
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        num_cpus=workers + 1,
+        include_dashboard=False,
+        object_store_memory=STORE,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 def _rows(
@@ -112,8 +113,7 @@ def _rows(
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
     numbers = [{"index": item.index} for item in items]
     data = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
         Actor,

@@ -12,7 +12,7 @@ from diffalign.core.types import Json
 from diffalign.eval.files import RunError, read_json
 from diffalign.eval.folder import RunFolder
 from diffalign.eval.frechet import Features
-from diffalign.eval.scoring import read_image
+from diffalign.eval.scoring import image_root, read_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +58,6 @@ def images_in(folder: Path) -> list[Path]:
     """
     paths: Sequence[Path]
     if read_json(folder / "run.json") is not None:
-        from diffalign.eval.results import image_root
-
         run = RunFolder.open(folder)
         root = image_root(run)
         paths = [root / s["file"] for _, record in run.entries() for s in record["samples"]]

@@ -209,7 +209,7 @@ def measure(
     numbers = set(prompt_ids)
     pictures = [p for p in pictures_of(run) if p.item.index in numbers]
     for scorer in everyone:
-        score(scorer, run.path, run.path / "images", pictures)
+        score(scorer, run, pictures)
     places = [Scores.begin(run.path, scorer) for scorer in everyone]
     return Measured(config, tuple(r for item in items for r in _records(run, item, places)))
 

@@ -10,7 +10,7 @@ from diffalign.core.registry import METHODS, TECHNIQUES, Registry, written
 from diffalign.core.types import Json
 from diffalign.eval.files import RunError, read_json
 from diffalign.eval.folder import RunFolder
-from diffalign.eval.scoring import Scores
+from diffalign.eval.scoring import Scores, image_root
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +179,6 @@ def _shots(folder: RunFolder, place: Scores, record: Json) -> list[Shot] | None:
             zip(record["samples"], entry["samples"], strict=True)
         )
     ]
-
-
-def image_root(folder: RunFolder) -> Path:
-    """Where the images of a run are: inside it, or where another tool left them."""
-    elsewhere = folder.settings.get("images")
-    return Path(elsewhere) if elsewhere else folder.path / "images"
 
 
 def label_of(settings: Json) -> str:

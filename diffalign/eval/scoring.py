@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def read_image(path: Path, expected: str = "") -> Tensor:
-    """An image file as [3, H, W] in [0, 1]; ``expected``: the SHA-256 of the file, "" for any.
+def read_image(path: Path, expected: str = "", advice: str = "Replace it.") -> Tensor:
+    """An image file as [3, H, W] in [0, 1]; ``expected``: the SHA-256 of the file, "" for any;
+    ``advice``: what to do with a bad one.
 
     Raises: ``RunError`` for a file that is missing, changed or no whole image.
     """
@@ -28,17 +29,16 @@ def read_image(path: Path, expected: str = "") -> Tensor:
     import torch
     from PIL import Image
 
-    again = "Make it again with `diffalign eval generate`." if expected else "Replace it."
     current = file_digest(path)
     if current is None:
-        raise RunError(f"the image {path} is missing. {again}")
+        raise RunError(f"the image {path} is missing. {advice}")
     if expected and current != expected:
-        raise RunError(f"the image {path} is not the one of its record: it was changed. {again}")
+        raise RunError(f"the image {path} is not the one of its record: it was changed. {advice}")
     try:
         with Image.open(path) as file:
             pixels = np.array(file.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise RunError(f"the image {path} cannot be read ({error}). {again}") from error
+        raise RunError(f"the image {path} cannot be read ({error}). {advice}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
@@ -104,15 +104,20 @@ class Pictures:
     hashes: tuple[str, ...]
 
 
-def pictures_of(folder: RunFolder) -> list[Pictures]:
-    """The finished units of a run."""
+def pictures_of(folder: RunFolder, item: Item | None = None) -> list[Pictures]:
+    """The finished units of a run, or only that of ``item``."""
+    if item is None:
+        entries = list(folder.entries())
+    else:
+        record = folder.record(item)
+        entries = [] if record is None else [(item, record)]
     return [
         Pictures(
             item,
             tuple(sample["file"] for sample in record["samples"]),
             tuple(sample["sha256"] for sample in record["samples"]),
         )
-        for item, record in folder.entries()
+        for item, record in entries
     ]
 
 
@@ -129,8 +134,7 @@ def check(scorer: Scorer) -> None:
 
 def score(
     scorer: Scorer,
-    folder: Path,
-    images: Path,
+    folder: RunFolder,
     pictures: Sequence[Pictures],
     *,
     device: str = "cpu",
@@ -141,7 +145,7 @@ def score(
     The canary comes first. Raises: ``RunError`` when the scorer is broken or an image cannot be
     read; scores that are written are kept.
     """
-    place = Scores.begin(folder, scorer)
+    place = Scores.begin(folder.path, scorer)
     unknown = [p.item for p in pictures if not scorer.knows(p.item)]
     if unknown:
         raise RunError(
@@ -149,31 +153,42 @@ def score(
             f"{unknown[0].prompt!r} ({unknown[0].tag}). Give another --scorer, or --category."
         )
     missing = [p for p in pictures if place.read(p.item, p.hashes) is None]
-    progress(sum(len(p.files) for p in pictures) - sum(len(p.files) for p in missing))
     if missing:
         check(scorer)
-    for p in missing:
-        score_unit(scorer, place, images, p, device)
-        progress(len(p.files))
+    score_units(scorer, folder, missing, device, progress)
     return len(missing)
 
 
-def score_unit(
-    scorer: Scorer, place: Scores, images: Path, pictures: Pictures, device: str
+def score_units(
+    scorer: Scorer,
+    folder: RunFolder,
+    pictures: Sequence[Pictures],
+    device: str,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> None:
-    """Score the images of one prompt and keep what came out.
+    """``score`` by a scorer that has been checked."""
+    place, images = Scores.begin(folder.path, scorer), image_root(folder)
+    foreign = "images" in folder.settings
+    advice = "Replace it." if foreign else "Make it again with `diffalign eval generate`."
+    for p in pictures:
+        if place.read(p.item, p.hashes) is not None:
+            continue
+        tensors = [
+            read_image(images / file, expected, advice)
+            for file, expected in zip(p.files, p.hashes, strict=True)
+        ]
+        with one_thread(device):
+            outcomes = scorer.score(tensors, p.item)
+        _check(scorer, p, outcomes)
+        with storage(folder.path):
+            place.write(p, outcomes)
+        progress(len(p.files))
 
-    Raises: ``RunError`` for an image that cannot be read and a score that is none.
-    """
-    tensors = [
-        read_image(images / file, expected)
-        for file, expected in zip(pictures.files, pictures.hashes, strict=True)
-    ]
-    with one_thread(device):
-        outcomes = scorer.score(tensors, pictures.item)
-    _check(scorer, pictures, outcomes)
-    with storage(place.folder):
-        place.write(pictures, outcomes)
+
+def image_root(folder: RunFolder) -> Path:
+    """Where the images of a run are: inside it, or where another tool left them."""
+    elsewhere = folder.settings.get("images")
+    return Path(elsewhere) if elsewhere else folder.path / "images"
 
 
 def _check(scorer: Scorer, pictures: Pictures, outcomes: Sequence[Outcome]) -> None:

@@ -1,6 +1,7 @@
 """``diffalign eval`` as a program: one command or three, a settings file, folders of others, and
 what it says when it cannot go on."""
 
+import errno
 import json
 import shutil
 
@@ -123,6 +124,9 @@ def test_images_of_another_tool(run, judged, tmp_path):
         (["compbench", "--category", "texture"], ["no prompt of these categories"]),
         (["missing.jsonl"], ["missing.jsonl", "cannot be read"]),
         (["missing.yaml"], ["missing.yaml", "cannot be read"]),
+        (["geneval", "--engine", "spark"], ["--engine must be local or ray; got 'spark'"]),
+        (["geneval", "--engine", "ray", "--workers", "0"], ["--workers must be at least 1"]),
+        (["score", "nowhere", "--engine", "rai"], ["--engine must be local or ray"]),
         (["score", "nowhere", "--benchmark", "geneval"], ["--benchmark and --output go together"]),
     ],
 )
@@ -134,6 +138,112 @@ def test_bad_input(program, judged, tmp_path, monkeypatch, arguments, words):
     for word in words:
         assert word in err
     assert not (tmp_path / "outputs").exists()
+
+
+def failing_disk(code):
+    """Breaks the second image that is written."""
+
+    def install(monkeypatch, folder):
+        from diffalign.drawing import png
+
+        save, calls = png.save_png, []
+
+        def full(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(code, "no")
+            save(*arguments)
+
+        monkeypatch.setattr(png, "save_png", full)
+
+    return install
+
+
+def failing_model(monkeypatch, folder):
+    """Runs out of memory at the third prompt, of two steps each."""
+    from diffusers import UNet2DConditionModel
+
+    forward, calls = UNet2DConditionModel.forward, []
+
+    def failing(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("out of memory")
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", failing)
+
+
+def failing_scorer(monkeypatch, folder):
+    from diffalign.eval.scorers import Outcome
+    from diffalign.eval.scorers.emoji import EmojiScorer
+
+    score = EmojiScorer.score
+
+    def failing(self, images, item):
+        if item.index == 1:
+            return [Outcome(float("nan"), "", {}) for _ in images]
+        return score(self, images, item)
+
+    monkeypatch.setattr(EmojiScorer, "score", failing)
+
+
+def broken_scorer(monkeypatch, folder):
+    from diffalign.eval.scorers.emoji import EmojiScorer
+
+    monkeypatch.setattr(EmojiScorer, "canary", lambda self: "it sees nothing")
+
+
+def count(folder, part):
+    return len(list((folder / part).rglob("[0-9]*.json")))
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("install", "words", "records", "scores"),
+    [
+        (failing_disk(errno.ENOSPC), ["the disk is full", "is kept"], 1, 0),
+        (failing_disk(errno.EROFS), ["read-only", "is kept"], 1, 0),
+        (failing_disk(errno.EACCES), ["must not be written", "is kept"], 1, 0),
+        (failing_model, ["prompt 2 ('a photo of two benchs')", "out of memory", "2 prompts"], 2, 0),
+        (failing_scorer, ["returned nan for 00001/samples/00000.png", "are kept"], 3, 1),
+        (broken_scorer, ["emoji-judge is broken: it sees nothing"], 0, 0),
+    ],
+)
+def test_a_failure_ends_with_code_1_and_the_same_command_goes_on(
+    program, judged, prompts, tmp_path, monkeypatch, install, words, records, scores
+):
+    folder = tmp_path / "run"
+    command = ("eval", prompts, "-s", 2, "--samples", 1, "-o", folder)
+    with monkeypatch.context() as broken:
+        install(broken, folder)
+        code, out, err = program(*command)
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1, err
+    for word in words:
+        assert word in err
+    assert (count(folder, "records"), count(folder, "scores")) == (records, scores)
+    code, out, err = program(*command, "-q")
+    assert (code, err.count("error")) == (0, 0)
+    assert (count(folder, "records"), count(folder, "scores")) == (3, 3)
+    assert (folder / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_processes_share_a_run_and_the_last_one_reports(
+    program, judged, prompts, tmp_path, monkeypatch
+):
+    """Two processes of an outer launcher write the files that one process writes."""
+    common = ("eval", prompts, "-s", 2, "--samples", 2)
+    assert program(*common, "-o", tmp_path / "one", "-q")[0] == 0
+    for rank in ("1", "0"):
+        with monkeypatch.context() as launcher:
+            launcher.setenv("RANK", rank)
+            launcher.setenv("WORLD_SIZE", "2")
+            code, out, err = program(*common, "-o", tmp_path / "two")
+        assert (code, err.count("error")) == (0, 0)
+        assert ("1 of 3 prompts are finished" in out) == (rank == "1")
+    assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
 def test_failures_end_with_one_line_and_code_1(program, judged, prompts, tmp_path):
@@ -148,3 +258,29 @@ def test_failures_end_with_one_line_and_code_1(program, judged, prompts, tmp_pat
     code, out, err = program("eval", "report", tmp_path / "nowhere")
     assert (code, len(err.splitlines())) == (1, 1)
     assert "no run.json" in err
+
+
+@pytest.mark.slow
+def test_bad_images_of_another_tool_are_named(program, judged, tmp_path):
+    """A file that is no image, one that is cut off, and a folder without any."""
+    from PIL import Image
+
+    place = tmp_path / "theirs" / "00007"
+    (place / "samples").mkdir(parents=True)
+    (place / "metadata.jsonl").write_text(json.dumps(geneval().items[7].facts))
+    file = place / "samples" / "00000.png"
+    score = ("eval", "score", tmp_path / "theirs", "--benchmark", "geneval")
+    code, _, err = program(*score, "-o", tmp_path / "none")
+    assert (code, "holds no images in the layout of geneval" in err) == (1, True)
+    Image.effect_noise((64, 64), 90).save(file)
+    whole = file.read_bytes()
+    for number, data in enumerate((b"no picture", whole[: len(whole) // 2])):
+        file.write_bytes(data)
+        code, out, err = program(*score, "-o", tmp_path / f"ours-{number}")
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert "00007/samples/00000.png cannot be read" in err
+        assert "Replace it." in err
+    file.unlink()
+    (place / "metadata.jsonl").unlink()
+    code, _, err = program(*score, "-o", tmp_path / "ours")
+    assert (code, "metadata.jsonl is missing or holds no prompt" in err) == (1, True)

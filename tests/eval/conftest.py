@@ -79,8 +79,7 @@ def evaluated(plan, tmp_path):
     def make(name, plan=plan, scorer=None, items=None):
         folder = RunFolder.begin(tmp_path / name, plan.settings())
         generate(plan, folder, items)
-        images = folder.path / "images"
-        score(scorer or Brightness(), folder.path, images, pictures_of(folder))
+        score(scorer or Brightness(), folder, pictures_of(folder))
         return folder
 
     return make

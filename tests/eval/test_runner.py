@@ -31,8 +31,7 @@ def contents(folder, without=("timing",)):
 
 
 def scored(folder, scorer=None, pictures=None):
-    pictures = pictures or pictures_of(folder)
-    return score(scorer or Brightness(), folder.path, folder.path / "images", pictures)
+    return score(scorer or Brightness(), folder, pictures or pictures_of(folder))
 
 
 def test_lists_of_prompts():

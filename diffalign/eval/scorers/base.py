@@ -55,6 +55,7 @@ NAMES: dict[str, str] = {
     "mask2former": "diffalign.eval.scorers.geneval:mask2former",
     "mask2former-large": "diffalign.eval.scorers.geneval:mask2former_large",
     "compbench": "diffalign.eval.scorers.compbench:published",
+    "compbench-fixed": "diffalign.eval.scorers.compbench:fixed",
     "blip-vqa": "diffalign.eval.scorers.compbench:questions",
 }
 """Name -> the function that loads it for a device."""

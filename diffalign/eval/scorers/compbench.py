@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffalign.core.types import Json, Pipeline
 from diffalign.eval.benchmarks import Item
+from diffalign.eval.scorers import canary
 from diffalign.eval.scorers.base import Outcome
 from diffalign.eval.scorers.blip import Blip
 from diffalign.eval.scorers.boxes import Boxes, renamed
@@ -78,10 +79,9 @@ class Models:
 class CompBenchScorer:
     """The rules of all eight categories; ``mode``: how the depth map is read, see ``rules``."""
 
-    name = "compbench"
-
     def __init__(self, models: Models, mode: rules.Mode = "compat") -> None:
         self.models, self.mode = models, mode
+        self.name = "compbench" if mode == "compat" else f"compbench-{mode}"
         self.rules: dict[str, Callable[[Tensor, Item], tuple[float, Json]]] = {
             **dict.fromkeys(("color", "shape", "texture"), self.attribute),
             "spatial": self.spatial,
@@ -159,15 +159,16 @@ class CompBenchScorer:
         return value, {name: {"score": part[0], **part[1]} for name, part in parts.items()}
 
     def canary(self) -> str | None:
-        """A plain red picture must look more like red than like blue to BLIP and to CLIP."""
-        import torch
-
-        red = torch.zeros(3, 256, 256)
-        red[0] = 0.9
-        for name, ask in (("BLIP", self.models.blip.yes), ("CLIP", self.models.clip.score)):
-            if ask(red, "a red picture") <= ask(red, "a blue picture"):
-                return f"{name} finds a plain red picture no more red than blue"
-        return None
+        """BLIP and CLIP must tell plain colours and a cat from a bicycle, the detector must find
+        the cat, and the depth model must see it before the room."""
+        image = canary.cat()
+        labels = {d.label for d in self.objects(image, ["cat"]) if d.score >= rules.FLOOR}
+        return (
+            canary.preference("BLIP", self.models.blip.yes)
+            or canary.preference("CLIP", self.models.clip.score)
+            or (None if "cat" in labels else "the detector finds no cat in a photograph of one")
+            or canary.nearness(self.models.depth.map(image))
+        )
 
 
 def _measured(detections: Sequence[rules.Labelled]) -> Json:
@@ -207,14 +208,8 @@ class QuestionScorer:
         return outcomes
 
     def canary(self) -> str | None:
-        """A plain red picture must be more red than blue."""
-        import torch
-
-        red = torch.zeros(3, 256, 256)
-        red[0] = 0.9
-        if self.blip.yes(red, "a red picture") <= self.blip.yes(red, "a blue picture"):
-            return "BLIP finds a plain red picture no more red than blue"
-        return None
+        """BLIP must tell plain colours, and a cat from a bicycle."""
+        return canary.preference("BLIP", self.blip.yes)
 
 
 def soft_tifa(values: Sequence[float]) -> tuple[float, float]:
@@ -226,6 +221,11 @@ def soft_tifa(values: Sequence[float]) -> tuple[float, float]:
 def published(device: str) -> CompBenchScorer:
     """The scorer of all categories, with the depth map read as the published program reads it."""
     return CompBenchScorer(Models(device))
+
+
+def fixed(device: str) -> CompBenchScorer:
+    """The scorer of all categories, with the depth map read by rows and columns as they are."""
+    return CompBenchScorer(Models(device), "fixed")
 
 
 def questions(device: str) -> QuestionScorer:

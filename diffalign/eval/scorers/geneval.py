@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffalign.core.types import Json
 from diffalign.eval.benchmarks import Item
+from diffalign.eval.scorers import canary
 from diffalign.eval.scorers.base import Outcome
 from diffalign.eval.scorers.colours import Colours
 from diffalign.eval.scorers.mask2former import Mask2Former, class_name
@@ -56,22 +57,19 @@ class GenEvalScorer:
         return outcomes
 
     def canary(self) -> str | None:
-        """A grey picture must show nothing, and the colour classifier must know plain colours."""
-        import torch
-
-        grey = torch.full((3, 256, 256), 0.5)
+        """A photograph of a cat must show a cat and no bicycle, grey nothing, and the colour
+        classifier must know plain colours."""
         limit = OFFICIAL.counting_threshold
-        for instance in self.detector.detect(grey):
+        for instance in self.detector.detect(canary.plain((0.5, 0.5, 0.5))):
             if instance.score > limit:
                 name = class_name(instance.label)
                 return f"it sees {name} with {instance.score:.2f} in a grey picture"
-        plain = {"red": (0.9, 0.05, 0.05), "green": (0.05, 0.6, 0.1), "blue": (0.05, 0.1, 0.9)}
-        for colour, rgb in plain.items():
-            image = torch.tensor(rgb)[:, None, None].expand(3, 224, 224).clone()
+        for colour, rgb in canary.PLAIN.items():
+            image = canary.plain(rgb, 224)
             answer = self.colours.of(image, (0.0, 0.0, 224.0, 224.0), None, "car")
             if answer != colour:
                 return f"the colour classifier calls a plain {colour} picture {answer}"
-        return None
+        return canary.verdicts(self.score)
 
 
 def mask2former(device: str) -> GenEvalScorer:

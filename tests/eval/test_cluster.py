@@ -1,0 +1,100 @@
+"""Ray: the files of a run are those of any other engine, also when a worker is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import diffalign as da
+from diffalign.eval.files import RunError
+
+
+def contents(folder):
+    """Path -> bytes of what does not change from machine to machine."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.relative_to(folder).parts[0] not in ("timing", "timing.json", "index.html")
+    }
+
+
+def actors(mark):
+    """Process ids of Ray's actors that were started with this mark in their environment."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (place / "cmdline").read_bytes()
+            if b"MapWorker" in name and mark.encode() in (place / "environ").read_bytes():
+                found.append(int(place.name))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return sorted(found)
+
+
+@pytest.mark.exhaustive
+def test_a_killed_worker_changes_nothing(tiny, tmp_path):
+    """SIGKILL for one of two workers in the middle: the run ends by itself, with the same files.
+    About 40 s of processor time for the three processes that load the libraries again."""
+    pytest.importorskip("ray", reason="the extra ray")
+    tiny.pipe.save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"prompt": f"a photo of {n} birds"}) for n in ("two", "three", "four")]
+    lines += [json.dumps({"prompt": f"a photo of a {c} car"}) for c in ("red", "blue", "green")]
+    lines += [json.dumps({"prompt": f"a photo of a {c} bus"}) for c in ("red", "blue", "green")]
+    lines += [json.dumps({"prompt": f"a photo of a {c} dog"}) for c in ("red", "blue", "green")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+
+    def start(folder, *options):
+        command = [sys.executable, "-m", "diffalign", "eval", "run", "prompts.jsonl", "--quiet"]
+        command += ["--model", "model", "--scorer", "emoji-judge", "--samples", "2"]
+        command += ["--steps", "12", "--output", folder, *options]
+        root = str(Path(da.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MARK": folder}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+
+    process = start("killed", "--engine", "ray", "--workers", "2")
+    records = tmp_path / "killed" / "records"
+    while len(list(records.glob("[0-9]*.json"))) < 3:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.05)
+    victim = actors("MARK=killed")[0]
+    os.kill(victim, signal.SIGKILL)
+    assert len(list(records.glob("[0-9]*.json"))) < len(lines)
+    assert process.wait() == 0, process.stderr.read().decode()
+    assert start("whole").wait() == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_an_actor_tells_errors_and_prepares_once():
+    """Without Ray: what a unit raises comes back as a text, and the model is loaded once."""
+    import numpy as np
+
+    from diffalign.eval.benchmarks import geneval
+    from diffalign.eval.cluster import Actor
+
+    items, prepared, units = geneval().items[:4], [], []
+
+    def prepare():
+        prepared.append(1)
+
+        def unit(item):
+            if item.index == 2:
+                raise RunError("the disk is full")
+            units.append(item.prompt)
+
+        return unit
+
+    actor = Actor(prepare, items)
+    results = [actor({"index": np.array([n])}) for n in (1, 2, 3)]
+    assert results == [
+        {"index": [1], "error": [""]},
+        {"index": [2], "error": ["the disk is full"]},
+        {"index": [3], "error": [""]},
+    ]
+    assert prepared == [1]
+    assert units == [items[1].prompt, items[3].prompt]
