@@ -22,7 +22,7 @@ from diffalign.cli.plan import (
     check_engine,
     check_scorer,
     device_of,
-    driver_of,
+    driver_device,
     items_of,
     option,
     plan_of,
@@ -125,7 +125,7 @@ def making(options: RunOptions, words: str, scorer: str, place: Path) -> Work:
 
     os.chdir(place)
     try:
-        plan = plan_of(options)
+        plan = plan_of(options, options.device)
     except BadInput as error:
         raise RunError(str(error)) from error
     folder = RunFolder.begin(options.output, plan.settings())
@@ -199,7 +199,7 @@ def run(options: RunOptions) -> None:
     from diffalign.eval.scorers import load_scorer
     from diffalign.eval.scoring import check
 
-    plan = plan_of(driver_of(options))
+    plan = plan_of(options, driver_device(options.engine, options.device))
     items = plan.benchmark.spread(options.limit)
     with failing(f"what is finished is kept in {options.output}"):
         with checking():
@@ -228,7 +228,7 @@ def run(options: RunOptions) -> None:
 )
 def generate(options: RunOptions) -> None:
     """Make the images of a run and nothing else."""
-    plan = plan_of(driver_of(options))
+    plan = plan_of(options, driver_device(options.engine, options.device))
     with failing(f"what is finished is kept in {options.output}"):
         folder = make(options, plan)
     if not options.quiet:
@@ -271,7 +271,8 @@ def score(
         )
     with failing(f"what is finished is kept in {output or folder}"):
         with checking():
-            share, (device, _) = Share.of(shard), place(device_of(options.device), None)
+            share = Share.of(shard)
+            device, _ = place(driver_device(engine, options.device), None)
             who = load_scorer(scorer, device)
         if benchmark is None or output is None:
             target = RunFolder.open(folder)

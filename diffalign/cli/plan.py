@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,8 +141,8 @@ def device_of(name: str) -> str:
     return f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
-def plan_of(options: RunOptions) -> Plan:
-    """What is to be made, checked, with the model loaded."""
+def plan_of(options: RunOptions, device: str) -> Plan:
+    """What is to be made, checked, with the model loaded on ``device``."""
     from diffalign.eval.generation import Plan
     from diffalign.generate.models import Setting, open_model
 
@@ -163,7 +163,7 @@ def plan_of(options: RunOptions) -> Plan:
         size=read_size(options.size),
         scheduler=options.scheduler,
         dtype=options.dtype,
-        device=device_of(options.device),
+        device=device,
     )
     with checking():
         model = open_model(options.model, setting, (techniques,))
@@ -247,7 +247,6 @@ def check_scorer(scorer: Scorer, items: Sequence[Item], reward: str | None) -> N
         )
 
 
-def driver_of(options: RunOptions) -> RunOptions:
-    """The options with which this process checks a run; actors of Ray take the accelerators."""
-    alone = options.engine == "ray" and options.device == "auto"
-    return replace(options, device="cpu") if alone else options
+def driver_device(engine: str, device: str) -> str:
+    """The device of the process that checks a run; actors of Ray take the accelerators."""
+    return "cpu" if engine == "ray" and device == "auto" else device_of(device)

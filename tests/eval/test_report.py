@@ -14,7 +14,9 @@ from diffalign.eval.report import markdown, report
 from diffalign.eval.results import Column, Shot, columns, distinct
 from diffalign.eval.statistics import holm, mcnemar
 from diffalign.eval.summary import comparisons, incomplete_of, result_of, summarise
-from diffalign.tasks.geneval.prompts import prompts
+from diffalign.tasks.compbench.prompts import CATEGORIES
+from diffalign.tasks.geneval.prompts import TAGS, prompts
+from diffalign.tasks.published import COMPBENCH, GENEVAL, published
 
 from .conftest import PROMPTS
 
@@ -177,6 +179,47 @@ def test_scorers_and_benchmarks_are_not_mixed(evaluated, tmp_path):
     with pytest.raises(RunError, match="scores of brightness, other; name one"):
         columns([tmp_path / "run"])
     assert columns([tmp_path / "run"], "other")[0].scorer["border"] == 0.1
+
+
+def test_published_scores_stand_beside_the_own_ones():
+    """Numbers copied from the tables; a model of the same weights under another name too."""
+    row = published("geneval", "runwayml/stable-diffusion-v1-5", {"overall": 0.5, "counting": 0.3})
+    assert row["source"] == "Ghosh et al. 2023"
+    assert row["scores"]["overall"] == {"published": 0.43, "difference": pytest.approx(0.07)}
+    assert row["scores"]["counting"]["difference"] == pytest.approx(-0.05)
+    sdxl = published("compbench", "stabilityai/stable-diffusion-xl-base-1.0", {"complex": 0.3237})
+    assert sdxl["scores"] == {"complex": {"published": 0.3237, "difference": 0.0}}
+    assert published("geneval", "me/mine", {"overall": 0.5}) is None
+    assert published("prompts.jsonl", "Qwen/Qwen-Image", {"overall": 0.5}) is None
+
+
+@pytest.mark.parametrize(("table", "names"), [(GENEVAL, TAGS), (COMPBENCH, CATEGORIES)])
+def test_tables_of_published_scores_are_whole(table, names):
+    for source, numbers in table.values():
+        assert source
+        values = [float(text) for text in numbers.split()]
+        assert all(0 < value <= 1 for value in values)
+        if table is COMPBENCH:
+            assert len(values) == len(names)
+        else:  # the overall is the mean of the categories, as far as both are rounded
+            assert len(values) in (1, 1 + len(names))
+            assert values[1:] == [] or abs(sum(values[1:]) / 6 - values[0]) <= 0.01 + 1e-9
+
+
+def test_what_a_report_says_of_published_scores_sizes_and_answers():
+    one = column("Qwen/Qwen-Image", [(1, 0)], ["position"])
+    settings = {**one.settings, "benchmark": {**one.settings["benchmark"], "name": "compbench"}}
+    settings["model"] = {"name": "black-forest-labs/FLUX.1-schnell"}
+    shots = tuple(
+        dataclasses.replace(shot, tag="color", size=(64, 48), geometric=0.25) for shot in one.shots
+    )
+    numbers = summarise([dataclasses.replace(one, settings=settings, shots=shots)])
+    (result,) = numbers["results"].values()
+    assert (result["sizes"], result["geometric"]) == (["64x48"], 0.25)
+    text = markdown(numbers)
+    assert "published by another evaluator (Huang et al. 2025, table XIII)" in text
+    assert "color 0.7407, here -0.241." in text
+    assert "Geometric mean of the answers" in text
 
 
 def test_labels_are_distinct():

@@ -58,6 +58,8 @@ def test_lists_of_prompts():
         ('{"prompt": "a"}\n{"prompt": "a"}', "stands twice"),
         ('{"prompt": "a", "category": 3}', "category must be a text"),
         ('{"prompt": "a", "questions": ["yes"]}', "questions must be pairs"),
+        ('{"prompt": "a", "questions": [["Is it?", " "]]}', "questions must be pairs"),
+        ('{"prompt": "a", "vqa_list": "yes"}', "questions must be pairs"),
     ],
 )
 def test_bad_files_of_prompts(tmp_path, lines, message):
@@ -65,6 +67,16 @@ def test_bad_files_of_prompts(tmp_path, lines, message):
     path.write_text(lines)
     with pytest.raises(ValueError, match=message):
         of_file(path)
+
+
+def test_lines_of_geneval_2_are_read_as_they_are(tmp_path):
+    path = tmp_path / "geneval2_data.jsonl"
+    questions = [["How many dogs are there?", "two"], ["Is the dog red?", "Yes"]]
+    line = {"prompt": "two red dogs", "atom_count": 3, "vqa_list": questions, "skills": ["count"]}
+    path.write_text(json.dumps(line))
+    (item,) = of_file(path).items
+    assert (item.prompt, item.tag) == ("two red dogs", "atomicity 3")
+    assert item.facts["questions"] == questions
 
 
 def test_units_of_processes_are_a_partition():
@@ -97,6 +109,7 @@ def test_layout_is_genevals_and_seeds_come_from_prompt_and_number(plan, tmp_path
         seed_of("a photo of two dogs", k) for k in (0, 1)
     ]
     assert record["samples"][0]["nfe"] == 4.0
+    assert record["samples"][0]["size"] == [16, 16]
     assert generate(plan, folder) == 0
 
 

@@ -3,13 +3,14 @@ and by a slow computation of the test's own."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from diffalign.eval.scorers.blip import Blip, question_of
+from diffalign.eval.scorers.blip import Blip, forms_of, question_of
 from diffalign.eval.scorers.boxes import Boxes, detections, renamed
 from diffalign.eval.scorers.colours import TEMPLATES, Colours
 from diffalign.eval.scorers.compbench import QuestionScorer, soft_tifa
@@ -270,6 +271,20 @@ def test_questions_are_cleaned():
     assert question_of("The red (big) Cat.") == "the red big cat ?"
     assert question_of("a cat") == "a cat?"
     assert len(question_of("x " * 80).split()) == 50
+
+
+def test_a_number_is_right_in_words_and_in_digits():
+    """The probabilities of both are added; other answers have one form."""
+    assert forms_of("Three ") == forms_of("3") == ["three", "3"]
+    assert (forms_of("Yes"), forms_of("30")) == (["yes"], ["30"])
+    reader = object.__new__(Blip)
+    vocabulary = {"three": 7, "3": 8, "yes": 5}
+    reader.tokenizer = lambda text, **options: SimpleNamespace(input_ids=[vocabulary[text], 9])
+    reader.answers = lambda image, question, tokens: [
+        {5: 0.25, 7: 0.125, 8: 0.5}[t] for t in tokens
+    ]
+    assert reader.correct(IMAGE, "How many cats?", "three") == 0.625
+    assert reader.correct(IMAGE, "Is it a cat?", "Yes") == 0.25
 
 
 @pytest.mark.slow
