@@ -70,6 +70,53 @@ def test_a_killed_worker_changes_nothing(tiny, tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
+def test_a_unit_that_always_loses_its_actor_ends_the_run(tmp_path):
+    """The others are done; the run says that Ray gave up, after one try and three more."""
+    ray = pytest.importorskip("ray", reason="the extra ray")
+    from diffalign.eval.benchmarks import geneval
+    from diffalign.eval.cluster import TRIES, spread
+
+    def prepare():
+        def unit(item):
+            with (tmp_path / f"{item.index}").open("a") as file:
+                file.write("x")
+            if item.index == 1:
+                os._exit(1)
+
+        return unit
+
+    try:
+        with pytest.raises(RunError, match=r"Ray gave up: .* What is finished is kept"):
+            spread(prepare, geneval().items[:6], 1)
+    finally:
+        ray.shutdown()
+    assert len((tmp_path / "1").read_text()) == 1 + TRIES
+
+
+@pytest.mark.exhaustive
+def test_the_first_error_of_a_unit_ends_the_run():
+    ray = pytest.importorskip("ray", reason="the extra ray")
+    from diffalign.eval.benchmarks import geneval
+    from diffalign.eval.cluster import spread
+
+    def prepare():
+        def unit(item):
+            if item.index == 2:
+                raise RunError("prompt 2: out of memory")
+
+        return unit
+
+    counts = []
+    try:
+        with pytest.raises(RunError, match="prompt 2: out of memory"):
+            spread(prepare, geneval().items[:4], 1, progress=counts.append)
+        spread(prepare, geneval().items[3:6], 2, progress=counts.append)
+    finally:
+        ray.shutdown()
+    assert counts[-3:] == [1, 1, 1]
+
+
 def test_an_actor_tells_errors_and_prepares_once():
     """Without Ray: what a unit raises comes back as a text, and the model is loaded once."""
     import numpy as np
