@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from diffalign.cli.plan import (
     items_of,
     option,
     plan_of,
-    share_of,
     usual_scorer,
 )
 from diffalign.cli.problem import BadInput, checking, command, complain
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from diffalign.core.types import Json
     from diffalign.eval.benchmarks import Item
     from diffalign.eval.cluster import Work
-    from diffalign.eval.folder import RunFolder, Share
+    from diffalign.eval.folder import RunFolder
     from diffalign.eval.generation import Plan
     from diffalign.eval.scorers import Scorer
 
@@ -158,20 +157,24 @@ def judging(path: Path, name: str, device: str) -> Work:
 
 
 def judge(
-    folder: RunFolder, scorer: Scorer, share: Share, device: str, quiet: bool, workers: int = 0
+    folder: RunFolder,
+    scorer: Scorer,
+    items: Sequence[Item],
+    device: str,
+    quiet: bool,
+    workers: int = 0,
 ) -> tuple[int, int]:
-    """Score this process's part, on ``workers`` actors of Ray if any; prompts with scores, of all
-    and now. ``device``: as the user names it."""
+    """Score what is finished of ``items``, on ``workers`` actors of Ray if any; prompts with
+    scores, of all and now. ``device``: as the user names it."""
     from diffalign.eval.cluster import spread
     from diffalign.eval.scoring import Scores, pictures_of, score
     from diffalign.generate.models import place
 
     pictures = pictures_of(folder)
     scores = Scores.begin(folder.path, scorer)
+    mine = {item.index for item in items}
     missing = [
-        p
-        for p in pictures
-        if p.item.index % share.count == share.index and scores.read(p.item, p.hashes) is None
+        p for p in pictures if p.item.index in mine and scores.read(p.item, p.hashes) is None
     ]
     with show.progress(sum(len(p.files) for p in missing), quiet) as bar:
         step = bar(scorer.name)
@@ -207,7 +210,7 @@ def run(options: RunOptions) -> None:
         check_scorer(scorer, items, plan.search.reward if plan.search else None)
         check(scorer)
         folder = make(options, plan, scorer.name)
-        count, _ = judge(folder, scorer, share_of(options), options.device, options.quiet)
+        count, _ = judge(folder, scorer, items_of(options, plan), options.device, options.quiet)
         if count >= len(items):
             write_report([options.output], options.output, scorer.name, options)
         elif not options.quiet:
@@ -279,9 +282,12 @@ def score(
         else:
             target = adopt(folder, benchmark, writable(output))
         reward = (target.settings.get("search") or {}).get("reward")
-        check_scorer(who, [item for item, _ in target.entries()], reward)
+        items = [item for item, _ in target.entries()]
+        check_scorer(who, items, reward)
         actors = workers if engine == "ray" else 0
-        count, new = judge(target, who, share, options.device, options.quiet, actors)
+        count, new = judge(
+            target, who, share.of_items(items), options.device, options.quiet, actors
+        )
     if not options.quiet:
         show.text(f"{count} prompts are scored in {target.path}, {new} of them now")
 

@@ -36,7 +36,7 @@ from diffalign.eval.files import (
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The units of one process: every ``count``-th, from ``index`` on."""
+    """The part of one process: every ``count``-th of its units, from ``index`` on."""
 
     index: int = 0
     count: int = 1
@@ -64,8 +64,8 @@ class Share:
         return cls(machine * size + rank, machines * size)
 
     def of_items(self, items: Sequence[Item]) -> list[Item]:
-        """The units of this process."""
-        return [item for item in items if item.index % self.count == self.index]
+        """The units of this process; the parts of ``items`` differ by at most one unit."""
+        return list(items[self.index :: self.count])
 
 
 @dataclass(frozen=True, slots=True)

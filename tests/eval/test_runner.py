@@ -89,6 +89,8 @@ def test_units_of_processes_are_a_partition():
     parts = [share.of_items(items) for share in shares]
     assert sorted(item.index for part in parts for item in part) == list(range(553))
     assert Share.of(None, {}) == Share(0, 1)
+    few = geneval().spread(12)  # all of even index
+    assert [len(Share(i, 2).of_items(few)) for i in range(2)] == [6, 6]
     for text in ("2/2", "1", "a/b", "-1/2"):
         with pytest.raises(ValueError, match="shard"):
             Share.of(text, {})
