@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,7 +114,6 @@ NAMES = tuple(
 def check_engine(engine: str, workers: int) -> None:
     """Raise ``BadInput`` where the work cannot be shared so."""
     import os
-    from importlib.util import find_spec
 
     if engine not in ENGINES:
         raise BadInput(f"--engine must be {' or '.join(ENGINES)}; got {engine!r}.")

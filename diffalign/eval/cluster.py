@@ -41,6 +41,8 @@ class Actor:
             self.work(self.items[index])
         except RunError as problem:
             error = str(problem)
+        except Exception as problem:  # else Ray's own message, which hides it
+            error = f"prompt {index}: {type(problem).__name__}: {problem}"
         return {"index": [index], "error": [error]}
 
 

@@ -284,3 +284,21 @@ def test_bad_images_of_another_tool_are_named(program, judged, tmp_path):
     (place / "metadata.jsonl").unlink()
     code, _, err = program(*score, "-o", tmp_path / "ours")
     assert (code, "metadata.jsonl is missing or holds no prompt" in err) == (1, True)
+
+
+def test_ray_is_refused_where_it_cannot_run(program, judged, tmp_path, monkeypatch):
+    """Without the extra, and inside another launcher, whose processes would each start a pool."""
+    from diffalign.cli import plan
+
+    monkeypatch.chdir(tmp_path)
+    command = ("eval", "geneval", "--engine", "ray")
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    code, out, err = program(*command)
+    assert (code, out) == (2, "")
+    assert "--engine ray needs Ray; install it by pip install 'diffalign[ray]'." in err
+    monkeypatch.setattr(plan, "find_spec", lambda name: name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = program(*command)
+    assert (code, out) == (2, "")
+    assert "run it without accelerate launch or torchrun" in err
+    assert not (tmp_path / "outputs").exists()

@@ -132,16 +132,19 @@ def test_an_actor_tells_errors_and_prepares_once():
         def unit(item):
             if item.index == 2:
                 raise RunError("the disk is full")
+            if item.index == 0:
+                raise KeyError("weights")
             units.append(item.prompt)
 
         return unit
 
     actor = Actor(prepare, items)
-    results = [actor({"index": np.array([n])}) for n in (1, 2, 3)]
+    results = [actor({"index": np.array([n])}) for n in (1, 2, 3, 0)]
     assert results == [
         {"index": [1], "error": [""]},
         {"index": [2], "error": ["the disk is full"]},
         {"index": [3], "error": [""]},
+        {"index": [0], "error": ["prompt 0: KeyError: 'weights'"]},
     ]
     assert prepared == [1]
     assert units == [items[1].prompt, items[3].prompt]
