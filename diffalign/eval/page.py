@@ -130,13 +130,14 @@ def _scores(numbers: Json, timing: Json) -> str:
     results: dict[str, Json] = numbers["results"]
     tags = order_of([tag for result in results.values() for tag in result["tags"]])
     heads = ["run", *tags, "mean of categories", "overall", "best of images", "prompts", "images"]
-    heads += ["NFE", "rewards", "tied", "seconds, median", "seconds, 90%"]
+    heads += ["size", "NFE", "rewards", "tied", "seconds, median", "seconds, 90%"]
     rows = []
     for label, result in results.items():
         entries = [*(result["tags"].get(tag) for tag in tags), result["mean_of_tags"]]
         cells = [_spread(e) for e in entries]
         cells += [_number(result["overall"]), _number(result["best_of_images"])]
         cells += [result["mean_of_tags"]["prompts"], result["images"]]
+        cells.append(", ".join(result["sizes"]) or "-")
         cells += [_number(result[name]) for name in ("nfe", "rewards", "tied")]
         times = timing[label]
         cells += [_number(times["seconds_median"]), _number(times["seconds_p90"])]

@@ -152,6 +152,7 @@ def test_nothing_in_a_prompt_can_run(evaluated, tmp_path):
     assert PROMPTS[1] not in text
     assert "a &lt;b&gt;red&lt;/b&gt; &amp; blue thing" in text
     assert "dark <i>" not in text
+    assert "<td>16x16</td>" in text
     assert len(re.findall("<script>", text)) == 1
     assert "http" not in re.sub(r"http-equiv", "", text)
     assert re.search(r"script-src &#x27;sha256-[\w+/=]+&#x27;", text)
