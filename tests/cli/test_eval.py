@@ -302,3 +302,37 @@ def test_ray_is_refused_where_it_cannot_run(program, judged, tmp_path, monkeypat
     assert (code, out) == (2, "")
     assert "run it without accelerate launch or torchrun" in err
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_the_work_of_rays_actors_gives_the_same_files(run, judged, prompts, tmp_path, monkeypatch):
+    """What an actor does, here in this process: make and score each unit, or only score it."""
+    from diffalign.cli import plan
+    from diffalign.eval import cluster
+
+    calls = []
+
+    def spread(prepare, items, workers, *, accelerator, progress):
+        calls.append((len(items), workers, accelerator))
+        work = prepare()
+        for item in items:
+            work(item)
+            progress(1)
+
+    monkeypatch.setattr(plan, "find_spec", lambda name: name)
+    monkeypatch.setattr(cluster, "spread", spread)
+    common = ("eval", prompts, "-s", 2, "--samples", 2)
+    assert run(*common, "-o", tmp_path / "local").exit_code == 0
+    pool = ("--engine", "ray", "--workers", 3)
+    result = run(*common, *pool, "-o", tmp_path / "ray")
+    assert result.exit_code == 0, result.stderr
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    shutil.rmtree(tmp_path / "ray" / "scores")
+    result = run("eval", "score", tmp_path / "ray", *pool, "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "3 prompts are scored" in result.stdout
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    assert calls == [(3, 3, True), (3, 3, False)]
+    other = run(*common, *pool, "--seed", 1, "-o", tmp_path / "ray")
+    assert other.exit_code == 1
+    assert "holds another run: seed is 0 there and 1 here" in other.stderr
