@@ -27,6 +27,7 @@ EXTRAS = {
     "app": ("gradio",),
     "eval": ("pyarrow", "scipy"),
     "ocr": ("rapidocr", "onnxruntime"),
+    "ray": ("ray",),
     "video": ("av",),
     "triton": ("triton",),
     "xformers": ("xformers",),

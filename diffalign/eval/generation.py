@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -280,8 +281,8 @@ def _sampled(plan: Plan, items: Sequence[Item]) -> Iterator[Unit]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean of what is known, None of nothing."""
-    known = [value for value in values if value is not None]
+    """The mean of what is known and finite, None of nothing."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None
 
 

@@ -129,7 +129,8 @@ def test_env(run, monkeypatch):
     data = json.loads(run("env", "--json").stdout)
     assert data["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert data["threads"]["torch"] == torch.get_num_threads()
-    assert set(data["extras"]) == {"app", "eval", "ocr", "video", "triton", "xformers"}
+    extras = {"app", "eval", "ocr", "ray", "video", "triton", "xformers"}
+    assert set(data["extras"]) == extras
     assert data["kernels"]["triton"] == "not usable: no CUDA device"
     assert data["devices"][-1].startswith("cpu")
     table = run("env").stdout

@@ -115,6 +115,11 @@ def test_layout_is_genevals_and_seeds_come_from_prompt_and_number(plan, tmp_path
     assert generate(plan, folder) == 0
 
 
+def test_effective_scales_that_are_no_numbers_do_not_stop_a_run():
+    assert generation._mean([1.0, None, float("nan"), 2.0, float("inf")]) == 1.5
+    assert generation._mean([None, float("nan")]) is None
+
+
 def test_any_number_of_processes_and_order_gives_the_same_bytes(plan, tmp_path):
     whole = RunFolder.begin(tmp_path / "whole", plan.settings())
     generate(plan, whole)
