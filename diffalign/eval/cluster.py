@@ -1,7 +1,7 @@
 """Units on Ray (Moritz et al. 2018, arXiv:1712.05889): a pool of actors, each with a model of its
 own. What a lost actor had in hand is done again by another one.
 
-Ray carries the numbers of prompts and nothing else. The files of a run stand in its folder, which
+Ray carries prompts and errors, and no image. The files of a run stand in its folder, which
 every machine of the cluster must see under the same path; they are those of any other engine.
 """
 
@@ -22,7 +22,7 @@ Work = Callable[[Item], None]
 TRIES = 3
 """How often a unit is begun again because its actor was lost, before the run ends."""
 STORE = 100_000_000
-"""Bytes of Ray's memory for objects on one machine; only numbers of prompts go through it."""
+"""Bytes of Ray's memory for objects on one machine; no image goes through it."""
 
 
 class Actor:

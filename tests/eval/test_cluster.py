@@ -26,15 +26,15 @@ def contents(folder):
 
 def actors(mark):
     """Process ids of Ray's actors that were started with this mark in their environment."""
-    found = []
+    numbers = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
             name = (place / "cmdline").read_bytes()
             if b"MapWorker" in name and mark.encode() in (place / "environ").read_bytes():
-                found.append(int(place.name))
+                numbers.append(int(place.name))
         except OSError:  # it has ended, or is another user's
             continue
-    return sorted(found)
+    return sorted(numbers)
 
 
 @pytest.mark.exhaustive
