@@ -6,6 +6,13 @@ from torch import Tensor
 UNIT = 8
 
 
+def row_plan(elements: int) -> tuple[int, int]:
+    """(padded width, warps) of a program that holds one row of ``elements``: 8 of them, one 16-byte
+    load of 16 bits, per thread where that is possible."""
+    block = max(256, 1 << (elements - 1).bit_length())
+    return block, min(16, block // 256)
+
+
 def aligned(t: Tensor) -> Tensor:
     """``t`` itself if its rows are dense and start on 16-byte boundaries, else a dense copy."""
     dense = (

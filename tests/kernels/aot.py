@@ -17,14 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffalign.kernels.entmax.newton import iterations
+from diffalign.kernels.layout import row_plan
 from diffalign.kernels.nag import triton as nag
 from diffalign.kernels.pladis import tiles
 from diffalign.kernels.pladis import triton as pladis
+from diffalign.kernels.tokens import triton as tokens
 
 TABLE = Path(__file__).with_name("resources.json")
 PAGE = Path(__file__).with_name("resources.md")
@@ -45,6 +48,9 @@ NAG_CHANNELS = (
     4096,
     5120,
 )  # widths of the known models
+# heads and their size of the models that leave tokens out: PixArt, SD3 medium, SD3.5 large, and
+# Flux, Chroma and Qwen-Image
+TOKEN_HEADS = ((16, 72), (24, 64), (38, 64), (24, 128))
 
 
 class Job(NamedTuple):
@@ -84,6 +90,20 @@ def jobs() -> Iterator[Job]:
                     plan = tiles.plan(size, tile)
                     if plan is not None and plan.shared_kb <= SHARED_KB[arch]:
                         yield from _pladis(size, tile, plan, dtype, arch)
+        yield from _tokens(arch)
+
+
+def _tokens(arch: int) -> Iterator[Job]:
+    dtypes = (torch.bfloat16, torch.float32)
+    sizes = {tokens.words(dtype, *heads) for heads in TOKEN_HEADS for dtype in dtypes}
+    for whole, each in sorted(sizes):
+        block, warps = row_plan(whole)
+        for text_first in (True, False):
+            constants = {"E": whole, "D": each, "BLOCK": block, "TEXT_FIRST": text_first}
+            types = dict.fromkeys(("K", "V", "KEYS", "VALUES"), "*i32") | {"INDEX": "*i64"}
+            place = "first" if text_first else "last"
+            name = f"tokens E{whole} D{each} text-{place} i32 sm_{arch}"
+            yield Job(name, tokens.kernel(), types, constants, warps, arch)
 
 
 def _pladis(size: int, tile: int, plan: tiles.Plan, dtype: str, arch: int) -> Iterator[Job]:
@@ -164,7 +184,7 @@ def page(table: dict[str, Any]) -> str:
     worst: dict[tuple[str, ...], list[int]] = {}
     for name, values in table["configurations"].items():
         kernel, *rest, arch = name.split()
-        sizes = rest[:2] if kernel == "pladis" else rest[:1]
+        sizes = rest[:1] if kernel == "nag" else rest[:2]
         row = worst.setdefault((kernel, " ".join(sizes), arch), [0, 0, 0, 0, 1 << 30])
         row[:] = [row[0] + 1, *map(max, row[1:4], values[:3]), min(row[4], values[3])]
     lines = [
@@ -173,9 +193,9 @@ def page(table: dict[str, Any]) -> str:
         f"Compiled ahead of time by `tests/kernels/aot.py --write` with Triton {table['triton']}; "
         "nothing here was run on a GPU. One line",
         "holds the worst of its binaries (dtypes; with and without bias, cross and joint form, "
-        "entmax and sparsemax; for NAG both norms).",
-        "E channels, D head size, K keys of the tile. Wide loads are 16-byte loads from global "
-        "memory in the PTX.",
+        "entmax and sparsemax; for NAG both norms; for tokens both orders).",
+        "E channels, D head size (of tokens in words of 4 bytes), K keys of the tile. Wide loads "
+        "are 16-byte loads from global memory in the PTX.",
         "",
         "| kernel | size | target | binaries | registers | spilled bytes | shared KB | wide loads "
         "|",

@@ -24,6 +24,8 @@ from diffalign.kernels.nag import triton as nag_triton
 from diffalign.kernels.pladis import naive as pladis_naive
 from diffalign.kernels.pladis import triton as pladis_triton
 from diffalign.kernels.pladis.scores import scores, softmax, split_mask
+from diffalign.kernels.tokens import naive as tokens_naive
+from diffalign.kernels.tokens import triton as tokens_triton
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 
@@ -222,6 +224,31 @@ def cast(options: dict[str, Tensor | float], dtype: torch.dtype) -> dict[str, Te
     }
 
 
+def tokens_cases(rng: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str, object]]:
+    """Fused against ``naive.py``: numbers are moved, so not one bit may differ."""
+    for batch, heads, size, text, tokens, kept in (
+        (2, 3, 40, 5, 12, 4),
+        (1, 24, 64, 3, 6, 6),
+        (2, 2, 72, 0, 9, 1),
+        (1, 2, 8, 4, 5, 0),
+    ):
+        for text_first in (True, False):
+            k, v = (normal(rng, batch, heads, text + kept, size, dtype=dtype) for _ in range(2))
+            # in the layout of the processors, and not aligned: copied
+            v = torch.cat([v, v], -1)[..., 3 : 3 + size] if heads == 2 else v
+            k = k.transpose(1, 2).contiguous().transpose(1, 2)
+            order = [torch.randperm(tokens, generator=rng)[:kept] for _ in range(batch)]
+            index = torch.stack(order)
+            before = [normal(rng, batch, text + tokens, heads, size, dtype=dtype) for _ in "kv"]
+            ours, true = [x.clone() for x in before], [x.clone() for x in before]
+            tokens_triton.write(*ours, k, v, index, text_first=text_first)
+            tokens_naive.write(*true, k, v, index, text_first=text_first)
+            equal = all(torch.equal(a, b) for a, b in zip(ours, true))
+            place = "first" if text_first else "last"
+            name = f"tokens {batch}x{heads}x{size}, {kept} of {tokens}, {text} of text {place}"
+            yield {"name": f"{name} {dtype}", "worst": 0.0 if equal else float("inf")}
+
+
 def traffic(run: Callable[[], Tensor]) -> dict[str, int]:
     """Elements that ``run`` loads and stores through the interpreter, and how many different
     addresses they are."""
@@ -260,6 +287,12 @@ def traffic_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
         settings = {"scale": 5, "tau": 2.5, "alpha": 0.25, "norm": norm}
         counts = traffic(partial(nag_triton.nag, pos, neg, **settings))
         yield {"name": f"traffic nag {norm}", "elements": pos.numel(), **counts}
+    k, v = (normal(rng, 1, 3, 7, 40, dtype=torch.float16) for _ in range(2))
+    buffers = [torch.zeros(1, 14, 3, 40, dtype=torch.float16) for _ in range(2)]
+    index = torch.tensor([[9, 2, 4, 0]])
+    counts = traffic(lambda: tokens_triton.write(*buffers, k, v, index, text_first=True))
+    # words of two numbers, and the index at the image tokens
+    yield {"name": "traffic tokens", "elements": k.numel(), "index": index.numel(), **counts}
     q, k, v = (normal(rng, 1, 2, n, 40, dtype=torch.float16) for n in (16, 77, 77))
     counts = traffic(lambda: pladis_triton.pladis(q, k, v, strength=2.0))
     yield {
@@ -274,6 +307,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(0)
     dtype = {"float32": torch.float32, "float16": torch.float16}[sys.argv[1]]
-    for cases in (nag_cases(rng, dtype), pladis_cases(rng, dtype), traffic_cases(rng)):
+    kernels = (nag_cases(rng, dtype), pladis_cases(rng, dtype), tokens_cases(rng, dtype))
+    for cases in (*kernels, traffic_cases(rng)):
         for case in cases:
             print(json.dumps(case), flush=True)

@@ -24,6 +24,7 @@ from triton.runtime import driver, jit
 from diffalign.kernels.nag import triton as nag
 from diffalign.kernels.pladis import joint
 from diffalign.kernels.pladis import triton as pladis
+from diffalign.kernels.tokens import triton as tokens
 
 BF16 = torch.bfloat16
 compiled: list[Any] = []
@@ -101,6 +102,16 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor]]]:
                     s, s + 1, s + 2, text=t, image=i, strength=2.0, call=pladis.pladis
                 ),
             )
+    k = torch.randn(2, 24, 7, 64).to(BF16)
+    for first in (True, False):
+        keys, values = torch.zeros(2, 2, 13, 24, 64, dtype=BF16)
+        index = torch.tensor([[1, 5, 8], [2, 3, 9]])
+        yield (
+            f"tokens E768 D32 text-{'first' if first else 'last'} i32 sm_90",
+            lambda a=keys, b=values, k=k, i=index, f=first: tokens.write(
+                a, b, k, k.clone(), i, text_first=f
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ SAMPLE = (
     "pladis D72 K64 entmax bias bf16 sm_90",
     "pladis D128 K128 entmax bias joint fp16 sm_80",
     "pladis D160 K128 entmax bf16 sm_90",
+    "tokens E576 D36 text-first i32 sm_80",
+    "tokens E1536 D64 text-last i32 sm_90",
 )
 
 
@@ -109,7 +111,7 @@ def test_a_real_call_launches_what_was_compiled_ahead_of_time():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 14
+    assert len(cases) == 16
     for case in cases:
         assert case["same"], case
         assert case["guarded"], case

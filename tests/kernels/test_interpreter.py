@@ -22,7 +22,7 @@ def cases(request) -> dict[str, dict]:
     return {case["name"]: case for case in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize(("kernel", "count"), [("nag", 12), ("pladis", 51)])
+@pytest.mark.parametrize(("kernel", "count"), [("nag", 12), ("pladis", 51), ("tokens", 8)])
 def test_error_stays_within_the_derived_bound(cases, kernel, count):
     """``worst`` is the largest ratio of error to bound over a case's elements; the bounds are
     derived in ``interpreted.py``."""
@@ -44,3 +44,9 @@ def test_pladis_moves_operands_and_result_only(cases):
     case = cases["traffic pladis one row tile"]
     assert case["loads"] == case["load_addresses"] == case["elements"]
     assert case["stores"] == case["store_addresses"] == case["results"]
+
+
+def test_tokens_are_read_and_written_once(cases):
+    case = cases["traffic tokens"]
+    assert case["loads"] == case["load_addresses"] == case["elements"] + case["index"]
+    assert case["stores"] == case["store_addresses"] == case["elements"]

@@ -13,16 +13,10 @@ from torch import Tensor
 
 from diffalign.kernels.choice import needs_grad
 from diffalign.kernels.layout import UNIT, aligned
+from diffalign.kernels.layout import row_plan as plan
 from diffalign.kernels.nag import naive
 
 MAX_CHANNELS = 8192  # two float32 rows of this width still fit the registers of 16 warps
-
-
-def plan(channels: int) -> tuple[int, int]:
-    """(padded row width, warps) for rows of ``channels`` elements: 8 elements, one 16-byte load,
-    per thread where that is possible."""
-    block = max(256, 1 << (channels - 1).bit_length())
-    return block, min(16, block // 256)
 
 
 def refusal(dtype: torch.dtype, channels: int) -> str | None:

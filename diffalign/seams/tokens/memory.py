@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.core.rows import join_rows, select_rows
+from diffalign.kernels.tokens import WriteCall, choose
 from diffalign.seams.blocks.states import BlockStates
 
 
@@ -96,6 +97,8 @@ class Places:
         self.index, self.tokens = index, tokens
         # (length of a sequence, where its image begins) -> places in all rows, one after the other
         self._flat: dict[tuple[int, int], Tensor] = {}
+        # (heads, size of a head) -> what writes them
+        self._writers: dict[tuple[int, int], WriteCall] = {}
 
     def flat(self, length: int, begin: int) -> Tensor:
         """Places [rows * S] in sequences of that length that stand one after the other."""
@@ -104,28 +107,66 @@ class Places:
             self._flat[length, begin] = (self.index + rows * length + begin).flatten()
         return self._flat[length, begin]
 
-    def written(self, before: Tensor, x: Tensor, text_first: bool, in_place: bool) -> Tensor:
-        """Keys or values of all tokens [rows, L + N, A, D], those of this call among them.
+    def written(
+        self, before: Sequence[Tensor], new: Sequence[Tensor], text_first: bool, in_place: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens [rows, L + N, A, D], those of this call among them.
 
-        ``before`` [rows, any + N, A, D]: those of earlier calls; ``x`` [rows, A, L + S, D]: this
+        ``before`` [rows, any + N, A, D]: those of earlier calls; ``new`` [rows, A, L + S, D]: this
         call's; ``text_first``: the order of the sequence; ``in_place``: ``before`` may change.
         """
+        if not in_place:  # gradients pass through
+            keys, values = (self._joined(old, x, text_first) for old, x in zip(before, new))
+            return keys, values
+        text = new[0].shape[2] - self.index.shape[1]
+        if before[0].shape[1] != text + self.tokens:
+            before = [self._with_text(old, text, text_first) for old in before]
+        (keys, values), (k, v) = before, new
+        self._writer(k, v)(keys, values, k, v, self.index, text_first=text_first)
+        return keys, values
+
+    def _writer(self, k: Tensor, v: Tensor) -> WriteCall:
+        """What writes keys and values like these, chosen once for a size."""
+        if torch.compiler.is_compiling() or k.shape != v.shape:
+            return self.copied
+        size = (k.shape[1], k.shape[3])
+        if size not in self._writers:
+            self._writers[size] = choose(k, plain=self.copied).call
+        return self._writers[size]
+
+    def _parts(self, x: Tensor, text_first: bool) -> tuple[Tensor, Tensor]:
+        """The text [rows, L, A, D] and the image [rows * S, A, D] of new keys or values."""
         x, kept = x.transpose(1, 2), self.index.shape[1]
         text = x.shape[1] - kept
         image = x.narrow(1, text if text_first else 0, kept).flatten(0, 1)
-        words = x.narrow(1, 0 if text_first else kept, text)
-        if not in_place:  # gradients pass through
-            old = before.narrow(1, before.shape[1] - self.tokens if text_first else 0, self.tokens)
-            new = old.flatten(0, 1).index_copy(0, self.flat(self.tokens, 0), image)
-            parts = [words, new.reshape(old.shape)]
-            return torch.cat(parts if text_first else parts[::-1], 1)
-        if before.shape[1] != text + self.tokens:
-            before = self._with_text(before, text, text_first)
-        length, begin = before.shape[1], text if text_first else 0
-        before.flatten(0, 1).index_copy_(0, self.flat(length, begin), image)
-        if text:
-            before.narrow(1, 0 if text_first else self.tokens, text).copy_(words)
-        return before
+        return x.narrow(1, 0 if text_first else kept, text), image
+
+    def _joined(self, before: Tensor, x: Tensor, text_first: bool) -> Tensor:
+        """Keys or values of all tokens in a tensor of their own."""
+        words, image = self._parts(x, text_first)
+        old = before.narrow(1, before.shape[1] - self.tokens if text_first else 0, self.tokens)
+        new = old.flatten(0, 1).index_copy(0, self.flat(self.tokens, 0), image)
+        parts = [words, new.reshape(old.shape)]
+        return torch.cat(parts if text_first else parts[::-1], 1)
+
+    def copied(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        *,
+        text_first: bool,
+    ) -> None:
+        """``kernels.tokens.write`` for the index of these places, by copies of torch."""
+        for buffer, x in ((keys, k), (values, v)):
+            words, image = self._parts(x, text_first)
+            length, text = buffer.shape[1], words.shape[1]
+            flat = self.flat(length, text if text_first else 0)
+            buffer.flatten(0, 1).index_copy_(0, flat, image)
+            if text:
+                buffer.narrow(1, 0 if text_first else self.tokens, text).copy_(words)
 
     def _with_text(self, before: Tensor, text: int, text_first: bool) -> Tensor:
         """Room for another number of text tokens; those of the image are in place."""

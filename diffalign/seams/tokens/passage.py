@@ -121,14 +121,11 @@ class Passage:
         assert self.memory is not None
         assert self._places is not None
         text_first = layer.text == "first"
-        for new, old, x in (
-            (self.keys, self.memory.keys, call.k),
-            (self.values, self.memory.values, call.v),
-        ):
-            if layer.name not in old:
-                raise UnsupportedModel(f"{layer.name!r} did not run in the step before.")
-            before = old[layer.name]
-            new[layer.name] = self._places.written(before, x, text_first, self.in_place)
+        if layer.name not in self.memory.keys:
+            raise UnsupportedModel(f"{layer.name!r} did not run in the step before.")
+        before = (self.memory.keys[layer.name], self.memory.values[layer.name])
+        written = self._places.written(before, (call.k, call.v), text_first, self.in_place)
+        self.keys[layer.name], self.values[layer.name] = written
         k, v = self.keys[layer.name].transpose(1, 2), self.values[layer.name].transpose(1, 2)
         return replace(call, k=k, v=v, mask=self._mask(call, text_first))
 
