@@ -3,7 +3,8 @@
 Help is shown without loading a model library: commands import what they need when they run.
 
 Exit codes: 0 done, 2 bad input (one line on standard error, before anything is computed), 130 after
-Ctrl-C, 1 a run of ``eval`` that had to stop (one line) or anything unexpected.
+Ctrl-C, 1 a run of ``eval`` that had to stop (one line), a ``check`` that found something wrong, or
+anything unexpected.
 """
 
 import logging
@@ -15,7 +16,9 @@ import typer
 
 from diffalign.cli.align import align
 from diffalign.cli.calibrate import calibrate
+from diffalign.cli.check import check
 from diffalign.cli.compare import compare
+from diffalign.cli.demo import demo
 from diffalign.cli.env import env
 from diffalign.cli.evaluate import evaluate
 from diffalign.cli.fit import fit
@@ -37,7 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (generate, compare, align, models, techniques, methods, rewards, env):
+for function in (
+    *(demo, generate, compare, align, check),
+    *(models, techniques, methods, rewards, env),
+):
     app.command()(function)
 app.add_typer(evaluate, name="eval")
 app.add_typer(fit, name="fit")

@@ -43,23 +43,12 @@ def prepare(options: Options, *variants: Sequence[Technique]) -> Request:
 
     Raises ``BadInput`` with the first thing that cannot be used.
     """
-    from diffalign.generate.models import Setting, open_model
     from diffalign.generate.seeds import jobs_of
 
-    prompts, size = read_prompts(options), read_size(options.size)
+    prompts = read_prompts(options)
     check_numbers(options)
     output = writable(options.output)
-    setting = Setting(
-        steps=options.steps,
-        scale=options.scale,
-        negative_prompt=options.negative_prompt,
-        size=size,
-        scheduler=options.scheduler,
-        dtype=options.dtype,
-        device=options.device,
-    )
-    with checking():
-        model = open_model(options.model, setting, variants)
+    model = model_of(options, *variants)
     jobs = tuple(jobs_of(prompts, count=options.count, base=options.seed))
     return Request(
         model=model,
@@ -70,6 +59,26 @@ def prepare(options: Options, *variants: Sequence[Technique]) -> Request:
         output=output,
         facts={**model.facts, "base_seed": options.seed},
     )
+
+
+def model_of(options: Options, *variants: Sequence[Technique]) -> Model:
+    """The loaded model, checked for a run with these options and groups of techniques.
+
+    Raises ``BadInput``.
+    """
+    from diffalign.generate.models import Setting, open_model
+
+    setting = Setting(
+        steps=options.steps,
+        scale=options.scale,
+        negative_prompt=options.negative_prompt,
+        size=read_size(options.size),
+        scheduler=options.scheduler,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    with checking():
+        return open_model(options.model, setting, variants)
 
 
 def techniques_of(texts: Sequence[str] | None) -> tuple[Technique, ...]:

@@ -1,0 +1,75 @@
+"""Whether the kernels that run on a device say what their plain forms say in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffalign.kernels import nag, pladis
+from diffalign.kernels.pladis import naive as pladis_naive
+
+STRENGTH = 2.0
+
+
+class Agreement(NamedTuple):
+    """One kernel beside ``naive.py`` in float64, on the same operands."""
+
+    kernel: str
+    # what was chosen and why, "triton: ..." or "torch: ..."
+    choice: str
+    # largest error of an element, and the largest that rounding explains
+    error: float
+    bound: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the error is explained; an error that is no number never is."""
+        return self.error <= self.bound
+
+
+@torch.no_grad()
+def agreements(device: torch.device, dtype: torch.dtype) -> list[Agreement]:
+    """Every kernel as it would be chosen for tensors of ``dtype`` on ``device``.
+
+    Cost: a few milliseconds, and the compilation of the fused forms at the first call.
+    Raises: whatever a kernel raises that does not run there.
+    """
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(device, dtype)
+
+    return [_nag(draw(2, 64, 640), draw(2, 64, 640)), _pladis(*(draw(2, 8, n, 64) for n in KEYS))]
+
+
+# queries, keys and values of a layer that reads 77 text tokens
+KEYS = (64, 77, 77)
+
+
+def _bound(true: Tensor, spread: float, dtype: torch.dtype) -> float:
+    """The rounding of weights that sum to ``spread`` of the values and of the result to the dtype,
+    and 1e-5 of the result for products in float32."""
+    size = float(true.abs().max())
+    return torch.finfo(dtype).eps / 2 * (spread + size) + 1e-5 * size
+
+
+def _nag(pos: Tensor, neg: Tensor) -> Agreement:
+    choice = nag.choose(pos)
+    ours = choice.call(pos, neg, scale=5.0, tau=2.5, alpha=0.25)
+    true = nag.nag(pos.double().cpu(), neg.double().cpu(), scale=5.0, tau=2.5, alpha=0.25)
+    return _agreement("nag", choice.reason, ours, true, 0.0)
+
+
+def _pladis(q: Tensor, k: Tensor, v: Tensor) -> Agreement:
+    choice = pladis.choose(q, k)
+    ours = choice.call(q, k, v, strength=STRENGTH)
+    true = pladis_naive.pladis(*(x.double().cpu() for x in (q, k, v)), strength=STRENGTH)
+    spread = (2 * STRENGTH - 1) * float(v.abs().max())
+    return _agreement("pladis", choice.reason, ours, true, spread)
+
+
+def _agreement(kernel: str, reason: str, ours: Tensor, true: Tensor, spread: float) -> Agreement:
+    error = float((ours.double().cpu() - true).abs().max())
+    return Agreement(kernel, reason, error, _bound(true, spread, ours.dtype))
