@@ -249,6 +249,34 @@ def kernels(result: Result) -> str:
     )
 
 
+def gpu(result: Result) -> str:
+    options, left_out = result.options, result.facts["left out"]
+    steps = [row for row in result.rows if row["part"] != "kernels" and "failed" not in row]
+    wrong = [row for row in result.rows if "failed" in row]
+    fused = [
+        {k: v for k, v in row.items() if k not in ("part", "what")}
+        for row in result.rows
+        if row["part"] == "kernels" and "failed" not in row
+    ]
+    notes = [
+        f"{' '.join(row[k] for k in ('part', 'model', 'what'))}: {row['failed']}" for row in wrong
+    ]
+    if left_out:
+        names = "; ".join(" ".join(key.values()) for key in left_out)
+        notes.append(f"Not measured in {options['seconds']:g} s: {names}.")
+    if options["tiny"]:
+        notes.append("Models of a few kilobytes: the path was run, no time means anything.")
+    return page(
+        result,
+        f"Steps and kernels on {'a GPU' if options['device'] == 'cuda' else 'a CPU'}, "
+        f"{options['dtype']}, {options['runs']} runs",
+        "Random weights and few of the blocks at the true width: time alone.",
+        *notes,
+        table(fused, result.units),
+        rows=steps,
+    )
+
+
 def plot_guidance(result: Result) -> dict[str, Image.Image]:
     """Score against effective scale and against cost, with plain CFG as a line."""
     best = result.facts["best"]
@@ -453,6 +481,8 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "digits": digits,
     "kernels_cpu": kernels,
     "kernels_cuda": kernels,
+    "gpu_cpu": gpu,
+    "gpu_cuda": gpu,
 }
 PLOTS: dict[str, Callable[[Result], dict[str, Image.Image]]] = {
     "guidance": plot_guidance,

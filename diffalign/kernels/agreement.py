@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffalign.kernels import nag, pladis
+from diffalign.kernels import nag, pladis, tokens
 from diffalign.kernels.pladis import naive as pladis_naive
 
 STRENGTH = 2.0
@@ -19,7 +19,7 @@ class Agreement(NamedTuple):
     kernel: str
     # what was chosen and why, "triton: ..." or "torch: ..."
     choice: str
-    # largest error of an element, and the largest that rounding explains
+    # largest error of an element, and the largest that rounding explains; 0 where there is none
     error: float
     bound: float
 
@@ -41,11 +41,16 @@ def agreements(device: torch.device, dtype: torch.dtype) -> list[Agreement]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng).to(device, dtype)
 
-    return [_nag(draw(2, 64, 640), draw(2, 64, 640)), _pladis(*(draw(2, 8, n, 64) for n in KEYS))]
+    nag_operands = [draw(2, 64, 640) for _ in range(2)]
+    pladis_operands = [draw(2, 8, count, 64) for count in KEYS]
+    tokens_operands = [draw(*shape) for shape in (BUFFER, BUFFER, FRESH, FRESH)]
+    return [_nag(*nag_operands), _pladis(*pladis_operands), _tokens(tokens_operands)]
 
 
 # queries, keys and values of a layer that reads 77 text tokens
 KEYS = (64, 77, 77)
+# keys of 7 text and 20 image tokens, and those of a call that computes 5 of these
+BUFFER, FRESH = (2, 27, 4, 64), (2, 4, 12, 64)
 
 
 def _bound(true: Tensor, spread: float, dtype: torch.dtype) -> float:
@@ -68,6 +73,17 @@ def _pladis(q: Tensor, k: Tensor, v: Tensor) -> Agreement:
     true = pladis_naive.pladis(*(x.double().cpu() for x in (q, k, v)), strength=STRENGTH)
     spread = (2 * STRENGTH - 1) * float(v.abs().max())
     return _agreement("pladis", choice.reason, ours, true, spread)
+
+
+def _tokens(operands: list[Tensor]) -> Agreement:
+    """Numbers are moved: the error is that of the first one in a wrong place."""
+    choice = tokens.choose(operands[2])
+    index = torch.tensor([[0, 3, 4, 11, 19], [1, 2, 9, 15, 16]], device=operands[0].device)
+    ours, true = [x.clone() for x in operands], [x.cpu() for x in operands]
+    choice.call(*ours, index, text_first=True)
+    tokens.write(*true, index.cpu(), text_first=True)
+    errors = [float((a.cpu() - b).abs().max()) for a, b in zip(ours[:2], true)]
+    return Agreement("tokens", choice.reason, max(errors), 0.0)
 
 
 def _agreement(kernel: str, reason: str, ours: Tensor, true: Tensor, spread: float) -> Agreement:
