@@ -18,7 +18,7 @@ from results import FOLDER, Estimate, Result, Row, read
 from diffalign.drawing.charts import Curve, line_chart, stacked
 
 # columns that say which rows belong together, and are no figures
-HIDDEN = ("scale", "space", "threshold", "n")
+HIDDEN = ("scale", "space", "threshold", "n", "group")
 
 
 def cell(value: Any, unit: str = "") -> str:
@@ -167,6 +167,49 @@ def pruning(result: Result) -> str:
         "Random weights at the true width: time alone. Fewer steps take as long as CAT where the "
         "columns `run of ...` say so; which of the two is nearer to the full run is not measured "
         "here.",
+    )
+
+
+def pruning_quality(result: Result) -> str:
+    facts, options = result.facts, result.options
+    return page(
+        result,
+        f"Time saved and what is lost on {options['model']}: {facts['prompts']} GenEval prompts x "
+        f"{facts['samples']} seeds, CFG {options['scale']:g}",
+        "Each way beside fewer steps that take as many seconds, on the same prompts and seeds.",
+        "![Quality against seconds](pruning-quality.png)",
+    )
+
+
+def plot_pruning_quality(result: Result) -> dict[str, Image.Image]:
+    """PSNR and the judge against seconds, one picture for each length of the full run."""
+    pictures = []
+    for steps in dict.fromkeys(row["steps"] for row in result.rows):
+        for key, label in (
+            ("PSNR", "PSNR to the full run, dB"),
+            ("judge", "share of right images"),
+        ):
+            rows = [row for row in result.rows if row["steps"] == steps]
+            if key == "PSNR":  # that of the full run to itself is not one
+                rows = [row for row in rows if row["group"] != "full"]
+            curves = []
+            for group in dict.fromkeys(row["group"] for row in rows):
+                points = [(row["seconds"], row[key].value) for row in rows if row["group"] == group]
+                curves.append(Curve(group, sorted(points), line=group != "both"))
+            title = f"{result.options['model']}, {steps} steps in full"
+            pictures.append(line_chart(curves, title=title, x_label="seconds", y_label=label))
+    return {"pruning-quality": stacked(pictures)}
+
+
+def pruning_caches(result: Result) -> str:
+    facts = result.facts
+    return page(
+        result,
+        f"CAT and the step caches of diffusers on a small network of Flux's form, {facts['steps']} "
+        "steps",
+        f"Random weights: time alone. The first {facts['full steps']} steps are full, but for "
+        "FirstBlockCache, which has no such option. SeaCache needs the step and the noise level of "
+        "each call, which FluxPipeline does not tell it: it computes everything.",
     )
 
 
@@ -474,6 +517,8 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "nag_cost": nag_cost,
     "overhead": overhead,
     "pruning": pruning,
+    "pruning_quality": pruning_quality,
+    "pruning_caches": pruning_caches,
     "search": search,
     "guarantee": guarantee,
     "policy": policy,
@@ -490,6 +535,7 @@ PLOTS: dict[str, Callable[[Result], dict[str, Image.Image]]] = {
     "dynamic": plot_dynamic,
     "negation": plot_negation,
     "search": plot_search,
+    "pruning_quality": plot_pruning_quality,
     "digits": plot_digits,
 }
 

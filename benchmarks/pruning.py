@@ -2,10 +2,14 @@
 the count of operations, and beside fewer steps of the same length.
 
     python benchmarks/pruning.py [--rounds 2] [--blocks 2] [--output benchmarks/results]
+    python benchmarks/pruning.py --model emoji-dit [--prompts 60] [--samples 2] [--steps 28 50]
+    python benchmarks/pruning.py --caches [--rounds 2] [--sides 32 64]
 
 Stable Diffusion 3 medium and PixArt-Sigma at their true width and heads, with few blocks and random
-weights, and one row: what is timed does not depend on the weights. Quality does, and is not
-measured here; a trained model would be one more entry of ``MODELS``.
+weights, and one row: what is timed does not depend on the weights. With ``--model`` what is lost is
+measured on a trained model, beside fewer steps, cache-dit and AdaptiveGuidance, in hours that can
+be interrupted (pruning_quality.py); with ``--caches`` time alone, beside the step caches of
+diffusers, on a small network of Flux's form (pruning_caches.py).
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pruning_caches
+import pruning_quality
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -212,7 +218,19 @@ def main() -> None:
     parser = command_line(__doc__ or "", rounds=2, blocks=2)
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--caches", action="store_true", help="beside the caches of diffusers")
+    parser.add_argument("--model", choices=["emoji-dit"], help="measure what is lost on it")
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
+    parser.add_argument("--scale", type=float, help="the model's own if left out")
+    parser.add_argument("--work", default="runs/pruning")
     options = parser.parse_args()
+    if not (1 <= options.samples <= 16 and options.prompts >= 6 and options.rounds >= 1):
+        parser.error("--samples is 1 to 16, --prompts at least 6 and --rounds at least 1.")
+    if options.model or options.caches:
+        (pruning_quality if options.model else pruning_caches).study(options)
+        return
     torch.set_num_threads(1)
     cells = [(n, side, keep) for n in MODELS for side in options.sides for keep in options.keep]
     rows = [row(*cell, options) for cell in track(cells, "timing")]
