@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from diffalign.core.registry import written
-from diffalign.core.registry import TECHNIQUES
+import diffalign as da
+from diffalign.core.registry import TECHNIQUES, written
+from diffalign.embedded.load import load
 from diffalign.eval.evidence import Config, Measured
-from diffalign.testing.tiny import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_ssim_is_that_of_filtered_images(quality, images):
 
 
 def run_of(name, seconds, values):
-    """A run of one sample per prompt; ``values``: prompt id -> PSNR, the judge says even is right."""
+    """One sample per prompt; ``values``: prompt id -> PSNR. The judge says that even is right."""
     records = [
         {
             "prompt_id": n,
@@ -113,7 +113,13 @@ def test_ways(quality):
     assert ways[0] == quality.Way("full", "50 steps", 50)
     names = [way.name for way in ways]
     assert len(set(names)) == len(names)
-    assert {way.group for way in ways} >= {"fewer steps", "CAT", "round-robin", "random", "cache-dit"}
+    assert {way.group for way in ways} >= {
+        "fewer steps",
+        "CAT",
+        "round-robin",
+        "random",
+        "cache-dit",
+    }
     assert all(way.steps < 50 for way in ways if way.group == "fewer steps")
     texts = [[written(TECHNIQUES, t) for t in way.techniques] for way in ways]
     assert ["adaptive-guidance", "cat"] in [sorted(t.split(":")[0] for t in text) for text in texts]
@@ -122,7 +128,9 @@ def test_ways(quality):
 def test_images_beside_those_of_the_same_prompt_and_sample(quality):
     truth = {name: torch.full((2, 3, 12, 12), 0, dtype=torch.uint8) for name in "ab"}
     truth["a"][1], truth["b"][0] = 100, 200
-    beside = quality.Beside(truth, lambda x: torch.nn.functional.normalize(x.flatten(1) + 1, dim=-1))
+    beside = quality.Beside(
+        truth, lambda x: torch.nn.functional.normalize(x.flatten(1) + 1, dim=-1)
+    )
     order = ["b", "b", "a", "a"]
     assert [int(x[0, 0, 0]) for x in beside.of(order)] == [200, 0, 0, 100]
     same = beside.of(order).float() / 255
@@ -134,9 +142,7 @@ def test_images_beside_those_of_the_same_prompt_and_sample(quality):
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = tiny_pipeline("StableDiffusion3Pipeline", text=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load("emoji-dit")
 
 
 def test_the_full_run_is_made_once(quality, pipe, tmp_path):
@@ -154,8 +160,6 @@ def test_the_full_run_is_made_once(quality, pipe, tmp_path):
 
 
 def test_operations_are_counted(quality, pipe):
-    import diffalign as da
-
     full = quality.operations(pipe, quality.Way("full", "4 steps", 4), 0, 3.0)
     pruned = quality.Way("CAT", "", 4, (da.CAT(0.3, start=2),))
     fewer = quality.operations(pipe, quality.Way("fewer steps", "2 steps", 2), 0, 3.0)
@@ -171,6 +175,7 @@ def test_beside_the_caches_of_diffusers(benchmark_module, tmp_path, monkeypatch)
 
     monkeypatch.setattr(pruning_caches, "STEPS", 6)
     monkeypatch.setattr(pruning_caches, "WARM", 3)
+    monkeypatch.setattr(pruning_caches, "WIDTH", 64)
     options = Namespace(sides=[4], rounds=1, output=str(tmp_path))
     pruning_caches.study(options)
     rows = {row["method"]: row for row in results.read("pruning_caches", tmp_path).rows}
