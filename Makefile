@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@echo "Drawing six prompts twice on the embedded model"
-	@$(PY) -m diffalign.cli.demo
+	@$(PY) -m diffalign demo
 
 app: $(READY)
 	@$(PY) app/app.py

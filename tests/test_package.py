@@ -2,6 +2,7 @@
 the machine it was written on."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -384,6 +385,18 @@ def test_wheel_built_from_the_source_archive_is_the_package(tmp_path):
     }
     assert {name for name in held if name.startswith("diffalign/")} == tree
     assert "diffalign/py.typed" in held
+    # a stranger's folder, with the package from the wheel alone
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (entries,) = (tmp_path / "installed").glob("*.dist-info/entry_points.txt")
+    assert "diffalign = diffalign.cli:main" in entries.read_text("utf-8")
+    away = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "-m", "diffalign", "models", "--json"]
+    listed = subprocess.run(
+        command, capture_output=True, text=True, env=away, cwd=tmp_path, check=True
+    )
+    from diffalign.embedded.load import MODELS
+
+    assert [model["name"] for model in json.loads(listed.stdout)["embedded"]] == list(MODELS)
     assert any(name.endswith("licenses/LICENSE") for name in held)
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}

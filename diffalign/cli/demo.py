@@ -1,8 +1,5 @@
-"""``make demo``: one official GenEval prompt of each category, plain guidance beside
-AdaptiveGuidance, on the embedded model.
-
-python -m diffalign.cli.demo [--output FOLDER] [--nth N]
-"""
+"""``diffalign demo``: one official GenEval prompt of each category, plain guidance beside
+AdaptiveGuidance, on the embedded model."""
 
 import dataclasses
 from pathlib import Path
@@ -37,21 +34,3 @@ def demo(
         options, prompt=prompts, technique=["adaptive-guidance"], batch=len(prompts)
     )
     run(options, title="GenEval prompts on the embedded model")
-
-
-def main() -> None:
-    """Run the demo as a program."""
-    from diffalign.cli import main as program
-
-    program(typer_app())
-
-
-def typer_app() -> typer.Typer:
-    """The demo as a command of its own."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(demo)
-    return app
-
-
-if __name__ == "__main__":
-    main()

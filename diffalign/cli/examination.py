@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from diffalign.cli.memory import Peak
 from diffalign.cli.problem import one_line
 from diffalign.core import Guidance, Technique, UnsupportedModel
+from diffalign.core.memory import Peak
 from diffalign.core.option import REQUIRED, options_of
 from diffalign.core.registry import TECHNIQUES, techniques, to_config
 from diffalign.core.types import Json, StepInfo

@@ -8,9 +8,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from typer.testing import CliRunner
 
-from diffalign.cli import demo
+from diffalign.cli.demo import prompts_of
 from diffalign.core.seeds import seed_of
 from diffalign.drawing.png import read_settings
 from diffalign.tasks.geneval.verdict import TAGS, prompts
@@ -191,8 +190,8 @@ def test_interrupt_keeps_finished_images(run, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_runs_one_official_prompt_of_each_category(emoji, tmp_path):
-    result = CliRunner().invoke(demo.typer_app(), ["--output", str(tmp_path), "--json"])
+def test_demo_runs_one_official_prompt_of_each_category(emoji, run, tmp_path):
+    result = run("demo", "--output", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     official = {entry["prompt"]: entry["tag"] for entry in prompts()}
@@ -204,7 +203,7 @@ def test_demo_runs_one_official_prompt_of_each_category(emoji, tmp_path):
 
 
 def test_demo_takes_the_nth_prompt_of_each_category():
-    first, last = demo.prompts_of(0), demo.prompts_of(79)
+    first, last = prompts_of(0), prompts_of(79)
     groups = {tag: [e["prompt"] for e in prompts() if e["tag"] == tag] for tag in TAGS}
     assert first == [group[0] for group in groups.values()]
     assert last == [group[79 % len(group)] for group in groups.values()]

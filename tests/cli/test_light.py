@@ -17,7 +17,7 @@ COMMANDS = [
     ["--version"],
     *(
         [name, "--help"]
-        for name in ("generate", "compare", "techniques", "models", "rewards", "env")
+        for name in ("generate", "compare", "demo", "check", "models", "rewards", "env")
     ),
     ["eval", "--help"],
     *(["eval", name, "--help"] for name in ("run", "generate", "score", "report")),
