@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -40,8 +41,8 @@ def check(
     model; time and memory stand beside the plain pipeline. Exit code 1 when anything failed.
     """
     check_numbers(options)
-    if not seconds > 0:
-        raise BadInput(f"--seconds must be a positive number; got {seconds}.")
+    if not 0 < seconds < math.inf:
+        raise BadInput(f"--seconds must be a finite number above 0; got {seconds}.")
     path = writable(options.output) / "check.json"
     check_free(path)
     further = [(text, techniques_of([text])) for text in options.technique or []]

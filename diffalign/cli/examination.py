@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from diffalign.cli.problem import one_line
-from diffalign.core import Guidance, Technique, UnsupportedModel
+from diffalign.core import Context, Guidance, Technique, UnsupportedModel
 from diffalign.core.memory import Peak
 from diffalign.core.option import REQUIRED, options_of
 from diffalign.core.registry import TECHNIQUES, techniques, to_config
@@ -27,6 +27,7 @@ from diffalign.kernels.agreement import agreements
 from diffalign.seams import Report, supports
 from diffalign.seams.denoiser.rows import count_rows
 from diffalign.seams.plan import bind, context_of
+from diffalign.seams.support import reason_against
 
 PROMPT, NEGATIVE = "a photo of a red apple and a green clock", "a photo of a dog"
 RUNS = 2.6
@@ -179,7 +180,7 @@ class Examination:
         if reason:
             finding.result, finding.remark = "refused", reason
         elif required:
-            finding.remark = f"it has no default for {', '.join(required)}; give it by --technique"
+            finding.remark = f"it needs {', '.join(required)}, which has no default"
         else:
             options = options_for(name, cls, self.steps or 0)
             self._tried(finding, lambda: (TECHNIQUES.build(name, options),))
@@ -194,6 +195,9 @@ class Examination:
         try:
             group = make()
             finding.options = [to_config(technique) for technique in group]
+            for technique in group:
+                if reason := reason_against(technique, self._context()):
+                    raise UnsupportedModel(reason)
             run = self.run(*group)
             finding.declared = self._declared(group, run.report)
         except UnsupportedModel as error:
@@ -240,13 +244,17 @@ class Examination:
         twice = report.nfe_cfg != 2 * report.steps
         if len(group) > 1 or not isinstance(technique, Guidance) or twice:
             return None
-        pipe = self.model.pipe
-        arguments = bind(type(pipe), pipe, (), self.call)
-        resolved = technique.resolve(context_of(pipe, self.family, call=arguments))
+        resolved = technique.resolve(self._context())
         if resolved.init(1) is not None:
             return None
         steps = [StepInfo(i, report.steps, sigma) for i, sigma in enumerate(report.sigma)]
         return float(sum(len(resolved.passes(step, None)) for step in steps))
+
+    def _context(self) -> Context:
+        """What a technique sees of the pipeline and of the call."""
+        pipe = self.model.pipe
+        arguments = bind(type(pipe), pipe, (), self.call)
+        return context_of(pipe, self.family, call=arguments)
 
 
 def options_for(name: str, cls: type[Technique], steps: int) -> Mapping[str, object]:

@@ -44,7 +44,7 @@ def agreements(device: torch.device, dtype: torch.dtype) -> list[Agreement]:
     nag_operands = [draw(2, 64, 640) for _ in range(2)]
     pladis_operands = [draw(2, 8, count, 64) for count in KEYS]
     tokens_operands = [draw(*shape) for shape in (BUFFER, BUFFER, FRESH, FRESH)]
-    return [_nag(*nag_operands), _pladis(*pladis_operands), _tokens(tokens_operands)]
+    return [_nag(*nag_operands), _pladis(*pladis_operands), _tokens(*tokens_operands)]
 
 
 # queries, keys and values of a layer that reads 77 text tokens
@@ -75,14 +75,14 @@ def _pladis(q: Tensor, k: Tensor, v: Tensor) -> Agreement:
     return _agreement("pladis", choice.reason, ours, true, spread)
 
 
-def _tokens(operands: list[Tensor]) -> Agreement:
+def _tokens(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> Agreement:
     """Numbers are moved: the error is that of the first one in a wrong place."""
-    choice = tokens.choose(operands[2])
-    index = torch.tensor([[0, 3, 4, 11, 19], [1, 2, 9, 15, 16]], device=operands[0].device)
-    ours, true = [x.clone() for x in operands], [x.cpu() for x in operands]
-    choice.call(*ours, index, text_first=True)
-    tokens.write(*true, index.cpu(), text_first=True)
-    errors = [float((a.cpu() - b).abs().max()) for a, b in zip(ours[:2], true)]
+    choice = tokens.choose(k)
+    index = torch.tensor([[0, 3, 4, 11, 19], [1, 2, 9, 15, 16]], device=k.device)
+    true = [x.cpu() for x in (keys.clone(), values.clone())]
+    choice.call(keys, values, k, v, index, text_first=True)
+    tokens.write(true[0], true[1], k.cpu(), v.cpu(), index.cpu(), text_first=True)
+    errors = [float((a.cpu() - b).abs().max()) for a, b in zip((keys, values), true)]
     return Agreement("tokens", choice.reason, max(errors), 0.0)
 
 

@@ -80,6 +80,7 @@ def test_what_cannot_be_used_is_refused(run, folder, tmp_path):
     for arguments, word in (
         (["--seconds", "0"], "--seconds"),
         (["--seconds", "nan"], "--seconds"),
+        (["--seconds", "inf"], "--seconds"),
         (["--steps", "0"], "--steps"),
         (["--model", "no-such"], "no-such"),
         (["--technique", "no-such"], "no-such"),
@@ -118,6 +119,13 @@ class Spoiler(Bad):
         return self
 
 
+class Picky(Bad):
+    """Has no values for this call."""
+
+    def resolve(self, context):
+        raise LookupError(f"nothing is known for {context.steps} steps")
+
+
 @pytest.fixture
 def model(folder):
     return open_model(str(folder), Setting(steps=2))
@@ -143,11 +151,13 @@ def finished(examined):
 
 
 def test_one_failure_does_not_hide_the_others(only, model):
-    found = finished(only(model, broken=Broken, spoiler=Spoiler, fine=Bad))
+    found = finished(only(model, broken=Broken, spoiler=Spoiler, picky=Picky, fine=Bad))
     assert found["broken"].result == "failed"
     assert found["broken"].remark == "RuntimeError: out of luck"
     assert found["spoiler"].result == "failed"
     assert "another image" in found["spoiler"].remark
+    assert found["picky"].result == "refused"
+    assert found["picky"].remark == "nothing is known for 2 steps"
     assert (found["fine"].result, found["fine"].nfe, found["fine"].declared) == ("ok", 2.0, 2.0)
 
 
