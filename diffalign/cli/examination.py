@@ -127,7 +127,7 @@ class Examination:
         yield "the plain pipeline"
         self.findings.append(self._again())
         yield "kernels"
-        self.findings += self._kernels()
+        self.findings += kernels_on(self.model.pipe.device, self.model.pipe.dtype)
         for support in self.table if self.plain is not None else ():
             yield support.name
             self.findings.append(self._technique(support.name, support.reason))
@@ -158,21 +158,6 @@ class Examination:
             finding.remark = "the plain pipeline does not repeat itself here: no bits are compared"
         return finding
 
-    def _kernels(self) -> list[Finding]:
-        """The kernels that run here beside their plain forms in float64."""
-        try:
-            found = agreements(self.model.pipe.device, self.model.pipe.dtype)
-        except Exception as error:  # a kernel that does not run must not hide the techniques
-            return [Finding("kernels", "failed", complaint(error))]
-        return [
-            Finding(
-                f"kernel {a.kernel}",
-                "ok" if a.agrees else "failed",
-                f"{a.choice}; error {a.error:.1e}, bound {a.bound:.1e}",
-            )
-            for a in found
-        ]
-
     def _technique(self, name: str, reason: str) -> Finding:
         """One technique, and the plain pipeline after it."""
         cls, finding = techniques()[name], Finding(name, "skipped")
@@ -199,7 +184,7 @@ class Examination:
                 if reason := reason_against(technique, self._context()):
                     raise UnsupportedModel(reason)
             run = self.run(*group)
-            finding.declared = self._declared(group, run.report)
+            finding.declared = declared(group, run.report, self._context())
         except UnsupportedModel as error:
             finding.result, finding.remark = "refused", one_line(error)
         except Exception as error:  # whatever it is, the others are examined too
@@ -215,7 +200,7 @@ class Examination:
             finding.nfe, finding.seconds = run.report.nfe, run.seconds
             finding.peak_bytes = run.peak_bytes
             finding.plain_seconds = (before.seconds + self.plain.seconds) / 2
-            wrong += self._wrong(finding, run, before)
+            wrong += faults(finding, run, before, self.repeats)
             same = torch.equal(run.latents, before.latents)
             notes = ["the plain image, bit for bit"] if same else []
             finding.remark = "; ".join([*notes, *run.report.notes])
@@ -223,42 +208,27 @@ class Examination:
             finding.result, finding.remark = "failed", "; ".join(wrong)
         return finding
 
-    def _wrong(self, finding: Finding, run: Run, plain: Run) -> list[str]:
-        """What must not be, of a run that ended."""
-        wrong = []
-        if not bool(run.latents.isfinite().all()):
-            wrong.append("NaN or infinity in the image")
-        if run.rows != run.report.rows:
-            wrong.append(f"{run.rows} rows entered the model and {run.report.rows} were counted")
-        if finding.declared is not None and finding.declared != run.report.nfe:
-            wrong.append(f"{run.report.nfe:g} evaluations, {finding.declared:g} are declared")
-        native = self.repeats and finding.name == "cfg"
-        if native and not torch.equal(run.latents, plain.latents):
-            wrong.append("not the pipeline's own guidance, bit for bit")
-        return wrong
-
-    def _declared(self, group: tuple[Technique, ...], report: Report) -> float | None:
-        """Evaluations per image by the guidance's own ``passes``; None where they depend on what
-        it sees, where a solver evaluates some steps twice, or where other techniques add some."""
-        technique = group[0]
-        twice = report.nfe_cfg != 2 * report.steps
-        if len(group) > 1 or not isinstance(technique, Guidance) or twice:
-            return None
-        resolved = technique.resolve(self._context())
-        if resolved.init(1) is not None:
-            return None
-        steps = [StepInfo(i, report.steps, sigma) for i, sigma in enumerate(report.sigma)]
-        passes = [resolved.passes(step, None) for step in steps]
-        # a pipeline with two calls may need one row more where the conditional one is not asked for
-        if not all(any(p.conditioned for p in each) for each in passes):
-            return None
-        return float(sum(map(len, passes)))
-
     def _context(self) -> Context:
         """What a technique sees of the pipeline and of the call."""
         pipe = self.model.pipe
         arguments = bind(type(pipe), pipe, (), self.call)
         return context_of(pipe, self.family, call=arguments)
+
+
+def kernels_on(device: torch.device, dtype: torch.dtype) -> list[Finding]:
+    """The kernels that run there beside their plain forms in float64."""
+    try:
+        found = agreements(device, dtype)
+    except Exception as error:  # a kernel that does not run must not hide the techniques
+        return [Finding("kernels", "failed", complaint(error))]
+    return [
+        Finding(
+            f"kernel {a.kernel}",
+            "ok" if a.agrees else "failed",
+            f"{a.choice}; error {a.error:.1e}, bound {a.bound:.1e}",
+        )
+        for a in found
+    ]
 
 
 def options_for(name: str, cls: type[Technique], steps: int) -> Mapping[str, object]:
@@ -274,6 +244,42 @@ def options_for(name: str, cls: type[Technique], steps: int) -> Mapping[str, obj
 def complaint(error: Exception) -> str:
     """An error in one line."""
     return one_line(f"{type(error).__name__}: {error}")
+
+
+def faults(finding: Finding, run: Run, plain: Run, repeats: bool) -> list[str]:
+    """What must not be, of a run that ended, beside a plain one that ``repeats`` itself or not."""
+    wrong = []
+    if not bool(run.latents.isfinite().all()):
+        wrong.append("NaN or infinity in the image")
+    if run.rows != run.report.rows:
+        wrong.append(f"{run.rows} rows entered the model and {run.report.rows} were counted")
+    if finding.declared is not None and finding.declared != run.report.nfe:
+        wrong.append(f"{run.report.nfe:g} evaluations, {finding.declared:g} are declared")
+    native = repeats and finding.name == "cfg"
+    if native and not torch.equal(run.latents, plain.latents):
+        wrong.append("not the pipeline's own guidance, bit for bit")
+    return wrong
+
+
+def declared(group: tuple[Technique, ...], report: Report, context: Context) -> float | None:
+    """Evaluations per image by the guidance's own ``passes``.
+
+    None where they depend on what it sees, where a solver evaluates some steps twice, or where
+    other techniques add some.
+    """
+    technique = group[0]
+    twice = report.nfe_cfg != 2 * report.steps
+    if len(group) > 1 or not isinstance(technique, Guidance) or twice:
+        return None
+    resolved = technique.resolve(context)
+    if resolved.init(1) is not None:
+        return None
+    steps = [StepInfo(i, report.steps, sigma) for i, sigma in enumerate(report.sigma)]
+    passes = [resolved.passes(step, None) for step in steps]
+    # a pipeline with two calls may need one row more where the conditional one is not asked for
+    if not all(any(p.conditioned for p in each) for each in passes):
+        return None
+    return float(sum(map(len, passes)))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import diffalign as da
 from diffalign import cli
 from diffalign.cli import examination
-from diffalign.cli.examination import Examination, Finding
+from diffalign.cli.examination import Examination, Finding, faults
 from diffalign.core import COND, Guidance
 from diffalign.core.registry import TECHNIQUES
 from diffalign.generate.models import Setting, open_model
@@ -165,14 +165,15 @@ def test_what_is_counted_must_be_declared_and_finite(only, model):
     examined = only(model, fine=Bad)
     finding = finished(examined)["fine"]
     plain = examined.plain
-    assert examined._wrong(finding, plain, plain) == ["4 evaluations, 2 are declared"]
+    assert faults(finding, plain, plain, True) == ["4 evaluations, 2 are declared"]
     more = replace(plain, rows=plain.rows + 1)
-    assert "5 rows entered the model and 4 were counted" in examined._wrong(finding, more, plain)
+    assert "5 rows entered the model and 4 were counted" in faults(finding, more, plain, True)
     lost = replace(plain, latents=plain.latents * float("nan"))
-    assert "NaN or infinity in the image" in examined._wrong(finding, lost, plain)
+    assert "NaN or infinity in the image" in faults(finding, lost, plain, True)
     other = replace(plain, latents=plain.latents + 1)
-    wrong = examined._wrong(Finding("cfg", "ok"), other, plain)
+    wrong = faults(Finding("cfg", "ok"), other, plain, True)
     assert wrong == ["not the pipeline's own guidance, bit for bit"]
+    assert not faults(Finding("cfg", "ok"), other, plain, repeats=False)
 
 
 def test_a_pipeline_that_does_not_repeat_itself_is_not_compared(only, model, monkeypatch):
@@ -226,10 +227,10 @@ def test_a_failure_is_exit_code_one_and_an_interruption_keeps_what_is_known(
     assert data == json.loads((tmp_path / "check.json").read_text())
     assert (data["failed"], data["finished"]) == (1, True)
 
-    def stop(self, *group):
+    def stop(device, dtype):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Examination, "_kernels", stop)
+    monkeypatch.setattr(examination, "kernels_on", stop)
     result = run(*arguments)
     assert result.exit_code == 130
     assert "check.json" in result.stderr

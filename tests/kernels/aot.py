@@ -28,6 +28,7 @@ from diffalign.kernels.nag import triton as nag
 from diffalign.kernels.pladis import tiles
 from diffalign.kernels.pladis import triton as pladis
 from diffalign.kernels.tokens import triton as tokens
+from diffalign.kernels.tokens.program import write_rows
 
 TABLE = Path(__file__).with_name("resources.json")
 PAGE = Path(__file__).with_name("resources.md")
@@ -103,7 +104,7 @@ def _tokens(arch: int) -> Iterator[Job]:
             types = dict.fromkeys(("K", "V", "KEYS", "VALUES"), "*i32") | {"INDEX": "*i64"}
             place = "first" if text_first else "last"
             name = f"tokens E{whole} D{each} text-{place} i32 sm_{arch}"
-            yield Job(name, tokens.kernel(), types, constants, warps, arch)
+            yield Job(name, write_rows, types, constants, warps, arch)
 
 
 def _pladis(size: int, tile: int, plan: tiles.Plan, dtype: str, arch: int) -> Iterator[Job]:

@@ -6,8 +6,6 @@ where the heads stand before the tokens. Words of 4 bytes are moved, so one bina
 dtypes.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -36,13 +34,6 @@ def refusal(dtype: torch.dtype, heads: int, size: int) -> str | None:
     return None
 
 
-def kernel() -> Any:
-    """The Triton function; imports Triton on the first call."""
-    from diffalign.kernels.tokens.program import write_rows
-
-    return write_rows
-
-
 def write(
     keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor, *, text_first: bool
 ) -> None:
@@ -68,13 +59,15 @@ def write(
         raise ValueError("tokens: no gradient passes through what is written in place.")
     if k.numel() == 0:
         return
+    from diffalign.kernels.tokens.program import write_rows
+
     whole, each = words(keys.dtype, heads, size)
     block, warps = row_plan(whole)
     k, v = (aligned(x).view(torch.int32) for x in (k, v))
     units = [x.stride(i) // WORD for x in (k, v) for i in (0, 1, 2)]
     count = index.shape[1]
     with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call, unused-ignore]
-        kernel()[(text + count, batch)](
+        write_rows[(text + count, batch)](
             *(k, v, keys.view(torch.int32), values.view(torch.int32), index.contiguous().long()),
             *(*units, length, length - text, count, text),
             E=whole,
