@@ -194,8 +194,12 @@ def plot_pruning_quality(result: Result) -> dict[str, Image.Image]:
                 rows = [row for row in rows if row["group"] != "full"]
             curves = []
             for group in dict.fromkeys(row["group"] for row in rows):
-                points = [(row["seconds"], row[key].value) for row in rows if row["group"] == group]
-                curves.append(Curve(group, sorted(points), line=group != "both"))
+                mine = [row for row in rows if row["group"] == group]
+                mine.sort(key=lambda row: row["seconds"])
+                points = [(row["seconds"], row[key].value) for row in mine]
+                joined = group not in ("other choices", "AdaptiveGuidance")
+                names = () if joined else [row["method"] for row in mine]
+                curves.append(Curve(group, points, line=joined, names=names))
             title = f"{result.options['model']}, {steps} steps in full"
             pictures.append(line_chart(curves, title=title, x_label="seconds", y_label=label))
     return {"pruning-quality": stacked(pictures)}
