@@ -154,6 +154,7 @@ def test_the_full_run_is_made_once(quality, pipe, tmp_path):
     assert [path.name for path in Path(tmp_path).iterdir()] == ["full-2.pt"]
 
 
+@pytest.mark.slow
 def test_operations_are_counted(quality, pipe):
     full = quality.operations(pipe, quality.Way("full", "4 steps", 4), 0, 3.0)
     pruned = quality.Way("CAT", "", 4, (da.CAT(0.3, start=2),))
