@@ -1,0 +1,196 @@
+"""Makes the pictures of the technique pages and the facts beside them.
+
+    python docs/showcase.py [NAME ...]
+
+For each technique 24 prompts of GenEval are drawn on an embedded model, without the technique and
+with it, from the same noise, and judged. One pair becomes ``docs/pairs/NAME.jpg``;
+``docs/pairs/facts.json`` says which pair it is and how many images were right on each side. A pair
+is picked to show what the technique is for: the first that it makes right, else the first that both
+ways have right.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import diffalign as da
+from diffalign.embedded.load import MODELS
+from diffalign.eval.evidence import stratified
+from diffalign.generate.samples import Job, Sample, picture, samples
+from diffalign.tasks.geneval.verdict import keep, prompts, verdict
+
+FOLDER = Path(__file__).parent / "pairs"
+FACTS = FOLDER / "facts.json"
+STEPS, COUNT, BATCH, SEED = 20, 24, 24, 0
+SIDE, GAP = 256, 12
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """How a technique is shown."""
+
+    # Python, as it stands on the page
+    code: str
+    # of both images
+    scale: float = 3.0
+    model: str = "emoji-2"
+    # the technique of the plain side, "" for the pipeline's own guidance
+    plain: str = ""
+    plain_name: str = "plain guidance"
+    # whether the technique is for cost, so that an equally good image is what it should give
+    saves: bool = False
+    # a text that names the second object of each prompt is negated on our side
+    negates: bool = False
+
+
+SHOWS = {
+    "cfg": Show("da.CFG(3.0)", plain="da.CFG(1.0)", plain_name="no guidance"),
+    "adaptive-guidance": Show("da.AdaptiveGuidance()", 1.5, "emoji", saves=True),
+    "linear-ag": Show("da.LinearAG()", 1.5, "emoji", saves=True),
+    "interval-cfg": Show("da.IntervalCFG(stop=0.5)", saves=True),
+    "scheduled-cfg": Show('da.ScheduledCFG(shape="inverse-linear")', 5.0),
+    "apg": Show("da.APG()", 7.5),
+    "rescaled-cfg": Show("da.RescaledCFG()", 7.5),
+    "magnitude-aware": Show("da.MagnitudeAware()", 7.5),
+    "tcfg": Show("da.TCFG()"),
+    "beta-cfg": Show("da.BetaCFG(gamma=0.0)"),
+    "cfg-plus-plus": Show("da.CFGPlusPlus(0.6)"),
+    "fdg": Show("da.FDG(3.0, high=5.0)"),
+    "dynamic-cfg": Show('da.DynamicCFG(evaluators=("reward:emoji-clip",), start=0.3)'),
+    "s2-guidance": Show("da.S2Guidance()"),
+    "skip-layer-guidance": Show("da.SkipLayerGuidance(layers=(1,))"),
+    "pag": Show("da.PAG()"),
+    "seg": Show("da.SEG()"),
+    "auto-guidance": Show('da.AutoGuidance(weak=da.load("emoji").unet)'),
+    "nag": Show(
+        "da.NAG(5.0, negative_prompt={negative!r})",
+        1.0,
+        "emoji",
+        plain_name="no guidance",
+        negates=True,
+    ),
+    "pladis": Show("da.PLADIS()"),
+    "cat": Show("da.CAT(0.5)", 2.5, "emoji-dit", saves=True),
+    "cfg-zero-star": Show("da.CFGZeroStar()", 2.5, "emoji-dit"),
+}
+
+
+@cache
+def opened(name: str) -> Any:
+    """An embedded model or judge."""
+    return da.load(name)
+
+
+def words(prompt_id: int) -> list[str]:
+    """The objects of a prompt."""
+    return [clause["class"] for clause in prompts()[prompt_id]["include"]]
+
+
+def technique(code: str, prompt_id: int) -> Any:
+    """The technique that the code of a page makes."""
+    negative = f"a photo of a {words(prompt_id)[-1]}"
+    return eval(code.format(negative=negative), {"da": da})
+
+
+def selection(show: Show) -> list[int]:
+    """The prompts: of all six categories, or those of two objects where one is negated."""
+    if show.negates:
+        ids = [n for n, entry in enumerate(prompts()) if entry["tag"] == "two_object"]
+        return ids[:COUNT]
+    return stratified(COUNT)
+
+
+@cache
+def drawn(show: Show, code: str) -> list[tuple[Sample, bool]]:
+    """An image of every prompt, and whether it is right."""
+    ids = selection(show)
+    pipe, judge = opened(show.model), opened(MODELS[show.model].judge)
+    call = {"num_inference_steps": STEPS, "guidance_scale": show.scale}
+    jobs = [Job(str(prompts()[n]["prompt"]), SEED, str(n)) for n in ids]
+    images: list[Sample] = []
+    if "{negative" in code:
+        for n, job in zip(ids, jobs, strict=True):
+            images += next(samples(pipe, [technique(code, n)], [job], batch=1, call=call))
+    else:
+        tools = [technique(code, ids[0])] if code else []
+        for part in samples(pipe, tools, jobs, batch=BATCH, call=call):
+            images += part
+    objects = judge.detect(torch.stack([sample.image for sample in images]))
+    right = [
+        removed(n, seen, judge) if show.negates else verdict(prompts()[n], seen, judge.thresholds)
+        for n, seen in zip(ids, objects, strict=True)
+    ]
+    return [(image, bool(getattr(r, "correct", r))) for image, r in zip(images, right, strict=True)]
+
+
+def removed(prompt_id: int, seen: Sequence[Any], judge: Any) -> bool:
+    """Whether the second object of a prompt is gone and the first is there."""
+    first, second = words(prompt_id)
+    there = keep(seen, "two_object", judge.thresholds)
+    return bool(there.get(first)) and not there.get(second)
+
+
+def change(pair: tuple[Sample, Sample]) -> float:
+    """Mean absolute difference of two images."""
+    return float((pair[0].image - pair[1].image).abs().mean())
+
+
+def pick(plain: list[tuple[Sample, bool]], ours: list[tuple[Sample, bool]], saves: bool) -> int:
+    """Which pair is shown."""
+    pairs = list(zip(plain, ours, strict=True))
+    gains = [i for i, ((_, a), (_, b)) in enumerate(pairs) if b and not a]
+    both = [i for i, ((_, a), (_, b)) in enumerate(pairs) if a and b]
+    if gains and not saves:
+        return gains[0]
+    if saves:
+        return both[0]
+    return max(both, key=lambda i: change((plain[i][0], ours[i][0])))
+
+
+def side_by_side(left: Sample, right: Sample) -> Image.Image:
+    """Two images beside each other, enlarged."""
+    sheet = Image.new("RGB", (2 * SIDE + GAP, SIDE), "white")
+    for place, sample in ((0, left), (SIDE + GAP, right)):
+        image = picture(sample.image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        sheet.paste(image, (place, 0))
+    return sheet
+
+
+def show_one(name: str) -> dict[str, Any]:
+    """Draw the pair of a technique; its facts."""
+    show = SHOWS[name]
+    plain, ours = drawn(show, show.plain), drawn(show, show.code)
+    index = pick(plain, ours, show.saves)
+    (left, _), (right, _) = plain[index], ours[index]
+    side_by_side(left, right).save(FOLDER / f"{name}.jpg", quality=88, optimize=True)
+    prompt_id = selection(show)[index]
+    return {
+        "prompt": left.job.prompt,
+        "negative": f"a photo of a {words(prompt_id)[-1]}" if show.negates else "",
+        "of": len(plain),
+        "right": [sum(right for _, right in side) for side in (plain, ours)],
+        "nfe": [round(sample.report.nfe, 1) for sample in (left, right)],
+        "differs": plain[index][1] != ours[index][1],
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    FOLDER.mkdir(exist_ok=True)
+    facts = json.loads(FACTS.read_text()) if FACTS.exists() else {}
+    for name in sys.argv[1:] or SHOWS:
+        facts[name] = show_one(name)
+        print(name, facts[name], flush=True)
+        lines = (f"  {json.dumps(key)}: {json.dumps(facts[key])}" for key in sorted(facts))
+        FACTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The site: pages of techniques say what the code and the results say, links lead somewhere, and
+the strict build passes without a network."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffalign as da
+from diffalign.cli.techniques import option_rows
+
+ROOT = Path(__file__).parents[2]
+PAIRS = ROOT / "docs" / "pairs"
+
+
+@pytest.fixture(scope="module")
+def pages(docs_module):
+    """Technique -> its page."""
+    make = docs_module("technique_page").page
+    return {name: make(name) for name in da.techniques()}
+
+
+def test_a_page_has_every_option_of_its_technique(pages):
+    for name, text in pages.items():
+        for option in option_rows(da.techniques()[name]):
+            assert re.search(rf"^\| {re.escape(option['name'])} \|", text, flags=re.M), name
+
+
+def test_a_page_has_the_stored_figures(pages):
+    result = json.loads((ROOT / "benchmarks/results/guidance.json").read_text())
+    for row in result["rows"]:
+        if row["technique"]:
+            difference = row["vs best"]
+            assert f"{difference['value']:+.3f} [{difference['low']:+.3f}" in pages[row["technique"]]
+    assert "No benchmark of quality yet" in pages["fdg"]
+
+
+def test_labels_and_formulas_survive_markdown(docs_module):
+    documentation = docs_module("technique_page").documentation
+
+    class Example:
+        """Mixes ``a_b * c``.
+
+        Somebody 2025, arXiv:2501.01234. The sum over j<i of x_j*y_j.
+        Cost: 2 passes.
+        Raises: ValueError.
+        """
+
+    first, text, cost, error = documentation(Example)
+    assert first == "Mixes ``a_b * c``."
+    assert "[arXiv:2501.01234](https://arxiv.org/abs/2501.01234)" in text
+    assert r"j&lt;i of x\_j\*y\_j" in text
+    assert (cost, error) == ("**Cost:** 2 passes.", "**Raises:** ValueError.")
+
+
+def test_every_technique_has_a_purpose_of_at_most_ten_words(benchmark_module):
+    purposes = benchmark_module("readme").PURPOSES
+    assert set(purposes) == set(da.techniques())
+    assert max(len(text.split()) for text in purposes.values()) <= 10
+
+
+def test_every_technique_is_shown_by_a_small_picture(docs_module):
+    facts = json.loads((PAIRS / "facts.json").read_text())
+    assert set(facts) == {path.stem for path in PAIRS.glob("*.jpg")}
+    assert set(facts) <= set(docs_module("showcase").SHOWS) == set(da.techniques())
+    sizes = [path.stat().st_size for path in PAIRS.glob("*.jpg")]
+    assert max(sizes) < 40_000
+    assert sum(sizes) < 1_500_000
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "page", "address"),
+    [
+        ("../diffalign/guidance/apg.py", "guidance/README.md", "guidance.md", "techniques/apg.md"),
+        ("embedded.md#emoji", "docs/start.md", "start.md", "embedded.md#emoji"),
+        ("docs/embedded.md", "README.md", "index.md", "embedded.md"),
+        ("../README.md", "docs/start.md", "results/index.md", "../index.md"),
+        ("../LICENSE", "docs/start.md", "start.md", None),
+    ],
+)
+def test_addresses(docs_module, target, source, page, address):
+    known = {
+        "diffalign/guidance/apg.py": "techniques/apg.md",
+        "docs/embedded.md": "embedded.md",
+        "README.md": "index.md",
+    }
+    assert docs_module("links").address(target, source, page, known) == address
+
+
+def test_links_in_code_are_left_alone(docs_module):
+    text = "[a](b.md)\n```python\nx[a](b.md)\n```\n[c](https://c.org) ![d](docs/d.png)"
+    known = {"b.md": "sub/b.md", "docs/d.png": "d.png"}
+    new = docs_module("links").rewritten(text, "README.md", "index.md", known)
+    assert new == text.replace("[a](b.md)\n", "[a](sub/b.md)\n").replace("docs/d.png", "d.png")
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    for name in da.techniques():
+        assert (tmp_path / "techniques" / f"{name}.html").is_file()
+    for path in tmp_path.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", text)
+        places = [place for tag in tags for place in re.findall(r'(?:src|href)="([^"]+)"', tag)]
+        assert not [place for place in places if re.match(r"(?:https?:)?//", place)], path.name
