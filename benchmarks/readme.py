@@ -111,7 +111,7 @@ def costs(name: str) -> str:
     if name == "cat" and (pruning := stored("pruning")) is not None:
         ratio = _pruned(pruning)["run of 28"] / 28
     if ratio is None:
-        return cost_of(da.techniques()[name]).partition(";")[0].partition(" inside")[0]
+        return re.split(r"[;,.]| inside", cost_of(da.techniques()[name]))[0]
     if abs(ratio - 1.0) <= TIMING:
         return "nothing"
     return f"{100 * abs(ratio - 1.0):.0f}% {'less' if ratio < 1 else 'more'} time"

@@ -2,11 +2,12 @@
 
     python docs/showcase.py [NAME ...]
 
-For each technique 24 prompts of GenEval are drawn on an embedded model, without the technique and
+For each technique 12 prompts of GenEval are drawn on an embedded model, without the technique and
 with it, from the same noise, and judged. One pair becomes ``docs/pairs/NAME.jpg``;
 ``docs/pairs/facts.json`` says which pair it is and how many images were right on each side. A pair
-is picked to show what the technique is for: the first that it makes right, else the first that both
-ways have right.
+is picked to show what the technique is for: the first that it makes right; of a technique that
+saves, the first that both ways have right; else of those that both have right the one that changes
+most.
 """
 
 import json
@@ -28,7 +29,7 @@ from diffalign.tasks.geneval.verdict import keep, prompts, verdict
 
 FOLDER = Path(__file__).parent / "pairs"
 FACTS = FOLDER / "facts.json"
-STEPS, COUNT, BATCH, SEED = 20, 24, 24, 0
+STEPS, COUNT, BATCH, SEED = 20, 12, 12, 0
 SIDE, GAP = 256, 12
 
 
@@ -149,9 +150,9 @@ def pick(plain: list[tuple[Sample, bool]], ours: list[tuple[Sample, bool]], save
     both = [i for i, ((_, a), (_, b)) in enumerate(pairs) if a and b]
     if gains and not saves:
         return gains[0]
-    if saves:
+    if saves and both:
         return both[0]
-    return max(both, key=lambda i: change((plain[i][0], ours[i][0])))
+    return max(both or range(len(pairs)), key=lambda i: change((plain[i][0], ours[i][0])))
 
 
 def side_by_side(left: Sample, right: Sample) -> Image.Image:

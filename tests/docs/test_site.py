@@ -94,7 +94,7 @@ def test_links_in_code_are_left_alone(docs_module):
     text = "[a](b.md)\n```python\nx[a](b.md)\n```\n[c](https://c.org) ![d](docs/d.png)"
     known = {"b.md": "sub/b.md", "docs/d.png": "d.png"}
     new = docs_module("links").rewritten(text, "README.md", "index.md", known)
-    assert new == text.replace("[a](b.md)\n", "[a](sub/b.md)\n").replace("docs/d.png", "d.png")
+    assert new == text.replace("(b.md)", "(sub/b.md)", 1).replace("docs/d.png", "d.png")
 
 
 @pytest.mark.slow
