@@ -75,7 +75,8 @@ PURPOSES = {
     "seg": "away from itself with blurred self-attention",
     "auto-guidance": "away from a weaker version of the model",
 }
-"""What each technique does for a reader, in at most ten words; the README's first."""
+"""What a technique does for a reader, in at most ten words; those of the README first. One that is
+not here is described by the first sentence of its documentation."""
 SHORT = 8
 """How many of them the README shows."""
 TIMING = 0.03
@@ -85,7 +86,10 @@ TIMING = 0.03
 def by_purpose() -> str:
     """The README's table: techniques that most readers want, one short row each."""
     rows = [
-        [f"[`{da.techniques()[name].__name__}`]({files_of(da.techniques()[name])[0]})", *short(name)]
+        [
+            f"[`{da.techniques()[name].__name__}`]({files_of(da.techniques()[name])[0]})",
+            *short(name),
+        ]
         for name in list(PURPOSES)[:SHORT]
     ]
     return table(["technique", "what it does for you", "cost", "measured"], rows)
@@ -93,7 +97,13 @@ def by_purpose() -> str:
 
 def short(name: str) -> list[str]:
     """What a technique is for, its cost beside plain guidance, and its result, in a few words."""
-    return [PURPOSES[name], costs(name), outcome(name)]
+    return [purpose(name), costs(name), outcome(name)]
+
+
+def purpose(name: str) -> str:
+    """What a technique does for a reader."""
+    what = str(describe(name, da.techniques()[name])["what"])
+    return PURPOSES.get(name) or what.partition(". ")[0].rstrip(".")
 
 
 def costs(name: str) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "docs")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import examples_page
 import technique_page
@@ -20,6 +19,7 @@ from links import rewritten, same_place
 
 import diffalign as da
 
+ROOT = Path(__file__).parents[1]
 COPIES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -64,8 +64,9 @@ def results_page() -> str:
     """The page that lists the results."""
     head = """# Results
 
-Every figure of this site comes from one of these tables, which the scripts in `benchmarks/` write. Measured on a CPU, on the small models that ship:
-first answers, with everything that did not help beside what did.
+Every figure of this site comes from one of these tables, which the scripts in `benchmarks/` write.
+Measured on a CPU, on the small models that ship: first answers, with everything that did not help
+beside what did.
 """
     titles = {path: path.read_text(encoding="utf-8").partition("\n")[0] for path in tables()}
     lines = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import advice
 import readme
 from results import FOLDER, Estimate, Result, Row, read
-from showcase import FACTS, SEED, SHOWS, STEPS
+from showcase import FACTS, SEED, SHOWS, STEPS, Show
 
 import diffalign as da
 from diffalign.cli.techniques import describe
@@ -32,9 +32,9 @@ def index() -> str:
 A technique changes one run of your pipeline. Each is one line around the call:
 `with da.apply(pipe, technique):`. For what to use when, see [Choosing a technique](../choosing.md).
 
-Cost is in evaluations of the denoiser. Results are those of a small embedded model: first answers,
-with everything that did not help in the same table. A score is the difference of the share of correct images to plain
-guidance at its best scale, with a 95% interval.
+Cost is beside plain guidance. Results are those of a small embedded model: first answers,
+with everything that did not help in the same table. A score is the difference of the share of
+correct images to plain guidance at its best scale, with a 95% interval.
 """
     rows = [[f"[`{name}`]({name}.md)", *readme.short(name)] for name in da.techniques()]
     heads = ["technique", "what it does for you", "cost", "measured"]
@@ -48,7 +48,7 @@ def page(name: str) -> str:
     paragraphs = documentation(cls)
     parts = [
         f"# {cls.__name__}",
-        f"*{readme.PURPOSES[name].capitalize()}.*",
+        f"*{readme.purpose(name)[:1].upper()}{readme.purpose(name)[1:]}.*",
         paragraphs[0],
         *use(name),
         *picture(name),
@@ -84,7 +84,8 @@ def safe(text: str) -> str:
 
 def use(name: str) -> Iterator[str]:
     """The code of the picture, and the command line."""
-    show, facts = SHOWS[name], stored().get(name)
+    title = da.techniques()[name].__name__
+    show, facts = SHOWS.get(name, Show(f"da.{title}()")), stored().get(name)
     prompt = facts["prompt"] if facts else "a photo of a red apple and a green clock"
     code = show.code.format(negative=facts["negative"] if facts else "")
     yield f"""```python
@@ -112,9 +113,9 @@ def stored() -> dict[str, dict[str, object]]:
 
 def picture(name: str) -> Iterator[str]:
     """The pair of a technique, with what it shows and how often."""
-    facts, show = stored().get(name), SHOWS[name]
-    if facts is None:
+    if name not in stored():
         return
+    facts, show = stored()[name], SHOWS[name]
     (before, after), (plain, ours), count = facts["right"], facts["nfe"], facts["of"]
     what = "had the object removed and the other kept" if show.negates else "were right"
     yield f"![without and with {name}, from the same noise](../pairs/{name}.jpg)"
@@ -135,7 +136,7 @@ def measured(name: str) -> Iterator[str]:
             place = (folder / f"{result}.md").relative_to(FOLDER).as_posix()
             yield f"All rows, and how it was measured: [{result}](../results/{place})."
     if empty:
-        yield f"No benchmark of quality yet{'' if name not in stored() else ' beyond the pair above'}."
+        yield "No benchmark of quality has been run yet."
     yield from seconds(name)
 
 

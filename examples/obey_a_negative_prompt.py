@@ -1,9 +1,8 @@
-"""Obey a negative prompt without guidance, in one evaluation per step.
+"""Obey a negative prompt at scale 1, in one evaluation per step.
 
-At scale 1, and on distilled models, a pipeline ignores its negative prompt. NAG puts it into the
-attention layers. Each of 24 prompts names two objects, and the negative prompt the second: a judge
-counts the images where it is gone and the first is still there. CFG's negative prompt needs two
-evaluations per step.
+Without guidance, and on distilled models, a pipeline ignores its negative prompt. NAG puts it into
+the attention layers. Twelve objects are drawn in the colour that the model likes; then that colour
+is the negative prompt, and a judge counts the images that have the object in another one.
 
 It prints:
 
@@ -15,16 +14,13 @@ import torch
 import diffalign as da
 
 pipe, judge = da.load("emoji"), da.load("emoji-judge")
-things = ("clock", "dog", "cup", "bird", "chair", "bench", "bus", "pizza")
-others = ("cake", "apple", "car")
-prompts = [f"a photo of a {thing} and a {other}" for other in others for thing in things]
-negatives = [f"a photo of a {other}" for other in others for _ in things]
-ways = {
-    "the pipeline, scale 1": (1.0, ()),
-    "its guidance, scale 3": (3.0, ()),
-    "NAG, scale 1": (1.0, (da.NAG(7.0, sigma=(0.0, float("inf"))),)),
-}
-for name, (scale, techniques) in ways.items():
+things = ("car", "clock", "apple", "banana", "bird", "chair")
+things += ("cup", "bus", "umbrella", "kite", "suitcase", "bowl")
+prompts = [f"a photo of a {thing}" for thing in things]
+
+
+def draw(scale, negatives, *techniques):
+    """What the judge sees in each image, object -> colour, and the evaluations of an image."""
     noise = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     with da.apply(pipe, *techniques) as session:
         images = pipe(
@@ -35,12 +31,21 @@ for name, (scale, techniques) in ways.items():
             generator=noise,
             output_type="pt",
         ).images
-    objects = [
-        {detection.name for detection in detections if detection.score > 0.3}
-        for detections in judge.detect(images)
-    ]
-    obeyed = sum(
-        thing in seen and other not in seen
-        for (other, thing), seen in zip(((o, t) for o in others for t in things), objects)
-    )
-    print(f"{name}: {session.report().nfe:g} evaluations per image, {obeyed} of 24 obeyed")
+    answers = judge.detect(images)
+    seen = [{d.name: d.colour for d in each[::-1] if d.score > 0.3} for each in answers]
+    return seen, session.report().nfe
+
+
+plain, _ = draw(1.0, None)
+colours = [seen.get(thing) for seen, thing in zip(plain, things, strict=True)]
+negatives = [f"a photo of a {colour} {thing}" for colour, thing in zip(colours, things)]
+ways = {
+    "the pipeline, scale 1": (1.0, ()),
+    "its guidance, scale 3": (3.0, ()),
+    "NAG, scale 1": (1.0, (da.NAG(7.0, sigma=(0.0, float("inf"))),)),
+}
+for name, (scale, techniques) in ways.items():
+    images, nfe = draw(scale, negatives, *techniques)
+    rows = zip(images, things, colours, strict=True)
+    obeyed = sum(seen.get(thing) not in (None, colour) for seen, thing, colour in rows)
+    print(f"{name}: {nfe:g} evaluations per image, {obeyed} of 12 obeyed")

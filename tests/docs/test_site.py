@@ -34,7 +34,9 @@ def test_a_page_has_the_stored_figures(pages):
     for row in result["rows"]:
         if row["technique"]:
             difference = row["vs best"]
-            assert f"{difference['value']:+.3f} [{difference['low']:+.3f}" in pages[row["technique"]]
+            assert (
+                f"{difference['value']:+.3f} [{difference['low']:+.3f}" in pages[row["technique"]]
+            )
     assert "No benchmark of quality yet" in pages["fdg"]
 
 
@@ -56,16 +58,18 @@ def test_labels_and_formulas_survive_markdown(docs_module):
     assert (cost, error) == ("**Cost:** 2 passes.", "**Raises:** ValueError.")
 
 
-def test_every_technique_has_a_purpose_of_at_most_ten_words(benchmark_module):
-    purposes = benchmark_module("readme").PURPOSES
-    assert set(purposes) == set(da.techniques())
-    assert max(len(text.split()) for text in purposes.values()) <= 10
+def test_purposes_have_at_most_ten_words(benchmark_module, monkeypatch):
+    readme = benchmark_module("readme")
+    assert set(readme.PURPOSES) <= set(da.techniques())
+    assert max(len(text.split()) for text in readme.PURPOSES.values()) <= 10
+    monkeypatch.delitem(readme.PURPOSES, "cfg")
+    assert readme.purpose("cfg").startswith("Mixes both predictions at every step")
 
 
-def test_every_technique_is_shown_by_a_small_picture(docs_module):
+def test_pictures_are_small_and_have_their_facts(docs_module):
     facts = json.loads((PAIRS / "facts.json").read_text())
     assert set(facts) == {path.stem for path in PAIRS.glob("*.jpg")}
-    assert set(facts) <= set(docs_module("showcase").SHOWS) == set(da.techniques())
+    assert set(facts) <= set(docs_module("showcase").SHOWS) <= set(da.techniques())
     sizes = [path.stat().st_size for path in PAIRS.glob("*.jpg")]
     assert max(sizes) < 40_000
     assert sum(sizes) < 1_500_000
