@@ -47,8 +47,10 @@ class Show:
     plain_name: str = "plain guidance"
     # whether the technique is for cost, so that an equally good image is what it should give
     saves: bool = False
-    # a text that names the second object of each prompt is negated on our side
-    negates: bool = False
+    # a sentence below the code
+    note: str = ""
+    # the one prompt, drawn from several seeds, whose second object our side negates
+    negates: int | None = None
 
 
 SHOWS = {
@@ -69,13 +71,16 @@ SHOWS = {
     "skip-layer-guidance": Show("da.SkipLayerGuidance(layers=(1,))"),
     "pag": Show("da.PAG()"),
     "seg": Show("da.SEG()"),
-    "auto-guidance": Show('da.AutoGuidance(weak=da.load("emoji").unet)'),
+    "auto-guidance": Show(
+        'da.AutoGuidance(weak=da.load("emoji").unet)',
+        note="No weaker version of a model ships; the call shows the form only.",
+    ),
     "nag": Show(
-        "da.NAG(5.0, negative_prompt={negative!r})",
+        'da.NAG(5.0, negative_prompt="a photo of a cake", sigma=(0.0, float("inf")))',
         1.0,
         "emoji",
         plain_name="no guidance",
-        negates=True,
+        negates=86,
     ),
     "pladis": Show("da.PLADIS()"),
     "cat": Show("da.CAT(0.5)", 2.5, "emoji-dit", saves=True),
@@ -94,41 +99,36 @@ def words(prompt_id: int) -> list[str]:
     return [clause["class"] for clause in prompts()[prompt_id]["include"]]
 
 
-def technique(code: str, prompt_id: int) -> Any:
-    """The technique that the code of a page makes."""
-    negative = f"a photo of a {words(prompt_id)[-1]}"
-    return eval(code.format(negative=negative), {"da": da})
-
-
-def selection(show: Show) -> list[int]:
-    """The prompts: of all six categories, or those of two objects where one is negated."""
-    if show.negates:
-        ids = [n for n, entry in enumerate(prompts()) if entry["tag"] == "two_object"]
-        return ids[:COUNT]
-    return stratified(COUNT)
+def jobs_of(show: Show) -> list[tuple[int, Job]]:
+    """The images: one of each prompt, of all six categories, or several of the one prompt."""
+    ids = stratified(COUNT) if show.negates is None else [show.negates] * COUNT
+    seeds = [SEED] * COUNT if show.negates is None else range(COUNT)
+    return [
+        (n, Job(str(prompts()[n]["prompt"]), seed, f"{n}-{seed}"))
+        for n, seed in zip(ids, seeds, strict=True)
+    ]
 
 
 @cache
 def drawn(show: Show, code: str) -> list[tuple[Sample, bool]]:
-    """An image of every prompt, and whether it is right."""
-    ids = selection(show)
+    """An image of every job, and whether it is right."""
     pipe, judge = opened(show.model), opened(MODELS[show.model].judge)
     call = {"num_inference_steps": STEPS, "guidance_scale": show.scale}
-    jobs = [Job(str(prompts()[n]["prompt"]), SEED, str(n)) for n in ids]
-    images: list[Sample] = []
-    if "{negative" in code:
-        for n, job in zip(ids, jobs, strict=True):
-            images += next(samples(pipe, [technique(code, n)], [job], batch=1, call=call))
-    else:
-        tools = [technique(code, ids[0])] if code else []
-        for part in samples(pipe, tools, jobs, batch=BATCH, call=call):
-            images += part
+    techniques = [eval(code, {"da": da})] if code else []
+    ids, jobs = zip(*jobs_of(show), strict=True)
+    images = [
+        sample
+        for part in samples(pipe, techniques, jobs, batch=BATCH, call=call)
+        for sample in part
+    ]
     objects = judge.detect(torch.stack([sample.image for sample in images]))
     right = [
-        removed(n, seen, judge) if show.negates else verdict(prompts()[n], seen, judge.thresholds)
+        verdict(prompts()[n], seen, judge.thresholds).correct
+        if show.negates is None
+        else removed(n, seen, judge)
         for n, seen in zip(ids, objects, strict=True)
     ]
-    return [(image, bool(getattr(r, "correct", r))) for image, r in zip(images, right, strict=True)]
+    return list(zip(images, right, strict=True))
 
 
 def removed(prompt_id: int, seen: Sequence[Any], judge: Any) -> bool:
@@ -171,10 +171,9 @@ def show_one(name: str) -> dict[str, Any]:
     index = pick(plain, ours, show.saves)
     (left, _), (right, _) = plain[index], ours[index]
     side_by_side(left, right).save(FOLDER / f"{name}.jpg", quality=88, optimize=True)
-    prompt_id = selection(show)[index]
     return {
         "prompt": left.job.prompt,
-        "negative": f"a photo of a {words(prompt_id)[-1]}" if show.negates else "",
+        "seed": left.job.seed,
         "of": len(plain),
         "right": [sum(right for _, right in side) for side in (plain, ours)],
         "nfe": [round(sample.report.nfe, 1) for sample in (left, right)],
@@ -186,7 +185,7 @@ def main() -> None:
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
     facts = json.loads(FACTS.read_text()) if FACTS.exists() else {}
-    for name in sys.argv[1:] or SHOWS:
+    for name in sys.argv[1:] or [name for name, show in SHOWS.items() if not show.note]:
         facts[name] = show_one(name)
         print(name, facts[name], flush=True)
         lines = (f"  {json.dumps(key)}: {json.dumps(facts[key])}" for key in sorted(facts))

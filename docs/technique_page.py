@@ -9,7 +9,7 @@ from pathlib import Path
 import advice
 import readme
 from results import FOLDER, Estimate, Result, Row, read
-from showcase import FACTS, SEED, SHOWS, STEPS, Show
+from showcase import FACTS, SHOWS, STEPS, Show
 
 import diffalign as da
 from diffalign.cli.techniques import describe
@@ -87,7 +87,6 @@ def use(name: str) -> Iterator[str]:
     title = da.techniques()[name].__name__
     show, facts = SHOWS.get(name, Show(f"da.{title}()")), stored().get(name)
     prompt = facts["prompt"] if facts else "a photo of a red apple and a green clock"
-    code = show.code.format(negative=facts["negative"] if facts else "")
     yield f"""```python
 import torch
 import diffalign as da
@@ -95,11 +94,13 @@ import diffalign as da
 pipe = da.load("{show.model}")  # or your own pipeline
 prompt = "{prompt}"
 call = {{"num_inference_steps": {STEPS}, "guidance_scale": {show.scale:g}}}
-rng = torch.Generator().manual_seed({SEED})
-with da.apply(pipe, {code}) as session:
+rng = torch.Generator().manual_seed({facts["seed"] if facts else 0})
+with da.apply(pipe, {show.code}) as session:
     image = pipe(prompt, generator=rng, **call).images[0]
 print(session.report())
 ```"""
+    if show.note:
+        yield show.note
     yield (
         f"`diffalign techniques {name}` prints this documentation, "
         "`da.supports(pipe)` says whether it acts on your pipeline."
@@ -117,12 +118,13 @@ def picture(name: str) -> Iterator[str]:
         return
     facts, show = stored()[name], SHOWS[name]
     (before, after), (plain, ours), count = facts["right"], facts["nfe"], facts["of"]
-    what = "had the object removed and the other kept" if show.negates else "were right"
+    images = "prompts" if show.negates is None else "seeds"
+    what = "had the object removed and the other kept" if show.negates is not None else "were right"
     yield f"![without and with {name}, from the same noise](../pairs/{name}.jpg)"
     yield (
         f"Left {show.plain_name}, {plain:g} evaluations; right with it, {ours:g}. Same noise, "
         f"`{show.model}`, scale {show.scale:g}: “{facts['prompt']}”. The pair was picked to show "
-        f"what it is for. Of {count} such images {before} {what} without it and {after} with it."
+        f"what it is for. Of {count} {images} {before} {what} without it and {after} with it."
     )
 
 

@@ -6,7 +6,9 @@ evaluations by a combination of earlier ones, which was fitted to this model.
 
 It prints:
 
-    PLACEHOLDER
+    plain guidance: 40 evaluations per image, 5 of 8 right
+    AdaptiveGuidance: 29 evaluations per image, 5 of 8 right
+    LinearAG: 25 evaluations per image, 5 of 8 right
 """
 
 import torch

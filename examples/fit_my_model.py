@@ -7,7 +7,8 @@ the weights of the model. ``diffalign calibrate adaptive-guidance`` does the sam
 
 It prints:
 
-    PLACEHOLDER
+    threshold 0.992 saves a quarter on 12 prompts
+    a new prompt: 29 evaluations instead of 40
 """
 
 import json

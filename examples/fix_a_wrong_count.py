@@ -1,19 +1,21 @@
 """Fix a wrong count by search: best-of-N with a reward, checked by a judge that was not optimised.
 
-The first image has the wrong number of cups. Other noise is tried within a budget of 320
+The first image has the wrong number of clocks. Other noise is tried within a budget of 320
 evaluations, a reward chooses, and a judge of another family says whether the count is right. The
 result is that of one plain call: its seed makes it again.
 
 It prints:
 
-    PLACEHOLDER
+    first image: expected clock<3, found 3
+    result: right
+    7 images, 320 evaluations
 """
 
 import diffalign as da
 from diffalign.tasks.geneval.verdict import parse_prompt, verdict
 
 pipe, judge = da.load("emoji-2"), da.load("emoji-judge")
-prompt = "a photo of three cups"
+prompt = "a photo of two clocks"
 result = da.align(
     pipe,
     prompt,

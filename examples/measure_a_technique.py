@@ -1,7 +1,7 @@
 """Measure a technique on a benchmark, paired, with an interval: what ``diffalign eval`` does.
 
 Both runs draw the same prompts from the same noise. A judge says which images are right; the
-difference is paired by prompt. ``measure/report/index.html`` shows every image. Twelve prompts are
+difference is paired by prompt. ``measure/report/index.html`` shows every image. Eight prompts are
 few: the interval says how little they tell. For a claim leave ``--limit`` out.
 
 It prints:
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from diffalign.cli import app
 
-COMMON = ["--model", "emoji-2", "--limit", "12", "--samples", "1", "--quiet"]
-RUNS = {"plain": [], "apg": ["--technique", "apg"]}
+COMMON = ["--model", "emoji", "--limit", "8", "--samples", "1", "--quiet"]
+RUNS = {"plain": [], "adaptive": ["--technique", "adaptive-guidance"]}
 
 
 def evaluate(*arguments: str) -> None:
@@ -25,7 +25,7 @@ def evaluate(*arguments: str) -> None:
 
 for name, options in RUNS.items():
     evaluate("geneval", *COMMON, *options, "--output", f"measure/{name}")
-evaluate("report", "measure/plain", "measure/apg", "--output", "measure/report", "--quiet")
+evaluate("report", "measure/plain", "measure/adaptive", "--output", "measure/report", "--quiet")
 numbers = json.loads(Path("measure/report/results.json").read_text())
 for name, result in numbers["results"].items():
     share = result["mean_of_tags"]["mean"]
