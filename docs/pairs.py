@@ -79,8 +79,8 @@ def pairs() -> list[Pair]:
     return [
         plain_and(
             "The same image for less",
-            "a photo of two clocks",
-            seed_of(179, 0),
+            "a photo of an apple and a banana",
+            4,
             1.5,
             ("plain guidance", "LinearAG"),
             da.LinearAG(),

@@ -121,10 +121,15 @@ def picture(name: str) -> Iterator[str]:
     images = "prompts" if show.negates is None else "seeds"
     what = "had the object removed and the other kept" if show.negates is not None else "were right"
     yield f"![without and with {name}, from the same noise](../pairs/{name}.jpg)"
+    if show.saves:
+        choice = "Shown is the first pair that is right on both sides."
+    elif facts["differs"]:
+        choice = "Shown is the first image that it made right."
+    else:
+        choice = "It made no wrong image right; shown is the pair that changed most."
     yield (
         f"Left {show.plain_name}, {plain:g} evaluations; right with it, {ours:g}. Same noise, "
-        f"`{show.model}`, scale {show.scale:g}: “{facts['prompt']}”. The pair was picked to show "
-        f"what it is for. Of {count} {images} {before} {what} without it and {after} with it."
+        f"`{show.model}`, scale {show.scale:g}: “{facts['prompt']}”. {choice} Of {count} {images} {before} {what} without it and {after} with it."
     )
 
 

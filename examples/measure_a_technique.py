@@ -6,7 +6,9 @@ few: the interval says how little they tell. For a claim leave ``--limit`` out.
 
 It prints:
 
-    PLACEHOLDER
+    emoji: adaptive-guidance: 0.833 right, 29.875 evaluations per image
+    emoji: plain: 0.833 right, 40 evaluations per image
+    difference +0.000, 95% interval from +0.000 to +0.000
 """
 
 import json

@@ -6,7 +6,9 @@ is the negative prompt, and a judge counts the images that have the object in an
 
 It prints:
 
-    PLACEHOLDER
+    the pipeline, scale 1: 20 evaluations per image, 0 of 12 obeyed
+    its guidance, scale 3: 40 evaluations per image, 4 of 12 obeyed
+    NAG, scale 1: 20 evaluations per image, 4 of 12 obeyed
 """
 
 import torch
