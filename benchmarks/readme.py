@@ -172,7 +172,7 @@ def _removal() -> str:
     ours = result.row(NAG_ROW, negated="object")
     rows = (ours, advice.at_equal_strength(result, ours))
     shares = [f"{100 * row['gone and kept'].value:.0f}%" for row in rows]
-    return f"object gone, other kept: {shares[0]}; CFG as strong: {shares[1]}"
+    return f"obeyed in {shares[0]}; CFG's negative prompt, equally strong: {shares[1]}"
 
 
 ROOMS = {"guidance": ("guidance", "attention"), "pruning": ("pruning",)}

@@ -129,7 +129,8 @@ def picture(name: str) -> Iterator[str]:
         choice = "It made no wrong image right; shown is the pair that changed most."
     yield (
         f"Left {show.plain_name}, {plain:g} evaluations; right with it, {ours:g}. Same noise, "
-        f"`{show.model}`, scale {show.scale:g}: “{facts['prompt']}”. {choice} Of {count} {images} {before} {what} without it and {after} with it."
+        f"`{show.model}`, scale {show.scale:g}: “{facts['prompt']}”. {choice} "
+        f"Of {count} {images} {before} {what} without it and {after} with it."
     )
 
 

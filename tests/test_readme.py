@@ -151,7 +151,7 @@ def test_figures_about_negation(benchmark_module):
     rows = {row["method"]: row for row in data["rows"] if row["negated"] == "object"}
     equal = rows["NAG 5"]["CFG's negative prompt at equal strength"]
     shares = [round(100 * rows[name]["gone and kept"]["value"]) for name in ("NAG 5", equal)]
-    text = f"object gone, other kept: {shares[0]}%; CFG as strong: {shares[1]}%"
+    text = f"obeyed in {shares[0]}%; CFG's negative prompt, equally strong: {shares[1]}%"
     assert text in (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"NAG 5: {text}." in readme.row_of("nag")
 
