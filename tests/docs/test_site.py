@@ -33,11 +33,9 @@ def test_a_page_has_the_stored_figures(pages):
     result = json.loads((ROOT / "benchmarks/results/guidance.json").read_text())
     for row in result["rows"]:
         if row["technique"]:
-            difference = row["vs best"]
-            assert (
-                f"{difference['value']:+.3f} [{difference['low']:+.3f}" in pages[row["technique"]]
-            )
-    assert "No benchmark of quality yet" in pages["fdg"]
+            gain = row["vs best"]
+            assert f"{gain['value']:+.3f} [{gain['low']:+.3f}, " in pages[row["technique"]]
+    assert "No benchmark of quality has been run yet." in pages["fdg"]
 
 
 def test_labels_and_formulas_survive_markdown(docs_module):
