@@ -107,11 +107,11 @@ def draw(pairs: list[Pair]) -> Figure:
         figure.text(x / WIDTH, 1 - y / height, words, va="center", **style)
 
     for column, pair in enumerate(pairs):
-        left = MARGIN + column * step
-        text(left, MARGIN, pair.title, color=INK, fontsize=8.4, weight="bold")
-        text(left, MARGIN + 32, pair.prompt, color=QUIET, fontsize=7.4)
+        edge = MARGIN + column * step
+        text(edge, MARGIN, pair.title, color=INK, fontsize=8.4, weight="bold")
+        text(edge, MARGIN + 32, pair.prompt, color=QUIET, fontsize=7.4)
         for number, side in enumerate(pair.sides):
-            x, y = left + number * (SIZE + GAP), MARGIN + 60
+            x, y = edge + number * (SIZE + GAP), MARGIN + 60
             area = (x / WIDTH, 1 - (y + SIZE) / height, SIZE / WIDTH, SIZE / height)
             axes = figure.add_axes(area)
             axes.axis("off")

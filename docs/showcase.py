@@ -12,7 +12,7 @@ most.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -123,18 +123,18 @@ def drawn(show: Show, code: str) -> list[tuple[Sample, bool]]:
     ]
     objects = judge.detect(torch.stack([sample.image for sample in images]))
     right = [
-        verdict(prompts()[n], seen, judge.thresholds).correct
+        verdict(prompts()[n], detections, judge.thresholds).correct
         if show.negates is None
-        else removed(n, seen, judge)
-        for n, seen in zip(ids, objects, strict=True)
+        else removed(n, detections, judge)
+        for n, detections in zip(ids, objects, strict=True)
     ]
     return list(zip(images, right, strict=True))
 
 
-def removed(prompt_id: int, seen: Sequence[Any], judge: Any) -> bool:
+def removed(prompt_id: int, detections: Sequence[Any], judge: Any) -> bool:
     """Whether the second object of a prompt is gone and the first is there."""
     first, second = words(prompt_id)
-    there = keep(seen, "two_object", judge.thresholds)
+    there = keep(detections, "two_object", judge.thresholds)
     return bool(there.get(first)) and not there.get(second)
 
 
@@ -155,12 +155,12 @@ def pick(plain: list[tuple[Sample, bool]], ours: list[tuple[Sample, bool]], save
     return max(both or range(len(pairs)), key=lambda i: change((plain[i][0], ours[i][0])))
 
 
-def side_by_side(left: Sample, right: Sample) -> Image.Image:
+def side_by_side(pair: Iterable[Sample]) -> Image.Image:
     """Two images beside each other, enlarged."""
     sheet = Image.new("RGB", (2 * SIDE + GAP, SIDE), "white")
-    for place, sample in ((0, left), (SIDE + GAP, right)):
+    for number, sample in enumerate(pair):
         image = picture(sample.image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-        sheet.paste(image, (place, 0))
+        sheet.paste(image, (number * (SIDE + GAP), 0))
     return sheet
 
 
@@ -169,15 +169,15 @@ def show_one(name: str) -> dict[str, Any]:
     show = SHOWS[name]
     plain, ours = drawn(show, show.plain), drawn(show, show.code)
     index = pick(plain, ours, show.saves)
-    (left, _), (right, _) = plain[index], ours[index]
-    side_by_side(left, right).save(FOLDER / f"{name}.jpg", quality=88, optimize=True)
+    pair = (plain[index][0], ours[index][0])
+    side_by_side(pair).save(FOLDER / f"{name}.jpg", quality=88, optimize=True)
     return {
-        "prompt": left.job.prompt,
-        "seed": left.job.seed,
+        "prompt": pair[0].job.prompt,
+        "seed": pair[0].job.seed,
         "of": len(plain),
         "right": [sum(right for _, right in side) for side in (plain, ours)],
-        "nfe": [round(sample.report.nfe, 1) for sample in (left, right)],
-        "differs": plain[index][1] != ours[index][1],
+        "nfe": [round(sample.report.nfe, 1) for sample in pair],
+        "gained": ours[index][1] and not plain[index][1],
     }
 
 

@@ -123,7 +123,7 @@ def picture(name: str) -> Iterator[str]:
     yield f"![without and with {name}, from the same noise](../pairs/{name}.jpg)"
     if show.saves:
         choice = "Shown is the first pair that is right on both sides."
-    elif facts["differs"]:
+    elif facts["gained"]:
         choice = "Shown is the first image that it made right."
     else:
         choice = "It made no wrong image right; shown is the pair that changed most."

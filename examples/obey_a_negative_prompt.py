@@ -34,12 +34,12 @@ def draw(scale, negatives, *techniques):
             output_type="pt",
         ).images
     answers = judge.detect(images)
-    seen = [{d.name: d.colour for d in each[::-1] if d.score > 0.3} for each in answers]
-    return seen, session.report().nfe
+    looks = [{d.name: d.colour for d in each[::-1] if d.score > 0.3} for each in answers]
+    return looks, session.report().nfe
 
 
 plain, _ = draw(1.0, None)
-colours = [seen.get(thing) for seen, thing in zip(plain, things, strict=True)]
+colours = [look.get(thing) for look, thing in zip(plain, things, strict=True)]
 negatives = [f"a photo of a {colour} {thing}" for colour, thing in zip(colours, things)]
 ways = {
     "the pipeline, scale 1": (1.0, ()),
@@ -49,5 +49,5 @@ ways = {
 for name, (scale, techniques) in ways.items():
     images, nfe = draw(scale, negatives, *techniques)
     rows = zip(images, things, colours, strict=True)
-    obeyed = sum(seen.get(thing) not in (None, colour) for seen, thing, colour in rows)
+    obeyed = sum(look.get(thing) not in (None, colour) for look, thing, colour in rows)
     print(f"{name}: {nfe:g} evaluations per image, {obeyed} of 12 obeyed")
