@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import diffalign as da
 from diffalign.cli.techniques import option_rows
@@ -99,6 +101,25 @@ def test_links_in_code_are_left_alone(docs_module):
     assert new == text.replace("(b.md)", "(sub/b.md)", 1).replace("docs/d.png", "d.png")
 
 
+def test_which_pair_is_shown(docs_module):
+    """A gain before everything; for what saves, the first that both have right; else the largest
+    change."""
+    showcase = docs_module("showcase")
+
+    def side(*verdicts, values=(0.0, 0.0, 0.0)):
+        images = [SimpleNamespace(image=torch.tensor(value)) for value in values]
+        return list(zip(images, verdicts, strict=True))
+
+    plain = side(True, False, True)
+    assert showcase.pick(plain, side(True, True, False), saves=False) == 1
+    assert showcase.pick(plain, side(True, True, False), saves=True) == 0
+    changed = side(True, False, True, values=(0.1, 0.9, -0.2))
+    assert showcase.pick(plain, changed, saves=False) == 2
+    assert showcase.pick(side(False, False, False), changed, saves=False) == 0
+    nothing = side(False, False, False, values=(0.1, 0.9, -0.2))
+    assert showcase.pick(side(False, False, False), nothing, saves=False) == 1
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
@@ -106,6 +127,8 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     assert build.returncode == 0, build.stderr
     for name in da.techniques():
         assert (tmp_path / "techniques" / f"{name}.html").is_file()
+    # the comment above a field is its documentation
+    assert "steps that ran both branches" in (tmp_path / "reference.html").read_text("utf-8")
     for path in tmp_path.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", text)
