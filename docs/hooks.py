@@ -64,9 +64,9 @@ def results_page() -> str:
     """The page that lists the results."""
     head = """# Results
 
-Every figure of this site comes from one of these tables, which the scripts in `benchmarks/` write.
-Measured on a CPU, on the small models that ship: first answers, with everything that did not help
-beside what did.
+The figures on the pages of techniques come from these tables, which the scripts in `benchmarks/`
+write. Each says where it was measured and by which command; what did not help stands beside what
+did.
 """
     titles = {path: path.read_text(encoding="utf-8").partition("\n")[0] for path in tables()}
     lines = [
