@@ -66,7 +66,7 @@ SHOWS = {
     "beta-cfg": Show("da.BetaCFG(gamma=0.0)"),
     "cfg-plus-plus": Show("da.CFGPlusPlus(0.6)"),
     "fdg": Show("da.FDG(3.0, high=5.0)"),
-    "dynamic-cfg": Show('da.DynamicCFG(evaluators=("reward:emoji-clip",), start=0.3)'),
+    "dynamic-cfg": Show('da.DynamicCFG(evaluators=("emoji-alignment",))', 1.5, "emoji"),
     "s2-guidance": Show("da.S2Guidance()"),
     "skip-layer-guidance": Show("da.SkipLayerGuidance(layers=(1,))"),
     "pag": Show("da.PAG()"),
