@@ -161,7 +161,7 @@ def _repair(name: str) -> str:
         return "not measured yet"
     rows = [row for row in result.rows if row["technique"] == name]
     best = max(rows, key=lambda row: row["vs CFG at its scale"].value)
-    return f"{best['vs CFG at its scale']:+.3f} at scale {best['scale']:g}"
+    return f"{best['vs CFG at its scale']:+.3f} over plain at scale {best['scale']:g}"
 
 
 def _removal() -> str:

@@ -139,7 +139,7 @@ def test_a_changed_result_changes_the_tables(benchmark_module, tmp_path, monkeyp
     assert "Not measured yet." in readme.row_of("tcfg")
     short = readme.by_purpose()
     assert "| 25% fewer evaluations | -0.123 [-0.200, -0.100] |" in short
-    assert "| -0.123 [-0.200, -0.100] at scale 9 |" in short
+    assert "| -0.123 [-0.200, -0.100] over plain at scale 9 |" in short
     assert "| 2 passes per step | not measured yet |" in short
     assert readme.costs("tcfg") == "2 passes per step"
 
