@@ -6,7 +6,7 @@ WORKERS ?= -n 2 --dist worksteal
 READY := $(VENV)/.ready
 TORCH := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 
-.PHONY: demo test check lint bench app embedded newest oldest help
+.PHONY: demo test check lint bench app docs embedded newest oldest help
 
 help:
 	@echo "make demo      six GenEval prompts on the embedded model, plain guidance beside"
@@ -15,6 +15,7 @@ help:
 	@echo "make check     format, lint, types, README, and the tests that are not slow"
 	@echo "make bench     benchmarks, after the quick tests"
 	@echo "make app       the demo in a browser"
+	@echo "make docs      the documentation as a site (outputs/docs/index.html)"
 	@echo "make newest    the quick tests with the newest diffusers, transformers and torch"
 	@echo "make oldest    the same with the oldest that pyproject.toml allows"
 	@echo "make embedded  train the embedded models again (hours)"
@@ -22,7 +23,7 @@ help:
 # The tested versions; where this platform lacks them, and not in CI, the newest that pyproject.toml
 # allows. With -qq pip shows its errors and nothing else.
 INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --no-input
-EXTRAS := ".[dev,app,eval,ocr]"
+EXTRAS := ".[dev,app,eval,ocr,docs]"
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
@@ -41,6 +42,11 @@ demo: $(READY)
 
 app: $(READY)
 	@$(PY) app/app.py
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "outputs/docs/index.html; its search works when served:"
+	@echo "$(PY) -m http.server --directory outputs/docs"
 
 test: $(READY)
 	$(PY) -m pytest --fail-on-skip $(WORKERS)

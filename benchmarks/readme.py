@@ -51,27 +51,107 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+PURPOSES = {
+    "adaptive-guidance": "the same image for fewer evaluations",
+    "linear-ag": "the same for still fewer, fitted to your model",
+    "interval-cfg": "guides in a part of the steps only",
+    "cat": "transformers: computes a share of the image tokens",
+    "nag": "obeys a negative prompt, guided or not, distilled models too",
+    "apg": "a high scale that does not spoil the image",
+    "dynamic-cfg": "a reward chooses the scale of each step",
+    "pladis": "sharper attention to the text",
+    "cfg": "plain guidance, bit for bit your pipeline's own",
+    "rescaled-cfg": "keeps the contrast of a high scale in bounds",
+    "magnitude-aware": "a lower scale where the branches differ much",
+    "scheduled-cfg": "a scale that follows a curve over the steps",
+    "beta-cfg": "guides most in the middle of the run",
+    "tcfg": "drops what the two predictions do not share",
+    "fdg": "one scale for the layout, another for details",
+    "cfg-plus-plus": "CFG++ on unmodified DDIM and Euler",
+    "cfg-zero-star": "flow models: a fitted unconditional branch, still first steps",
+    "s2-guidance": "away from itself without random blocks",
+    "skip-layer-guidance": "away from itself without chosen blocks",
+    "pag": "away from itself without self-attention",
+    "seg": "away from itself with blurred self-attention",
+    "auto-guidance": "away from a weaker version of the model",
+}
+"""What a technique does for a reader, in at most ten words; those of the README first. One that is
+not here is described by the first sentence of its documentation."""
+SHORT = 8
+"""How many of them the README shows."""
+TIMING = 0.03
+"""Ratios of time this near to 1 are called none."""
+
+
 def by_purpose() -> str:
-    """The README's table: what a reader wants, what to use, what it costs, what it does."""
-    saves, high = "the same image for less", "a high scale that does not spoil the image"
+    """The README's table: techniques that most readers want, one short row each."""
     rows = [
-        [saves, "`da.AdaptiveGuidance()`", *_saving("adaptive-guidance")],
-        [f"{saves}, fitted to my model", "`da.LinearAG()`", *_saving("linear-ag")],
-        ["a negative prompt without guidance", "`da.NAG(5)`", "no evaluation", _removal()],
-        [high, "`da.APG()`", "no evaluation", _repair("apg")],
-        ["to know what works on my pipeline", "`da.supports(pipe)`", "", "a reason for every no"],
+        [
+            f"[`{da.techniques()[name].__name__}`]({files_of(da.techniques()[name])[0]})",
+            *short(name),
+        ]
+        for name in list(PURPOSES)[:SHORT]
     ]
-    return table(["I want", "use", "it costs", "measured on the embedded model"], rows)
+    return table(["technique", "what it does for you", "cost", "measured"], rows)
 
 
-def _saving(name: str) -> list[str]:
-    """Evaluations saved and difference of score to the best plain scale."""
+def short(name: str) -> list[str]:
+    """What a technique is for, its cost beside plain guidance, and its result, in a few words."""
+    return [purpose(name), costs(name), outcome(name)]
+
+
+def purpose(name: str) -> str:
+    """What a technique does for a reader."""
+    what = str(describe(name, da.techniques()[name])["what"])
+    return PURPOSES.get(name) or what.partition(". ")[0].rstrip(".")
+
+
+def costs(name: str) -> str:
+    """What a technique costs beside plain guidance: evaluations, else time; words if unmeasured."""
+    row = first_row(name)
+    if row is not None:
+        result = read("guidance", RESULTS)
+        saved = 1.0 - row["NFE"] / result.row(result.facts["best"])["NFE"]
+        if abs(saved) >= 0.01:
+            return f"{100 * abs(saved):.0f}% {'fewer' if saved > 0 else 'more'} evaluations"
+    title = da.techniques()[name].__name__
+    times = stored("cost")
+    rows = times.rows if times else []
+    ratio = next((r["ratio"] for r in rows if r["technique"].split(",")[0] == title), None)
+    if name == "cat" and (pruning := stored("pruning")) is not None:
+        ratio = _pruned(pruning)["run of 28"] / 28
+    if ratio is None:
+        return re.split(r"[;,.]| inside", cost_of(da.techniques()[name]))[0]
+    if abs(ratio - 1.0) <= TIMING:
+        return "nothing"
+    return f"{100 * abs(ratio - 1.0):.0f}% {'less' if ratio < 1 else 'more'} time"
+
+
+def _pruned(result: Result) -> Row:
+    """CAT at the width of a published model."""
+    return result.row("SD3 medium, keep 0.3", tokens=4096)
+
+
+def first_row(name: str) -> Row | None:
+    """A rule's row at the model's best scale; None where it was not measured."""
     result = stored("guidance")
     if result is None:
-        return ["not measured yet"] * 2
-    row = next(row for row in result.rows if row["technique"] == name)
-    saved = 1.0 - row["NFE"] / result.row(result.facts["best"])["NFE"]
-    return [f"{100 * saved:.0f}% less", f"score {row['vs best']:+.3f}"]
+        return None
+    return next((row for row in result.rows if row["technique"] == name), None)
+
+
+def outcome(name: str) -> str:
+    """A technique's result in a few figures."""
+    if name == "nag":
+        return _removal()
+    if name == "apg":
+        return _repair(name)
+    if name == "cfg":
+        return "the baseline"
+    row = first_row(name)
+    if name == "pladis" and (result := stored("pladis")) is not None:
+        row = result.row(result.facts["default"])
+    return "not measured yet" if row is None else f"{row['vs best']:+.3f}"
 
 
 def _repair(name: str) -> str:
@@ -81,7 +161,7 @@ def _repair(name: str) -> str:
         return "not measured yet"
     rows = [row for row in result.rows if row["technique"] == name]
     best = max(rows, key=lambda row: row["vs CFG at its scale"].value)
-    return f"score {best['vs CFG at its scale']:+.3f} at scale {best['scale']:g}"
+    return f"{best['vs CFG at its scale']:+.3f} over plain at scale {best['scale']:g}"
 
 
 def _removal() -> str:
@@ -92,7 +172,7 @@ def _removal() -> str:
     ours = result.row(NAG_ROW, negated="object")
     rows = (ours, advice.at_equal_strength(result, ours))
     shares = [f"{100 * row['gone and kept'].value:.0f}%" for row in rows]
-    return f"object gone, other kept: {shares[0]}; CFG as strong: {shares[1]}"
+    return f"obeyed in {shares[0]}; CFG's negative prompt, equally strong: {shares[1]}"
 
 
 ROOMS = {"guidance": ("guidance", "attention"), "pruning": ("pruning",)}

@@ -1,7 +1,7 @@
 """Draws the picture of the README: ``python docs/pairs.py``.
 
-Three pairs on the embedded model, each of one noise. They were chosen to show what a technique is
-for; how often it happens is measured in ``benchmarks``.
+Three pairs on embedded models: a technique that costs less, one that obeys, and a search. They were
+chosen to show what each is for; how often it happens is measured in ``benchmarks``.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from pictures import INK, PAPER, QUIET
 from PIL import Image
+from torch import Tensor
 
 import diffalign as da
 from diffalign.eval.evidence import seed_of
-from diffalign.generate.samples import Job, Sample, picture, samples
-from diffalign.tasks.geneval.verdict import prompts
+from diffalign.generate.samples import Job, picture, samples
 
 FILE = Path(__file__).parent / "pairs.png"
 STEPS = 20
@@ -28,58 +28,76 @@ STEPS = 20
 SIZE, GAP, MARGIN, WIDTH = 208, 8, 32, 1400
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One image: how it is called, pixels [3, H, W], and what it took."""
+
+    name: str
+    image: Tensor
+    nfe: float
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
-    """One noise without and with a technique."""
+    """Two images of one prompt."""
 
     title: str
-    # place in GenEval's list, and which of its images
-    prompt_id: int
-    sample: int
-    # of the call of both
-    scale: float
-    # name and techniques of each side
-    plain: tuple[str, tuple[Any, ...]]
-    ours: tuple[str, tuple[Any, ...]]
+    prompt: str
+    sides: tuple[Side, Side]
 
 
-PAIRS = (
-    Pair(
-        "The same image for less",
-        179,
-        0,
-        1.5,
-        ("plain guidance", ()),
-        ("AdaptiveGuidance", (da.AdaptiveGuidance(),)),
-    ),
-    Pair(
-        "The cake removed",
-        86,
-        1,
-        1.0,
-        ("no guidance", ()),
-        ("NAG", (da.NAG(5.0, negative_prompt="a photo of a cake"),)),
-    ),
-    Pair(
-        "Too strong a scale, repaired",
-        315,
-        0,
-        5.0,
-        ("plain, scale 5", ()),
-        ("APG, scale 5", (da.APG(),)),
-    ),
-)
+def plain_and(
+    title: str, prompt: str, seed: int, scale: float, names: tuple[str, str], technique: Any
+) -> Pair:
+    """One noise of ``emoji`` without and with a technique."""
+    pipe = da.load("emoji")
+    call = {"num_inference_steps": STEPS, "guidance_scale": scale}
+    sides = []
+    for name, techniques in zip(names, ((), (technique,)), strict=True):
+        (sample,) = next(samples(pipe, techniques, [Job(prompt, seed, name)], batch=1, call=call))
+        sides.append(Side(name, sample.image, sample.report.nfe))
+    return Pair(title, prompt, (sides[0], sides[1]))
 
 
-def run(pipe: Any, pair: Pair, techniques: tuple[Any, ...]) -> Sample:
-    """One image of a pair."""
-    prompt = str(prompts()[pair.prompt_id]["prompt"])
-    job = Job(prompt, seed_of(pair.prompt_id, pair.sample), "pair")
-    call = {"num_inference_steps": STEPS, "guidance_scale": pair.scale}
-    return next(samples(pipe, techniques, [job], batch=1, call=call))[0]
+def first_and_best(title: str, prompt: str) -> Pair:
+    """The first image of a search on ``emoji-2`` and its result."""
+    result = da.align(
+        da.load("emoji-2"),
+        prompt,
+        method=da.BestOfN(6),
+        reward="emoji-clip",
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+    )
+    first = Side("first image", result.first.image, 2 * STEPS)
+    return Pair(title, prompt, (first, Side("best of 6", result.tensor, result.ledger.nfe)))
 
 
-def draw(pairs: list[tuple[Pair, list[Sample]]]) -> Figure:
+def pairs() -> list[Pair]:
+    """The three pairs."""
+    negative = "a photo of a cake"
+    return [
+        plain_and(
+            "The same image for less",
+            "a photo of an apple and a banana",
+            4,
+            1.5,
+            ("plain guidance", "LinearAG"),
+            da.LinearAG(),
+        ),
+        plain_and(
+            "A negative prompt obeyed",
+            "a photo of a hair drier and a cake",
+            seed_of(86, 1),
+            1.0,
+            ("ignored", "NAG"),
+            da.NAG(5.0, negative_prompt=negative),
+        ),
+        first_and_best("A wrong count made right", "a photo of two clocks"),
+    ]
+
+
+def draw(pairs: list[Pair]) -> Figure:
     """Pairs side by side: title and prompt above, name and evaluations below each image."""
     height = 2 * MARGIN + SIZE + 104
     figure = plt.figure(figsize=(WIDTH / 200, height / 200), dpi=200, facecolor=PAPER)
@@ -88,31 +106,24 @@ def draw(pairs: list[tuple[Pair, list[Sample]]]) -> Figure:
     def text(x: float, y: float, words: str, **style: Any) -> None:
         figure.text(x / WIDTH, 1 - y / height, words, va="center", **style)
 
-    for column, (pair, sides) in enumerate(pairs):
-        left = MARGIN + column * step
-        text(left, MARGIN, pair.title, color=INK, fontsize=8.4, weight="bold")
-        text(left, MARGIN + 32, sides[0].job.prompt, color=QUIET, fontsize=7.4)
-        for side, (sample, (name, _)) in enumerate(
-            zip(sides, (pair.plain, pair.ours), strict=True)
-        ):
-            x, y = left + side * (SIZE + GAP), MARGIN + 60
+    for column, pair in enumerate(pairs):
+        edge = MARGIN + column * step
+        text(edge, MARGIN, pair.title, color=INK, fontsize=8.4, weight="bold")
+        text(edge, MARGIN + 32, pair.prompt, color=QUIET, fontsize=7.4)
+        for number, side in enumerate(pair.sides):
+            x, y = edge + number * (SIZE + GAP), MARGIN + 60
             area = (x / WIDTH, 1 - (y + SIZE) / height, SIZE / WIDTH, SIZE / height)
             axes = figure.add_axes(area)
             axes.axis("off")
-            axes.imshow(picture(sample.image).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
-            text(x, y + SIZE + 22, name, color=INK, fontsize=7.8)
-            cost = f"{sample.report.nfe:g} evaluations"
-            text(x, y + SIZE + 50, cost, color=QUIET, fontsize=7.4)
+            axes.imshow(picture(side.image).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+            text(x, y + SIZE + 22, side.name, color=INK, fontsize=7.8)
+            text(x, y + SIZE + 50, f"{side.nfe:g} evaluations", color=QUIET, fontsize=7.4)
     return figure
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    pipe = da.load("emoji")
-    results = [
-        (pair, [run(pipe, pair, side[1]) for side in (pair.plain, pair.ours)]) for pair in PAIRS
-    ]
-    draw(results).savefig(FILE, facecolor=PAPER)
+    draw(pairs()).savefig(FILE, facecolor=PAPER)
 
 
 if __name__ == "__main__":

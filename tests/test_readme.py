@@ -138,9 +138,10 @@ def test_a_changed_result_changes_the_tables(benchmark_module, tmp_path, monkeyp
     assert cells[5].startswith("APG 9: Leave it off: -0.123 against")
     assert "Not measured yet." in readme.row_of("tcfg")
     short = readme.by_purpose()
-    assert "| `da.AdaptiveGuidance()` | 25% less | score -0.123 [-0.200, -0.100] |" in short
-    assert "score -0.123 [-0.200, -0.100] at scale 9" in short
-    assert "| `da.NAG(5)` | no evaluation | not measured yet |" in short
+    assert "| 25% fewer evaluations | -0.123 [-0.200, -0.100] |" in short
+    assert "| -0.123 [-0.200, -0.100] over plain at scale 9 |" in short
+    assert "| 2 passes per step | not measured yet |" in short
+    assert readme.costs("tcfg") == "2 passes per step"
 
 
 def test_figures_about_negation(benchmark_module):
@@ -150,7 +151,7 @@ def test_figures_about_negation(benchmark_module):
     rows = {row["method"]: row for row in data["rows"] if row["negated"] == "object"}
     equal = rows["NAG 5"]["CFG's negative prompt at equal strength"]
     shares = [round(100 * rows[name]["gone and kept"]["value"]) for name in ("NAG 5", equal)]
-    text = f"object gone, other kept: {shares[0]}%; CFG as strong: {shares[1]}%"
+    text = f"obeyed in {shares[0]}%; CFG's negative prompt, equally strong: {shares[1]}%"
     assert text in (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"NAG 5: {text}." in readme.row_of("nag")
 
@@ -170,6 +171,8 @@ def test_every_row_names_a_technique():
     names = re.findall(r"^\| \[`([a-z0-9-]+)`\]", "\n".join(pages), flags=re.M)
     assert sorted(names) == sorted(techniques())
     short = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"^\|[^|]*\| `da\.(\w+)\(", short, flags=re.M):
-        assert hasattr(da, name)
-    assert "[Every technique](guidance/README.md)" in short
+    rows = re.findall(r"^\| \[`(\w+)`\]\((\S+)\)", short, flags=re.M)
+    assert rows
+    for name, path in rows:
+        assert getattr(da, name).__module__.replace(".", "/") + ".py" == path
+    assert f"[All {len(techniques())}](guidance/README.md)" in short
