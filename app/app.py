@@ -1,6 +1,10 @@
-"""Start the demo: python app/app.py, then open the address it prints."""
+"""Start the demo: python app/app.py, then open the address it prints; it takes the options of
+``diffalign app``."""
 
-from diffalign.app.page import build
+import sys
+
+from diffalign.cli import main
 
 if __name__ == "__main__":
-    build().queue().launch()
+    sys.argv[1:1] = ["app"]
+    main()

@@ -34,7 +34,8 @@ LAYERS = (
     ("generate", "alignment"),
     ("calibration",),
     ("eval",),
-    ("cli", "app"),
+    ("app",),
+    ("cli",),
     ("__main__",),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -57,6 +57,7 @@ def align(
     show: Callable[[Status], None] | None = None,
     improved: Callable[[Candidate], None] | None = None,
     announce: Callable[[Forecast], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     **call: Any,
 ) -> Result | list[Result]:
     """Spend runs of ``pipe`` on the image of ``prompt`` that ``reward`` likes best.
@@ -69,7 +70,8 @@ def align(
     images at once; four on a CPU and 16 elsewhere, halved where memory ends. ``folder``: the run is
     saved after each step and continues from there. ``show`` is called after each step, ``improved``
     with each new best image. ``announce`` is called once, before the first run, with the seconds
-    and the memory that it will take, measured on one image. Other keywords go to the pipeline.
+    and the memory that it will take, measured on one image. ``stop`` is asked before each
+    evaluation, and a yes ends the run as Ctrl-C does. Other keywords go to the pipeline.
 
     A list of prompts gives one result each, with the whole budget each. Ctrl-C returns the best.
     Cost: the budget, one call for the result's image kept back from it; one grey image is scored.
@@ -90,6 +92,7 @@ def align(
         call=call,
         show=show,
         improved=improved,
+        stop=stop,
     )
     if announce is not None and prompt:
         announce(measure(order, prompt if isinstance(prompt, str) else prompt[0]))
@@ -130,7 +133,7 @@ def _result(drive: Drive, judges: Sequence[Reward]) -> Result:
     if best is None:
         raise RuntimeError(f"{type(drive.method).__name__} ended without a finished image.")
     # the final call was kept back from the budget, which may be used up in seconds all the same
-    meter.budget = Budget()
+    meter.budget, meter.stop = Budget(), None
     tensor = problem.repeat(best.lineage)[0].detach().to("cpu", torch.float32)
     score = float(problem.score(tensor[None])[0])
     # none where a run was interrupted among drafts: then the result is the only finished image

@@ -49,6 +49,7 @@ class Order:
     call: Mapping[str, Any]
     show: Callable[[Status], None] | None = None
     improved: Callable[[Candidate], None] | None = None
+    stop: Callable[[], bool] | None = None
     world: World = field(default_factory=World.current)
 
     def drive(self, prompt: str, folder: str | os.PathLike[str] | None) -> Drive:
@@ -56,7 +57,7 @@ class Order:
 
         Raises: ValueError and ``UnsupportedModel`` for what cannot work.
         """
-        meter = Meter(self.world.share(self.budget or Budget()))
+        meter = Meter(self.world.share(self.budget or Budget()), stop=self.stop)
         scorer = Scorer(self.reward, prompt, meter)
         ranking = Ranking(tuple(Scorer(tie, prompt, meter) for tie in self.ties))
         rng = torch.Generator().manual_seed(seed_of(prompt, 0, self.seed) ^ 0x5EED)

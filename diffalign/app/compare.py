@@ -1,261 +1,211 @@
-"""The tab "Compare": one prompt, the plain pipeline beside the same pipeline with techniques.
+"""The tab "Compare": one prompt, the plain pipeline beside up to four techniques, the same noise.
 
-It holds no algorithm: techniques are the registry's, numbers are the session's report, the sheet is
-``compare``'s.
+It holds no algorithm: techniques are the registry's, images the sampling loop's, numbers the
+session's report.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
 import gradio as gr
-import torch
-from PIL import Image
 
-from diffalign import Cancelled, Report, load, supports, techniques
-from diffalign.app.controls import Control, Values, controls_of, is_ready, technique_of
-from diffalign.core.registry import parse
+from diffalign.app import snippets
+from diffalign.app.bounds import PROMPT, TEXT, prompt_of, refusal, short
+from diffalign.app.columns import Column, Variant, drawn
+from diffalign.app.controls import Panel, Values, is_ready, panel
+from diffalign.app.desk import Desk, Memory, Run, bar, visitor_of
+from diffalign.app.links import Fields
+from diffalign.app.sampling import Sampling, Settings, buttons, sampling
+from diffalign.app.sheet import Outputs, Sheet, frame
+from diffalign.app.shelf import Shelf
+from diffalign.core.registry import TECHNIQUES, parse, techniques
 from diffalign.core.technique import Technique
-from diffalign.core.types import Keywords
-from diffalign.drawing.sheet import Cell, contact_sheet
-from diffalign.embedded.load import MODELS
-from diffalign.families import family_of
-from diffalign.generate.models import Setting, open_model
-from diffalign.generate.samples import Sample, picture, samples
-from diffalign.generate.seeds import jobs_of
-from diffalign.generate.verdicts import verdicts
-from diffalign.seams.plan import context_of, resolve
-from diffalign.tasks.geneval.verdict import parse_prompt
 
+MOST = 4
+"""Columns beside the plain one."""
 EXAMPLES = [
-    "a photo of a red apple and a green clock",
-    "a photo of three dogs",
-    "a photo of a bear above a pizza",
-    "a photo of a purple train",
+    ["a photo of a red apple and a green clock", ["adaptive-guidance", "apg"]],
+    ["a photo of three dogs", ["interval-cfg", "pladis"]],
+    ["a photo of a bear above a pizza", ["cfg-zero-star", "s2-guidance"]],
+    ["a photo of a purple train", ["nag", "linear-ag"]],
 ]
-Progress = Callable[..., object]
-"""Called with (step, steps) and ``desc=``, the name of the column."""
 
 
-def refusal(message: str) -> gr.Error:
-    """An error for the page that leaves no traceback in the terminal."""
-    return gr.Error(message, print_exception=False)
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be drawn; every field is checked."""
+
+    prompt: str
+    negative: str
+    settings: Settings
+    # label -> techniques
+    columns: tuple[tuple[str, tuple[Technique, ...]], ...]
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for orders that give the same images."""
+        return self.prompt, self.negative, self.settings, tuple(label for label, _ in self.columns)
 
 
-class Comparison:
-    """One embedded model with its judge.
-
-    ``draw`` is the only action: two runs on the same noise, one after the other.
-    """
-
-    def __init__(self, name: str = "emoji") -> None:
-        self.model = open_model(name, Setting(device="cpu", dtype="fp32"))
-        self.pipe, self.judge = self.model.pipe, load(MODELS[name].judge)
-        works = {support.name for support in supports(self.pipe) if support.works}
-        # not those that need a file
-        self.classes = {
-            name: cls for name, cls in techniques().items() if name in works and is_ready(cls)
-        }
-        self._busy = threading.Lock()
-        self._stopped = False
-
-    def stop(self) -> None:
-        """End the drawing that runs at its next step; without one, nothing happens."""
-        self._stopped = True
-
-    def resolved(self, name: str) -> Technique:
-        """The technique with the options that it has on this model by default."""
-        context = context_of(self.pipe, family_of(type(self.pipe)))
-        technique: Technique = resolve(self.classes[name](), context, {})
-        return technique
-
-    def draw(
-        self,
-        prompt: str,
-        columns: Mapping[str, Sequence[Technique]],
-        scale: float,
-        steps: float,
-        seed: float,
-        negative: str = "",
-        progress: Progress | None = None,
-    ) -> tuple[Image.Image, str, Image.Image | None]:
-        """Sheet, report and plot of the last column. ``columns``: label -> techniques.
-
-        Raises ``gr.Error`` with one line for bad input, and after ``stop``.
-        """
-        check(prompt, steps, seed)
-        call: Keywords = {"guidance_scale": scale, "num_inference_steps": int(steps)}
-        call |= {"negative_prompt": negative} if negative else {}
-        try:
-            with self._busy:
-                self._stopped = False
-                drawn = {
-                    label: self._run(label, tools, prompt, call, int(seed), progress)
-                    for label, tools in columns.items()
-                }
-        except Cancelled as error:
-            raise refusal(
-                "Stopped. The pipeline is as it was; draw again whenever you like."
-            ) from error
-        except ValueError as error:
-            raise refusal(str(error)) from error
-        sheet = contact_sheet(
-            [[self._cell(sample) for sample in drawn.values()]],
-            rows=[prompt],
-            columns=list(drawn),
-            title="",
-            footer=f"{self.model.name}, {int(steps)} steps, seed {int(seed)}",
-        )
-        report: Report = list(drawn.values())[-1].report
-        plot = report.plot() if any(value is not None for value in report.scale) else None
-        return sheet, str(report), plot
-
-    def _run(
-        self,
-        label: str,
-        tools: Sequence[Technique],
-        prompt: str,
-        call: Keywords,
-        seed: int,
-        progress: Progress | None,
-    ) -> Sample:
-        count, steps = 0, call["num_inference_steps"]
-
-        def step() -> None:
-            nonlocal count
-            count += 1
-            if progress is not None:
-                progress((count, steps), desc=label)
-            if self._stopped:
-                raise Cancelled
-
-        if self._stopped:
-            raise Cancelled
-        jobs = jobs_of([prompt], base=seed)
-        ((sample,),) = samples(self.pipe, tools, jobs, batch=1, call=call, step=step)
-        return sample
-
-    def _cell(self, sample: Sample) -> Cell:
-        record = parse_prompt(sample.job.prompt)
-        (verdict,) = verdicts(self.judge, torch.stack([sample.image]), [record])
-        caption = f"{sample.report.nfe:g} evaluations, {sample.report.seconds:.1f} s"
-        if verdict is None:
-            return Cell(picture(sample.image), caption)
-        caption += f"\n{verdict.reason}" if verdict.reason else ""
-        return Cell(picture(sample.image), caption, verdict.correct)
-
-
-def check(prompt: str, steps: float, seed: float) -> None:
-    """Raise ``gr.Error`` for what a field of the page can hold and no run can use."""
-    if not (prompt or "").strip():
-        raise refusal("The prompt is empty. Say what to draw, e.g. 'a photo of three dogs'.")
-    if not isinstance(seed, int | float) or not 0 <= seed < 2**63 or seed != int(seed):
-        raise refusal(f"The seed must be a whole number from 0 to 2^63 - 1; got {seed}.")
-    if not isinstance(steps, int | float) or steps != int(steps):
-        raise refusal(f"Steps must be a whole number; got {steps}.")
+def classes() -> dict[str, type[Technique]]:
+    """The techniques that can be chosen: those that need no file and no object."""
+    return {name: cls for name, cls in techniques().items() if is_ready(cls)}
 
 
 def columns_of(
-    names: Sequence[str] | None,
-    text: str | None,
-    scale: float,
-    controls: list[Control],
-    values: Values,
-) -> dict[str, tuple[Technique, ...]]:
-    """The plain column, and that with the chosen techniques or those of ``text``, which wins.
+    names: list[str], text: str, controls: Panel, values: Values
+) -> tuple[tuple[str, tuple[Technique, ...]], ...]:
+    """The chosen techniques, a column each, then the lines of ``text``, a column each.
 
-    Raises ``gr.Error`` with one line for bad input.
+    Raises: ``gr.Error`` with one line for what cannot be used.
     """
-    text = (text or "").strip()
-    if not names and not text:
+    lines = [line.strip() for line in short(text, "Further columns", 5 * TEXT).splitlines()]
+    lines = [line for line in lines if line]
+    if not 1 <= len(names) + len(lines) <= MOST:
         raise refusal(
-            "No technique is chosen. Pick one from the list, or write it in the command line's "
-            "form."
+            f"Choose one to {MOST} techniques, from the list or as lines below it; got "
+            f"{len(names) + len(lines)}."
         )
     try:
-        tools = (
-            parse(text)
-            if text
-            else tuple(technique_of(name, controls, values) for name in names or ())
+        groups = [(controls.build(TECHNIQUES, name, values),) for name in names]
+        groups += [parse(line) for line in lines]
+        return tuple((snippets.texts_of(group), group) for group in groups)
+    except (ValueError, TypeError) as error:
+        raise refusal(error) from error
+
+
+def draw(order: Order, shelf: Shelf, run: Run[Sheet]) -> None:
+    """Draw the columns, and tell each as it comes.
+
+    Raises: ValueError for what this model cannot do.
+    """
+    settings = order.settings
+    opened = shelf.open(settings.model)
+    model = opened.setting(settings.steps, settings.scale, order.negative)
+    plain = f"CFG {model.scale:g}" if model.scale != 1.0 else "plain"
+    variants = [Variant(plain, (), model)]
+    for label, group in order.columns:
+        opened.check(group, model.call)
+        variants.append(Variant(label, group, model))
+    python = snippets.runs(
+        model, order.prompt, settings.seed, [(v.techniques, v.model) for v in variants]
+    )
+    shell = snippets.commands(
+        snippets.command(
+            "compare",
+            prompt=order.prompt,
+            negative_prompt=order.negative or None,
+            technique=[label for label, _ in order.columns],
+            **settings.options,
         )
-    except ValueError as error:
-        raise refusal(str(error)) from error
-    return {f"CFG {scale:g}": (), text or " + ".join(names or ()): tools}
+    )
+    columns: list[Column] = []
+    for column in drawn(opened, variants, order.prompt, settings.seed, run):
+        columns.append(column)
+        run.tell(Sheet(tuple(columns), len(variants), python, shell))
 
 
-def tab(comparison: Comparison) -> None:
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The fields of the tab."""
+
+    prompt: gr.Textbox
+    negative: gr.Textbox
+    names: gr.Dropdown
+    text: gr.Textbox
+    controls: Panel
+    sampling: Sampling
+
+    @property
+    def fields(self) -> Fields:
+        """Those that stand in the address: all."""
+        names = {"prompt": self.prompt, "negative": self.negative}
+        names |= {"techniques": self.names, "more": self.text}
+        options = {control.key: control.component for control in self.controls.controls}
+        return Fields("compare", {**names, **self.sampling.components, **options})
+
+    def order(self, values: Values) -> Order:
+        """What the fields ask for. Raises: ``gr.Error`` for what cannot be used."""
+        prompt = prompt_of(values[self.prompt])
+        negative = short(values[self.negative] or "", "The negative prompt", PROMPT).strip()
+        columns = columns_of(
+            values[self.names] or [], values[self.text] or "", self.controls, values
+        )
+        return Order(prompt, negative, self.sampling.read(values), columns)
+
+
+def form(shelf: Shelf) -> Form:
+    """Draw the fields here."""
+    items = classes()
+    prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", max_length=PROMPT)
+    names = gr.Dropdown(
+        list(items),
+        value=["adaptive-guidance"],
+        multiselect=True,
+        max_choices=MOST,
+        label="Techniques, a column each",
+    )
+    controls = panel(items, names.value)
+    with gr.Accordion("Negative prompt, further columns", open=False):
+        negative = gr.Textbox(
+            label="Negative prompt",
+            placeholder="for guidance above 1, or for nag at any scale",
+            max_length=PROMPT,
+        )
+        text = gr.Textbox(
+            label="Further columns in the command line's form, one a line",
+            placeholder="interval-cfg:start=0.1,stop=0.8+pladis",
+            lines=2,
+            max_length=5 * TEXT,
+        )
+    fields = Form(prompt, negative, names, text, controls, sampling(shelf))
+    names.change(
+        controls.shown,
+        names,
+        list(controls.groups.values()),
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    fields.sampling.follow(shelf, items, controls)
+    return fields
+
+
+def tab(shelf: Shelf, desk: Desk) -> Fields:
     """Lay out the tab, and connect it."""
     with gr.Row():
-        with gr.Column(scale=2):
-            prompt = gr.Textbox(EXAMPLES[0], label="Prompt")
-            negative = gr.Textbox(
-                label="Negative prompt",
-                placeholder="for guidance above 1, or for nag at any scale",
-            )
-            names = gr.Dropdown(
-                list(comparison.classes),
-                value=["adaptive-guidance"],
-                multiselect=True,
-                label="Techniques",
-            )
-            controls = option_groups(comparison, names)
-            text = gr.Textbox(
-                label="Or in the command line's form",
-                placeholder="interval-cfg:start=0.1,stop=0.8+pladis",
-            )
-            with gr.Row():
-                scale = gr.Slider(1.0, 10.0, value=1.5, step=0.1, label="Guidance scale")
-                steps = gr.Slider(2, 50, value=20, step=1, label="Steps")
-                seed = gr.Number(0, precision=0, label="Seed")
-            with gr.Row():
-                button = gr.Button("Draw", variant="primary")
-                stop = gr.Button("Stop")
-            gr.Examples(EXAMPLES, prompt)
-        with gr.Column(scale=3):
-            sheet = gr.Image(label="Same noise", type="pil", format="png")
-            report = gr.Textbox(label="What it did and what it cost", lines=10)
-            plot = gr.Image(
-                label="Effective scale and agreement of the branches", type="pil", format="png"
-            )
+        with gr.Column(scale=2, min_width=320):
+            fields = form(shelf)
+            button = buttons("Draw", desk, "stop")
+            examples = gr.Examples(EXAMPLES, [fields.prompt, fields.names], label="Examples")
+        with gr.Column(scale=3, min_width=320):
+            shown = frame("The plain pipeline (left) and a column (right); drag the line")
+    memory: Memory[Sheet] = Memory()
 
-    def draw(
+    def run(
         values: Values,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[Image.Image, str, Image.Image | None]:
-        columns = columns_of(values[names], values[text], values[scale], controls, values)
-        return comparison.draw(
-            values[prompt],
-            columns,
-            values[scale],
-            values[steps],
-            values[seed],
-            values[negative],
-            progress,
-        )
+    ) -> Iterator[Outputs]:
+        order = fields.order(values)
+        sheet = memory.get(order.key)
+        if sheet is not None:
+            yield shown.show(sheet)
+            return
+        news = desk.run(visitor_of(request), lambda run: draw(order, shelf, run), bar(progress))
+        for sheet in news:
+            yield shown.show(sheet)
+        if sheet is not None and sheet.finished:
+            memory.put(order.key, sheet)
 
-    inputs = {prompt, names, text, scale, steps, seed, negative}
-    inputs |= {control.component for control in controls}
-    outputs = [sheet, report, plot]
-    gr.on([button.click, prompt.submit], draw, inputs, outputs, concurrency_limit=1)
-    stop.click(comparison.stop, api_name="stop")
-
-
-def option_groups(comparison: Comparison, names: gr.Dropdown) -> list[Control]:
-    """One group of controls for each technique, shown while it is chosen in ``names``."""
-    groups: dict[str, gr.Accordion] = {}
-    controls: list[Control] = []
-    for name, cls in comparison.classes.items():
-        with gr.Accordion(f"Options of {name}", open=False, visible=name in names.value) as group:
-            drawn = controls_of(name, cls, comparison.resolved(name))
-        if drawn:
-            groups[name] = group
-            controls += drawn
-
-    def show(chosen: list[str]) -> list[gr.Accordion]:
-        return [gr.Accordion(visible=name in chosen) for name in groups]
-
-    names.change(
-        show, names, list(groups.values()), show_progress="hidden", api_visibility="private"
-    )
-    return controls
+    event = {
+        "inputs": set(fields.fields.components.values()),
+        "outputs": shown.components,
+        "concurrency_limit": None,
+        "show_progress_on": [shown.gallery],
+    }
+    gr.on([button.click, fields.prompt.submit], run, api_name="compare", **event)
+    examples.load_input_event.then(run, api_visibility="private", **event)
+    return fields.fields

@@ -25,6 +25,7 @@ from diffalign.cli.fit import fit
 from diffalign.cli.generate import generate
 from diffalign.cli.methods import methods
 from diffalign.cli.models import models
+from diffalign.cli.page import app as page
 from diffalign.cli.problem import complain
 from diffalign.cli.rewards import rewards
 from diffalign.cli.techniques import techniques
@@ -41,7 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for function in (
-    *(demo, generate, compare, align, check),
+    *(demo, generate, compare, align, check, page),
     *(models, techniques, methods, rewards, env),
 ):
     app.command()(function)

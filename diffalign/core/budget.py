@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from time import perf_counter
 
-from diffalign.core.errors import BudgetExceeded
+from diffalign.core.errors import BudgetExceeded, Cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class Meter:
     evaluations: int = 0
     # meters that are charged with the same work: those of the sessions around a generation
     others: tuple[Meter, ...] = ()
+    # asked before any work; once it says yes, the work is refused with ``Cancelled``
+    stop: Callable[[], bool] | None = None
     started: float = field(default_factory=perf_counter)
 
     @property
@@ -86,7 +89,10 @@ class Meter:
             meter.evaluations += evaluations
 
     def check(self, rows: int = 0, decodes: int = 0, rewards: int = 0, backward: int = 0) -> None:
-        """Raise ``BudgetExceeded`` when this work would pass the budget; count nothing."""
+        """Raise ``BudgetExceeded`` when this work would pass the budget, ``Cancelled`` when it is to
+        stop; count nothing."""
+        if self.stop is not None and self.stop():
+            raise Cancelled("The run was stopped; the pipeline is as it was before.")
         limits = (
             ("nfe", self.budget.nfe, self.rows + rows),
             ("rewards", self.budget.rewards, self.rewards + rewards),

@@ -23,7 +23,8 @@ class GuidanceMismatch(RuntimeError):
 
 
 class Cancelled(RuntimeError):
-    """The generation was stopped by ``session.cancel()``; the pipeline is as it was before."""
+    """A run was stopped, by ``session.cancel()`` or by its ``stop``; the pipeline is as it was
+    before."""
 
 
 class BudgetExceeded(RuntimeError):

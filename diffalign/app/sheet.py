@@ -1,0 +1,123 @@
+"""What the tabs that draw columns show: pictures, costs, curves, reports, and the same as code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gradio as gr
+from gradio.components import Component
+from PIL import Image
+
+from diffalign.app.columns import HEADS, Column, curves, enlarged, pairs, reports
+
+Outputs = dict[Component, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Columns that are drawn, with the code that draws them."""
+
+    columns: tuple[Column, ...]
+    # all columns of the run
+    total: int
+    python: str
+    shell: str
+    # the column that others are laid over
+    base: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every column is there."""
+        return len(self.columns) == self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The components that show a sheet."""
+
+    slider: gr.ImageSlider
+    gallery: gr.Gallery
+    table: gr.Dataframe
+    plot: gr.Image
+    report: gr.Textbox
+    python: gr.Code
+    shell: gr.Code
+    # the visitor's images, and which of them is the base
+    images: gr.State
+
+    @property
+    def components(self) -> list[Component]:
+        """All of them."""
+        return [getattr(self, name) for name in self.__slots__]
+
+    def show(self, sheet: Sheet) -> Outputs:
+        """Updates that show a sheet, whole or in part."""
+        images = [column.image for column in sheet.columns]
+        base = min(sheet.base, len(images) - 1)
+        outputs: Outputs = {
+            self.slider: (enlarged(images[base]), enlarged(images[-1])),
+            self.gallery: pairs(sheet.columns),
+            self.table: [column.cells for column in sheet.columns],
+            self.python: sheet.python,
+            self.shell: sheet.shell,
+            self.images: (images, base),
+        }
+        if sheet.finished:
+            outputs[self.report] = reports(sheet.columns)
+            outputs[self.plot] = gr.Image(curves(sheet.columns))
+        return outputs
+
+
+def frame(label: str) -> Frame:
+    """Draw the components here. ``label``: what lies on either side of the slider."""
+    images = gr.State(([], 0), time_to_live=3600)
+    slider = gr.ImageSlider(
+        label=label,
+        type="pil",
+        format="png",
+        interactive=False,
+        max_height=420,
+        elem_classes=["pixels"],
+    )
+    gallery = gr.Gallery(
+        label="All columns on the same noise; click one to lay it over the first",
+        format="png",
+        columns=5,
+        height="auto",
+        allow_preview=False,
+        object_fit="contain",
+        buttons=["download_all"],
+        interactive=False,
+        elem_classes=["pixels", "columns"],
+    )
+    table = gr.Dataframe(
+        headers=HEADS, label="What each column cost", interactive=False, wrap=True, type="array"
+    )
+    plot = gr.Image(
+        label="Effective scale and agreement of the branches, by step",
+        type="pil",
+        format="png",
+        interactive=False,
+    )
+    with gr.Accordion("Reports in full", open=False):
+        report = gr.Textbox(show_label=False, lines=12, max_lines=30, buttons=["copy"])
+    python, shell = code()
+
+    def pick(state: tuple[list[Image.Image], int], event: gr.SelectData) -> object:
+        pictures, base = state
+        if not (isinstance(event.index, int) and event.index < len(pictures)):
+            return gr.skip()
+        return enlarged(pictures[base]), enlarged(pictures[event.index])
+
+    gallery.select(
+        pick, images, slider, queue=False, show_progress="hidden", api_visibility="private"
+    )
+    return Frame(slider, gallery, table, plot, report, python, shell, images)
+
+
+def code() -> tuple[gr.Code, gr.Code]:
+    """Draw the two boxes with code: Python, and commands."""
+    with gr.Accordion("Copy as Python or as command line", open=False):
+        python = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True)
+        shell = gr.Code(language="shell", label="Command line", interactive=False, wrap_lines=True)
+    return python, shell
