@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -10,7 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-ALLOWED = {"gpu": "needs an accelerator", "hub": "needs the network; set DIFFALIGN_HUB=1"}
+SKIPPED = {
+    "gpu": "needs an accelerator",
+    "hub": "needs the network; set DIFFALIGN_HUB=1",
+    "browser": "needs Chromium (Debian: apt-get install chromium) and playwright",
+}
+# a machine that tests for everybody has a browser
+ALLOWED = ("gpu", "hub") if os.environ.get("CI") == "true" else tuple(SKIPPED)
 _unmarked: list[str] = []
 
 
@@ -18,7 +25,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fail-on-skip",
         action="store_true",
-        help="fail when a test was skipped that is not marked gpu or hub",
+        help="fail when a test was skipped that is not marked gpu, hub or, outside CI, browser",
     )
 
 
@@ -51,11 +58,36 @@ def pytest_collection_modifyitems(config, items):
         hours = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=hours)
-    there = {"gpu": torch.cuda.is_available(), "hub": os.environ.get("DIFFALIGN_HUB") == "1"}
+    there = {
+        "gpu": torch.cuda.is_available(),
+        "hub": os.environ.get("DIFFALIGN_HUB") == "1",
+        "browser": bool(shutil.which("chromium") and importlib.util.find_spec("playwright")),
+    }
     for item in items:
-        for name, reason in ALLOWED.items():
+        for name, reason in SKIPPED.items():
             if item.get_closest_marker(name) and not there[name]:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Debian's Chromium without a window, driven by Playwright."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def artefacts():
+    """The folder of screenshots, kept for people to look at."""
+    folder = Path(__file__).parents[1] / "outputs" / "browser"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +164,6 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter, config):
     if _unmarked and config.getoption("--fail-on-skip"):
-        terminalreporter.section("skipped without a gpu or hub mark (counts as failure)")
+        terminalreporter.section("skipped, and that counts as a failure")
         for line in _unmarked:
             terminalreporter.write_line(line)

@@ -1,5 +1,6 @@
 """The rules of ``conftest.py`` themselves: what a skip costs, no test reaches the network."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ pytest_plugins = ["pytester"]
 def suite(pytester):
     """Run a test file under the project's conftest: exit code and output."""
     pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text(encoding="utf-8"))
-    pytester.makeini("[pytest]\nmarkers =\n  gpu: accelerator\n  hub: network\n")
+    pytester.makeini("[pytest]\nmarkers =\n  gpu: accelerator\n  hub: network\n  browser: Chromium\n")
 
     def run(code, *options):
         pytester.makepyfile(test_it=code)
@@ -24,6 +25,7 @@ def suite(pytester):
     torch.set_num_threads(threads)
 
 
+MARKED = "def test_runs(): pass\n\n@pytest.mark.MARK\ndef test_marked(): assert False\n"
 SKIP = "import pytest\n\ndef test_runs(): pass\n\ndef test_skips(): pytest.skip('no reason')\n"
 
 
@@ -52,6 +54,17 @@ def test_marked_tests_may_skip(suite, mark, monkeypatch):
     )
     assert code == 0
     assert "1 passed, 1 skipped" in out
+
+
+@pytest.mark.parametrize(("ci", "code"), [("true", 1), ("", 0)])
+def test_a_browser_may_be_missing_but_not_in_ci(suite, monkeypatch, ci, code):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    result, out = suite(
+        f"import pytest\n\n{MARKED.replace('MARK', 'browser')}", "--fail-on-skip", "-rs"
+    )
+    assert result == code
+    assert "needs Chromium" in out
 
 
 def test_expected_failures_are_no_skips(suite):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import gradio as gr
@@ -20,7 +20,7 @@ from diffalign.app.controls import Panel, Values, is_ready, panel
 from diffalign.app.desk import Desk, Progress, Run, bar, visitor_of
 from diffalign.app.links import Fields
 from diffalign.app.sampling import Sampling, Settings, buttons, sampling
-from diffalign.app.sheet import Outputs, code
+from diffalign.app.sheet import Outputs, before_after, chart, code, pictures
 from diffalign.app.shelf import Shelf
 from diffalign.core.budget import Budget
 from diffalign.core.errors import BudgetExceeded
@@ -243,53 +243,31 @@ class Frame:
                 (picture(c.image if c.image.ndim == 3 else c.image[0]), f"{c.score:.3f}")
                 for c in result.top
             ],
-            self.curve: curve_of(story.points),
+            self.curve: gr.Image(curve_of(story.points), visible=bool(story.points)),
             self.tree: gr.Image(drawing, visible=drawing is not None),
         }
 
 
-def curve_of(points: list[tuple[float, float]]) -> Image.Image | None:
-    """The best score against NFE."""
+def curve_of(points: Sequence[tuple[float, float]]) -> Image.Image | None:
+    """The best score against NFE, None before there is one."""
     if not points:
         return None
     return line_chart(
         [Curve("best so far", points)],
         x_label="NFE (denoiser rows)",
         y_label="reward",
+        title="Reward against NFE",
         size=(900, 360),
     )
 
 
 def frame() -> Frame:
     """Draw the components here."""
-    slider = gr.ImageSlider(
-        label="The first image (left) and the best so far (right)",
-        type="pil",
-        format="png",
-        interactive=False,
-        max_height=420,
-        elem_classes=["pixels"],
-    )
+    slider = before_after("The first image (left) and the best so far (right); drag the line")
     text = gr.Textbox(label="Where it stands", lines=2, max_lines=6)
-    curve = gr.Image(label="Reward against NFE", type="pil", format="png", interactive=False)
-    gallery = gr.Gallery(
-        label="Candidates, best first",
-        format="png",
-        columns=5,
-        height="auto",
-        allow_preview=False,
-        object_fit="contain",
-        buttons=["download_all"],
-        interactive=False,
-        elem_classes=["pixels", "columns"],
-    )
-    tree = gr.Image(
-        label="The tree that was searched",
-        type="pil",
-        format="png",
-        interactive=False,
-        visible=False,
-    )
+    curve = chart("Reward against NFE")
+    gallery = pictures("Candidates, best first")
+    tree = chart("The tree that was searched")
     return Frame(slider, text, curve, gallery, tree, *code())
 
 
@@ -314,7 +292,7 @@ def tab(shelf: Shelf, desk: Desk) -> Fields:
         for story in news:
             outputs = shown.show(story)
             if story.points and time.monotonic() - drawn_s > PAUSE_S:
-                outputs[shown.curve] = curve_of(story.points)
+                outputs[shown.curve] = gr.Image(curve_of(story.points), visible=True)
                 drawn_s = time.monotonic()
             yield outputs
 

@@ -136,6 +136,7 @@ def curves(columns: Sequence[Column]) -> Image.Image | None:
         return None
     return line_chart(
         lines,
+        title="Effective scale, and agreement of the branches, by step",
         x_label="step",
         y_label="effective scale",
         right_label="cosine of the branches",

@@ -64,41 +64,20 @@ class Frame:
         }
         if sheet.finished:
             outputs[self.report] = reports(sheet.columns)
-            outputs[self.plot] = gr.Image(curves(sheet.columns))
+            picture = curves(sheet.columns)
+            outputs[self.plot] = gr.Image(picture, visible=picture is not None)
         return outputs
 
 
 def frame(label: str) -> Frame:
     """Draw the components here. ``label``: what lies on either side of the slider."""
     images = gr.State(([], 0), time_to_live=3600)
-    slider = gr.ImageSlider(
-        label=label,
-        type="pil",
-        format="png",
-        interactive=False,
-        max_height=420,
-        elem_classes=["pixels"],
-    )
-    gallery = gr.Gallery(
-        label="All columns on the same noise; click one to lay it over the first",
-        format="png",
-        columns=5,
-        height="auto",
-        allow_preview=False,
-        object_fit="contain",
-        buttons=["download_all"],
-        interactive=False,
-        elem_classes=["pixels", "columns"],
-    )
+    slider = before_after(label)
+    gallery = pictures("All columns on the same noise; click one to lay it over the first")
     table = gr.Dataframe(
         headers=HEADS, label="What each column cost", interactive=False, wrap=True, type="array"
     )
-    plot = gr.Image(
-        label="Effective scale and agreement of the branches, by step",
-        type="pil",
-        format="png",
-        interactive=False,
-    )
+    plot = chart("Effective scale, and agreement of the branches, by step")
     with gr.Accordion("Reports in full", open=False):
         report = gr.Textbox(show_label=False, lines=12, max_lines=30, buttons=["copy"])
     python, shell = code()
@@ -113,6 +92,51 @@ def frame(label: str) -> Frame:
         pick, images, slider, queue=False, show_progress="hidden", api_visibility="private"
     )
     return Frame(slider, gallery, table, plot, report, python, shell, images)
+
+
+def before_after(label: str) -> gr.ImageSlider:
+    """Draw two images under a line that can be dragged."""
+    gr.Markdown(label, elem_classes=["heading"])
+    return gr.ImageSlider(
+        label=label,
+        show_label=False,
+        type="pil",
+        format="png",
+        interactive=False,
+        height=400,
+        elem_classes=["pixels"],
+    )
+
+
+def pictures(label: str) -> gr.Gallery:
+    """Draw a gallery, which can be downloaded."""
+    gr.Markdown(label, elem_classes=["heading"])
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        format="png",
+        columns=5,
+        fit_columns=False,
+        height="auto",
+        allow_preview=False,
+        object_fit="contain",
+        buttons=["download_all"],
+        interactive=False,
+        elem_classes=["pixels", "columns"],
+    )
+
+
+def chart(label: str) -> gr.Image:
+    """Draw the place of a chart, which is there once it has something to show."""
+    return gr.Image(
+        label=label,
+        show_label=False,
+        type="pil",
+        format="png",
+        interactive=False,
+        visible=False,
+        buttons=["download", "fullscreen"],
+    )
 
 
 def code() -> tuple[gr.Code, gr.Code]:

@@ -89,8 +89,8 @@ class Meter:
             meter.evaluations += evaluations
 
     def check(self, rows: int = 0, decodes: int = 0, rewards: int = 0, backward: int = 0) -> None:
-        """Raise ``BudgetExceeded`` when this work would pass the budget, ``Cancelled`` when it is to
-        stop; count nothing."""
+        """Raise ``BudgetExceeded`` when this work would pass the budget, ``Cancelled`` once it is
+        to stop; count nothing."""
         if self.stop is not None and self.stop():
             raise Cancelled("The run was stopped; the pipeline is as it was before.")
         limits = (

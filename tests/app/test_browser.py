@@ -1,0 +1,225 @@
+"""The page as people use it, in Debian's Chromium; screenshots lie in outputs/browser."""
+
+import re
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+WAIT_MS = 90_000
+PASSWORDS = "etc/passwd"
+
+
+@pytest.fixture(scope="module")
+def server():
+    from diffalign.app.start import Server, Start
+
+    server = Server(Start())
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def visitor(chromium, server):
+    """``visitor(query, width)``: a page of its own, as a new visitor sees it."""
+
+    @contextmanager
+    def visit(query="", width=1400):
+        context = chromium.new_context(viewport={"width": width, "height": 1000})
+        context.set_default_timeout(WAIT_MS)
+        page = context.new_page()
+        page.foreign = []
+        page.on("request", lambda request: page.foreign.append(request.url))
+        page.goto(server.url + query)
+        page.get_by_role("tab", name="Compare").wait_for()
+        yield page
+        context.close()
+
+    return visit
+
+
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).locator("visible=true").click()
+
+
+def expect(page):
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=WAIT_MS)
+    return expect(page)
+
+
+def message(page):
+    """The text of the error that the page shows, which is then closed."""
+    toast = page.locator(".toast-body")
+    toast.first.wait_for()
+    text = toast.first.inner_text()
+    toast.first.locator("button").click()
+    return " ".join(text.split())
+
+
+def rows(page):
+    """The cells of the table that can be seen."""
+    table = page.locator("table:visible").filter(has=page.locator("td")).last
+    return [row.all_inner_texts() for row in (r.locator("td") for r in table.locator("tbody tr").all())]
+
+
+def images(page):
+    return page.locator(".columns:visible img")
+
+
+def shot(page, artefacts, name):
+    page.screenshot(path=artefacts / f"{name}.png", full_page=True)
+
+
+def test_compare(visitor, artefacts):
+    query = '?tab=compare&techniques=["adaptive-guidance","apg"]&scale=3&steps=8&prompt=a photo of a dog'
+    with visitor(query) as page:
+        expect(page.get_by_label("Prompt", exact=True).locator("visible=true")).to_have_value(
+            "a photo of a dog"
+        )
+        press(page, "Options of apg")
+        page.get_by_label("eta").locator("visible=true").first.fill("0.5")
+        press(page, "Draw")
+        expect(images(page)).to_have_count(3)
+        expect(page.get_by_role("img", name="Effective scale").or_(page.locator(".image-frame img")).first).to_be_visible()
+        press(page, "Copy as Python or as command line")
+        expect(page.locator(".cm-content:visible").first).to_contain_text("da.APG(eta=0.5)")
+        expect(page.locator(".cm-content:visible").last).to_contain_text("--technique apg:eta=0.5")
+        assert "eta=0.5" in page.url
+        images(page).nth(1).click()
+        shot(page, artefacts, "compare")
+        assert all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in page.foreign)
+
+
+def test_align(visitor, artefacts):
+    with visitor("?tab=align&method=dts-star&steps=4&nfe=100") as page:
+        press(page, "Search")
+        expect(page.get_by_label("Where it stands")).to_have_value(re.compile("after [0-9]+ images"))
+        expect(images(page).nth(1)).to_be_visible()
+        expect(page.locator(".image-frame:visible img")).to_have_count(2)  # curve and tree
+        shot(page, artefacts, "align")
+
+
+def test_negative_prompt(visitor, artefacts):
+    with visitor("?tab=negative&steps=8&scale=3&negative=a photo of a cat") as page:
+        press(page, "Draw")
+        expect(images(page)).to_have_count(4)
+        shot(page, artefacts, "negative")
+
+
+def test_evaluate(visitor, artefacts):
+    with visitor("?tab=evaluate&steps=2&prompts=2&images=1&techniques=apg") as page:
+        press(page, "Evaluate")
+        report = page.frame_locator("iframe.report")
+        expect(report.locator("article")).to_have_count(2)
+        expect(report.locator("#count")).to_have_text("2 of 2 prompts")  # its script runs
+        expect(page.get_by_role("link", name="Download the report").or_(page.get_by_text("Download the report"))).to_be_visible()
+        with page.expect_download() as download:
+            page.get_by_text("Download the report").click()
+        assert "<!doctype html>" in download.value.path().read_text()[:200]
+        shot(page, artefacts, "evaluate")
+
+
+def test_models(visitor, artefacts):
+    with visitor("?tab=models") as page:
+        press(page, "Show")
+        expect(page.get_by_label("What it is")).to_have_value(re.compile("StableDiffusionPipeline"))
+        shot(page, artefacts, "models")
+        name = page.get_by_label("Model, folder, hub id or pipeline class")
+        for text, words in (
+            ("../../" + PASSWORDS, "not on the list"),
+            ("stabilityai/sdxl-turbo", "not on the list"),
+            ("NoSuchPipeline", "NoSuchPipeline"),
+        ):
+            name.fill(text)
+            name.press("Tab")
+            press(page, "Show")
+            assert words in message(page)
+
+
+def test_hostile_input_is_refused_with_a_message(visitor):
+    attack = '<img src=x onerror="document.title=1">'
+    with visitor("?tab=compare&steps=1&techniques=[]&scale=1e9&seed=nan&model=" + "x" * 99) as page:
+        assert "cannot be used: scale, model, seed" in message(page).replace("seed, model", "model, seed")
+        press(page, "Negative prompt, further columns")
+        lines = page.get_by_label("Further columns in the command line's form, one a line")
+        for prompt, text, words in (
+            ("a dog", attack, "Unknown technique"),
+            ("a" * 501, "apg", "may have 500 letters; got 501"),
+            ("a dog", "apg:eta=1e400", "eta"),
+            ("a dog", "cfg\n" * 5, "one to 4 techniques"),
+        ):
+            field = page.get_by_label("Prompt", exact=True).locator("visible=true")
+            field.evaluate("(field) => field.removeAttribute('maxlength')")
+            field.fill(prompt)
+            lines.fill(text)
+            press(page, "Draw")
+            assert words in message(page)
+        field.fill(attack)
+        lines.fill("cfg")
+        press(page, "Draw")
+        expect(images(page)).to_have_count(2)
+        assert page.title() == "diffalign"
+
+
+@pytest.mark.parametrize("path", ["../../../" + PASSWORDS, "/" + PASSWORDS, __file__])
+def test_no_file_of_the_machine_is_served(server, path):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{server.url}gradio_api/file={path}")
+    assert caught.value.code in (403, 404)
+
+
+def test_a_reload_brings_the_settings_back(visitor):
+    with visitor() as page:
+        prompt = page.get_by_label("Prompt", exact=True).locator("visible=true")
+        prompt.fill("two cats & a <dog>")
+        steps = page.get_by_label("Steps").locator("visible=true").first
+        steps.fill("7")
+        steps.press("Tab")
+        page.wait_for_function("location.search.includes('steps=7')")
+        page.reload()
+        expect(prompt).to_have_value("two cats & a <dog>")
+        expect(steps).to_have_value("7")
+        page.get_by_role("tab", name="Align").click()
+        page.wait_for_function("location.search.includes('tab=align')")
+
+
+def test_two_visitors_see_their_own_and_a_stop_frees_the_line(visitor):
+    long, short = "?tab=compare&steps=100&techniques=[\"s2-guidance\",\"apg\"]", "?tab=compare&steps=1"
+    with visitor(long + "&prompt=mine") as mine, visitor(short + "&prompt=yours") as yours:
+        press(mine, "Draw")
+        mine.get_by_text(re.compile(r"[1-9]\d*/300")).first.wait_for()
+        press(yours, "Draw")
+        yours.get_by_text("1 run is ahead").first.wait_for()
+        press(mine, "Stop")
+        assert "Stopped" in message(mine)
+        expect(images(yours)).to_have_count(2)
+        press(yours, "Copy as Python or as command line")
+        expect(yours.locator(".cm-content:visible").first).to_contain_text("prompt = 'yours'")
+        assert images(mine).count() == 0
+
+
+def test_a_phone(visitor, artefacts):
+    with visitor("?tab=compare&steps=2", width=390) as page:
+        press(page, "Draw")
+        expect(images(page)).to_have_count(2)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        shot(page, artefacts, "phone")
+
+
+def test_what_the_page_wrote_is_removed_when_it_ends():
+    import os
+
+    from diffalign.app.start import Server, Start
+
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    server = Server(Start())
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert folder.is_dir()
+    server.close()
+    assert not folder.exists()
+    assert os.environ.get("GRADIO_TEMP_DIR") == before
