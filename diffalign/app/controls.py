@@ -154,6 +154,7 @@ def _number(
 def _with_default(control: Control, text: str) -> FormComponent:
     label = f"{MODEL}: {text}"
     if isinstance(control.component, gr.Dropdown):
-        others = [value for _, value in control.component.choices if value != MODEL]
-        return gr.Dropdown(choices=[(label, MODEL), *((str(v), v) for v in others)])
-    return type(control.component)(placeholder=label)
+        others = [(str(value), value) for _, value in control.component.choices if value != MODEL]
+        return gr.Dropdown(choices=[(label, MODEL), *others])
+    number = isinstance(control.component, gr.Number)
+    return gr.Number(placeholder=label) if number else gr.Textbox(placeholder=label)

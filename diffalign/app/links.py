@@ -32,7 +32,7 @@ class Fields:
     def watch(self, tab: gr.Tab) -> None:
         """Keep the address as the fields are while somebody works in the tab."""
         fields = list(self.components.values())
-        events = [tab.select, *(field.change for field in fields)]
+        events = [tab.select, *(field.change for field in fields)]  # type: ignore[attr-defined]
         gr.on(
             events,
             None,

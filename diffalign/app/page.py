@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from urllib.parse import parse_qsl
 
 import gradio as gr
 from gradio.components import Component
@@ -24,6 +25,8 @@ TABS: tuple[tuple[str, Callable[[Shelf, Desk], Fields]], ...] = (
     ("Evaluate", evaluate.tab),
     ("Models", models.tab),
 )
+ADDRESS = 20_000
+"""Letters of an address that are read."""
 WAITING = 60
 """Events that gradio's own queue takes; the desk refuses runs long before."""
 KEPT_S = 3600
@@ -58,8 +61,8 @@ def restore(page: gr.Blocks, tabs: gr.Tabs, fields: Sequence[Fields]) -> None:
     """Fill the fields from the address when the page is opened."""
     targets = [component for tab in fields for component in tab.components.values()]
 
-    def read(request: gr.Request) -> dict[Component | gr.Tabs, object]:
-        query = dict(request.query_params)
+    def read(text: str) -> dict[Component | gr.Tabs, object]:
+        query = dict(parse_qsl(text[1:ADDRESS], keep_blank_values=True))
         name = query.pop("tab", "")
         target = next((tab for tab in fields if tab.name == name), None)
         if target is None:
@@ -70,8 +73,18 @@ def restore(page: gr.Blocks, tabs: gr.Tabs, fields: Sequence[Fields]) -> None:
         return {tabs: gr.Tabs(selected=target.name), **values}
 
     page.load(
-        read, None, [tabs, *targets], queue=False, show_progress="hidden", api_visibility="private"
+        read,
+        gr.Textbox(visible=False),
+        [tabs, *targets],
+        js="() => [window.diffalignAddress ?? window.location.search]",
+        show_progress="hidden",
+        api_visibility="private",
     )
+
+
+def head() -> str:
+    """What notes the address before the first tab writes its own."""
+    return "<script>window.diffalignAddress = window.location.search</script>"
 
 
 def style() -> str:

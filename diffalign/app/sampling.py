@@ -95,7 +95,7 @@ def sampling(shelf: Shelf, steps: int | None = None, scale: float | None = None)
     with gr.Row():
         model = gr.Dropdown(list(shelf.names), value=USUAL, label="Model", min_width=140)
         seed = gr.Number(0, precision=0, minimum=0, maximum=SEED, label="Seed", min_width=110)
-        dice = gr.Button("New seed", min_width=100, scale=0, elem_classes=["beside"])
+        dice = gr.Button("New seed", size="sm", min_width=100, scale=0, elem_classes=["beside"])
     with gr.Row():
         guidance = gr.Slider(
             1.0,

@@ -103,7 +103,7 @@ def before_after(label: str) -> gr.ImageSlider:
         type="pil",
         format="png",
         interactive=False,
-        height=400,
+        max_height=420,
         elem_classes=["pixels"],
     )
 
@@ -115,7 +115,7 @@ def pictures(label: str) -> gr.Gallery:
         label=label,
         show_label=False,
         format="png",
-        columns=5,
+        columns=4,
         fit_columns=False,
         height="auto",
         allow_preview=False,

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from diffalign.app.desk import Desk
-from diffalign.app.page import build, style, theme
+from diffalign.app.page import build, head, style, theme
 from diffalign.app.shelf import USUAL, Shelf
 
 
@@ -60,6 +60,7 @@ class Server:
             max_file_size="1mb",
             theme=theme(),
             css=style(),
+            head=head(),
         )
         # so that the first visitor does not wait for it
         self.desk.warm(lambda: shelf.open(USUAL))
