@@ -13,7 +13,8 @@ pytest_plugins = ["pytester"]
 def suite(pytester):
     """Run a test file under the project's conftest: exit code and output."""
     pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text(encoding="utf-8"))
-    pytester.makeini("[pytest]\nmarkers =\n  gpu: accelerator\n  hub: network\n  browser: Chromium\n")
+    marks = "".join(f"  {name}: of this project\n" for name in ("gpu", "hub", "browser"))
+    pytester.makeini(f"[pytest]\nmarkers =\n{marks}")
 
     def run(code, *options):
         pytester.makepyfile(test_it=code)

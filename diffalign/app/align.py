@@ -24,7 +24,7 @@ from diffalign.app.sheet import Outputs, before_after, chart, code, pictures
 from diffalign.app.shelf import Shelf
 from diffalign.core.budget import Budget
 from diffalign.core.errors import BudgetExceeded
-from diffalign.core.registry import METHODS, parse
+from diffalign.core.registry import KERNELS, METHODS, parse
 from diffalign.core.search import Candidate, Method
 from diffalign.core.technique import Technique
 from diffalign.drawing.charts import Curve, line_chart
@@ -32,12 +32,13 @@ from diffalign.drawing.tree import tree_picture
 
 NFE = 5000
 """The largest budget, in denoiser rows."""
+OWN = "the scheduler's own"
 PAUSE_S = 2.0
 """Seconds between two drawings of the curve while a search runs."""
 EXAMPLES = [
-    ["a photo of a red apple and a green clock", "best-of-n", 320],
-    ["a photo of three dogs", "dts-star", 400],
-    ["a photo of a bear above a pizza", "zero-order", 400],
+    ["a photo of a red apple and a green clock", "best-of-n", OWN, 320],
+    ["a photo of three dogs", "dts-star", "eta", 400],
+    ["a photo of a bear above a pizza", "zero-order", OWN, 400],
 ]
 
 
@@ -49,6 +50,8 @@ class Order:
     settings: Settings
     method: Method[object]
     reward: str
+    # of the random steps; None for the scheduler's own
+    kernel: str | None
     nfe: int
     techniques: tuple[Technique, ...]
 
@@ -89,6 +92,7 @@ def search(order: Order, shelf: Shelf, run: Run[Story]) -> None:
         settings.seed,
         order.method,
         order.reward,
+        order.kernel,
         order.nfe,
         order.techniques,
     )
@@ -116,6 +120,7 @@ def search(order: Order, shelf: Shelf, run: Run[Story]) -> None:
             reward=order.reward,
             budget=Budget(nfe=order.nfe),
             techniques=order.techniques,
+            kernel=order.kernel,
             seed=settings.seed,
             show=show,
             improved=improved,
@@ -134,6 +139,7 @@ def shell_of(order: Order) -> str:
         order.prompt,
         method=snippets.method_text(order.method),
         reward=order.reward,
+        kernel=order.kernel,
         budget=f"nfe={order.nfe}",
         technique=[snippets.texts_of(order.techniques)] if order.techniques else None,
         **order.settings.options,
@@ -147,6 +153,7 @@ class Form:
     prompt: gr.Textbox
     method: gr.Dropdown
     reward: gr.Dropdown
+    kernel: gr.Dropdown
     nfe: gr.Slider
     techniques: gr.Textbox
     controls: Panel
@@ -155,7 +162,7 @@ class Form:
     @property
     def fields(self) -> Fields:
         """Those that stand in the address: all."""
-        names = ("prompt", "method", "reward", "nfe", "techniques")
+        names = ("prompt", "method", "reward", "kernel", "nfe", "techniques")
         options = {control.key: control.component for control in self.controls.controls}
         components = {name: getattr(self, name) for name in names}
         return Fields("align", {**components, **self.sampling.components, **options})
@@ -172,7 +179,8 @@ class Form:
         except (ValueError, TypeError) as error:
             raise refusal(error) from error
         settings = self.sampling.read(values)
-        return Order(prompt, settings, method, str(values[self.reward]), nfe, techniques)
+        kernel = None if values[self.kernel] == OWN else str(values[self.kernel])
+        return Order(prompt, settings, method, str(values[self.reward]), kernel, nfe, techniques)
 
 
 def form(shelf: Shelf) -> Form:
@@ -185,6 +193,12 @@ def form(shelf: Shelf) -> Form:
             list(shelf.rewards), value=shelf.rewards[0], label="Reward to raise", min_width=140
         )
     controls = panel(items, ["best-of-n"])
+    kernel = gr.Dropdown(
+        [OWN, *KERNELS.names()],
+        value=OWN,
+        label="Noise while sampling",
+        info="a method that branches needs some; eta fits most models, flow-sde flow matching",
+    )
     nfe = gr.Slider(40, NFE, value=320, step=20, label="Budget", info="denoiser rows (NFE)")
     with gr.Accordion("Techniques in every call", open=False):
         techniques = gr.Textbox(
@@ -198,7 +212,15 @@ def form(shelf: Shelf) -> Form:
         show_progress="hidden",
         api_visibility="private",
     )
-    fields = Form(prompt, method, reward, nfe, techniques, controls, sampling(shelf))
+    method.input(
+        lambda name: "eta" if METHODS.get(name).branches else OWN,  # type: ignore[attr-defined]
+        method,
+        kernel,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    fields = Form(prompt, method, reward, kernel, nfe, techniques, controls, sampling(shelf))
     fields.sampling.follow(shelf, {}, None)
     return fields
 
@@ -277,7 +299,8 @@ def tab(shelf: Shelf, desk: Desk) -> Fields:
         with gr.Column(scale=2, min_width=320):
             fields = form(shelf)
             button = buttons("Search", desk)
-            gr.Examples(EXAMPLES, [fields.prompt, fields.method, fields.nfe], label="Examples")
+            examples = [fields.prompt, fields.method, fields.kernel, fields.nfe]
+            gr.Examples(EXAMPLES, examples, label="Examples")
         with gr.Column(scale=3, min_width=320):
             shown = frame()
 

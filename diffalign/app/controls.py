@@ -131,22 +131,23 @@ def _component(spec: Option, item: str) -> tuple[FormComponent, object]:
         if not unset:
             return gr.Checkbox(bool(spec.default), **words), spec.default
         return gr.Dropdown([empty, "true", "false"], value=empty, **words), empty
-    if set(kinds) <= {int, float} and not spec.infinite:
-        return _number(spec, kinds == [int], None if unset else spec.default, empty, words)
+    if set(kinds) <= {int, float} and not (unset or spec.infinite):
+        return _number(spec, kinds == [int], spec.default, words)
     text = "" if unset else value_text(spec.default)
     return gr.Textbox(text, placeholder=empty, max_length=300, **words), text
 
 
 def _number(
-    spec: Option, integer: bool, default: Any, empty: str, words: Keywords
+    spec: Option, integer: bool, default: float, words: Keywords
 ) -> tuple[FormComponent, object]:
-    """A slider where a default lies in a known range, else a number that may be left empty."""
-    if default is not None and spec.span and spec.span[0] <= default <= spec.span[1]:
+    """A slider where the default lies in a known range, else a number. One that may be left empty
+    is a text: a number of the browser is never empty."""
+    if spec.span and spec.span[0] <= default <= spec.span[1]:
         low, high = spec.span
         step = 1 if integer else (high - low) / 100
         return gr.Slider(low, high, value=default, step=step, **words), default
     ends = [end if math.isfinite(end) else None for end in (spec.low, spec.high)]
-    words |= {"minimum": ends[0], "maximum": ends[1], "placeholder": empty}
+    words |= {"minimum": ends[0], "maximum": ends[1]}
     words |= {"precision": 0, "step": 1} if integer else {"step": 0.1}
     return gr.Number(default, **words), default
 
@@ -156,5 +157,4 @@ def _with_default(control: Control, text: str) -> FormComponent:
     if isinstance(control.component, gr.Dropdown):
         others = [(str(value), value) for _, value in control.component.choices if value != MODEL]
         return gr.Dropdown(choices=[(label, MODEL), *others])
-    number = isinstance(control.component, gr.Number)
-    return gr.Number(placeholder=label) if number else gr.Textbox(placeholder=label)
+    return gr.Textbox(placeholder=label)

@@ -83,13 +83,20 @@ def restore(page: gr.Blocks, tabs: gr.Tabs, fields: Sequence[Fields]) -> None:
 
 
 def head() -> str:
-    """What notes the address before the first tab writes its own."""
-    return "<script>window.diffalignAddress = window.location.search</script>"
+    """What notes the address before the first tab writes its own, and how wide the page is."""
+    return (
+        "<script>window.diffalignAddress = window.location.search</script>"
+        f"<style>{_asset('frame.css')}</style>"
+    )
 
 
 def style() -> str:
-    """The style sheet."""
-    return (files("diffalign.app") / "page.css").read_text(encoding="utf-8")
+    """The style sheet of what lies inside the page."""
+    return _asset("page.css")
+
+
+def _asset(name: str) -> str:
+    return (files("diffalign.app") / name).read_text(encoding="utf-8")
 
 
 def theme() -> gr.Theme:

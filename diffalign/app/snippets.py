@@ -120,6 +120,7 @@ def search(
     seed: int,
     method: Method[object],
     reward: str,
+    kernel: str | None,
     nfe: int,
     techniques: Sequence[Technique],
 ) -> str:
@@ -136,6 +137,7 @@ def search(
         f"    budget=da.Budget(nfe={nfe}),",
     ]
     lines += [f"    techniques=({tools}),"] if tools else []
+    lines += [f"    kernel={kernel!r},"] if kernel else []
     lines += [f"    seed={seed},"]
     lines += [f"    {name}={literal(value)}," for name, value in model.call.items()]
     return "\n".join([*lines, ")", "print(result)", 'result.save("aligned")']) + "\n"

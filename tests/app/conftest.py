@@ -32,6 +32,6 @@ def told(run):
     return [item for item in news if not isinstance(item, Progress)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def news():
     return told

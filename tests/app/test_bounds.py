@@ -27,7 +27,8 @@ def test_a_scale_outside_its_range_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", "empty"), (None, "empty"), ("a" * 501, "may have 500 letters; got 501")]
+    ("text", "words"),
+    [("", "empty"), (None, "empty"), ("a" * 501, "may have 500 letters; got 501")],
 )
 def test_a_prompt_is_a_text_of_some_length(text, words):
     with pytest.raises(gr.Error, match=words):

@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-WAIT_MS = 30_000
+WAIT_MS = 45_000
 PASSWORDS = "etc/passwd"
 
 
@@ -64,12 +64,6 @@ def message(page):
     return " ".join(text.split())
 
 
-def rows(page):
-    """The cells of the table that can be seen."""
-    table = page.locator("table:visible").filter(has=page.locator("td")).last
-    return [row.all_inner_texts() for row in (r.locator("td") for r in table.locator("tbody tr").all())]
-
-
 def images(page):
     return page.locator(".columns:visible img")
 
@@ -79,7 +73,8 @@ def shot(page, artefacts, name):
 
 
 def test_compare(visitor, artefacts):
-    query = '?tab=compare&techniques=["adaptive-guidance","apg"]&scale=3&steps=8&prompt=a photo of a dog'
+    query = '?tab=compare&techniques=["adaptive-guidance","apg"]&scale=3&steps=8'
+    query += "&prompt=a photo of a dog"
     with visitor(query) as page:
         expect(page.get_by_label("Prompt", exact=True).locator("visible=true")).to_have_value(
             "a photo of a dog"
@@ -91,7 +86,9 @@ def test_compare(visitor, artefacts):
         expect(page.locator(".image-frame:visible img")).to_be_visible()
         press(page, "Copy as Python or as command line")
         expect(page.locator(".cm-content:visible").first).to_contain_text("da.load('emoji')")
-        expect(page.locator(".cm-content:visible").last).to_contain_text("--technique apg:eta=0.5")
+        expect(page.locator(".cm-content:visible").last).to_have_text(
+            re.compile("--technique apg:eta=0.5 ")
+        )
         assert "eta=0.5" in page.url
         images(page).nth(1).click()
         shot(page, artefacts, "compare")
@@ -99,9 +96,11 @@ def test_compare(visitor, artefacts):
 
 
 def test_align(visitor, artefacts):
-    with visitor("?tab=align&method=dts-star&steps=4&nfe=100") as page:
+    with visitor("?tab=align&method=dts-star&kernel=eta&steps=4&nfe=100") as page:
         press(page, "Search")
-        expect(page.get_by_label("Where it stands")).to_have_value(re.compile("after [0-9]+ images"))
+        expect(page.get_by_label("Where it stands")).to_have_value(
+            re.compile("after [0-9]+ images")
+        )
         expect(images(page).nth(1)).to_be_visible()
         expect(page.locator(".image-frame:visible img")).to_have_count(2)  # curve and tree
         shot(page, artefacts, "align")
@@ -119,9 +118,13 @@ def test_evaluate(visitor, artefacts):
         press(page, "Evaluate")
         report = page.frame_locator("iframe.report")
         expect(report.locator("article")).to_have_count(2)
-        assert [row[0] for row in rows(page)] == ["emoji: plain", "emoji: apg"]
+        expect(page.locator(".table-wrap:visible").first).to_contain_text("emoji: apg")
         expect(report.locator("#count")).to_have_text("2 of 2 prompts")  # its script runs
-        expect(page.get_by_role("link", name="Download the report").or_(page.get_by_text("Download the report"))).to_be_visible()
+        expect(
+            page.get_by_role("link", name="Download the report").or_(
+                page.get_by_text("Download the report")
+            )
+        ).to_be_visible()
         with page.expect_download() as download:
             page.get_by_text("Download the report").click()
         assert "<!doctype html>" in download.value.path().read_text()[:200]
@@ -193,7 +196,7 @@ def test_a_reload_brings_the_settings_back(visitor):
 
 
 def test_two_visitors_see_their_own_and_a_stop_frees_the_line(visitor):
-    long, short = "?tab=compare&steps=100&techniques=[\"s2-guidance\",\"apg\"]", "?tab=compare&steps=1"
+    long, short = '?tab=compare&steps=100&techniques=["s2-guidance","apg"]', "?tab=compare&steps=1"
     with visitor(long + "&prompt=mine") as mine, visitor(short + "&prompt=yours") as yours:
         press(mine, "Draw")
         mine.get_by_text(re.compile(r"[1-9]\d*/300")).first.wait_for()

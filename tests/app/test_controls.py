@@ -56,12 +56,11 @@ def test_ranges_are_sliders_choices_are_lists_and_what_is_looked_up_is_empty(pan
     space = control(panel, "adaptive-guidance", "space")
     assert isinstance(space.component, gr.Dropdown)
     assert space.initial == "from the model"
-    tau = control(panel, "nag", "tau")
-    assert isinstance(tau.component, gr.Number)
-    assert (tau.initial, tau.component.placeholder) == (None, "from the model")
-    cap = control(panel, "apg", "cap")  # it may be infinite
+    cap = control(panel, "apg", "cap")
     assert isinstance(cap.component, gr.Textbox)
     assert (cap.initial, cap.component.placeholder) == ("", "from the model")
+    high = control(panel, "fdg", "high")
+    assert (high.initial, high.component.placeholder) == ("", "none")
     window = control(panel, "interval-cfg", "sigma")
     assert isinstance(window.component, gr.Textbox)
 
@@ -73,7 +72,7 @@ def test_ranges_are_sliders_choices_are_lists_and_what_is_looked_up_is_empty(pan
         ("interval-cfg", "sigma", "(0.5,inf)"),
         ("adaptive-guidance", "space", "eps"),
         ("apg", "cap", "inf"),
-        ("nag", "tau", 4),
+        ("nag", "tau", "4"),
         ("pladis", "alpha", "2"),
     ],
 )
@@ -87,8 +86,9 @@ def test_a_touched_control_sets_its_option(panel, name, option, value):
     [
         ("interval-cfg", "sigma", "x" * 301, gr.Error),
         ("interval-cfg", "sigma", "(a,b)", ValueError),
-        ("nag", "tau", float("nan"), ValueError),
-        ("nag", "tau", -1e300, ValueError),
+        ("nag", "tau", "nan", ValueError),
+        ("nag", "tau", "-1e300", ValueError),
+        ("s2-guidance", "seed", float("nan"), ValueError),
         ("apg", "cap", "nan", ValueError),
     ],
 )
@@ -98,14 +98,18 @@ def test_a_bad_value_is_refused(panel, name, option, value, error):
 
 
 def test_the_groups_of_chosen_techniques_are_shown(panel):
-    shown = [name for name, update in zip(panel.groups, panel.shown(["nag", "apg"])) if update.visible]
+    shown = [
+        name for name, update in zip(panel.groups, panel.shown(["nag", "apg"])) if update.visible
+    ]
     assert sorted(shown) == ["apg", "nag"]
     assert "tcfg" not in panel.groups  # it has the call's scale alone
 
 
 def test_what_from_the_model_means_is_said(panel, opened):
     updates = panel.defaults(opened.resolved(classes()))
-    assert updates[control(panel, "apg", "cap").component].placeholder.startswith("from the model: ")
+    assert updates[control(panel, "apg", "cap").component].placeholder.startswith(
+        "from the model: "
+    )
     space = updates[control(panel, "adaptive-guidance", "space").component]
     assert space.choices[0] == ("from the model: x0", "from the model")
 

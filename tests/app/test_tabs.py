@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import diffalign as da
 from diffalign import cli
 from diffalign.app import align, compare, evaluate, models, negative, snippets
-from diffalign.app.desk import Progress
+from diffalign.app.desk import Progress, Run
 from diffalign.app.sampling import Settings
 from diffalign.core import Cancelled
 from diffalign.core.registry import METHODS, parse
@@ -114,8 +114,9 @@ def close(path, image):
     return np.abs(np.asarray(Image.open(path).convert("RGB"), float) - np.asarray(image)).max() <= 1
 
 
-@pytest.fixture
-def compared(shelf, run, news):
+@pytest.fixture(scope="module")
+def compared(shelf, news):
+    run = Run("visitor", print)
     columns = tuple((text, parse(text)) for text in ("interval-cfg:stop=0.5+pladis", "apg:cap=inf"))
     compare.draw(compare.Order(PROMPT, "a cat", FEW, columns), shelf, run)
     return news(run)
@@ -131,6 +132,7 @@ def test_columns_come_one_by_one_on_the_same_noise(compared):
     assert all(c.verdict is not None for c in columns)
 
 
+@pytest.mark.slow
 def test_comparison_as_python_and_as_commands(compared, place):
     sheet = compared[-1]
     run_python(sheet.python)
@@ -169,10 +171,13 @@ def test_a_model_that_is_not_on_the_list_is_refused(shelf, run):
         compare.draw(order, shelf, run)
 
 
-@pytest.fixture
-def avoided(shelf, run, news):
+@pytest.fixture(scope="module")
+def avoided(shelf, news):
+    run = Run("visitor", print)
     nag = da.NAG(tau=2.0, negative_prompt='a "cat", black')
-    negative.draw(negative.Order("a photo of a dog and a cat", 'a "cat", black', FEW, nag), shelf, run)
+    negative.draw(
+        negative.Order("a photo of a dog and a cat", 'a "cat", black', FEW, nag), shelf, run
+    )
     return news(run)[-1]
 
 
@@ -189,6 +194,7 @@ def test_nag_stands_beside_guidance(avoided):
     assert len({c.image.tobytes() for c in columns}) == 4
 
 
+@pytest.mark.slow
 def test_negative_prompts_as_python_and_as_commands(avoided, place):
     run_python(avoided.python)
     for number, column in enumerate(avoided.columns):
@@ -197,7 +203,7 @@ def test_negative_prompts_as_python_and_as_commands(avoided, place):
     files = sorted((place / "outputs" / "compare" / "images").glob("*.png"))
     for file, number in zip(files, (0, 2, 3), strict=True):
         assert close(file, avoided.columns[number].image)
-    (file,) = (place / "outputs").glob("*.png")
+    (file,) = (f for f in (place / "outputs").rglob("*.png") if "compare" not in f.parts)
     assert close(file, avoided.columns[1].image)
 
 
@@ -208,13 +214,22 @@ def test_without_guidance_nag_stands_beside_the_plain_model(shelf, opened):
     assert labels == ["plain", "NAG without CFG"]
 
 
-def order_of_search(method, nfe, techniques="", steps=2):
+def order_of_search(method, nfe, techniques="", steps=2, kernel=None):
     settings = replace(FEW, steps=steps)
-    return align.Order(PROMPT, settings, METHODS.make(method)[0], "emoji-clip", nfe, parse(techniques))
+    return align.Order(
+        PROMPT,
+        settings,
+        METHODS.make(method)[0],
+        "emoji-clip",
+        kernel,
+        nfe,
+        parse(techniques) if techniques else (),
+    )
 
 
-@pytest.fixture
-def aligned(shelf, run, news):
+@pytest.fixture(scope="module")
+def aligned(shelf, news):
+    run = Run("visitor", print)
     align.search(order_of_search("best-of-n:n=3", 40, "cfg:scale=2"), shelf, run)
     return news(run)
 
@@ -229,6 +244,7 @@ def test_a_search_is_told_while_it_runs_and_ends_with_its_result(aligned):
     assert first.best == []  # what was told does not change afterwards
 
 
+@pytest.mark.slow
 def test_a_search_as_python_and_as_a_command(aligned, place, capsys):
     result = aligned[-1].result
     run_python(aligned[-1].python)
@@ -259,11 +275,19 @@ def test_a_budget_that_is_too_small_is_said(shelf, run):
         align.search(order_of_search("best-of-n:n=3", 4), shelf, run)
 
 
+def test_a_method_that_branches_says_what_it_needs(shelf, run):
+    with pytest.raises(ValueError, match="needs children that differ"):
+        align.search(order_of_search("dts-star", 60, steps=4), shelf, run)
+
+
 def test_a_tree_search_shows_its_tree(shelf, run, news):
-    align.search(order_of_search("dts-star", 60, steps=4), shelf, run)
+    align.search(order_of_search("dts-star", 60, steps=4, kernel="eta"), shelf, run)
     with gr.Blocks():
         frame = align.frame()
-    outputs = frame.show(news(run)[-1])
+    story = news(run)[-1]
+    outputs = frame.show(story)
+    assert "kernel='eta'" in story.python
+    assert "--kernel eta" in story.shell
     assert outputs[frame.tree].visible
     assert outputs[frame.curve].visible
     assert len(outputs[frame.gallery]) >= 2
@@ -271,7 +295,9 @@ def test_a_tree_search_shows_its_tree(shelf, run, news):
 
 @pytest.fixture(scope="module")
 def evaluation():
-    return evaluate.Order("apg:eta=0.5", parse("apg:eta=0.5"), "counting", 2, 1, replace(FEW, steps=1))
+    return evaluate.Order(
+        "apg:eta=0.5", parse("apg:eta=0.5"), "counting", 2, 1, replace(FEW, steps=1)
+    )
 
 
 @pytest.mark.slow
