@@ -24,11 +24,12 @@ LEVELS = (
     (("generate", "alignment"), "the one sampling loop; the door of search"),
     (("calibration",), "fits a technique to a model"),
     (("eval",), "measures and compares"),
-    (("cli", "app"), "command line and page"),
+    (("app",), "the page"),
+    (("cli",), "the command line, which starts the page too"),
 )
 COLOURS = (
     "#dfe8f6", "#d9ead8", "#fbe3c8", "#efe0f2", "#fff2b8", "#d6eef0", "#e7e7ec", "#f6dcdc",
-    "#dfe8f6", "#d9ead8",
+    "#dfe8f6", "#d9ead8", "#fbe3c8",
 )  # fmt: skip
 
 STEP = (

@@ -21,10 +21,11 @@ from diffalign.core.registry import make
 from diffalign.core.technique import Technique
 
 EXAMPLES = [
+    ["a photo of an apple", "a photo of a red apple"],
+    ["a photo of a car", "a photo of a red car"],
     ["a photo of a dog and a cat", "a photo of a cat"],
-    ["a photo of a red apple", "red"],
-    ["a photo of a clock", "a photo of two clocks"],
 ]
+SCALE = 3.0
 NAMES = {"nag": NAG}
 
 
@@ -132,10 +133,14 @@ class Form:
 
 def form(shelf: Shelf) -> Form:
     """Draw the fields here."""
+    gr.Markdown(
+        "A negative prompt by guidance costs nothing more, and needs a scale above 1. NAG needs no "
+        "guidance. The embedded models are small and obey few negative prompts."
+    )
     prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", max_length=PROMPT)
     negative = gr.Textbox(EXAMPLES[0][1], label="What to avoid", max_length=PROMPT)
     controls = panel(NAMES, ["nag"], without=("negative_prompt",))
-    fields = Form(prompt, negative, controls, sampling(shelf))
+    fields = Form(prompt, negative, controls, sampling(shelf, scale=SCALE))
     fields.sampling.follow(shelf, NAMES, controls)
     return fields
 

@@ -151,6 +151,37 @@ def test_an_interrupt_returns_the_best_so_far(pipe):
     assert not da.active(pipe)
 
 
+@pytest.mark.parametrize("late", [1, 6])
+def test_a_stop_ends_at_the_next_evaluation_with_the_best_image(pipe, late):
+    """Of 4 steps with one image each: in the second image, one and three steps in."""
+    asked = []
+    seen = []
+
+    def stop():
+        asked.append(len(seen))
+        return asked.count(1) >= late
+
+    result = da.align(
+        pipe,
+        PROMPT,
+        method=da.BestOfN(9, batch=1),
+        reward=brightness,
+        improved=lambda candidate: seen.append(candidate.score),
+        stop=stop,
+        **CALL,
+    )
+    assert (result.end, result.scored) == ("interrupted", 1)
+    assert torch.equal(result.tensor, plain(pipe, seed_of(PROMPT, 0)))
+    assert asked.count(1) == late  # the final call is made in full
+    assert not da.active(pipe)
+
+
+def test_a_stop_before_the_first_image_is_said(pipe):
+    with pytest.raises(da.Cancelled, match="stopped"):
+        da.align(pipe, PROMPT, method="best-of-n:n=2", reward=brightness, stop=lambda: True, **CALL)
+    assert not da.active(pipe)
+
+
 def test_an_interrupt_among_drafts_runs_the_best_draft_in_full(pipe):
     calls = []
 

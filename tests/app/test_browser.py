@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-WAIT_MS = 45_000
+WAIT_MS = 90_000
 PASSWORDS = "etc/passwd"
 
 
@@ -36,7 +36,7 @@ def visitor(chromium, server):
         page.goto(server.url + query)
         page.get_by_role("tab", name="Compare").wait_for()
         if steps := re.search(r"steps=(\d+)", query):  # the address has been read
-            field = page.get_by_label("Steps").locator("visible=true").first
+            field = page.get_by_label("number input for Steps").locator("visible=true")
             expect(field).to_have_value(steps[1])
         yield page
         context.close()
@@ -184,7 +184,7 @@ def test_a_reload_brings_the_settings_back(visitor):
     with visitor() as page:
         prompt = page.get_by_label("Prompt", exact=True).locator("visible=true")
         prompt.fill("two cats & a <dog>")
-        steps = page.get_by_label("Steps").locator("visible=true").first
+        steps = page.get_by_label("number input for Steps").locator("visible=true")
         steps.fill("7")
         steps.press("Tab")
         page.wait_for_function("location.search.includes('steps=7')")

@@ -41,7 +41,7 @@ def test_the_first_state_of_each_tab_is_an_order(forms):
     assert order.settings == Settings("emoji", 1.5, 20, 0)
     assert forms["align"].order(values_of(forms["align"])).method == da.BestOfN()
     nag = forms["negative"].order(values_of(forms["negative"])).nag
-    assert nag == da.NAG(negative_prompt="a photo of a cat")
+    assert nag == da.NAG(negative_prompt="a photo of a red apple")
     assert forms["evaluate"].order(values_of(forms["evaluate"])).techniques == (da.APG(),)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.core import Budget, BudgetExceeded, Meter
+from diffalign.core import Budget, BudgetExceeded, Cancelled, Meter
 
 
 def counts(meter):
@@ -65,6 +65,15 @@ def test_a_refusal_of_any_meter_leaves_all_as_they_were(tight):
         meter.charge(rows=1)
     assert [m.rows for m in (meter, *others)] == [3, 3, 3]
     assert [m.calls for m in (meter, *others)] == [1, 1, 1]
+
+
+def test_a_stop_refuses_all_work_and_counts_nothing():
+    answers = iter([False, True])
+    meter = Meter(stop=lambda: next(answers))
+    meter.charge(rows=2)
+    with pytest.raises(Cancelled, match="stopped"):
+        meter.charge(rows=2)
+    assert counts(meter) == (2, 1, 0, 0, 0)
 
 
 def test_a_check_counts_nothing():
