@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -63,14 +64,15 @@ class Server:
             head=head(),
         )
         # so that the first visitor does not wait for it
-        self.desk.warm(lambda: shelf.open(USUAL))
+        self.desk.warm(lambda: shelf.open(USUAL).judge)
 
     def close(self) -> None:
         """End the page: its runs stop at their next step, its files are removed."""
         self._rest.close()
 
     def wait(self) -> None:
-        """Until the process is interrupted."""
+        """Until the process is interrupted or told to end."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             self.page.block_thread()
         finally:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from diffalign import APG
 from diffalign.eval.report import report
 from diffalign.eval.results import columns
 
@@ -19,7 +20,7 @@ def page(chromium, evaluated, plan, tmp_path):
     items[1] = replace(items[1], prompt=ATTACK)
     plan = replace(plan, benchmark=replace(plan.benchmark, items=tuple(items)))
     evaluated("one", plan)
-    evaluated("two", replace(plan, seed=1))
+    evaluated("two", replace(plan, techniques=(APG(),)))
     report(columns([tmp_path / "one", tmp_path / "two"]), tmp_path / "report")
     context = chromium.new_context()
     page = context.new_page()
