@@ -35,10 +35,15 @@ NFE = 5000
 OWN = "the scheduler's own"
 PAUSE_S = 2.0
 """Seconds between two drawings of the curve while a search runs."""
+PROMPTS = (
+    "a photo of a red apple and a green clock",
+    "a photo of three dogs",
+    "a photo of a bear above a pizza",
+)
 EXAMPLES = [
-    ["a photo of a red apple and a green clock", "best-of-n", OWN, 320],
-    ["a photo of three dogs", "dts-star", "eta", 400],
-    ["a photo of a bear above a pizza", "zero-order", OWN, 400],
+    [PROMPTS[0], "best-of-n", OWN, 320],
+    [PROMPTS[1], "dts-star", "eta", 400],
+    [PROMPTS[2], "zero-order", OWN, 400],
 ]
 
 
@@ -186,7 +191,7 @@ class Form:
 def form(shelf: Shelf) -> Form:
     """Draw the fields here."""
     items = {name: cls for name, cls in METHODS.all().items() if is_ready(cls)}
-    prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", max_length=PROMPT)
+    prompt = gr.Textbox(PROMPTS[0], label="Prompt", max_length=PROMPT)
     with gr.Row():
         method = gr.Dropdown(list(items), value="best-of-n", label="Method", min_width=140)
         reward = gr.Dropdown(
@@ -310,9 +315,12 @@ def tab(shelf: Shelf, desk: Desk) -> Fields:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[Outputs]:
         order = fields.order(values)
-        news = desk.run(visitor_of(request), lambda run: search(order, shelf, run), bar(progress))
         drawn_s = 0.0
-        for story in news:
+
+        def work(run: Run[Story]) -> None:
+            search(order, shelf, run)
+
+        for story in desk.run(visitor_of(request), work, bar(progress)):
             outputs = shown.show(story)
             if story.points and time.monotonic() - drawn_s > PAUSE_S:
                 outputs[shown.curve] = gr.Image(curve_of(story.points), visible=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from diffalign.generate.seeds import jobs_of
 from diffalign.generate.verdicts import verdicts
 from diffalign.tasks.geneval.verdict import Verdict, parse_prompt
 
+T = TypeVar("T")
 HEADS = ["column", "NFE", "guided steps", "seconds", "verdict"]
 
 
@@ -66,7 +68,7 @@ class Column:
 
 
 def drawn(
-    opened: Open, variants: Sequence[Variant], prompt: str, seed: int, run: Run[list[Column]]
+    opened: Open, variants: Sequence[Variant], prompt: str, seed: int, run: Run[T]
 ) -> Iterator[Column]:
     """Draw the variants one after another; ``run`` is told the steps, and stops them."""
     count, total = 0, sum(variant.model.steps for variant in variants)

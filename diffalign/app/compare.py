@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import gradio as gr
+from gradio.components import FormComponent
 
 from diffalign.app import snippets
 from diffalign.app.bounds import PROMPT, TEXT, prompt_of, refusal, short
@@ -25,11 +26,17 @@ from diffalign.core.technique import Technique
 
 MOST = 4
 """Columns beside the plain one."""
+PROMPTS = (
+    "a photo of a red apple and a green clock",
+    "a photo of three dogs",
+    "a photo of a bear above a pizza",
+    "a photo of a purple train",
+)
 EXAMPLES = [
-    ["a photo of a red apple and a green clock", ["adaptive-guidance", "apg"]],
-    ["a photo of three dogs", ["interval-cfg", "pladis"]],
-    ["a photo of a bear above a pizza", ["cfg-zero-star", "s2-guidance"]],
-    ["a photo of a purple train", ["nag", "linear-ag"]],
+    [PROMPTS[0], ["adaptive-guidance", "apg"]],
+    [PROMPTS[1], ["interval-cfg", "pladis"]],
+    [PROMPTS[2], ["cfg-zero-star", "s2-guidance"]],
+    [PROMPTS[3], ["nag", "linear-ag"]],
 ]
 
 
@@ -69,7 +76,9 @@ def columns_of(
             f"{len(names) + len(lines)}."
         )
     try:
-        groups = [(controls.build(TECHNIQUES, name, values),) for name in names]
+        groups: list[tuple[Technique, ...]] = [
+            (controls.build(TECHNIQUES, name, values),) for name in names
+        ]
         groups += [parse(line) for line in lines]
         return tuple((snippets.texts_of(group), group) for group in groups)
     except (ValueError, TypeError) as error:
@@ -121,7 +130,7 @@ class Form:
     @property
     def fields(self) -> Fields:
         """Those that stand in the address: all."""
-        names = {"prompt": self.prompt, "negative": self.negative}
+        names: dict[str, FormComponent] = {"prompt": self.prompt, "negative": self.negative}
         names |= {"techniques": self.names, "more": self.text}
         options = {control.key: control.component for control in self.controls.controls}
         return Fields("compare", {**names, **self.sampling.components, **options})
@@ -139,7 +148,7 @@ class Form:
 def form(shelf: Shelf) -> Form:
     """Draw the fields here."""
     items = classes()
-    prompt = gr.Textbox(EXAMPLES[0][0], label="Prompt", max_length=PROMPT)
+    prompt = gr.Textbox(PROMPTS[0], label="Prompt", max_length=PROMPT)
     names = gr.Dropdown(
         list(items),
         value=["adaptive-guidance"],
@@ -194,8 +203,11 @@ def tab(shelf: Shelf, desk: Desk) -> Fields:
         if sheet is not None:
             yield shown.show(sheet)
             return
-        news = desk.run(visitor_of(request), lambda run: draw(order, shelf, run), bar(progress))
-        for sheet in news:
+
+        def work(run: Run[Sheet]) -> None:
+            draw(order, shelf, run)
+
+        for sheet in desk.run(visitor_of(request), work, bar(progress)):
             yield shown.show(sheet)
         if sheet is not None and sheet.finished:
             memory.put(order.key, sheet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -82,7 +82,9 @@ class Panel:
         return updates
 
 
-def panel(items: Mapping[str, type], shown: Sequence[str], without: Sequence[str] = ()) -> Panel:
+def panel(
+    items: Mapping[str, Callable[..., object]], shown: Sequence[str], without: Sequence[str] = ()
+) -> Panel:
     """One group of controls for each of ``items``, drawn where this is called. ``without``: options
     that the tab has fields of its own for."""
     groups: dict[str, gr.Accordion] = {}
@@ -109,7 +111,7 @@ def has_control(spec: Option) -> bool:
     return spec.source != CALL and spec.saved == "value"
 
 
-def is_ready(cls: type) -> bool:
+def is_ready(cls: Callable[..., object]) -> bool:
     """Whether a technique or method can be made without naming an option."""
     return all(spec.default is not REQUIRED for spec in options_of(cls).values())
 
@@ -155,6 +157,6 @@ def _number(
 def _with_default(control: Control, text: str) -> FormComponent:
     label = f"{MODEL}: {text}"
     if isinstance(control.component, gr.Dropdown):
-        others = [(str(value), value) for _, value in control.component.choices if value != MODEL]
-        return gr.Dropdown(choices=[(label, MODEL), *others])
+        texts = [str(value) for _, value in control.component.choices if value != MODEL]
+        return gr.Dropdown(choices=[(label, MODEL), *((text, text) for text in texts)])
     return gr.Textbox(placeholder=label)

@@ -145,7 +145,8 @@ def _evaluated(
 
 def seconds_of(timings: tuple[Json, ...]) -> float:
     """Mean seconds of an image."""
-    return sum(t["seconds"] for t in timings) / max(sum(t["images"] for t in timings), 1)
+    seconds, images = (sum(float(t[name]) for t in timings) for name in ("seconds", "images"))
+    return seconds / max(images, 1.0)
 
 
 def stoppable(model: Model, run: Run[Finding]) -> Model:
@@ -352,8 +353,11 @@ def tab(shelf: Shelf, desk: Desk) -> Fields:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[Outputs]:
         order = fields.order(values)
-        news = desk.run(visitor_of(request), lambda run: evaluate(order, shelf, run), bar(progress))
-        for finding in news:
+
+        def work(run: Run[Finding]) -> None:
+            evaluate(order, shelf, run)
+
+        for finding in desk.run(visitor_of(request), work, bar(progress)):
             with tempfile.TemporaryDirectory(prefix="diffalign-report-") as place:
                 file = Path(place) / "report.html"
                 file.write_text(finding.page, encoding="utf-8")

@@ -112,7 +112,11 @@ def tab(shelf: Shelf, desk: Desk) -> Fields:
 
     def run(model: str, request: gr.Request) -> Iterator[Outputs]:
         label = short(model or "", "The model").strip()
-        for card in desk.run(visitor_of(request), lambda run: describe(label, shelf, run)):
+
+        def work(run: Run[Card]) -> None:
+            describe(label, shelf, run)
+
+        for card in desk.run(visitor_of(request), work):
             yield {
                 text: card.text,
                 table: [list(row) for row in card.rows],

@@ -166,8 +166,11 @@ def tab(shelf: Shelf, desk: Desk) -> Fields:
         if sheet is not None:
             yield shown.show(sheet)
             return
-        news = desk.run(visitor_of(request), lambda run: draw(order, shelf, run), bar(progress))
-        for sheet in news:
+
+        def work(run: Run[Sheet]) -> None:
+            draw(order, shelf, run)
+
+        for sheet in desk.run(visitor_of(request), work, bar(progress)):
             yield shown.show(sheet)
         if sheet is not None and sheet.finished:
             memory.put(order.key, sheet)

@@ -70,7 +70,9 @@ def restore(page: gr.Blocks, tabs: gr.Tabs, fields: Sequence[Fields]) -> None:
         values, unusable = target.read(query)
         if unusable:
             gr.Warning(f"The address holds values that cannot be used: {', '.join(unusable)}.")
-        return {tabs: gr.Tabs(selected=target.name), **values}
+        updates: dict[Component | gr.Tabs, object] = {tabs: gr.Tabs(selected=target.name)}
+        updates.update((component, value) for component, value in values.items())
+        return updates
 
     page.load(
         read,
