@@ -121,15 +121,9 @@ def _evaluated(
     for name, group in (("plain", ()), ("techniques", order.techniques)):
         plan = Plan(benchmark, stoppable(model, run), group, order.images, order.settings.seed)
         folder = RunFolder.begin(place / name, plan.settings())
-        generate(plan, folder, limit=order.prompts, progress=progress(f"drawing: {name}"))
-        pictures = pictures_of(folder)
-        score(
-            scorer,
-            folder.path,
-            folder.path / "images",
-            pictures,
-            progress=progress(f"judging: {name}"),
-        )
+        items = benchmark.spread(order.prompts)
+        generate(plan, folder, items, progress=progress(f"drawing: {name}"))
+        score(scorer, folder, pictures_of(folder), progress=progress(f"judging: {name}"))
     table = columns([place / "plain", place / "techniques"])
     numbers, files = report(table, place / "report")
     (page,) = (file for file in files if file.name == "index.html")
@@ -240,8 +234,8 @@ place = Path("evaluated")
 for name, techniques in (("plain", ()), ("techniques", parse(%(techniques)s))):
     plan = Plan(benchmark, model, techniques, samples=%(images)s, seed=%(seed)s)
     folder = RunFolder.begin(place / name, plan.settings())
-    generate(plan, folder, limit=%(prompts)s)
-    score(judge, folder.path, folder.path / "images", pictures_of(folder))
+    generate(plan, folder, benchmark.spread(%(prompts)s))
+    score(judge, folder, pictures_of(folder))
 numbers, files = report(columns([place / "plain", place / "techniques"]), place / "report")
 print(numbers["comparisons"], *files, sep="\\n")
 """

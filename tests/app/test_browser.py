@@ -60,7 +60,7 @@ def message(page):
     toast = page.locator(".toast-body")
     toast.first.wait_for()
     text = toast.first.inner_text()
-    toast.first.locator("button").click()
+    toast.first.locator("button").evaluate("(button) => button.click()")
     return " ".join(text.split())
 
 
@@ -196,20 +196,20 @@ def test_a_reload_brings_the_settings_back(visitor):
 
 
 def test_two_visitors_see_their_own_and_a_stop_frees_the_line(visitor):
-    long, short = '?tab=compare&steps=100&techniques=["s2-guidance","apg"]', "?tab=compare&steps=1"
-    with visitor(long + "&prompt=mine") as mine, visitor(short + "&prompt=yours") as yours:
+    long = '?tab=compare&steps=100&techniques=["s2-guidance","pag","seg","apg"]&prompt=mine'
+    with visitor(long) as mine, visitor("?tab=compare&steps=1&prompt=yours") as yours:
         press(mine, "Draw")
-        mine.get_by_text(re.compile(r"[1-9]\d*/300")).first.wait_for()
-        yours.bring_to_front()
+        mine.get_by_text(re.compile(r"[1-9]\d*/500")).first.wait_for()
         press(yours, "Draw")
         yours.get_by_text("1 run is ahead").first.wait_for()
-        mine.bring_to_front()
-        press(mine, "Stop")
+        # at once: a page behind another one is drawn too rarely for a person's click
+        stop = mine.get_by_role("button", name="Stop").locator("visible=true").first
+        stop.evaluate("(button) => button.click()")
         assert "Stopped" in message(mine)
         expect(images(yours)).to_have_count(2)
         press(yours, "Copy as Python or as command line")
         expect(yours.locator(".cm-content:visible").first).to_contain_text("prompt = 'yours'")
-        assert images(mine).count() < 3  # what was finished before the stop, and nothing of yours
+        assert images(mine).count() < 5  # what was finished before the stop, and nothing of yours
 
 
 def test_a_phone(visitor, artefacts):
