@@ -7,7 +7,8 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
@@ -124,8 +125,9 @@ class Desk:
         while not future.done():
             if not future.running():
                 self._wait(run, future, progress)
-            yield from self._newest(run, progress, TICK)
-        yield from self._newest(run, progress, 0.0)
+            wait([future], timeout=TICK)  # a browser cannot draw every step
+            yield from self._newest(run, progress)
+        yield from self._newest(run, progress)
         try:
             future.result()
         except (Cancelled, CancelledError) as error:
@@ -149,16 +151,11 @@ class Desk:
             runs = "1 run is" if ahead == 1 else f"{ahead} runs are"
             progress(Progress(0, 1, f"waiting; {runs} ahead"))
 
-    def _newest(
-        self, run: Run[T], progress: Callable[[Progress], None], patience: float
-    ) -> Iterator[T]:
+    def _newest(self, run: Run[T], progress: Callable[[Progress], None]) -> Iterator[T]:
         news: list[T | Progress] = []
-        try:
-            news.append(run.news.get(timeout=patience) if patience else run.news.get_nowait())
+        with suppress(Empty):
             while True:
                 news.append(run.news.get_nowait())
-        except Empty:
-            pass
         results = [item for item in news if not isinstance(item, Progress)]
         steps = [item for item in news if isinstance(item, Progress)]
         if steps:
