@@ -280,6 +280,7 @@ def test_a_method_that_branches_says_what_it_needs(shelf, run):
         align.search(order_of_search("dts-star", 60, steps=4), shelf, run)
 
 
+@pytest.mark.slow
 def test_a_tree_search_shows_its_tree(shelf, run, news):
     align.search(order_of_search("dts-star", 60, steps=4, kernel="eta"), shelf, run)
     with gr.Blocks():

@@ -9,7 +9,7 @@ from diffalign import APG
 from diffalign.eval.report import report
 from diffalign.eval.results import columns
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 ATTACK = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
 
 
