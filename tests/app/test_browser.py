@@ -69,6 +69,10 @@ def images(page):
 
 
 def shot(page, artefacts, name):
+    """A screenshot, once every picture has its place."""
+    page.wait_for_function(
+        "[...document.querySelectorAll('.pixels')].every((e) => !e.offsetParent || e.offsetHeight > 99)"
+    )
     page.screenshot(path=artefacts / f"{name}.png", full_page=True)
 
 
