@@ -51,7 +51,10 @@ def class_card(name: str) -> Card:
         f"{name} is supported: family {family.name}, guidance scale {gates}. Load a model to see "
         "every technique."
     )
-    python = f"from diffusers import {name}\n\nimport diffalign as da\n\nprint({name}.__name__)\n"
+    python = (
+        f"from diffusers import {name}\n\nfrom diffalign.families import family_of\n\n"
+        f"print(family_of({name}).name)\n"
+    )
     return Card(text, (), python, snippets.command("models", name))
 
 

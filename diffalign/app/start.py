@@ -41,6 +41,15 @@ class Server:
     def __init__(self, start: Start) -> None:
         shelf = Shelf(start.allow, start.rewards)
         self._rest = ExitStack()
+        try:
+            self._open(start, shelf)
+        except BaseException:  # such as a port that is taken
+            self._rest.close()
+            raise
+        # so that the first visitor does not wait for it
+        self.desk.warm(lambda: shelf.open(USUAL).judge)
+
+    def _open(self, start: Start, shelf: Shelf) -> None:
         folder = self._rest.enter_context(tempfile.TemporaryDirectory(prefix="diffalign-app-"))
         self._rest.callback(_environment("GRADIO_TEMP_DIR", folder))
         self.desk = Desk(start.waiting)
@@ -63,8 +72,6 @@ class Server:
             css=style(),
             head=head(),
         )
-        # so that the first visitor does not wait for it
-        self.desk.warm(lambda: shelf.open(USUAL).judge)
 
     def close(self) -> None:
         """End the page: its runs stop at their next step, its files are removed."""

@@ -70,9 +70,8 @@ def images(page):
 
 def shot(page, artefacts, name):
     """A screenshot, once every picture has its place."""
-    page.wait_for_function(
-        "[...document.querySelectorAll('.pixels')].every((e) => !e.offsetParent || e.offsetHeight > 99)"
-    )
+    small = "(e) => e.offsetParent && e.offsetHeight < 99"
+    page.wait_for_function(f"![...document.querySelectorAll('.pixels')].some({small})")
     page.screenshot(path=artefacts / f"{name}.png", full_page=True)
 
 
@@ -236,3 +235,14 @@ def test_what_the_page_wrote_is_removed_when_it_ends():
     server.close()
     assert not folder.exists()
     assert os.environ.get("GRADIO_TEMP_DIR") == before
+
+
+def test_a_port_that_is_taken_leaves_nothing_behind(server):
+    import os
+
+    from diffalign.app.start import Server, Start
+
+    before, port = os.environ["GRADIO_TEMP_DIR"], int(server.url.rstrip("/").rpartition(":")[2])
+    with pytest.raises(OSError, match="port"):
+        Server(Start(port=port))
+    assert os.environ["GRADIO_TEMP_DIR"] == before
