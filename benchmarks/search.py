@@ -288,6 +288,8 @@ def main() -> None:
             for i in ids
             if all(place_of(n, i, options).exists() for n in {BASE, *options.methods})
         ]
+        if not ids:
+            parser.error(f"--finished: no prompt is finished by all methods in {options.work!r}")
     pipe = da.load(options.model)
     pipe.set_progress_bar_config(disable=True)
     with Progress() as bar:

@@ -132,6 +132,12 @@ def test_a_changed_result_changes_the_tables(benchmark_module, tmp_path, monkeyp
     rows.append({"technique": None, "method": "CFG 2", "NFE": 40.0})
     data = {"rows": rows, "units": {}, "facts": {"best": "CFG 2"}}
     (tmp_path / "guidance.json").write_text(json.dumps(data))
+    found = {"rows": [], "units": {}, "facts": {}}
+    share = {"emoji-judge-audit: all": {"one": 0.5}}
+    found["facts"]["from one image to the best"] = share
+    for method in ("best-of-n", "beam, svdd"):
+        found["rows"].append({"method": method, "NFE": 800, "audit": estimate | {"value": 0.75}})
+    (tmp_path / "search.json").write_text(json.dumps(found))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     cells = readme.row_of("apg")
     assert cells[3:5] == ["-0.123 [-0.200, -0.100]", "30"]
@@ -140,7 +146,8 @@ def test_a_changed_result_changes_the_tables(benchmark_module, tmp_path, monkeyp
     short = readme.by_purpose()
     assert "| 25% fewer evaluations | -0.123 [-0.200, -0.100] |" in short
     assert "| -0.123 [-0.200, -0.100] over plain at scale 9 |" in short
-    assert "| 2 passes per step | not measured yet |" in short
+    assert short.count("| 20 times as many | right images 50% to 75% |") == 2
+    assert readme.short("tcfg")[1:] == ["2 passes per step", "not measured yet"]
     assert readme.costs("tcfg") == "2 passes per step"
 
 
