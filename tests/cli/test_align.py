@@ -32,6 +32,7 @@ def test_a_folder_with_a_run_needs_resume(run, folder, tmp_path):
     assert json.loads(resumed.stdout)["scored"] == 2
 
 
+@pytest.mark.slow
 def test_several_prompts_have_a_folder_each(run, folder, tmp_path):
     result = run(
         "align", "a red apple", "-p", "a dog", "-m", folder, *SHORT, "-o", tmp_path, "--json"

@@ -184,6 +184,7 @@ def test_output_that_cannot_be_written(run, untouched, folder, tmp_path):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["compare.png", "compare.json", "images"])
 def test_names_that_are_taken(run, untouched, folder, tmp_path, name):
     (tmp_path / name).touch() if name == "images" else (tmp_path / name).mkdir()

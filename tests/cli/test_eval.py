@@ -198,7 +198,7 @@ def count(folder, part):
     return len(list((folder / part).rglob("[0-9]*.json")))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("install", "words", "records", "scores"),
     [

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from diffalign.app import start
-
 
 @pytest.fixture
 def started(monkeypatch):
     """The ``Start`` of the page, which is not opened."""
+    from diffalign.app import start  # here, so that not every process of the tests loads gradio
+
     seen = []
 
     class Stub:
@@ -26,13 +26,15 @@ def started(monkeypatch):
 
 
 def test_its_options_reach_the_page(run, started):
+    from diffalign.app.start import Start
+
     result = run(
         *("app", "--allow", "owner/name", "--host", "0.0.0.0", "--port", "8000"),
         *("--auth", "me:pass:word", "--waiting", "3", "--reward", "redness"),
     )
     assert result.stdout == "The page is at http://127.0.0.1:7860/ (Ctrl-C ends it)\n"
     (options,) = started
-    assert options == start.Start(
+    assert options == Start(
         host="0.0.0.0",
         port=8000,
         auth=("me", "pass:word"),
