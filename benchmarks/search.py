@@ -164,8 +164,8 @@ def run(way: Way, pipe: Any, prompt_id: int, nfe: int, scale: float) -> dict[str
 
 def correct(images: Sequence[torch.Tensor], record: dict[str, Any], judge: str) -> list[bool]:
     """Whether each image is right."""
-    found = verdicts(da.load(judge), torch.stack(list(images)), [record] * len(images))
-    return [verdict is not None and verdict.correct for verdict in found]
+    answers = verdicts(da.load(judge), torch.stack(list(images)), [record] * len(images))
+    return [verdict is not None and verdict.correct for verdict in answers]
 
 
 def everything(reward: Timed, record: dict[str, Any]) -> dict[str, list[Any]]:
@@ -210,10 +210,10 @@ def way_to_the_best(base: Sequence[Any], ids: Sequence[int]) -> dict[str, dict[s
     for judge in JUDGES:
         for tag in ("all", *dict.fromkeys(map(tag_of, ids))):
             rows = [r["all"] for r, i in zip(base, ids, strict=True) if tag in ("all", tag_of(i))]
-            chosen = [row[judge][row["reward"].index(max(row["reward"]))] for row in rows]
+            picks = [row[judge][row["reward"].index(max(row["reward"]))] for row in rows]
             one = statistics.fmean(statistics.fmean(row[judge]) for row in rows)
             best = statistics.fmean(any(row[judge]) for row in rows)
-            mine = statistics.fmean(chosen)
+            mine = statistics.fmean(picks)
             part = {"one": one, "chosen": mine, "best": best, "prompts": float(len(rows))}
             if best > one:
                 part["share of the way"] = (mine - one) / (best - one)
