@@ -105,9 +105,9 @@ def ways() -> dict[str, Callable[[Pipeline], Any]]:
     runs: dict[str, Callable[[Pipeline], Any]] = {"full": lambda pipe: caching(pipe, None)}
     for keep in (0.3, 0.5):
         technique = da.CAT(keep, start=WARM)
-        runs[f"CAT {keep:g}"] = lambda pipe, t=technique: caching(pipe, None, t)  # type: ignore[misc]
+        runs[f"CAT {keep:g}"] = lambda pipe, t=technique: caching(pipe, None, t)
     for name, make in configs.items():
-        runs[name] = lambda pipe, make=make: caching(pipe, make())  # type: ignore[misc]
+        runs[name] = lambda pipe, make=make: caching(pipe, make())
     return runs
 
 

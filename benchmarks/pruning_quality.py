@@ -86,7 +86,7 @@ def ways(steps: int) -> Iterator[Way]:
         turns = da.CAT(keep, selection="round-robin")
         yield Way("round-robin", f"round-robin {keep:g}", steps, (turns,))
     for selection in ("random", "movement", "ras"):
-        technique = da.CAT(0.3, selection=selection)  # type: ignore[arg-type]
+        technique = da.CAT(0.3, selection=selection)
         yield Way("other choices", f"{selection} 0.3", steps, (technique,))
     for threshold in (0.1, 0.2, 0.4):
         yield Way("cache-dit", f"cache-dit {threshold:g}", steps, (), threshold)
@@ -282,7 +282,7 @@ def study(options: Namespace) -> None:
     with Progress() as bar, torch.no_grad():
         for steps in options.steps:
             task = bar.add_task(f"full run, {steps} steps", total=len(ids) * options.samples)
-            truth = full_run(pipe, ids, steps, options, lambda n, t=task: bar.advance(t, n))  # type: ignore[misc]
+            truth = full_run(pipe, ids, steps, options, lambda n, t=task: bar.advance(t, n))
             beside = Beside(truth, clip.image_features)
             runs: dict[Way, Measured] = {}
             work: dict[Way, float] = {}

@@ -6,7 +6,7 @@ session's report.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import gradio as gr
@@ -16,10 +16,10 @@ from diffalign.app import snippets
 from diffalign.app.bounds import PROMPT, TEXT, prompt_of, refusal, short
 from diffalign.app.columns import Column, Variant, drawn
 from diffalign.app.controls import Panel, Values, is_ready, panel
-from diffalign.app.desk import Desk, Memory, Run, bar, visitor_of
+from diffalign.app.desk import Desk, Run
 from diffalign.app.links import Fields
 from diffalign.app.sampling import Sampling, Settings, buttons, sampling
-from diffalign.app.sheet import Outputs, Sheet, frame
+from diffalign.app.sheet import Sheet, drawing, frame
 from diffalign.app.shelf import Shelf
 from diffalign.core.registry import TECHNIQUES, parse, techniques
 from diffalign.core.technique import Technique
@@ -191,27 +191,7 @@ def tab(shelf: Shelf, desk: Desk) -> Fields:
             examples = gr.Examples(EXAMPLES, [fields.prompt, fields.names], label="Examples")
         with gr.Column(scale=3, min_width=320):
             shown = frame("The plain pipeline (left) and a column (right); drag the line")
-    memory: Memory[Sheet] = Memory()
-
-    def run(
-        values: Values,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Iterator[Outputs]:
-        order = fields.order(values)
-        sheet = memory.get(order.key)
-        if sheet is not None:
-            yield shown.show(sheet)
-            return
-
-        def work(run: Run[Sheet]) -> None:
-            draw(order, shelf, run)
-
-        for sheet in desk.run(visitor_of(request), work, bar(progress)):
-            yield shown.show(sheet)
-        if sheet is not None and sheet.finished:
-            memory.put(order.key, sheet)
-
+    run = drawing(fields.order, lambda order, run: draw(order, shelf, run), desk, shown)
     event = {
         "inputs": set(fields.fields.components.values()),
         "outputs": shown.components,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
 from diffalign.app.columns import HEADS, Column, curves, enlarged, pairs, reports
+from diffalign.app.controls import Values
+from diffalign.app.desk import Desk, Memory, Run, bar, visitor_of
 
 Outputs = dict[Component, object]
 
@@ -145,3 +149,46 @@ def code() -> tuple[gr.Code, gr.Code]:
         python = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True)
         shell = gr.Code(language="shell", label="Command line", interactive=False, wrap_lines=True)
     return python, shell
+
+
+class Keyed(Protocol):
+    """What a visitor asks for."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal where the sheet is."""
+        ...
+
+
+K = TypeVar("K", bound=Keyed)
+
+
+def drawing(
+    order_of: Callable[[Values], K],
+    draw: Callable[[K, Run[Sheet]], None],
+    desk: Desk,
+    shown: Frame,
+) -> Callable[..., Iterator[Outputs]]:
+    """The event of a tab that draws a sheet: what is drawn already is shown from memory."""
+    memory: Memory[Sheet] = Memory()
+
+    def run(
+        values: Values,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Iterator[Outputs]:
+        order = order_of(values)
+        sheet = memory.get(order.key)
+        if sheet is not None:
+            yield shown.show(sheet)
+            return
+
+        def work(run: Run[Sheet]) -> None:
+            draw(order, run)
+
+        for sheet in desk.run(visitor_of(request), work, bar(progress)):
+            yield shown.show(sheet)
+        if sheet is not None and sheet.finished:
+            memory.put(order.key, sheet)
+
+    return run
