@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import tempfile
@@ -50,6 +51,9 @@ class Server:
         self.desk.warm(lambda: shelf.open(USUAL).judge)
 
     def _open(self, start: Start, shelf: Shelf) -> None:
+        # the libraries of the usual model before there is a page, the model while a browser loads
+        # it: whoever clicks at once waits for neither
+        importlib.import_module("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
         folder = self._rest.enter_context(tempfile.TemporaryDirectory(prefix="diffalign-app-"))
         self._rest.callback(_environment("GRADIO_TEMP_DIR", folder))
         self.desk = Desk(start.waiting)
