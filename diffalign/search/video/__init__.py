@@ -1,0 +1,1 @@
+"""Video made chunk after chunk: one file per family of pipelines that can extend a clip."""
