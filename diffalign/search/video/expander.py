@@ -1,4 +1,7 @@
-"""An expander: it makes a video chunk after chunk, so that a search may branch between chunks."""
+"""An expander: it makes a video chunk after chunk, so that a search may branch between chunks.
+
+``choice.expander_of(pipe, techniques, meter, chunks=..., **call)`` makes the one of a pipeline.
+"""
 
 from __future__ import annotations
 
@@ -67,17 +70,26 @@ class Expander(Protocol):
     Equal prefixes and seeds give equal chunks. A prefix is never changed.
     """
 
-    # frames that each chunk adds to the video; its length is the number of chunks
-    partition: tuple[int, ...]
-    # whether the pipeline goes on from the very prefix; else it reads it through its decoder and
-    # encoder again, or sees its last frames only
-    exact_prefix: bool
-    # evaluations of the model that make one chunk
-    count: int
-    # whether ``preview`` works
-    previews: bool
     # counts rows and decodes, and ends a run whose budget is used up
     meter: Meter
+    # evaluations of the model that make one chunk, where its schedule is that of one clip
+    count: int
+
+    @property
+    def partition(self) -> tuple[int, ...]:
+        """Frames that each chunk adds to the video; its length is the number of chunks."""
+        ...
+
+    @property
+    def exact_prefix(self) -> bool:
+        """Whether the pipeline goes on from the very prefix; else it reads it through its decoder
+        and encoder again, or sees its last frames only."""
+        ...
+
+    @property
+    def previews(self) -> bool:
+        """Whether ``preview`` works."""
+        ...
 
     def __enter__(self) -> Self: ...
 
