@@ -76,6 +76,8 @@ class Branches:
     needs_negative: bool = False
     # (conditional, unconditional, scale) -> guided, in its own order of operations
     mix: Mix = linear_mix
+    # call arguments that it must not get while it does not guide
+    only_guided: tuple[str, ...] = ()
     # whether it maps each prediction before it mixes them
     affine: bool = False
     # call arguments that change its guidance
@@ -143,6 +145,11 @@ class Predictions:
     releases: Callable[[Mapping[str, Any]], Sequence[float] | None] | None = None
     # whether tensors come as Python lists with one per row
     lists: bool = False
+    # arguments of a denoiser call -> whether it reads a finished chunk into the model's memory, so
+    # that a new chunk begins behind it; None where a call of the pipeline makes one chunk
+    remembers: Callable[[Mapping[str, Any]], bool] | None = None
+    # denoiser argument besides those of texts -> axis of its rows, through its dictionaries
+    axes: Mapping[str, int] = field(default_factory=dict)
     # denoiser arguments that are never split by rows
     shared: tuple[str, ...] = (
         "img_ids",
@@ -194,7 +201,8 @@ class Family(Predictions, Branches):
     @property
     def row_axes(self) -> dict[str, int]:
         """Denoiser argument -> axis of its rows, for those where it is not the first."""
-        return {argument.name: argument.rows for argument in self.text if argument.rows}
+        rows = {argument.name: argument.rows for argument in self.text if argument.rows}
+        return {**self.axes, **rows}
 
     def present(self, pipe: Any) -> dict[str, Any]:
         """The denoisers that a pipeline has, by attribute name."""

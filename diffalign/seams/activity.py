@@ -34,7 +34,7 @@ class Activity(Generic[T]):
             self._always = {t for t in self.techniques if self._begins_too_late(t, step)}
         active = tuple(t for t in self.techniques if t in self._always or t.active(step))
         for technique in active:
-            self._steps.setdefault(type(technique).__name__, set()).add(step.index)
+            self._steps.setdefault(type(technique).__name__, set()).add(self.record.number(step))
         return active
 
     def _begins_too_late(self, technique: T, first: StepInfo) -> bool:
@@ -55,7 +55,7 @@ class Activity(Generic[T]):
 
     def acts(self, technique: T, step: StepInfo) -> None:
         """What a pass changes acts at a step."""
-        self._steps.setdefault(type(technique).__name__, set()).add(step.index)
+        self._steps.setdefault(type(technique).__name__, set()).add(self.record.number(step))
 
     def note(self, technique: T, denoiser: str, place: str) -> None:
         """A technique acted at a layer or block of a denoiser."""

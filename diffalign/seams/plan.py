@@ -130,6 +130,8 @@ def plan(
     if guidances and family.gates and reason is None:
         opened = any(guidance.needs_uncond for guidance in guidances.values())
         arguments |= _gates(pipe, family, call, opened)
+    if not opened:
+        arguments = {k: v for k, v in arguments.items() if k not in family.only_guided}
     options = {o.name: call.values.get(o.name, o.neutral) for o in family.options}
     return Plan(
         family,

@@ -193,7 +193,7 @@ class Untouched:
         batch, arguments = generation.batch, call.arguments
         batched = generation.plan.opened and generation.family.mode == "batched"
         if batched and call.rows == 2 * batch:
-            generation.record.guided_steps.add(step.info.index)
+            generation.record.guided_steps.add(generation.record.number(step.info))
             flags, both = (False,) * batch + (True,) * batch, (UNCOND, COND)
             if generation.family.order == "cu":
                 flags, both = flags[::-1], both[::-1]
@@ -206,7 +206,7 @@ class Untouched:
         # the prompt alone
         conditioned = batched or step.calls == 1
         if not conditioned:
-            generation.record.guided_steps.add(step.info.index)
+            generation.record.guided_steps.add(generation.record.number(step.info))
         passes = (COND,) if conditioned else (UNCOND,)
         flags = (conditioned,) * call.rows
         return generation.evaluator.run(call, step.info, passes, flags, arguments)

@@ -57,7 +57,7 @@ class Combiner:
         if self.seen is not None:  # no rule may count what the pipeline drops
             preds = {p: prediction[:, self.seen] for p, prediction in whole.items()}
         if any(not p.conditioned for p in preds):
-            self.record.guided_steps.add(step.info.index)
+            self.record.guided_steps.add(self.record.number(step.info))
         guided, state = space.combined(guidance, preds, step.info, state)
         if self.seen is not None:
             guided = self._with_dropped(guidance, step, guided)
@@ -141,7 +141,7 @@ class Combiner:
                 info.convert(cond, "native", where, rows),
                 info.convert(uncond, "native", where, rows),
             )
-        self.record.log.record(info.index, cond, uncond, guided, pair)
+        self.record.log.record(self.record.number(info), cond, uncond, guided, pair)
 
 
 def _for_tokens(state: Any, before: Any, after: Tensor) -> Any:

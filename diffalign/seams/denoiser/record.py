@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from diffalign.core import Guidance, Meter
+from diffalign.core import Guidance, Meter, StepInfo
 from diffalign.core.window import Windowed, never_acted
 from diffalign.seams.denoiser.branch_log import BranchLog
 
@@ -37,6 +37,16 @@ class Record:
     guided_steps: set[int] = field(default_factory=set)
     log: BranchLog = field(default_factory=BranchLog)
     began: float = field(default_factory=perf_counter)
+    # evaluations of the chunks of video that the call has finished
+    earlier: int = 0
+
+    def number(self, step: StepInfo) -> int:
+        """Number of a step in the report, where each chunk counts its own."""
+        return self.earlier + step.index
+
+    def next_chunk(self, calls: int) -> None:
+        """A chunk was finished in ``calls`` evaluations, one for each step."""
+        self.earlier += calls
 
     def facts(self, meter: Meter, batch: int, evaluations: int, order: int) -> dict[str, Any]:
         """Fields of the report. ``evaluations``: calls of ``scheduler.step``."""
@@ -62,12 +72,14 @@ class Record:
         }
 
     def idle(self, guidances: Iterable[Guidance[Any]], steps: int) -> list[str]:
-        """Notes about guidances whose window held no step of the run, also said as warnings."""
+        """Notes about guidances whose window held no step of the run, or of its last chunk of
+        ``steps``, also said as warnings."""
         if not self.sigma:
             return []
+        levels = {n - self.earlier: v for n, v in self.sigma.items() if n >= self.earlier}
         windowed = {type(g).__name__: g for g in guidances if isinstance(g, Windowed)}
         return [
-            never_acted(name, self.sigma)
+            never_acted(name, levels)
             for name, guidance in windowed.items()
-            if not guidance.acts_in(self.sigma, steps)
+            if not guidance.acts_in(levels, steps)
         ]

@@ -21,8 +21,8 @@ def take(value: Any, rows: Sequence[int], total: int, lists: bool = False, axis:
     """Rows of every tensor with ``total`` on its first axis, through dictionaries, lists and
     tuples; everything else as it is.
 
-    ``lists``: a Python list of ``total`` tensors is itself the batch. ``axis``: of a tensor whose
-    rows lie elsewhere.
+    ``lists``: a Python list of ``total`` tensors is itself the batch. ``axis``: of tensors whose
+    rows lie elsewhere, in dictionaries too.
     """
     if isinstance(value, Tensor):
         if value.ndim <= axis or value.shape[axis] != total:
@@ -32,7 +32,7 @@ def take(value: Any, rows: Sequence[int], total: int, lists: bool = False, axis:
             return value.narrow(axis, first, count)
         return value.index_select(axis, torch.tensor(rows, device=value.device))
     if isinstance(value, dict):
-        return {key: take(item, rows, total, lists) for key, item in value.items()}
+        return {key: take(item, rows, total, lists, axis) for key, item in value.items()}
     if lists and isinstance(value, list) and len(value) == total:
         return [value[i] for i in rows]
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
@@ -69,18 +69,19 @@ def take_arguments(
     """
     _check_masks(kwargs, total, family)
 
-    def entry(name: str, value: Any, whole: bool) -> Any:
+    def entry(name: str, value: Any, whole: bool, axis: int) -> Any:
         if name in SHARED_WITHIN or (whole and name not in ROWS_WITHIN):
             return value
         if name in ROWS_WITHIN:
             return take_pictures(value, rows, total)
-        return take(value, rows, total, family.lists)
+        return take(value, rows, total, family.lists, axis)
 
     axes, arguments = family.row_axes, {}
     for name, value in kwargs.items():
         whole = name in family.shared
         if isinstance(value, dict):
-            value = {key: entry(key, item, whole) for key, item in value.items()}
+            axis = axes.get(name, 0)
+            value = {key: entry(key, item, whole, axis) for key, item in value.items()}
         elif not whole:
             value = take(value, rows, total, family.lists, axes.get(name, 0))
         arguments[name] = value

@@ -88,6 +88,8 @@ class Generation:
         if self.cancelled:
             raise Cancelled("The generation was cancelled; the pipeline is as it was before.")
         call = pipeline_call(name, module, original, args, kwargs)
+        if self.family.remembers is not None and self.family.remembers(call.arguments):
+            return self._remember(call)
         guidance: Any = self.plan.guidances.get(name)
         step = self.step or self.begin(call, guidance)
         return self.way.answer(self, call, step, guidance)
@@ -100,7 +102,7 @@ class Generation:
                 self.states[self.plan.guidance_name] = guidance.init(self.batch)
         self.combiner.at(self.clock.time, call, self.states)
         info = self.clock.now(self.combiner.converter(call, self.clock.sigma, self.batch))
-        self.record.sigma.setdefault(info.index, info.sigma)
+        self.record.sigma.setdefault(self.record.number(info), info.sigma)
         self.step = Step(info, self.combiner.shape(call))
         return self.step
 
@@ -165,15 +167,27 @@ class Generation:
                 f"{type(self.pipe).__name__} called its denoiser but never scheduler.step, so no "
                 "step could be told from another. Is the scheduler wrapped in an object of its own?"
             )
-        evaluations, order = self.clock.calls - begin, self.clock.order
+        evaluations, order = self.record.earlier + self.clock.calls - begin, self.clock.order
         facts = self.record.facts(self.meter, self.batch, evaluations, order)
         if self.start is None:  # a segment may well lie outside a window
-            facts["notes"] += self.record.idle(self.plan.guidances.values(), facts["steps"])
+            facts["notes"] += self.record.idle(self.plan.guidances.values(), self.clock.count)
         extras, name = {}, self.plan.guidance_name
         for denoiser, guidance in self.plan.guidances.items() if name in self.states else ():
             if shown := guidance.extras(self.states[name]):
                 extras[denoiser] = shown
         return Report(pipeline=original_class(self.pipe).__name__, extras=extras, **facts)
+
+    def _remember(self, call: PipelineCall) -> Any:
+        """The pipeline reads a finished chunk into the memory of its model: as it is, without
+        techniques. The next step is the first of a new chunk, of which nobody knows anything."""
+        self.meter.charge(rows=call.rows, joined=True)
+        if self.clock.timesteps:
+            self.loop.verify()
+            self.record.next_chunk(self.clock.calls)
+            self.clock.timesteps = []
+            self.clock.calls, self.step = 0, None
+            self.states = dict(self.start.states) if self.start is not None else {}
+        return call.original(**call.arguments)
 
     def _start_clock(self, call: PipelineCall) -> None:
         """The first denoiser call: read the scheduler's tables and the number of images."""

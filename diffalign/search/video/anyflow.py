@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -180,13 +180,13 @@ class AnyFlowFAR(PipelineExpander):
 
     def encode(self, clip: Tensor) -> Prefix:
         clip = self.check_clip(clip)
-        ends = list(accumulate(self.partition))
-        if len(clip) not in ends:
+        frames = list(accumulate(self.partition))
+        if len(clip) not in frames:
             raise ValueError(
-                f"The clip has {len(clip)} frames and no chunk ends there; chunks end after {ends} "
-                "frames. Cut the clip, or give another chunk_partition=..."
+                f"The clip has {len(clip)} frames and no chunk ends there; chunks end after "
+                f"{frames} frames. Cut the clip, or give another chunk_partition=..."
             )
-        if len(clip) == ends[-1]:
+        if len(clip) == frames[-1]:
             raise ValueError(
                 f"The clip has {len(clip)} frames, which is the whole video; give a larger "
                 "num_frames=..., or a chunk_partition=... with more chunks."
@@ -195,8 +195,9 @@ class AnyFlowFAR(PipelineExpander):
         with torch.no_grad():
             latents: Tensor = self.pipe.encode_video(clip[None], height=height, width=width)
         latents = latents[0].permute(1, 0, 2, 3).to("cpu", self.pipe.transformer.dtype)
-        sizes = self.sizes[: ends.index(len(clip)) + 1]
-        pieces = tuple(piece.clone() for piece in latents.split(list(sizes), 1))
+        sizes = self.sizes[: frames.index(len(clip)) + 1]
+        ends = [0, *accumulate(sizes)]
+        pieces = tuple(latents[:, i:j].clone() for i, j in pairwise(ends))
         return Prefix(pieces, (0,) * len(sizes), (None,) * len(sizes))
 
 

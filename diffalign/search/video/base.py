@@ -204,9 +204,9 @@ class PipelineExpander(ABC):
         for name, value in self.call.items():
             if name.endswith(("embeds", "attention_mask")) and isinstance(value, Tensor):
                 options[name] = value.repeat_interleave(videos, 0)
-            elif name in ("prompt", "negative_prompt") and self.batched and value is not None:
+            elif name in ("prompt", "negative_prompt") and value is not None:
                 text = value if isinstance(value, str) else _only(value)
-                options[name] = [text] * videos
+                options[name] = [text] * videos if self.batched else text
         return options
 
     @contextmanager

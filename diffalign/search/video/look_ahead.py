@@ -15,9 +15,12 @@ def reads(scheduler: Scheduler) -> bool:
 
 def _keeps_clean(scheduler: Scheduler) -> bool:
     """Whether the scheduler's history holds clean latents, as that of UniPC does."""
-    return hasattr(scheduler, "model_outputs") and bool(
-        scheduler.config.get("predict_x0", False)
-        or scheduler.config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++")
+    config = scheduler.config
+    if not hasattr(scheduler, "model_outputs") or config.get("scheduler_type") == "euler":
+        return False
+    return bool(
+        config.get("predict_x0", False)
+        or config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++")
     )
 
 

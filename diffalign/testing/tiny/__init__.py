@@ -124,6 +124,8 @@ def tiny_inputs(
     if not guided:
         gate = "true_cfg_scale" if "true_cfg_scale" in inputs else "guidance_scale"
         inputs[gate] = 0.0 if class_name.startswith("ZImage") else 1.0
+        if class_name == "AnyFlowFARPipeline":  # it would run the negative text all the same
+            inputs.pop("negative_prompt_embeds", None)
     return inputs
 
 

@@ -63,4 +63,5 @@ def _inputs(request: Request, draw: Draw) -> Inputs:
     }
 
 
-register(["AnyFlowFARPipeline"], _build, _inputs, text=True, hooks=CROSS)
+# a model without a block remembers other keys, so that skipping is not deleting there
+register(["AnyFlowFARPipeline"], _build, _inputs, text=True, hooks=CROSS, deep=None)

@@ -80,7 +80,8 @@ def test_every_family_of_the_registry_has_blocks():
     for name, variant in PIPELINES.items():
         module = denoiser(deep_pipeline(name, variant, extra=0))
         seen |= {type(module.get_submodule(site.name)).__name__ for site in sites(module)}
-    assert seen == set(block_streams())
+    # its memory of earlier chunks is filled by every block, see tests/seams/test_chunks.py
+    assert seen == set(block_streams()) - {"AnyFlowTransformerBlock"}
 
 
 @pytest.mark.slow
