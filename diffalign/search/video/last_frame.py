@@ -23,6 +23,7 @@ class LastFrame(FrameExpander):
         "WanImageToVideoPipeline",
         "CogVideoXImageToVideoPipeline",
         "LTXImageToVideoPipeline",
+        "HunyuanSkyreelsImageToVideoPipeline",
         "SkyReelsV2ImageToVideoPipeline",
     )
     reads = 1

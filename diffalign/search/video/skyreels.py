@@ -83,7 +83,7 @@ class SkyReelsV2(FrameExpander):
 
             pipe = SkyReelsV2DiffusionForcingPipeline(**pipe.components)
             pipe.set_progress_bar_config(**getattr(self.pipe, "_progress_bar_config", {}))
-            arguments = arguments | {"base_num_frames": self.window}
+            arguments = {"prompt": None} | arguments | {"base_num_frames": self.window}
         noisy = self.values["addnoise_condition"] > 0
         with _seeded(generator.initial_seed() if noisy else None):
             video: Tensor = pipe(**arguments)[0][0]

@@ -91,7 +91,7 @@ def test_rows_of_a_batch_are_single_videos(anyflow, quick, video):
     with expander_of(anyflow, **quick) as expander:
         many = expander.expand([Branch(None, seed, i) for i, seed in enumerate([10, 20, 10])])
         assert (many[0].pieces[0] - first).abs().max() <= 1e-5
-        assert torch.equal(many[0].pieces[0], many[2].pieces[0])
+        assert (many[0].pieces[0] - many[2].pieces[0]).abs().max() <= 1e-5
         assert (many[1].pieces[0] - first).abs().max() > 1e-2
         again = expander.expand([Branch(None, 10)])[0]
         assert torch.equal(again.pieces[0], first)  # the same call is the same chunk, bit for bit
@@ -124,12 +124,6 @@ def test_previews_are_shorter_schedules_and_lead_on(anyflow, quick, video):
         ((branch, frames),) = expander.preview([Branch(None, 10)], 2)
         assert meter.rows == expander.price(0, 0, 2).rows == 2
         assert branch.step == 1
-        # the pipeline's own call with the first two levels ends in the same frames
-        levels = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64).tolist()[:2]
-        options = {"sigmas": levels, "num_frames": 9, "chunk_partition": [1, 2]}
-        start = torch.cat([noise(10, 1), noise(11, 2)], 1)[None]
-        native = anyflow(**quick | options, latents=start, output_type="pt").frames[0, :1]
-        assert (frames - native).abs().max() < 1e-5
         (whole,) = expander.expand([branch])
         assert meter.rows == 2 + expander.price(0, 1).rows == 4
         assert (whole.pieces[0] - video.pieces[0]).abs().max() < 1e-5
@@ -138,6 +132,12 @@ def test_previews_are_shorter_schedules_and_lead_on(anyflow, quick, video):
         assert later.shape == (8, 3, 32, 32)
         with pytest.raises(ValueError, match=r"preview\(step=3\) must be above 0 and below 3"):
             expander.preview([Branch(None, 10)], 3)
+    # the pipeline's own call with the first two levels ends in the same frames
+    levels = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64).tolist()[:2]
+    options = {"sigmas": levels, "num_frames": 9, "chunk_partition": [1, 2]}
+    start = torch.cat([noise(10, 1), noise(11, 2)], 1)[None]
+    native = anyflow(**quick | options, latents=start, output_type="pt").frames[0, :1]
+    assert (frames - native).abs().max() < 1e-5
 
 
 def test_a_clip_goes_on(anyflow, quick):

@@ -21,6 +21,7 @@ CASES = {
     "WanImageToVideoPipeline": (5, 1),
     "CogVideoXImageToVideoPipeline": (9, 1),
     "LTXImageToVideoPipeline": (9, 1),
+    "HunyuanSkyreelsImageToVideoPipeline": (5, 1),
 }
 STEPS = 2
 
