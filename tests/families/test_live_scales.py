@@ -14,7 +14,7 @@ from diffalign.families import FAMILIES
 def test_a_scale_is_live_where_the_loop_reads_it(name):
     family = FAMILIES[name]
     source = inspect.getsource(getattr(diffusers, name).__call__)
-    loop = re.search(r"\n +for .* in .*timesteps\)*:\n", source)
+    loop = re.search(r"\n +for .* in .*timesteps(, \*\*\w+)?\)*:\n", source)
     assert loop, "its loop is written in another way"
     reads = re.search(rf"self\._?({'|'.join(family.gates)})\b", source[loop.end() :])
     assert bool(reads) is family.live_scale

@@ -68,16 +68,18 @@ def test_each_chunk_is_a_trajectory_of_its_own(pipe):
     assert report.steps == report.guided_steps == report.calls == STEPS * CHUNKS
     # two rows of each step, and of each call that reads a finished chunk
     assert report.rows == 2 * STEPS * CHUNKS + 2 * (CHUNKS - 1)
+    assert report.nfe == report.nfe_cfg
     assert report.sigma == [1.0, 0.75] * CHUNKS
     assert len(report.scale) == STEPS * CHUNKS
 
 
+@pytest.mark.slow
 def test_the_conditional_rows_alone_read_their_own_memory(pipe):
     """Rows of the memory of keys and values lie on its second axis."""
     plain = final(pipe, inputs(guided=False))
     with da.apply(pipe, ConditionalOnly()) as session:
-        got = final(pipe, inputs())
-    assert (got - plain).abs().max() < 1e-5
+        output = final(pipe, inputs())
+    assert (output - plain).abs().max() < 1e-5
     assert session.report().rows == STEPS * CHUNKS + 2 * (CHUNKS - 1)
     memory = {0: {"full_cache": torch.arange(8.0).reshape(2, 4, 1)}}
     rows = take(memory, [2, 3], 4, axis=1)[0]["full_cache"]
@@ -89,22 +91,22 @@ def test_a_pass_without_a_block(pipe):
     """A block that adds nothing is a block left out: its gates and its text attention are zero."""
     twin = tiny_pipeline(NAME)
     block = twin.transformer.blocks[1]
-    remembered = []
+    reading = []
 
-    def silent(module, args, output):
-        flags = args[6] if len(args) > 6 else None
-        remembered.append(flags["is_cache_step"])
-        return output if flags["is_cache_step"] else args[0]
+    def silent(module, args, result):
+        reading.append(args[6]["is_cache_step"])
+        return result if reading[-1] else args[0]
 
     block.register_forward_hook(silent)
-    want = final(twin, inputs(guided=False))
-    assert any(remembered)
+    expected = final(twin, inputs(guided=False))
+    assert any(reading)
     with da.apply(pipe, ConditionalOnly(("blocks.1",))):
-        got = final(pipe, inputs())
-    assert (got - want).abs().max() < 1e-5
-    assert (got - final(pipe, inputs(guided=False))).abs().max() > 1e-3
+        output = final(pipe, inputs())
+    assert (output - expected).abs().max() < 1e-5
+    assert (output - final(pipe, inputs(guided=False))).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_techniques_act_in_every_chunk_of_an_expander(pipe):
     """One call under ``da.apply`` and chunk after chunk in an expander: the same video."""
     call = inputs()
@@ -136,6 +138,7 @@ def test_techniques_act_in_every_chunk_of_an_expander(pipe):
     assert session.report().acted["NAG"] == STEPS * CHUNKS
 
 
+@pytest.mark.slow
 def test_adaptive_guidance_decides_anew_in_each_chunk(pipe):
     call = {k: v for k, v in inputs().items() if k not in ("generator", "output_type")}
     # any cosine is above the threshold, so one step is guided
@@ -149,6 +152,7 @@ def test_adaptive_guidance_decides_anew_in_each_chunk(pipe):
         assert expander.price(1).rows == 2 * STEPS + 2
 
 
+@pytest.mark.slow
 def test_the_negative_text_of_an_unguided_call_is_left_out(pipe):
     """The pipeline would run it beside the prompt in a batch of one, and fail."""
     call = inputs() | {"guidance_scale": 1.0}

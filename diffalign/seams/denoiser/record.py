@@ -37,8 +37,9 @@ class Record:
     guided_steps: set[int] = field(default_factory=set)
     log: BranchLog = field(default_factory=BranchLog)
     began: float = field(default_factory=perf_counter)
-    # evaluations of the chunks of video that the call has finished
+    # evaluations of the chunks of video that the call has finished, and calls that read them
     earlier: int = 0
+    readings: int = 0
 
     def number(self, step: StepInfo) -> int:
         """Number of a step in the report, where each chunk counts its own."""
@@ -56,7 +57,7 @@ class Record:
             "steps": steps,
             "guided_steps": len(self.guided_steps),
             "nfe": meter.rows / max(batch, 1),
-            "nfe_cfg": 2.0 * evaluations,
+            "nfe_cfg": 2.0 * (evaluations + self.readings),
             "rows": meter.rows,
             "calls": meter.calls,
             "decodes": meter.decodes,

@@ -181,6 +181,7 @@ class Generation:
         """The pipeline reads a finished chunk into the memory of its model: as it is, without
         techniques. The next step is the first of a new chunk, of which nobody knows anything."""
         self.meter.charge(rows=call.rows, joined=True)
+        self.record.readings += 1
         if self.clock.timesteps:
             self.loop.verify()
             self.record.next_chunk(self.clock.calls)

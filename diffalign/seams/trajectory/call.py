@@ -49,6 +49,11 @@ class Call:
         self.family: Family = family_of(cls)
         self.bound: Arguments = bind(cls, pipe, (), options)
         values = self.bound.values
+        if self.family.remembers is not None:
+            raise UnsupportedModel(
+                f"{cls.__name__} makes a video chunk after chunk, so it has no one trajectory to "
+                "cut. Search with LinearSearch or TreeOfFrames."
+            )
         if "latents" not in values or "image" in values or "video" in values:
             raise UnsupportedModel(
                 f"{cls.__name__} does not start from latents=, so its trajectories cannot be cut."

@@ -54,7 +54,7 @@ class AnyFlowFAR(PipelineExpander):
 
     def _sizes(self) -> list[int]:
         """Latent frames of each chunk, as the call asks for them."""
-        asked = self.call.get("chunk_partition")
+        partition = self.call.get("chunk_partition")
         sizes = [int(n) for n in self.values.get("chunk_partition") or self._config]
         if not sizes or min(sizes) < 1:
             raise ValueError(f"chunk_partition must hold positive numbers; got {sizes}.")
@@ -64,11 +64,11 @@ class AnyFlowFAR(PipelineExpander):
         frames: int = self.values["num_frames"]
         if frames == ends[-1]:
             return sizes
-        if asked is None and frames in ends:
+        if partition is None and frames in ends:
             return sizes[: ends.index(frames) + 1]
         raise ValueError(
             f"num_frames={frames} does not end where a chunk of {sizes} latent frames ends; use "
-            f"one of {ends if asked is None else ends[-1:]}, or another chunk_partition."
+            f"one of {ends if partition is None else ends[-1:]}, or another chunk_partition."
         )
 
     @property
@@ -96,6 +96,11 @@ class AnyFlowFAR(PipelineExpander):
         steps = len(range(self.count)[first:last])
         memory = context * (chunk > 0)
         return Price(steps * rows + memory, float(steps * rows + memory * chunk))
+
+    def piece_shape(self, chunk: int) -> tuple[int | None, ...]:
+        config, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+        height, width = (self.values[name] // scale for name in ("height", "width"))
+        return config.in_channels, self.sizes[chunk], height, width
 
     def make(self, branches: Sequence[Branch]) -> list[Tensor]:
         step = branches[0].step
@@ -136,10 +141,10 @@ class AnyFlowFAR(PipelineExpander):
         """Latents [B, C, T, h, w] of the prefixes with the chunk behind them."""
         chunk = branches[0].chunk
         noise = torch.stack([self._start(b, g) for b, g in zip(branches, generators_of(branches))])
-        known = [_joined(branch.prefix, like) for branch, like in zip(branches, noise)]
+        prefixes = [_joined(branch.prefix, like) for branch, like in zip(branches, noise)]
         # a first chunk stands behind one without frames, see above
         sizes = [*([0] if chunk == 0 else []), *self.sizes[: chunk + 1]]
-        arguments = self._arguments(sizes, torch.stack(known), noise)
+        arguments = self._arguments(sizes, torch.stack(prefixes), noise)
         with self.running(), _last_memory(self.pipe, len(sizes) - 2):
             output: Tensor = self.pipe(**arguments | options)[0]
         return output
@@ -148,9 +153,7 @@ class AnyFlowFAR(PipelineExpander):
         """Latents [C, T, h, w] of the chunk where it begins or goes on."""
         if branch.latents is not None:
             return branch.latents
-        config, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
-        height, width = (self.values[name] // scale for name in ("height", "width"))
-        shape = (config.in_channels, self.sizes[branch.chunk], height, width)
+        shape = [size for size in self.piece_shape(branch.chunk) if size is not None]
         return torch.randn(shape, generator=generator)
 
     def _arguments(self, sizes: Sequence[int], prefix: Tensor, noise: Tensor) -> Keywords:

@@ -80,8 +80,8 @@ class PipelineExpander(ABC):
         prompt, embeds = self.call.get("prompt"), self.call.get("prompt_embeds")
         texts = [prompt] if isinstance(prompt, str) else prompt if prompt is not None else embeds
         if not isinstance(texts, list | tuple | Tensor) or len(texts) != 1:
-            given = "none" if texts is None else getattr(texts, "__len__", lambda: "no text")()
-            raise ValueError(f"{name} makes videos of one prompt; got {given}.")
+            count = "none" if texts is None else getattr(texts, "__len__", lambda: "no text")()
+            raise ValueError(f"{name} makes videos of one prompt; got {count}.")
         if self.count < 1:
             raise ValueError(
                 f"{name}(num_inference_steps=...) must be at least 1; got {self.count}."
@@ -108,6 +108,10 @@ class PipelineExpander(ABC):
     @abstractmethod
     def encode(self, clip: Tensor) -> Prefix:
         """A clip [F, 3, H, W] in [0, 1] as a prefix to go on from."""
+
+    @abstractmethod
+    def piece_shape(self, chunk: int) -> tuple[int | None, ...]:
+        """Shape of the piece of a chunk, None where any length will do."""
 
     @abstractmethod
     def make(self, branches: Sequence[Branch]) -> list[Tensor]:
@@ -143,7 +147,7 @@ class PipelineExpander(ABC):
         """The prefixes with one more chunk, in the order of ``branches``."""
         self.check(branches)
         pieces = self._by_call(branches, self.make)
-        return [grown(branch, piece) for branch, piece in zip(branches, pieces, strict=True)]
+        return [child(branch, piece) for branch, piece in zip(branches, pieces, strict=True)]
 
     def preview(self, branches: Sequence[Branch], step: int) -> list[tuple[Branch, Tensor]]:
         """The branches after evaluation ``step`` of the chunk, each with the frames that the model
@@ -176,6 +180,21 @@ class PipelineExpander(ABC):
                 f"The video has {len(self.partition)} chunks and the prefix has them all; give "
                 "chunks=... or a larger num_frames to go on."
             )
+        for branch in branches:
+            self._check_prefix(branch.prefix)
+
+    def _check_prefix(self, prefix: Prefix | None) -> None:
+        for chunk, piece in enumerate(() if prefix is None else prefix.pieces):
+            shape = self.piece_shape(chunk)
+            alike = len(shape) == piece.ndim and all(
+                size in (None, length) for size, length in zip(shape, piece.shape)
+            )
+            if not alike:
+                raise ValueError(
+                    f"Chunk {chunk} of the prefix is {list(piece.shape)} and must be "
+                    f"{['any' if n is None else n for n in shape]} here: go on with an expander of "
+                    "the same size and chunks, or encode(clip)."
+                )
 
     def _by_call(
         self, branches: Sequence[Branch], run: Callable[[Sequence[Branch]], list[T]]
@@ -235,6 +254,11 @@ class PipelineExpander(ABC):
     def check_clip(self, clip: Tensor) -> Tensor:
         """A clip as float32 on the CPU. Raises: ValueError for another shape, size or range."""
         height, width = self.values.get("height"), self.values.get("width")
+        if not isinstance(clip, Tensor):
+            raise TypeError(
+                f"A clip must be a tensor [F, 3, H, W] with values in [0, 1]; got "
+                f"{type(clip).__name__}."
+            )
         if clip.ndim != 4 or clip.shape[1] != 3 or not len(clip):
             raise ValueError(
                 f"A clip must be [F, 3, H, W] with values in [0, 1]; got {list(clip.shape)}."
@@ -262,11 +286,11 @@ def _family_of(cls: type, needed: bool) -> Family | None:
 
     Raises: ``UnsupportedModel`` with the reason where one is ``needed``.
     """
-    known = any(base.__name__ in FAMILIES for base in cls.__mro__)
-    return family_of(cls) if known or needed else None
+    registered = any(base.__name__ in FAMILIES for base in cls.__mro__)
+    return family_of(cls) if registered or needed else None
 
 
-def grown(branch: Branch, piece: Tensor) -> Prefix:
+def child(branch: Branch, piece: Tensor) -> Prefix:
     """The prefix that a branch becomes with its chunk."""
     before = branch.prefix or Prefix((), (), ())
     return Prefix(

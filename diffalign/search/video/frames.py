@@ -90,6 +90,10 @@ class FrameExpander(PipelineExpander):
         rows = self.rows * len(range(self.count)[:last])
         return Price(rows, rows * self.window / self.partition[min(chunk, 1)])
 
+    def piece_shape(self, chunk: int) -> tuple[int | None, ...]:
+        frames = None if chunk == 0 else self.partition[chunk]  # a clip may stand first
+        return frames, 3, self.values.get("height"), self.values.get("width")
+
     @abstractmethod
     def behind(self, tail: Tensor | None) -> Keywords:
         """Arguments of a call that goes on from ``tail`` [overlap, 3, H, W], None for the first

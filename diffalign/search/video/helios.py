@@ -62,6 +62,14 @@ class Helios(PipelineExpander):
         rows = self.rows * len(range(self.count)[:last])
         return Price(rows, float(rows))
 
+    def piece_shape(self, chunk: int) -> tuple[int | None, ...]:
+        channels, scale = (
+            self.pipe.transformer.config.in_channels,
+            self.pipe.vae_scale_factor_spatial,
+        )
+        height, width = (self.values[name] // scale for name in ("height", "width"))
+        return channels, self.size, height, width
+
     def make(self, branches: Sequence[Branch]) -> list[Tensor]:
         return [row.clone() for row in self._run(branches, {}).cpu()]
 
@@ -80,11 +88,11 @@ class Helios(PipelineExpander):
             "return_dict": False,
         }
         if branches[0].prefix is not None:
-            known = torch.stack([torch.cat(_pieces(branch), 1) for branch in branches])
-            known = known.to(self.pipe._execution_device)
+            latents = torch.stack([torch.cat(_pieces(branch), 1) for branch in branches])
+            latents = latents.to(self.pipe._execution_device)
             arguments |= {
-                "video_latents": known,
-                "image_latents": known[:, :, :1],
+                "video_latents": latents,
+                "image_latents": latents[:, :, :1],
                 "add_noise_to_video_latents": False,
                 "add_noise_to_image_latents": False,
             }
@@ -94,16 +102,11 @@ class Helios(PipelineExpander):
         return output[:, :, -self.size :]
 
     def decode(self, prefix: Prefix, frames: Sequence[int] | None = None) -> Tensor:
-        if frames is None:
-            wanted = list(range(self.window * prefix.chunks))
-        else:
-            total = self.window * prefix.chunks
-            wanted = [range(total)[frame] for frame in frames]
-        chunks = sorted({frame // self.window for frame in wanted})
-        videos = [self._frames(prefix.pieces[chunk][None])[0] for chunk in chunks]
-        return torch.stack(
-            [videos[chunks.index(n // self.window)][n % self.window] for n in wanted]
-        )
+        total = range(self.window * prefix.chunks)
+        places = list(total) if frames is None else [total[frame] for frame in frames]
+        chunks = sorted({place // self.window for place in places})
+        videos = {n: self._frames(prefix.pieces[n][None])[0] for n in chunks}
+        return torch.stack([videos[p // self.window][p % self.window] for p in places])
 
     @torch.no_grad()
     def _frames(self, latents: Tensor) -> Tensor:

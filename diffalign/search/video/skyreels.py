@@ -58,13 +58,13 @@ class SkyReelsV2(FrameExpander):
         return False  # each frame of latents has a scheduler of its own inside the call
 
     def price(self, chunk: int, first: int = 0, last: int | None = None) -> Price:
-        latents, known = ((n - 1) // self.factor + 1 for n in (self.window, self.overlap))
+        latents, context = ((n - 1) // self.factor + 1 for n in (self.window, self.overlap))
         steps, *_ = self.pipe.generate_timestep_matrix(
             latents,
             torch.zeros(self.count),
             latents,
             self.values["ar_step"],
-            known if chunk else 0,
+            context if chunk else 0,
             self.block,
         )
         rows = self.rows * len(steps)

@@ -58,7 +58,9 @@ class AlwaysSkip(Guidance[None]):
 def inputs(name, variant, scale, batch, dtype):
     gate = FAMILIES[name].gates[0]
     batch = 1 if name in ONE_IMAGE else batch
-    return {**tiny_inputs(name, variant=variant, batch=batch, dtype=dtype, steps=3), gate: scale}
+    call = {**tiny_inputs(name, variant=variant, batch=batch, dtype=dtype, steps=3), gate: scale}
+    dropped = FAMILIES[name].only_guided if scale == FAMILIES[name].off else ()
+    return {key: value for key, value in call.items() if key not in dropped}
 
 
 def assert_same(name, got, native, dtype):
@@ -110,9 +112,11 @@ def test_skipping_is_guidance_off(name, variant):
     with da.apply(pipe, AlwaysSkip()) as session:
         got = final(pipe, inputs(name, variant, 4.0, 2, torch.float32))
     report = session.report()
+    assert report.guided_steps == 0
+    if family.remembers is not None:  # both branches read finished chunks, see test_chunks.py
+        return
     assert report.rows == report.images * report.calls
     assert report.nfe * 2 == report.nfe_cfg
-    assert report.guided_steps == 0
     if name not in SAMPLED:
         assert torch.equal(got, native)
 

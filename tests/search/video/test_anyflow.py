@@ -7,7 +7,7 @@ from diffalign.core import Budget, BudgetExceeded, Meter, SessionError, Unsuppor
 from diffalign.seams.swap import original_class
 from diffalign.search.video.anyflow import AnyFlowFAR
 from diffalign.search.video.choice import expander_of
-from diffalign.search.video.expander import Branch, Price
+from diffalign.search.video.expander import Branch, Prefix, Price
 from diffalign.testing.tiny.anyflow import PARTITION
 
 STEPS = 3
@@ -36,7 +36,7 @@ def noise(seed, frames):
     return torch.randn(4, frames, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def grown(expander, seeds, prefix=None):
+def chain(expander, seeds, prefix=None):
     for seed in seeds:
         (prefix,) = expander.expand([Branch(prefix, seed)])
     return prefix
@@ -46,7 +46,7 @@ def grown(expander, seeds, prefix=None):
 def video(anyflow, quick):
     """A whole video made chunk after chunk, without guidance."""
     with expander_of(anyflow, **quick) as expander:
-        return grown(expander, [10, 11, 12, 13])
+        return chain(expander, [10, 11, 12, 13])
 
 
 @pytest.mark.slow
@@ -54,20 +54,20 @@ def test_chunk_by_chunk_is_one_call(anyflow, call):
     """With the guided pipeline's own noise, rows and frames; the rows are counted from outside."""
     meter = Meter()
     with expander_of(anyflow, (), meter, **call) as expander:
-        prefix = grown(expander, [10, 11, 12, 13])
+        prefix = chain(expander, [10, 11, 12, 13])
         assert meter.rows == sum(expander.price(chunk).rows for chunk in range(4))
         frames = expander.decode(prefix)
     start = torch.cat([noise(10 + i, n) for i, n in enumerate(PARTITION)], 1)[None]
-    given = {**call, "num_frames": 17, "latents": start}
+    arguments = {**call, "num_frames": 17, "latents": start}
     rows = []
     handle = anyflow.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    whole = anyflow(**given, output_type="latent").frames
+    whole = anyflow(**arguments, output_type="latent").frames
     handle.remove()
     assert (torch.cat(prefix.pieces, 1) - whole[0]).abs().max() < 1e-4
     assert meter.rows == sum(rows) == 2 * (4 * STEPS + 3)
-    native = anyflow(**given, output_type="pt").frames[0]
+    native = anyflow(**arguments, output_type="pt").frames[0]
     assert frames.shape == (17, 3, 32, 32)
     assert (frames - native).abs().max() < 1e-4
 
@@ -86,6 +86,7 @@ def test_what_a_chunk_costs(anyflow, quick):
     assert expander.price(2, 0, 2) == Price(3, 4.0)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_are_single_videos(anyflow, quick, video):
     first = video.pieces[0]
     with expander_of(anyflow, **quick) as expander:
@@ -108,16 +109,18 @@ def video_of(video, chunks):
     return type(video)(video.pieces[:chunks], video.path[:chunks], video.seeds[:chunks])
 
 
+@pytest.mark.slow
 def test_the_prefix_stays_bit_for_bit(anyflow, quick, video):
     copies = [piece.clone() for piece in video.pieces]
     with expander_of(anyflow, **quick) as expander:
         assert expander.exact_prefix
         prefix = video_of(video, 2)
-        returned = expander._run([Branch(prefix, 30)], {})
-    assert torch.equal(returned[0, :, :3], torch.cat(video.pieces[:2], 1))
+        latents = expander._run([Branch(prefix, 30)], {})
+    assert torch.equal(latents[0, :, :3], torch.cat(video.pieces[:2], 1))
     assert all(torch.equal(a, b) for a, b in zip(copies, video.pieces))
 
 
+@pytest.mark.slow
 def test_previews_are_shorter_schedules_and_lead_on(anyflow, quick, video):
     meter = Meter()
     with expander_of(anyflow, (), meter, **quick) as expander:
@@ -148,12 +151,12 @@ def test_a_clip_goes_on(anyflow, quick):
         assert [piece.shape[1] for piece in prefix.pieces] == [1, 2]
         assert torch.equal(torch.cat(prefix.pieces, 1), latents[0].permute(1, 0, 2, 3))
         assert prefix.seeds == (None, None)
-        child = grown(expander, [5], prefix)
+        child = chain(expander, [5], prefix)
         frames = expander.decode(child, [8, 9])
     assert child.pieces[0] is prefix.pieces[0]
-    given = {**quick, "num_frames": 13, "chunk_partition": [1, 2, 1]}
+    arguments = {**quick, "num_frames": 13, "chunk_partition": [1, 2, 1]}
     start = torch.cat([torch.zeros(4, 3, 4, 4), noise(5, 1)], 1)[None]
-    native = anyflow(**given, video=clip[None], latents=start, output_type="pt").frames[0]
+    native = anyflow(**arguments, video=clip[None], latents=start, output_type="pt").frames[0]
     assert (frames - native[[8, 9]]).abs().max() < 1e-4
     for count, words in ((7, r"no chunk ends there; chunks end after \[1, 9, 13, 17\]"),):
         with pytest.raises(ValueError, match=words):
@@ -164,10 +167,13 @@ def test_a_clip_goes_on(anyflow, quick):
         expander.encode(torch.rand(9, 3, 32, 16))
     with pytest.raises(ValueError, match=r"values in \[0, 1\]; got"):
         expander.encode(2 * torch.ones(9, 3, 32, 32))
+    with pytest.raises(TypeError, match=r"must be a tensor .* got list"):
+        expander.encode([clip])
     with pytest.raises(ValueError, match=r"must be \[F, 3, H, W\]"):
         expander.encode(torch.rand(9, 32, 32))
 
 
+@pytest.mark.slow
 def test_branches_that_cannot_be_made(anyflow, quick, video):
     expander = expander_of(anyflow, **quick, chunks=2)
     assert expander.partition == (1, 8)
@@ -182,6 +188,9 @@ def test_branches_that_cannot_be_made(anyflow, quick, video):
             expander.expand([Branch(None, 1), Branch(video_of(video, 1), 1)])
         with pytest.raises(ValueError, match="has 2 chunks and the prefix has them all"):
             expander.expand([Branch(video_of(video, 2), 1)])
+        words = r"Chunk 0 of the prefix is \[4, 2, 4, 4\] and must be \[4, 1, 4, 4\] here"
+        with pytest.raises(ValueError, match=words):
+            expander.expand([Branch(Prefix((torch.zeros(4, 2, 4, 4),), (0,), (1,)), 1)])
 
 
 @pytest.mark.parametrize(
@@ -215,13 +224,14 @@ def test_other_arguments_and_models(anyflow, quick, monkeypatch):
         AnyFlowFAR(anyflow, **quick)
 
 
+@pytest.mark.slow
 def test_a_budget_ends_before_the_work_and_nothing_stays(anyflow, quick, monkeypatch):
     before = dict(vars(anyflow))
     meter = Meter(Budget(nfe=4))
     with expander_of(anyflow, (), meter, **quick) as expander:
-        prefix = grown(expander, [1])
+        prefix = chain(expander, [1])
         with pytest.raises(BudgetExceeded, match="nfe: 5 would pass the budget of 4"):
-            grown(expander, [2], prefix)
+            chain(expander, [2], prefix)
         assert meter.rows == 4
 
         def stop(*args, **kwargs):
@@ -231,8 +241,8 @@ def test_a_budget_ends_before_the_work_and_nothing_stays(anyflow, quick, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(anyflow.scheduler, "step", stop)
             with pytest.raises(KeyboardInterrupt):
-                grown(expander, [2], prefix)
-        assert grown(expander, [2], prefix).chunks == 2
+                chain(expander, [2], prefix)
+        assert chain(expander, [2], prefix).chunks == 2
     assert type(anyflow) is original_class(anyflow)
     assert type(anyflow.transformer) is original_class(anyflow.transformer)
     assert {"encode_prompt", "encode_kv_cache"}.isdisjoint(vars(anyflow))

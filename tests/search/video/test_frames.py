@@ -87,12 +87,12 @@ def test_the_first_chunk_is_a_plain_call_and_the_next_reads_the_prefix(make, nam
         dark = Prefix((torch.zeros_like(first.pieces[0]),), (0,), (None,))
         ((near,), (far,)) = (expander.expand([Branch(p, 4)]) for p in (first, dark))
         assert (near.pieces[1] - far.pieces[1]).abs().max() > 1e-5
-        returned = []
+        outputs = []
         run = expander.run
-        expander.run = lambda *args: returned.append(run(*args)) or returned[0]
+        expander.run = lambda *args: outputs.append(run(*args)) or outputs[0]
         expander.expand([Branch(first, 4)])
     # what the pipeline shows of the frames that it read is not what it was given
-    overlap = returned[0][-expander.window :][: expander.overlap]
+    overlap = outputs[0][-expander.window :][: expander.overlap]
     assert not torch.equal(overlap, first.pieces[0][-expander.overlap :])
     if name == SKYREELS:  # made by the text-to-video pipeline of its parts
         return
@@ -115,6 +115,9 @@ def test_a_longer_overlap_and_a_clip(make, name):
         words = f"has 3 frames and the pipeline reads the last {overlap}"
         with pytest.raises(ValueError, match=words):
             expander.encode(torch.rand(3, 3, 32, 32))
+        dark = Prefix((torch.zeros(9, 3, 16, 32),), (0,), (1,))
+        with pytest.raises(ValueError, match=r"must be \['any', 3, 32, 32\] here"):
+            expander.expand([Branch(dark, 1)])
 
 
 @pytest.mark.parametrize("name", ["WanVACEPipeline", "LTXConditionPipeline"])

@@ -34,6 +34,7 @@ def video(helios, call):
     return prefix
 
 
+@pytest.mark.slow
 def test_chunk_by_chunk_is_one_call(helios, call, video, monkeypatch):
     """The pipeline draws the noise of all chunks from one generator: here it is given that of the
     chunks' own seeds."""
@@ -56,6 +57,7 @@ def test_chunk_by_chunk_is_one_call(helios, call, video, monkeypatch):
     assert torch.equal(expander.decode(video, [-1, 6]), frames[[14, 6]])
 
 
+@pytest.mark.slow
 def test_a_batch_is_single_videos_and_prefixes_stay(helios, call, video):
     one = type(video)(video.pieces[:1], (0,), (10,))
     with expander_of(helios, **call) as expander:
@@ -64,18 +66,19 @@ def test_a_batch_is_single_videos_and_prefixes_stay(helios, call, video):
         pair = expander.expand([Branch(one, 11), Branch(one, 50, 1)])
         arguments = expander.call_of(1) | {"num_frames": 5, "output_type": "latent"}
     noiseless = {"add_noise_to_video_latents": False, "add_noise_to_image_latents": False}
-    known = one.pieces[0][None]
+    first = one.pieces[0][None]
     rng = torch.Generator().manual_seed(11)
-    returned = helios(
-        **arguments | noiseless, video_latents=known, image_latents=known[:, :, :1], generator=rng
+    latents = helios(
+        **arguments | noiseless, video_latents=first, image_latents=first[:, :, :1], generator=rng
     ).frames
-    assert torch.equal(returned[:, :, :FRAMES], known)
+    assert torch.equal(latents[:, :, :FRAMES], first)
     assert (pair[0].pieces[1] - video.pieces[1]).abs().max() < 1e-5
     assert (pair[1].pieces[1] - video.pieces[1]).abs().max() > 1e-2
     assert pair[1].pieces[0] is one.pieces[0]
     assert pair[1].path == (0, 1)
 
 
+@pytest.mark.slow
 def test_previews(helios, call, video):
     meter = Meter()
     with expander_of(helios, (), meter, **call) as expander:
