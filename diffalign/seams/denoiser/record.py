@@ -45,10 +45,6 @@ class Record:
         """Number of a step in the report, where each chunk counts its own."""
         return self.earlier + step.index
 
-    def next_chunk(self, calls: int) -> None:
-        """A chunk was finished in ``calls`` evaluations, one for each step."""
-        self.earlier += calls
-
     def facts(self, meter: Meter, batch: int, evaluations: int, order: int) -> dict[str, Any]:
         """Fields of the report. ``evaluations``: calls of ``scheduler.step``."""
         steps = -(-evaluations // order)

@@ -26,6 +26,7 @@ from diffalign.core import (
 from diffalign.families import Family
 from diffalign.seams.denoiser.branches import OneBatch, way_of
 from diffalign.seams.denoiser.call import Denoise, PipelineCall, Step, pipeline_call
+from diffalign.seams.denoiser.chunks import read_chunk, reads_a_chunk
 from diffalign.seams.denoiser.clock import Clock
 from diffalign.seams.denoiser.closed_loop import ClosedLoop
 from diffalign.seams.denoiser.combine import Combiner
@@ -88,11 +89,10 @@ class Generation:
         if self.cancelled:
             raise Cancelled("The generation was cancelled; the pipeline is as it was before.")
         call = pipeline_call(name, module, original, args, kwargs)
-        if self.family.remembers is not None and self.family.remembers(call.arguments):
-            return self._remember(call)
+        if reads_a_chunk(self.family, call):
+            return read_chunk(self, call)
         guidance: Any = self.plan.guidances.get(name)
-        step = self.step or self.begin(call, guidance)
-        return self.way.answer(self, call, step, guidance)
+        return self.way.answer(self, call, self.step or self.begin(call, guidance), guidance)
 
     def begin(self, call: PipelineCall, guidance: Guidance[Any] | None) -> Step:
         """A new step: which one, at which noise level, for how many images."""
@@ -176,19 +176,6 @@ class Generation:
             if shown := guidance.extras(self.states[name]):
                 extras[denoiser] = shown
         return Report(pipeline=original_class(self.pipe).__name__, extras=extras, **facts)
-
-    def _remember(self, call: PipelineCall) -> Any:
-        """The pipeline reads a finished chunk into the memory of its model: as it is, without
-        techniques. The next step is the first of a new chunk, of which nobody knows anything."""
-        self.meter.charge(rows=call.rows, joined=True)
-        self.record.readings += 1
-        if self.clock.timesteps:
-            self.loop.verify()
-            self.record.next_chunk(self.clock.calls)
-            self.clock.timesteps = []
-            self.clock.calls, self.step = 0, None
-            self.states = dict(self.start.states) if self.start is not None else {}
-        return call.original(**call.arguments)
 
     def _start_clock(self, call: PipelineCall) -> None:
         """The first denoiser call: read the scheduler's tables and the number of images."""

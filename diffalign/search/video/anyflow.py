@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffalign.core import Meter, UnsupportedModel
 from diffalign.core.types import Keywords, Pipeline
+from diffalign.seams.session import active
 from diffalign.seams.swap import original_class
-from diffalign.search.video.base import PipelineExpander, first_chunks, generators_of
+from diffalign.search.video.base import PipelineExpander, generators_of
 from diffalign.search.video.expander import Branch, Prefix, Price
 
 
@@ -50,31 +51,10 @@ class AnyFlowFAR(PipelineExpander):
                 "AnyFlowFARPipeline cannot make the first chunk alone where full_chunk_limit is "
                 f"above 3 in its transformer's config; got {limit}."
             )
-        self.sizes = first_chunks(self._sizes(), chunks)
-
-    def _sizes(self) -> list[int]:
-        """Latent frames of each chunk, as the call asks for them."""
-        partition = self.call.get("chunk_partition")
-        sizes = [int(n) for n in self.values.get("chunk_partition") or self._config]
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"chunk_partition must hold positive numbers; got {sizes}.")
-        if self.call.get("num_frames") is None:
-            return sizes
-        ends = [self.factor * (end - 1) + 1 for end in accumulate(sizes)]
-        frames: int = self.values["num_frames"]
-        if frames == ends[-1]:
-            return sizes
-        if partition is None and frames in ends:
-            return sizes[: ends.index(frames) + 1]
-        raise ValueError(
-            f"num_frames={frames} does not end where a chunk of {sizes} latent frames ends; use "
-            f"one of {ends if partition is None else ends[-1:]}, or another chunk_partition."
-        )
-
-    @property
-    def _config(self) -> Sequence[int]:
-        config: Sequence[int] = self.pipe.transformer.config.chunk_partition
-        return config
+        self.sizes = _sizes(self.values, self.call, pipe.transformer.config, self.factor)
+        if chunks is not None and not 1 <= chunks <= len(self.sizes):
+            raise ValueError(f"chunks must be in 1 to {len(self.sizes)}; got {chunks}.")
+        self.sizes = self.sizes[:chunks]
 
     @property
     def partition(self) -> tuple[int, ...]:
@@ -88,10 +68,11 @@ class AnyFlowFAR(PipelineExpander):
     @property
     def resumes(self) -> bool:
         """Whether a chunk goes on from a preview: no technique has anything to remember."""
-        return not self.techniques
+        return not (self.techniques or active(self.pipe))
 
     def price(self, chunk: int, first: int = 0, last: int | None = None) -> Price:
-        rows, context = self.rows, 2 if self.values["guidance_scale"] > 1 else 1
+        rows = self.rows
+        context = 1 + (rows > 1 or self.values["guidance_scale"] > 1)
         first = first if self.resumes else 0
         steps = len(range(self.count)[first:last])
         memory = context * (chunk > 0)
@@ -104,7 +85,7 @@ class AnyFlowFAR(PipelineExpander):
 
     def make(self, branches: Sequence[Branch]) -> list[Tensor]:
         step = branches[0].step
-        output = self._run(branches, self._schedule(step, None) if step else {})
+        output = self._run(branches, _schedule(self.values, self.count, step, None) if step else {})
         return [row.clone() for row in output[:, :, -self.sizes[branches[0].chunk] :].cpu()]
 
     def look(self, branches: Sequence[Branch], step: int) -> list[tuple[Branch, Tensor]]:
@@ -114,7 +95,7 @@ class AnyFlowFAR(PipelineExpander):
             states.append(values["latents"])
             return {}
 
-        options = self._schedule(first, step) | {"callback_on_step_end": note}
+        options = _schedule(self.values, self.count, first, step) | {"callback_on_step_end": note}
         with self.beginning():
             output = self._run(branches, options)
         chunk = branches[0].chunk
@@ -128,14 +109,6 @@ class AnyFlowFAR(PipelineExpander):
                 for i, b in enumerate(branches)
             ]
         return list(zip(after, frames.unbind(0), strict=True))
-
-    def _schedule(self, first: int, last: int | None) -> Keywords:
-        """Arguments for the evaluations ``first`` to ``last`` of a chunk, before the shift."""
-        for name in ("sigmas", "timesteps"):
-            if self.call.get(name) is not None:
-                return {name: list(self.values[name])[first:last]}
-        levels = torch.linspace(1.0, 0.0, self.count + 1, dtype=torch.float64)[:-1]
-        return {"sigmas": levels.tolist()[first:last]}
 
     def _run(self, branches: Sequence[Branch], options: Keywords) -> Tensor:
         """Latents [B, C, T, h, w] of the prefixes with the chunk behind them."""
@@ -183,25 +156,64 @@ class AnyFlowFAR(PipelineExpander):
 
     def encode(self, clip: Tensor) -> Prefix:
         clip = self.check_clip(clip)
-        frames = list(accumulate(self.partition))
-        if len(clip) not in frames:
-            raise ValueError(
-                f"The clip has {len(clip)} frames and no chunk ends there; chunks end after "
-                f"{frames} frames. Cut the clip, or give another chunk_partition=..."
-            )
-        if len(clip) == frames[-1]:
-            raise ValueError(
-                f"The clip has {len(clip)} frames, which is the whole video; give a larger "
-                "num_frames=..., or a chunk_partition=... with more chunks."
-            )
+        sizes = self.sizes[: _chunks_of(len(clip), list(accumulate(self.partition)))]
         height, width = clip.shape[2:]
         with torch.no_grad():
             latents: Tensor = self.pipe.encode_video(clip[None], height=height, width=width)
         latents = latents[0].permute(1, 0, 2, 3).to("cpu", self.pipe.transformer.dtype)
-        sizes = self.sizes[: frames.index(len(clip)) + 1]
         ends = [0, *accumulate(sizes)]
         pieces = tuple(latents[:, i:j].clone() for i, j in pairwise(ends))
         return Prefix(pieces, (0,) * len(sizes), (None,) * len(sizes))
+
+
+def _chunks_of(frames: int, ends: list[int]) -> int:
+    """How many chunks a clip of so many frames has, where chunks end after ``ends`` frames.
+
+    Raises: ValueError where it ends within a chunk, or with the last one.
+    """
+    if frames not in ends:
+        raise ValueError(
+            f"The clip has {frames} frames and no chunk ends there; chunks end after {ends} "
+            "frames. Cut the clip, or give another chunk_partition=..."
+        )
+    if frames == ends[-1]:
+        raise ValueError(
+            f"The clip has {frames} frames, which is the whole video; give a larger "
+            "num_frames=..., or a chunk_partition=... with more chunks."
+        )
+    return ends.index(frames) + 1
+
+
+def _sizes(
+    values: Keywords, call: Mapping[str, object], config: Keywords, factor: int
+) -> list[int]:
+    """Latent frames of each chunk, as the call asks for them.
+
+    Raises: ValueError where its number of frames does not end where a chunk ends.
+    """
+    sizes = [int(n) for n in values.get("chunk_partition") or config["chunk_partition"]]
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"chunk_partition must hold positive numbers; got {sizes}.")
+    if call.get("num_frames") is None:
+        return sizes
+    ends = [factor * (end - 1) + 1 for end in accumulate(sizes)]
+    ends = ends if call.get("chunk_partition") is None else ends[-1:]
+    frames: int = values["num_frames"]
+    if frames not in ends:
+        raise ValueError(
+            f"num_frames={frames} does not end where a chunk of {sizes} latent frames ends; use "
+            f"one of {ends}, or another chunk_partition."
+        )
+    return sizes if frames == ends[-1] else sizes[: ends.index(frames) + 1]
+
+
+def _schedule(values: Keywords, count: int, first: int, last: int | None) -> Keywords:
+    """Arguments for evaluations ``first`` to ``last`` of a chunk of ``count``, before the shift."""
+    for name in ("sigmas", "timesteps"):
+        if values.get(name) is not None:
+            return {name: list(values[name])[first:last]}
+    levels = torch.linspace(1.0, 0.0, count + 1, dtype=torch.float64)[:-1]
+    return {"sigmas": levels.tolist()[first:last]}
 
 
 def _joined(prefix: Prefix | None, like: Tensor) -> Tensor:
