@@ -79,7 +79,8 @@ def rows(value, picked, total, axis=0):
         return value[picked] if value.ndim and value.shape[0] == total else value
     if isinstance(value, dict):
         return {key: rows(item, picked, total, axis) for key, item in value.items()}
-    return value[picked] if isinstance(value, list) and len(value) == total else value
+    listed = isinstance(value, list) and isinstance(value[0], torch.Tensor)
+    return value[picked] if listed and len(value) == total else value
 
 
 def denoisers(pipe, name):
@@ -151,7 +152,8 @@ def reference(pipe, name, inputs, guided, formula, batch, negative=None, more=No
                 prediction = (
                     [*pair[0], *pair[1]] if isinstance(prediction, list) else torch.cat(pair)
                 )
-            return (prediction,)
+            memory = () if family.remembers is None else (kwargs["kv_cache"],)
+            return (prediction, *memory)
 
         module.forward = forward
 
