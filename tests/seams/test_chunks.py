@@ -8,6 +8,7 @@ import torch
 import diffalign as da
 from diffalign.core import CFG_PASSES, COND, Guidance, Pass
 from diffalign.seams.denoiser.rows import take
+from diffalign.seams.trajectory.sampler import PipelineSampler
 from diffalign.search.video.choice import expander_of
 from diffalign.search.video.expander import Branch
 from diffalign.testing.final import final
@@ -159,6 +160,12 @@ def test_the_negative_text_of_an_unguided_call_is_left_out(pipe):
     plain = final(pipe, inputs(guided=False))
     with da.apply(pipe, da.CFG(1.0)):
         assert torch.equal(final(pipe, call), plain)
+
+
+def test_trajectories_are_those_of_chunks(pipe):
+    call = {k: v for k, v in inputs().items() if k not in ("generator", "output_type")}
+    with pytest.raises(da.UnsupportedModel, match="Search with LinearSearch or TreeOfFrames"):
+        PipelineSampler(pipe, **call)
 
 
 def test_what_flex_attention_hides_is_refused(pipe):
