@@ -24,7 +24,6 @@ class LastFrame(FrameExpander):
         "CogVideoXImageToVideoPipeline",
         "LTXImageToVideoPipeline",
         "HunyuanSkyreelsImageToVideoPipeline",
-        "SkyReelsV2ImageToVideoPipeline",
     )
     reads = 1
 
