@@ -1,0 +1,244 @@
+"""Train the denoiser of ``emoji-video``: ``python -m diffalign.embedded.workshop.train_video --out
+FOLDER --teacher FOLDER [--resume] [--vae FOLDER --export FOLDER]``.
+
+Flow matching (Lipman et al., "Flow Matching for Generative Modeling", 2022, arXiv:2210.02747) chunk
+by chunk, each chunk behind clean ones as in FAR (Gu, Mao and Shou, "Long-Context Autoregressive Video
+Modeling with Next-Frame Prediction", 2025, arXiv:2503.19325): ``diffusers``'
+``AnyFlowFARTransformer3DModel``, one latent a chunk, with its text encoder, from scratch.
+
+- The latents are those of the key pictures, by the autoencoder of ``emoji`` (``--teacher``).
+- All four chunks of a clip learn in one pass, each at a noise level of its own. Their context has
+  Gaussian noise of up to ``BLUR`` deviations, since what the sampler leaves is not clean either.
+- Captions leave facts out or get them wrong, and one in ten is empty, so that guidance matters.
+- A share ``--top`` of the levels is above ``TOP``, where it is not settled yet what is where: there
+  a caption is news.
+
+One process, one thread, bf16 arithmetic over fp32 weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AnyFlowFARPipeline, AutoencoderKLWan
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffalign.embedded.workshop import noisy_stories, training, video_parts
+from diffalign.embedded.workshop.noisy_captions import CaptionNoise
+from diffalign.embedded.workshop.train_flow import noise_levels
+from diffalign.embedded.workshop.train_video_vae import key_latents, teacher
+from diffalign.embedded.workshop.training import (
+    STATE,
+    Course,
+    FlatAdam,
+    State,
+    cosine,
+    load_state,
+    step_generator,
+    step_seed,
+    train,
+)
+from diffalign.embedded.workshop.video_forward import velocities
+from diffalign.embedded.workshop.video_parts import FULL, LENGTH
+from diffalign.embedded.world.clips import DEFAULT_MIX, KEYS, ClipWorld
+
+EASY: dict[str, float] = {"still": 0.35, "colour": 0.25, "moving": 0.3, "moving_coloured": 0.1}
+"""The mixture of kinds at the start of the curriculum: one object."""
+
+BLUR = 0.3
+TOP = 0.85
+
+EVERY = 4
+"""Updates between two updates of the averaged weights."""
+
+
+def curriculum(share: float) -> dict[str, float]:
+    """Mixture of kinds: from ``EASY`` at a ``share`` of 0 linearly to that of the world at 1 and
+    above."""
+    share = min(1.0, max(0.0, share))
+    return {
+        kind: (1 - share) * EASY.get(kind, 0.0) + share * weight
+        for kind, weight in DEFAULT_MIX.items()
+    }
+
+
+class VideoTrainer:
+    """The state of a run; ``options`` are those of ``parser``."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model = video_parts.transformer(options.seed, options.width, options.layers)
+        self.text = video_parts.text_encoder(options.seed + 1).train()
+        self.tokenizer = video_parts.tokenizer()
+        self.teacher = teacher(options.teacher)
+        self.captions = CaptionNoise()
+        self.flat = FlatAdam([self.model, self.text])
+        self.ema = self.flat.master.data.clone()
+        self.done = 0
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents float [B, 4, C, 8, 8] and token ids [B, LENGTH] of the next step's clips."""
+        first, last = self.options.curriculum
+        world = ClipWorld(curriculum((self.done - first) / max(1, last - first)))
+        seed = step_seed(self.options.seed, 0, self.done)
+        clips, captions = noisy_stories.told(world, self.captions, seed, self.options.batch)
+        empty = torch.rand(len(clips), generator=generator) < 0.1
+        captions = ["" if none else text for text, none in zip(captions, empty, strict=True)]
+        ids = self.tokenizer(
+            captions, padding="max_length", max_length=LENGTH, return_tensors="pt"
+        ).input_ids
+        # a word that is not known must say nothing
+        ids[(torch.rand(ids.shape, generator=generator) < 0.02) & (ids > video_parts.END)] = (
+            video_parts.UNKNOWN
+        )
+        return key_latents(self.teacher, clips), ids
+
+    def levels(self, size: int, generator: torch.Generator) -> Tensor:
+        """Noise levels [B, 4], each column stratified over the batch."""
+        rest = size - round(self.options.top * size)
+        columns = []
+        for _ in range(KEYS):
+            column = torch.cat(
+                [
+                    noise_levels(rest, self.options.mean, generator),
+                    TOP + (1 - TOP) * torch.rand(size - rest, generator=generator),
+                ]
+            )
+            columns.append(column[torch.randperm(size, generator=generator)])
+        return torch.stack(columns, 1)
+
+    def step(self) -> dict[str, float]:
+        """One update; returns the mean loss, and that of the first chunk and of the later ones."""
+        generator = step_generator(self.options.seed, 0, self.done)
+        latents, ids = self.batch(generator)
+        size = len(ids)
+        levels = self.levels(size, generator)
+        level, noise = levels[..., None, None, None], torch.randn(latents.shape, generator=generator)
+        context = latents[:, :-1]
+        blur = BLUR * torch.rand((size, 1, 1, 1, 1), generator=generator)
+        context = context + blur * torch.randn(context.shape, generator=generator)
+        # the pipeline fills the text up to any length: by default 512, or the caller's
+        extra = (FULL - LENGTH) * torch.randint(2, (size,), generator=generator)
+        answer = velocities(
+            self.model,
+            ((1 - level) * latents + level * noise).to(torch.bfloat16),
+            context.to(torch.bfloat16),
+            levels,
+            video_parts.features(self.text, ids),
+            extra,
+        )
+        errors = F.mse_loss(answer.float(), noise - latents, reduction="none").mean((2, 3, 4))
+        errors.mean().backward()  # type: ignore[no-untyped-call]
+        norm = self.flat.step(self.rate())
+        self.done += 1
+        if self.done % EVERY == 0:
+            decay = min(self.options.decay, (1 + self.done) / (10 + self.done)) ** EVERY
+            self.ema.lerp_(self.flat.master.data, 1 - decay)
+        values = errors.detach()
+        high = levels > TOP
+        return {
+            "loss": float(values.mean()),
+            "first": float(values[:, 0].mean()),
+            "later": float(values[:, 1:].mean()),
+            "top": float(values[high].mean()) if bool(high.any()) else float(values.mean()),
+            "norm": norm,
+        }
+
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+        hold = self.options.decay_from / self.options.updates
+        return cosine(self.done, self.options.updates, self.options.rate, warm=300, hold=hold)
+
+    def state(self) -> State:
+        """Everything a resumed run needs."""
+        return {"flat": self.flat.state(), "ema": self.ema, "done": self.done}
+
+    def load(self, state: State) -> None:
+        """Inverse of ``state``."""
+        self.flat.load(state["flat"])
+        self.ema.copy_(state["ema"])
+        self.done = int(state["done"])
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train until ``options.updates``; a state every ``options.save`` updates."""
+    torch.set_num_threads(1)
+    trainer = VideoTrainer(options)
+    header = {"model": "emoji-video", **{key: str(value) for key, value in vars(options).items()}}
+    course = Course(
+        end=options.updates, samples=options.batch, save=options.save, window=50, early=5
+    )
+    train(trainer, options, header, course, facts=lambda: {"rate": round(trainer.rate(), 7)})
+
+
+def export(
+    options: argparse.Namespace, out: Path | None, *, averaged: bool = True
+) -> AnyFlowFARPipeline:
+    """The pipeline of the state in ``options.out`` with the autoencoder in ``options.vae`` (without
+    one: untrained), in fp32; with ``out`` also written there as fp16 safetensors. ``averaged``
+    chooses the averaged weights.
+
+    ``options`` needs out, vae, width and layers, as in training. ValueError without a state.
+    """
+    saved = load_state(options.out / STATE)
+    if saved is None:
+        raise ValueError(
+            f"out: expected a training state in {options.out}, found none; train first"
+        )
+    model = video_parts.transformer(0, options.width, options.layers)
+    text = video_parts.text_encoder(0)
+    FlatAdam([model, text]).write(
+        saved["trainer"]["ema"] if averaged else saved["trainer"]["flat"]["master"]
+    )
+    vae = (
+        video_parts.autoencoder(0)
+        if options.vae is None
+        else AutoencoderKLWan.from_pretrained(options.vae)
+    )
+    pipe = video_parts.pipeline(model, vae, text)
+    if out is not None:
+        video_parts.save(pipe, out)
+    return pipe
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = training.parser(__doc__, seed=71, save=250)
+    add = result.add_argument
+    add("--teacher", type=Path, required=True, help="folder of the autoencoder of emoji")
+    add("--vae", type=Path, help="with --export: folder of the autoencoder of clips")
+    add("--width", type=int, default=160, help="channels of a token")
+    add("--layers", type=int, default=6, help="blocks of the transformer")
+    add("--batch", type=int, default=8)
+    add("--rate", type=float, default=1e-3, help="largest learning rate")
+    add("--updates", type=int, default=24_000)
+    add("--decay-from", type=int, default=16_000, help="update at which the rate begins to fall")
+    add(
+        "--curriculum",
+        type=int,
+        nargs=2,
+        default=(3_000, 6_000),
+        help="first update that is not only about one object, and that of the full mixture",
+    )
+    add("--mean", type=float, default=0.6, help="mean of the noise levels' logit")
+    add("--top", type=float, default=0.25, help="share of a batch at the highest noise levels")
+    add("--decay", type=float, default=0.9985, help="of the averaged weights, per update")
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    options = parser().parse_args()
+    if options.export is not None:
+        if options.vae is None:
+            raise ValueError("vae: expected the folder of an autoencoder for --export, got none")
+        export(options, options.export)
+        return
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

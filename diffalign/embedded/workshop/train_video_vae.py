@@ -1,0 +1,193 @@
+"""Train the autoencoder of ``emoji-video``: ``python -m diffalign.embedded.workshop.train_video_vae
+--out FOLDER --teacher FOLDER [--resume] [--export FOLDER]``.
+
+A diffusers ``AutoencoderKLWan``, 13 x 64 x 64 pixels to 4 x 8 x 8 latents. Its latent is not learnt
+here: that of a key picture is what the teacher, the autoencoder of ``emoji``, makes of it. So the
+denoiser can be trained before, after or beside this. The decoder draws all 13 pictures from the four
+latents, with Gaussian noise of up to ``NOISE`` deviations, and so learns how things go from one key
+picture to the next; the encoder reads the latents from the pictures. Both are trained in one run and
+do not touch each other. One process, one thread, bf16 arithmetic over fp32 weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffalign.embedded.workshop import training, video_parts
+from diffalign.embedded.workshop.train_vae import pixels
+from diffalign.embedded.workshop.training import (
+    STATE,
+    Course,
+    FlatAdam,
+    State,
+    cosine,
+    load_state,
+    step_generator,
+    step_seed,
+    train,
+)
+from diffalign.embedded.world.clips import KEYS, Clip, ClipWorld
+
+NOISE = 0.5
+MIX = {"still": 0.05, "colour": 0.15, "moving": 0.2, "moving_coloured": 0.25, "moving_and": 0.15,
+       "beside": 0.1, "before": 0.1}  # fmt: skip
+"""Mostly motion, much of it coloured."""
+
+
+def teacher(folder: Path) -> AutoencoderTiny:
+    """The autoencoder that lays the latents down, frozen, in bf16."""
+    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def key_latents(vae: AutoencoderTiny, clips: list[Clip]) -> Tensor:
+    """The latents of the key pictures, float32 [B, 4, 16, 8, 8]; a picture that repeats the one
+    before is encoded once."""
+    pictures = [clip.pictures(keys=True) for clip in clips]
+    fresh = np.array(
+        [[k == 0 or bool((p[k] != p[k - 1]).any()) for k in range(KEYS)] for p in pictures]
+    )
+    places = torch.from_numpy(fresh.flatten().cumsum() - 1)
+    frames = np.concatenate(pictures)[fresh.flatten()]
+    latents = vae.encoder(pixels(frames, torch.bfloat16)).float()
+    return latents[places].unflatten(0, (len(clips), KEYS))
+
+
+def drawing(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """``vae.decode`` of [B, C, T, h, w] without its clamp, which has no gradient for pixels that
+    are too dark or too bright."""
+    vae.clear_cache()
+    x, pieces = vae.post_quant_conv(latents), []
+    for i in range(x.shape[2]):
+        vae._conv_idx = [0]
+        pieces.append(
+            vae.decoder(
+                x[:, :, i : i + 1],
+                feat_cache=vae._feat_map,
+                feat_idx=vae._conv_idx,
+                first_chunk=i == 0,
+            )
+        )
+    vae.clear_cache()
+    result: Tensor = unpatchify(torch.cat(pieces, 2), vae.config.patch_size)
+    return result
+
+
+class VideoVaeTrainer:
+    """The state of a run; ``options`` are those of ``parser``."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.vae = video_parts.autoencoder(options.seed)
+        self.teacher = teacher(options.teacher)
+        vae = self.vae
+        vae.quant_conv.requires_grad_(False)
+        parts = {"decoder": [vae.post_quant_conv, vae.decoder], "encoder": [vae.encoder]}
+        self.parts = {
+            name: FlatAdam(modules, betas=(0.9, 0.95), decay=0.0)
+            for name, modules in parts.items()
+        }
+        vae.quant_conv.to(torch.bfloat16)
+        self.ema = {name: flat.master.data.clone() for name, flat in self.parts.items()}
+        self.world = ClipWorld(dict(MIX))
+        self.done = 0
+
+    def step(self) -> dict[str, float]:
+        """One update of the decoder, and of the encoder at every ``options.every``-th."""
+        seed = step_seed(self.options.seed, 0, self.done)
+        generator = step_generator(self.options.seed, 0, self.done)
+        clips = list(self.world.clips(seed, self.options.batch))
+        frames = np.concatenate([clip.pictures() for clip in clips])
+        target = pixels(frames, torch.bfloat16).unflatten(0, (len(clips), -1)).transpose(1, 2)
+        latents = key_latents(self.teacher, clips).transpose(1, 2)
+        sigma = NOISE * torch.rand((len(clips), 1, 1, 1, 1), generator=generator)
+        noisy = latents + sigma * torch.randn(latents.shape, generator=generator)
+        difference = drawing(self.vae, noisy.to(torch.bfloat16)).float() - target.float()
+        mse = difference.square().mean()
+        (mse + 0.2 * difference.abs().mean()).backward()  # type: ignore[no-untyped-call]
+        self.update("decoder")
+        values = {"mse": mse.item()}
+        if self.done % self.options.every == 0:
+            moments = self.vae._encode(target.contiguous())
+            reading = F.mse_loss(moments.chunk(2, 1)[0].float(), latents)
+            reading.backward()  # type: ignore[no-untyped-call]
+            self.update("encoder")
+            values["reading"] = reading.item()
+        self.done += 1
+        return values
+
+    def update(self, name: str) -> None:
+        """Move the weights of a part and their average."""
+        flat = self.parts[name]
+        flat.step(self.rate())
+        decay = min(0.998, (1 + self.done) / (10 + self.done))
+        self.ema[name].lerp_(flat.master.data, 1 - decay)
+
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+        return cosine(self.done, self.options.updates, self.options.rate, warm=100, hold=0.4)
+
+    def state(self) -> State:
+        """Everything a resumed run needs."""
+        return {
+            "parts": {name: flat.state() for name, flat in self.parts.items()},
+            "ema": self.ema,
+            "done": self.done,
+        }
+
+    def load(self, state: State) -> None:
+        """Inverse of ``state``."""
+        for name, flat in self.parts.items():
+            flat.load(state["parts"][name])
+            self.ema[name].copy_(state["ema"][name])
+        self.done = int(state["done"])
+
+    def export(self) -> AutoencoderKLWan:
+        """The autoencoder with the averaged weights in fp32; ends the training of this object."""
+        for name, flat in self.parts.items():
+            flat.write(self.ema[name])
+        return self.vae.float().eval()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = training.parser(__doc__, seed=61, save=100)
+    add = result.add_argument
+    add("--teacher", type=Path, required=True, help="folder of the autoencoder of emoji")
+    add("--batch", type=int, default=2, help="clips of an update")
+    add("--rate", type=float, default=1.5e-3, help="largest learning rate")
+    add("--updates", type=int, default=6_000)
+    add("--every", type=int, default=4, help="updates of the decoder for one of the encoder")
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    options = parser().parse_args()
+    torch.set_num_threads(1)
+    trainer = VideoVaeTrainer(options)
+    if options.export is not None:
+        saved = load_state(options.out / STATE)
+        if saved is None:
+            raise ValueError(f"out: expected a training state in {options.out}, found none")
+        trainer.load(saved["trainer"])
+        trainer.export().save_pretrained(options.export)
+        return
+    header = {"model": "emoji-video-vae", **{k: str(v) for k, v in vars(options).items()}}
+    course = Course(
+        end=options.updates, samples=options.batch, save=options.save, window=50, early=5
+    )
+    train(trainer, options, header, course, facts=lambda: {"rate": round(trainer.rate(), 7)})
+
+
+if __name__ == "__main__":
+    main()
