@@ -24,7 +24,7 @@ WAY = 0.19
 """Least way of a moving object, in sides of the picture: half of what the world's objects go."""
 
 LATE = 4
-"""The object must be seen in most of so many last frames, those of the last chunk."""
+"""Frames of the last chunk: an object must be seen in most of them."""
 
 
 class Detector(Protocol):
@@ -51,10 +51,9 @@ class Track:
                 return i
         return None
 
-    @property
-    def late(self) -> bool:
-        """Whether more than half of the last frames show it."""
-        last = self.sightings[-LATE:]
+    def late(self, frames: int = LATE) -> bool:
+        """Whether more than half of the last ``frames`` show it."""
+        last = self.sightings[-frames:]
         return 2 * sum(sighting is not None for sighting in last) > len(last)
 
     @property
@@ -83,9 +82,7 @@ class Track:
         axis = int(abs(ways[1]) > abs(ways[0]))
         if abs(ways[axis]) < WAY or abs(ways[axis]) < 2 * abs(ways[1 - axis]):
             return None
-        return next(
-            word for word, signs in DIRECTIONS.items() if signs[axis] * ways[axis] > 0
-        )
+        return next(word for word, signs in DIRECTIONS.items() if signs[axis] * ways[axis] > 0)
 
 
 @dataclass(frozen=True)
@@ -116,15 +113,18 @@ class ClipVerdict:
         return sum(self.facts) / len(self.facts)
 
 
-def judged(story: Story, tracks: Sequence[Track], side: tuple[int, int]) -> ClipVerdict:
-    """The verdict on a story from the tracks of its roles, in the order of the roles."""
+def judged(
+    story: Story, tracks: Sequence[Track], side: tuple[int, int], late: int = LATE
+) -> ClipVerdict:
+    """The verdict on a story from the tracks of its roles, in the order of the roles, in pictures
+    of ``side``."""
 
     def moves(role: Role, track: Track) -> bool | None:
         return None if role.motion is None else track.direction(side) == role.motion
 
     pairs = list(zip(story.roles, tracks, strict=True))
     return ClipVerdict(
-        tuple(track.late for track in tracks),
+        tuple(track.late(late) for track in tracks),
         tuple(None if r.colour == NATIVE else track.colour == r.colour for r, track in pairs),
         tuple(moves(role, track) for role, track in pairs),
         None if story.event is None else _ordered(story.event, *tracks),
@@ -142,10 +142,13 @@ def _ordered(event: str, first: Track, second: Track) -> bool:
 
 
 class VideoJudge:
-    """Verdicts on clips. Cost: that of the picture judge for every frame, about 1.5 ms each."""
+    """Verdicts on clips whose last chunk has ``late`` frames: 1 for a film of key pictures.
 
-    def __init__(self, judge: Detector) -> None:
-        self.judge = judge
+    Cost: that of the picture judge for every frame.
+    """
+
+    def __init__(self, judge: Detector, late: int = LATE) -> None:
+        self.judge, self.late = judge, late
 
     def tracks(self, videos: Tensor, stories: Sequence[Story]) -> list[tuple[Track, ...]]:
         """Tracks of the roles of each story in its video; videos are [B, T, 3, H, W] in [0, 1].
@@ -157,9 +160,7 @@ class VideoJudge:
                 f"videos: expected [B, T, 3, H, W] in [0, 1], got shape {list(videos.shape)}"
             )
         if len(videos) != len(stories):
-            raise ValueError(
-                f"stories: expected one per video, {len(videos)}, got {len(stories)}"
-            )
+            raise ValueError(f"stories: expected one per video, {len(videos)}, got {len(stories)}")
         result = []
         for video, story in zip(videos, stories, strict=True):
             answers = self.judge.detect(video)
@@ -170,7 +171,10 @@ class VideoJudge:
         """What each video [T, 3, H, W] of [B, T, 3, H, W] in [0, 1] shows of its story."""
         side = (videos.shape[-1], videos.shape[-2])
         tracks = self.tracks(videos, stories)
-        return [judged(story, line, side) for story, line in zip(stories, tracks, strict=True)]
+        return [
+            judged(story, line, side, self.late)
+            for story, line in zip(stories, tracks, strict=True)
+        ]
 
     def _track(self, answers: Sequence[Sequence[Detection]], role: Role) -> Track:
         """The best detection of the role's object in each frame."""

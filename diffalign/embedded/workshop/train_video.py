@@ -116,7 +116,10 @@ class VideoTrainer:
         latents, ids = self.batch(generator)
         size = len(ids)
         levels = self.levels(size, generator)
-        level, noise = levels[..., None, None, None], torch.randn(latents.shape, generator=generator)
+        level, noise = (
+            levels[..., None, None, None],
+            torch.randn(latents.shape, generator=generator),
+        )
         context = latents[:, :-1]
         blur = BLUR * torch.rand((size, 1, 1, 1, 1), generator=generator)
         context = context + blur * torch.randn(context.shape, generator=generator)

@@ -93,8 +93,7 @@ class VideoVaeTrainer:
         vae.quant_conv.requires_grad_(False)
         parts = {"decoder": [vae.post_quant_conv, vae.decoder], "encoder": [vae.encoder]}
         self.parts = {
-            name: FlatAdam(modules, betas=(0.9, 0.95), decay=0.0)
-            for name, modules in parts.items()
+            name: FlatAdam(modules, betas=(0.9, 0.95), decay=0.0) for name, modules in parts.items()
         }
         vae.quant_conv.to(torch.bfloat16)
         self.ema = {name: flat.master.data.clone() for name, flat in self.parts.items()}

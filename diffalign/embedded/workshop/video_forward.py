@@ -139,7 +139,9 @@ def _times(model: AnyFlowFARTransformer3DModel, levels: Tensor) -> tuple[Tensor,
     waves = embedder.timesteps_proj(1000 * levels.flatten()).to(embedder.time_proj.weight.dtype)
     features = embedder.time_embedder(waves)
     many = embedder.time_proj(embedder.act_fn(features))
-    return features.unflatten(0, levels.shape), many.unflatten(0, levels.shape).unflatten(2, (6, -1))
+    return features.unflatten(0, levels.shape), many.unflatten(0, levels.shape).unflatten(
+        2, (6, -1)
+    )
 
 
 def velocities(

@@ -209,9 +209,5 @@ def story_words() -> list[str]:
         phrases += names
     phrases += ["that appears beside before"]
     return sorted(
-        {
-            word
-            for phrase in phrases
-            for word in captions.words(re.sub(r"\{\d?\}", "", phrase))
-        }
+        {word for phrase in phrases for word in captions.words(re.sub(r"\{\d?\}", "", phrase))}
     )

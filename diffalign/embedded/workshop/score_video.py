@@ -1,0 +1,185 @@
+"""Judge a training state of ``emoji-video``, or a pipeline folder, on fixed sentences.
+
+``python -m diffalign.embedded.workshop.score_video --out FOLDER --teacher FOLDER`` decodes the key
+pictures with the autoencoder of ``emoji``, so that the denoiser can be judged before the autoencoder
+of clips is there; with ``--vae FOLDER``, or with ``--pipeline FOLDER``, whole clips are judged. One
+JSON line with the share of right clips of each category is appended to ``scores.jsonl``; a sheet of
+four frames of each and GIFs are written beside it. With 16 sentences a category a
+share has a standard error of up to .125.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AnyFlowFARPipeline, AutoencoderTiny
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from diffalign.core.types import Json
+from diffalign.embedded.load import load, pipeline_in
+from diffalign.embedded.nets.video_judge import ClipVerdict, VideoJudge
+from diffalign.embedded.workshop.train_video import export
+from diffalign.embedded.workshop.training import STATE, load_state
+from diffalign.embedded.workshop.video_parts import LENGTH
+from diffalign.embedded.world.clips import EVERY, FRAMES, ClipWorld
+from diffalign.embedded.world.scenes import HELD_OUT, SIZE
+from diffalign.embedded.world.stories import KINDS, reading, telling
+
+CATEGORIES = tuple(dict.fromkeys(KINDS.values()))
+
+
+def sentences(each: int) -> list[tuple[str, str]]:
+    """``each`` plain sentences of every category, each with its category; always the same."""
+    result = []
+    for number, category in enumerate(CATEGORIES):
+        mix = {kind: 1.0 for kind, name in KINDS.items() if name == category}
+        clips = ClipWorld(mix).clips(HELD_OUT.start + number, each)
+        result += [(telling(clip.story), category) for clip in clips]
+    return result
+
+
+@torch.no_grad()
+def videos(
+    pipe: AnyFlowFARPipeline,
+    prompts: Sequence[str],
+    scale: float,
+    steps: int,
+    seed: int,
+    teacher: AutoencoderTiny | None = None,
+    batch: int = 8,
+) -> Tensor:
+    """A video of each prompt, [B, T, 3, 64, 64] in [0, 1]: 13 frames, or with ``teacher`` the four
+    key pictures by its decoder."""
+    results = []
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        frames = pipe(
+            prompt=part,
+            height=SIZE,
+            width=SIZE,
+            num_frames=FRAMES,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            generator=generators,
+            max_sequence_length=LENGTH,
+            output_type="pt" if teacher is None else "latent",
+        ).frames
+        if teacher is not None:
+            flat = frames.transpose(1, 2).flatten(0, 1)
+            pictures = teacher.decode(flat.to(teacher.dtype)).sample.float()
+            frames = pictures.add(1).div(2).clamp(0, 1).unflatten(0, (len(part), -1))
+        results.append(frames.float())
+    return torch.cat(results)
+
+
+def summary(verdicts: Sequence[ClipVerdict], categories: Sequence[str]) -> Json:
+    """Share of right clips of each category and their mean, and shares of the right facts."""
+    pairs = list(zip(verdicts, categories, strict=True))
+    shares = {
+        category: [verdict.right for verdict, name in pairs if name == category]
+        for category in dict.fromkeys(categories)
+    }
+    result: Json = {name: _mean(values) for name, values in shares.items()}
+    result["mean"] = _mean([verdict.right for verdict in verdicts])
+    for name in ("objects", "colours", "motions"):
+        facts = [f for verdict in verdicts for f in getattr(verdict, name) if f is not None]
+        result[f"fact_{name}"] = _mean(facts)
+    result["fact_order"] = _mean([v.order for v in verdicts if v.order is not None])
+    return result
+
+
+def _mean(values: Sequence[bool]) -> float | None:
+    return round(sum(values) / len(values), 3) if values else None
+
+
+def sheet(films: Tensor, prompts: Sequence[str], verdicts: Sequence[ClipVerdict]) -> Image.Image:
+    """Four frames of each video beside its prompt, green where it is right."""
+    count = films.shape[1]
+    places = [round(i * (count - 1) / 3) for i in range(4)]
+    width, columns = 4 * SIZE + 8, 4
+    result = Image.new("RGB", (columns * width, -(-len(films) // columns) * (SIZE + 26)), "white")
+    pen = ImageDraw.Draw(result)
+    for i, (film, prompt, verdict) in enumerate(zip(films, prompts, verdicts, strict=True)):
+        x, y = i % columns * width, i // columns * (SIZE + 26)
+        for k, place in enumerate(places):
+            result.paste(picture(film[place]), (x + k * SIZE, y))
+        text, colour = prompt.removeprefix("a photo of "), "darkgreen" if verdict.right else "red"
+        for line in range(2):
+            pen.text((x, y + SIZE + 12 * line), text[42 * line : 42 * line + 42], fill=colour)
+    return result
+
+
+def picture(frame: Tensor) -> Image.Image:
+    """A frame [3, H, W] in [0, 1]."""
+    return Image.fromarray(frame.mul(255).round().byte().permute(1, 2, 0).numpy())
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add("--out", type=Path, required=True, help="folder of the training state, and of the answers")
+    add("--pipeline", type=Path, help="a pipeline folder to judge instead of a training state")
+    add("--teacher", type=Path, help="folder of the autoencoder of emoji: judge key pictures")
+    add("--vae", type=Path, help="folder of the autoencoder of clips: judge whole clips")
+    add("--judge", default="emoji-judge", help="name of an embedded detector")
+    add("--each", type=int, default=16, help="sentences a category")
+    add("--scale", type=float, nargs="+", default=[3.0], help="guidance scales")
+    add("--steps", type=int, default=10)
+    add("--seed", type=int, default=0)
+    add("--width", type=int, default=160)
+    add("--layers", type=int, default=6)
+    add("--raw", action="store_true", help="the last weights instead of the averaged ones")
+    return result
+
+
+def _opened(options: argparse.Namespace) -> tuple[AnyFlowFARPipeline, Json]:
+    """The pipeline to judge, and what a line of the scores says of it."""
+    if options.pipeline is not None:
+        return pipeline_in(options.pipeline), {"pipeline": options.pipeline.name}
+    if options.vae is None and options.teacher is None:
+        raise ValueError("vae: expected --vae, --teacher or --pipeline to decode with, got none")
+    pipe = export(options, None, averaged=not options.raw)
+    state = load_state(options.out / STATE)
+    assert state is not None
+    return pipe, {"updates": state["trainer"]["done"], "averaged": not options.raw}
+
+
+def main() -> None:
+    """Command line."""
+    options = parser().parse_args()
+    torch.set_num_threads(1)
+    pipe, facts = _opened(options)
+    pipe.set_progress_bar_config(disable=True)
+    keys = options.vae is None and options.pipeline is None
+    teacher = AutoencoderTiny.from_pretrained(options.teacher).eval() if keys else None
+    judge = VideoJudge(load(options.judge), late=1 if keys else EVERY)
+    prompts, categories = zip(*sentences(options.each), strict=True)
+    name = f"{facts['updates']:06d}" if "updates" in facts else facts["pipeline"]
+    for scale in options.scale:
+        start = time.monotonic()
+        films = videos(pipe, prompts, scale, options.steps, options.seed, teacher)
+        verdicts = judge.verdicts(films, [reading(prompt) for prompt in prompts])
+        line = facts | {"scale": scale, "steps": options.steps, "keys": keys}
+        line |= summary(verdicts, categories)
+        line |= {"clips": len(prompts), "seconds": round(time.monotonic() - start, 1)}
+        with (options.out / "scores.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        sheet(films, prompts, verdicts).save(options.out / f"sheet-{name}-{scale:g}.png")
+        for i, film in enumerate(films):
+            first, *rest = [picture(frame).resize((2 * SIZE, 2 * SIZE)) for frame in film]
+            path = options.out / f"clip-{name}-{scale:g}-{i:02d}.gif"
+            first.save(path, save_all=True, append_images=rest, duration=120, loop=0)
+
+
+if __name__ == "__main__":
+    main()
