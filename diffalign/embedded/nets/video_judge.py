@@ -59,7 +59,9 @@ class Track:
     @property
     def colour(self) -> str | None:
         """The colour of most sightings; the first in the alphabet among equals."""
-        colours = sorted(sighting.colour for sighting in self.sightings if sighting is not None)
+        colours = sorted(
+            sighting.colour for sighting in self.sightings if sighting and sighting.colour
+        )
         return max(dict.fromkeys(colours), key=colours.count) if colours else None
 
     def direction(self, side: tuple[int, int]) -> str | None:

@@ -4,7 +4,6 @@ what ``noisy_captions`` is for pictures."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
@@ -16,20 +15,20 @@ from diffalign.embedded.world.vocabulary import NATIVE
 def omitted(rng: random.Random, story: Story) -> Story:
     """The story without one of its facts: a colour, a motion, an event ("a cat and a clock"), or an
     object and the event with it. Whole where a single object is all there is."""
-    options: list[Callable[[], Story]] = []
+    options: list[Story] = []
     for i, role in enumerate(story.roles):
-        rest = story.roles[:i], story.roles[i + 1 :]
+        before, after = story.roles[:i], story.roles[i + 1 :]
         if role.colour != NATIVE:
-            bare = replace(role, colour=NATIVE)
-            options.append(lambda r=rest, b=bare: replace(story, roles=(*r[0], b, *r[1])))
+            roles = (*before, replace(role, colour=NATIVE), *after)
+            options.append(replace(story, roles=roles))
         if role.motion is not None:
-            still = replace(role, motion=None)
-            options.append(lambda r=rest, b=still: replace(story, roles=(*r[0], b, *r[1])))
+            roles = (*before, replace(role, motion=None), *after)
+            options.append(replace(story, roles=roles))
         if len(story.roles) > 1:
-            options.append(lambda r=rest: Story((*r[0], *r[1])))
+            options.append(Story((*before, *after)))
     if story.event is not None:
-        options.append(lambda: replace(story, event=None))
-    return rng.choice(options)() if options else story
+        options.append(replace(story, event=None))
+    return rng.choice(options) if options else story
 
 
 def told(

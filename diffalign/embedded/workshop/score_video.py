@@ -1,8 +1,8 @@
 """Judge a training state of ``emoji-video``, or a pipeline folder, on fixed sentences.
 
 ``python -m diffalign.embedded.workshop.score_video --out FOLDER --teacher FOLDER`` decodes the key
-pictures with the autoencoder of ``emoji``, so that the denoiser can be judged before the autoencoder
-of clips is there; with ``--vae FOLDER``, or with ``--pipeline FOLDER``, whole clips are judged. One
+pictures with the autoencoder of ``emoji``, so the denoiser can be judged before the autoencoder of
+clips is there; with ``--vae FOLDER``, or with ``--pipeline FOLDER``, whole clips are judged. One
 JSON line with the share of right clips of each category is appended to ``scores.jsonl``; a sheet of
 four frames of each and GIFs are written beside it. With 16 sentences a category a
 share has a standard error of up to .125.

@@ -2,11 +2,13 @@
 FOLDER --teacher FOLDER [--resume] [--vae FOLDER --export FOLDER]``.
 
 Flow matching (Lipman et al., "Flow Matching for Generative Modeling", 2022, arXiv:2210.02747) chunk
-by chunk, each chunk behind clean ones as in FAR (Gu, Mao and Shou, "Long-Context Autoregressive Video
-Modeling with Next-Frame Prediction", 2025, arXiv:2503.19325): ``diffusers``'
+by chunk, each chunk behind clean ones as in FAR (Gu, Mao and Shou, "Long-Context Autoregressive
+Video Modeling with Next-Frame Prediction", 2025, arXiv:2503.19325): ``diffusers``'
 ``AnyFlowFARTransformer3DModel``, one latent a chunk, with its text encoder, from scratch.
 
 - The latents are those of the key pictures, by the autoencoder of ``emoji`` (``--teacher``).
+- At first there are pictures alone, first chunks of clips: what an object looks like is the hard
+  part, and a picture costs a seventh of a clip. Then an update has both.
 - All four chunks of a clip learn in one pass, each at a noise level of its own. Their context has
   Gaussian noise of up to ``BLUR`` deviations, since what the sampler leaves is not clean either.
 - Captions leave facts out or get them wrong, and one in ten is empty, so that guidance matters.
@@ -43,7 +45,7 @@ from diffalign.embedded.workshop.training import (
 )
 from diffalign.embedded.workshop.video_forward import velocities
 from diffalign.embedded.workshop.video_parts import FULL, LENGTH
-from diffalign.embedded.world.clips import DEFAULT_MIX, KEYS, ClipWorld
+from diffalign.embedded.world.clips import DEFAULT_MIX, Clip, ClipWorld
 
 EASY: dict[str, float] = {"still": 0.35, "colour": 0.25, "moving": 0.3, "moving_coloured": 0.1}
 """The mixture of kinds at the start of the curriculum: one object."""
@@ -79,28 +81,32 @@ class VideoTrainer:
         self.ema = self.flat.master.data.clone()
         self.done = 0
 
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents float [B, 4, C, 8, 8] and token ids [B, LENGTH] of the next step's clips."""
+    def sizes(self) -> tuple[int, int]:
+        """Clips and pictures of the next step: at first pictures alone, twice as many."""
+        if self.done < self.options.alone:
+            return 0, 2 * self.options.pictures
+        return self.options.batch, self.options.pictures
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[list[Clip], Tensor]:
+        """The next step's clips, and token ids [B, LENGTH] of their captions."""
         first, last = self.options.curriculum
         world = ClipWorld(curriculum((self.done - first) / max(1, last - first)))
         seed = step_seed(self.options.seed, 0, self.done)
-        clips, captions = noisy_stories.told(world, self.captions, seed, self.options.batch)
-        empty = torch.rand(len(clips), generator=generator) < 0.1
+        clips, captions = noisy_stories.told(world, self.captions, seed, size)
+        empty = torch.rand(size, generator=generator) < 0.1
         captions = ["" if none else text for text, none in zip(captions, empty, strict=True)]
         ids = self.tokenizer(
             captions, padding="max_length", max_length=LENGTH, return_tensors="pt"
         ).input_ids
         # a word that is not known must say nothing
-        ids[(torch.rand(ids.shape, generator=generator) < 0.02) & (ids > video_parts.END)] = (
-            video_parts.UNKNOWN
-        )
-        return key_latents(self.teacher, clips), ids
+        hidden = (torch.rand(ids.shape, generator=generator) < 0.02) & (ids > video_parts.END)
+        return clips, ids.masked_fill(hidden, video_parts.UNKNOWN)
 
-    def levels(self, size: int, generator: torch.Generator) -> Tensor:
-        """Noise levels [B, 4], each column stratified over the batch."""
+    def levels(self, size: int, chunks: int, generator: torch.Generator) -> Tensor:
+        """Noise levels [B, chunks], each column stratified over the batch."""
         rest = size - round(self.options.top * size)
         columns = []
-        for _ in range(KEYS):
+        for _ in range(chunks):
             column = torch.cat(
                 [
                     noise_levels(rest, self.options.mean, generator),
@@ -110,16 +116,15 @@ class VideoTrainer:
             columns.append(column[torch.randperm(size, generator=generator)])
         return torch.stack(columns, 1)
 
-    def step(self) -> dict[str, float]:
-        """One update; returns the mean loss, and that of the first chunk and of the later ones."""
-        generator = step_generator(self.options.seed, 0, self.done)
-        latents, ids = self.batch(generator)
-        size = len(ids)
-        levels = self.levels(size, generator)
-        level, noise = (
-            levels[..., None, None, None],
-            torch.randn(latents.shape, generator=generator),
-        )
+    def errors(
+        self, latents: Tensor, ids: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Squared errors of the predictions for each chunk of latents [B, F, C, 8, 8], and the
+        noise levels: both [B, F]."""
+        size, chunks = latents.shape[:2]
+        levels = self.levels(size, chunks, generator)
+        level = levels[..., None, None, None]
+        noise = torch.randn(latents.shape, generator=generator)
         context = latents[:, :-1]
         blur = BLUR * torch.rand((size, 1, 1, 1, 1), generator=generator)
         context = context + blur * torch.randn(context.shape, generator=generator)
@@ -133,22 +138,38 @@ class VideoTrainer:
             video_parts.features(self.text, ids),
             extra,
         )
-        errors = F.mse_loss(answer.float(), noise - latents, reduction="none").mean((2, 3, 4))
-        errors.mean().backward()  # type: ignore[no-untyped-call]
+        losses = F.mse_loss(answer.float(), noise - latents, reduction="none")
+        return losses.mean((2, 3, 4)), levels
+
+    def step(self) -> dict[str, float]:
+        """One update; returns the mean loss over chunks, and that of first and of later chunks, and
+        of those whose noise level is above ``TOP``."""
+        generator = step_generator(self.options.seed, 0, self.done)
+        films, pictures = self.sizes()
+        clips, ids = self.batch(films + pictures, generator)
+        parts = []
+        if films:
+            latents = key_latents(self.teacher, clips[:films])
+            parts.append(self.errors(latents, ids[:films], generator))
+        if pictures:
+            latents = key_latents(self.teacher, clips[films:], count=1)
+            parts.append(self.errors(latents, ids[films:], generator))
+        total = torch.cat([errors.flatten() for errors, _ in parts])
+        total.mean().backward()  # type: ignore[no-untyped-call]
         norm = self.flat.step(self.rate())
         self.done += 1
         if self.done % EVERY == 0:
             decay = min(self.options.decay, (1 + self.done) / (10 + self.done)) ** EVERY
             self.ema.lerp_(self.flat.master.data, 1 - decay)
-        values = errors.detach()
-        high = levels > TOP
-        return {
-            "loss": float(values.mean()),
-            "first": float(values[:, 0].mean()),
-            "later": float(values[:, 1:].mean()),
-            "top": float(values[high].mean()) if bool(high.any()) else float(values.mean()),
-            "norm": norm,
-        }
+        values = total.detach()
+        high = values[torch.cat([levels.flatten() for _, levels in parts]) > TOP]
+        first = torch.cat([errors.detach()[:, 0] for errors, _ in parts])
+        result = {"loss": float(values.mean()), "norm": norm, "first": float(first.mean())}
+        if films:
+            result["later"] = float(parts[0][0].detach()[:, 1:].mean())
+        if len(high):
+            result["top"] = float(high.mean())
+        return result
 
     def rate(self) -> float:
         """Learning rate of the next update."""
@@ -172,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
     trainer = VideoTrainer(options)
     header = {"model": "emoji-video", **{key: str(value) for key, value in vars(options).items()}}
     course = Course(
-        end=options.updates, samples=options.batch, save=options.save, window=50, early=5
+        end=options.updates, samples=options.pictures, save=options.save, window=50, early=5
     )
     train(trainer, options, header, course, facts=lambda: {"rate": round(trainer.rate(), 7)})
 
@@ -215,7 +236,9 @@ def parser() -> argparse.ArgumentParser:
     add("--vae", type=Path, help="with --export: folder of the autoencoder of clips")
     add("--width", type=int, default=160, help="channels of a token")
     add("--layers", type=int, default=6, help="blocks of the transformer")
-    add("--batch", type=int, default=8)
+    add("--batch", type=int, default=4, help="clips of an update")
+    add("--pictures", type=int, default=12, help="pictures of an update, beside the clips")
+    add("--alone", type=int, default=4_000, help="updates on twice as many pictures without clips")
     add("--rate", type=float, default=1e-3, help="largest learning rate")
     add("--updates", type=int, default=24_000)
     add("--decay-from", type=int, default=16_000, help="update at which the rate begins to fall")
@@ -223,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
         "--curriculum",
         type=int,
         nargs=2,
-        default=(3_000, 6_000),
+        default=(5_000, 8_000),
         help="first update that is not only about one object, and that of the full mixture",
     )
     add("--mean", type=float, default=0.6, help="mean of the noise levels' logit")

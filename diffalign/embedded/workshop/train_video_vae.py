@@ -3,10 +3,10 @@
 
 A diffusers ``AutoencoderKLWan``, 13 x 64 x 64 pixels to 4 x 8 x 8 latents. Its latent is not learnt
 here: that of a key picture is what the teacher, the autoencoder of ``emoji``, makes of it. So the
-denoiser can be trained before, after or beside this. The decoder draws all 13 pictures from the four
-latents, with Gaussian noise of up to ``NOISE`` deviations, and so learns how things go from one key
-picture to the next; the encoder reads the latents from the pictures. Both are trained in one run and
-do not touch each other. One process, one thread, bf16 arithmetic over fp32 weights.
+denoiser can be trained before, after or beside this. The decoder draws all 13 pictures from the
+four latents, with Gaussian noise of up to ``NOISE`` deviations, and so learns how things go from
+one key picture to the next; the encoder reads the latents from the pictures. Both are trained in
+one run and do not touch each other. One process, one thread, bf16 arithmetic over fp32 weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from diffalign.embedded.workshop.training import (
     step_seed,
     train,
 )
-from diffalign.embedded.world.clips import KEYS, Clip, ClipWorld
+from diffalign.embedded.world.clips import EVERY, FRAMES, KEYS, Clip, ClipWorld
 
 NOISE = 0.5
 MIX = {"still": 0.05, "colour": 0.15, "moving": 0.2, "moving_coloured": 0.25, "moving_and": 0.15,
@@ -49,17 +49,17 @@ def teacher(folder: Path) -> AutoencoderTiny:
 
 
 @torch.no_grad()
-def key_latents(vae: AutoencoderTiny, clips: list[Clip]) -> Tensor:
-    """The latents of the key pictures, float32 [B, 4, 16, 8, 8]; a picture that repeats the one
-    before is encoded once."""
-    pictures = [clip.pictures(keys=True) for clip in clips]
+def key_latents(vae: AutoencoderTiny, clips: list[Clip], count: int = KEYS) -> Tensor:
+    """The latents of the first ``count`` key pictures, float32 [B, count, 16, 8, 8]; a picture that
+    repeats the one before is encoded once."""
+    pictures = [np.stack([clip.shot(EVERY * k)[0] for k in range(count)]) for clip in clips]
     fresh = np.array(
-        [[k == 0 or bool((p[k] != p[k - 1]).any()) for k in range(KEYS)] for p in pictures]
+        [[k == 0 or bool((p[k] != p[k - 1]).any()) for k in range(count)] for p in pictures]
     )
     places = torch.from_numpy(fresh.flatten().cumsum() - 1)
     frames = np.concatenate(pictures)[fresh.flatten()]
-    latents = vae.encoder(pixels(frames, torch.bfloat16)).float()
-    return latents[places].unflatten(0, (len(clips), KEYS))
+    latents: Tensor = vae.encoder(pixels(frames, torch.bfloat16)).float()
+    return latents[places].view(len(clips), count, *latents.shape[1:])
 
 
 def drawing(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ class VideoVaeTrainer:
         generator = step_generator(self.options.seed, 0, self.done)
         clips = list(self.world.clips(seed, self.options.batch))
         frames = np.concatenate([clip.pictures() for clip in clips])
-        target = pixels(frames, torch.bfloat16).unflatten(0, (len(clips), -1)).transpose(1, 2)
+        pictures = pixels(frames, torch.bfloat16)
+        target = pictures.reshape(len(clips), FRAMES, *pictures.shape[1:]).transpose(1, 2)
         latents = key_latents(self.teacher, clips).transpose(1, 2)
         sigma = NOISE * torch.rand((len(clips), 1, 1, 1, 1), generator=generator)
         noisy = latents + sigma * torch.randn(latents.shape, generator=generator)

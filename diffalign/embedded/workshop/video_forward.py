@@ -37,28 +37,26 @@ if TYPE_CHECKING:
 class Window:
     """What the tokens of one chunk attend to."""
 
-    queries: slice
-    keys: tuple[slice, ...]
+    # index of the chunk
+    query: int
+    # indices of the chunks that it sees
+    keys: tuple[int, ...]
     # zeros among the keys that are not computed
     sink: int = 0
 
 
 def windows(chunks: int, tokens: int) -> list[Window]:
     """The windows of ``chunks - 1`` clean and then ``chunks`` noisy chunks of ``tokens`` tokens."""
-    clean = [
-        Window(slice(j * tokens, (j + 1) * tokens), (slice(0, (j + 1) * tokens),))
-        for j in range(chunks - 1)
+    clean = [Window(j, tuple(range(j + 1))) for j in range(chunks - 1)]
+    noisy = [
+        Window(chunks - 1 + j, (*range(j), chunks - 1 + j), -tokens % 128) for j in range(chunks)
     ]
-    noisy = []
-    for j in range(chunks):
-        start = (chunks - 1 + j) * tokens
-        mine = slice(start, start + tokens)
-        keys = (slice(0, j * tokens), mine) if j else (mine,)
-        noisy.append(Window(mine, keys, -tokens % 128))
     return clean + noisy
 
 
-def _attended(query: Tensor, key: Tensor, value: Tensor, sink: int, bias: Tensor | None) -> Tensor:
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, sink: int = 0, bias: Tensor | None = None
+) -> Tensor:
     """Attention of [B, A, Q, D] to [B, A, K, D]; ``sink`` keys are zeros, and so are their
     values."""
     logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -66,19 +64,21 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, sink: int, bias: Tensor
         logits = logits + bias
     if sink:
         logits = F.pad(logits, (0, 1), value=math.log(sink))
-        return logits.softmax(-1)[..., :-1] @ value
-    return logits.softmax(-1) @ value
+    weights = logits.softmax(-1)
+    result: Tensor = (weights[..., :-1] if sink else weights) @ value
+    return result
 
 
 def _heads(attn: AnyFlowAttention, x: Tensor) -> Tensor:
-    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    rows, tokens, _ = x.shape
+    return x.view(rows, tokens, int(attn.heads), -1).transpose(1, 2)
 
 
 def _rotated(x: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
     """[B, A, L, D] with each pair of channels turned by its angle; cosines and sines are [L, D /
     2]."""
     cosine, sine = place
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     turned = (first * cosine - second * sine, first * sine + second * cosine)
     return torch.stack(turned, -1).flatten(-2)
 
@@ -89,12 +89,17 @@ def _self_attention(
     query = _rotated(_heads(attn, attn.norm_q(attn.to_q(x)).to(x.dtype)), place)
     key = _rotated(_heads(attn, attn.norm_k(attn.to_k(x)).to(x.dtype)), place)
     value = _heads(attn, attn.to_v(x))
-    answers = []
-    for part in parts:
-        keys, values = (
-            torch.cat([source[:, :, span] for span in part.keys], 2) for source in (key, value)
+    # split once: a slice a window would cost a full gradient each
+    queries, keys, values = (source.chunk(len(parts), 2) for source in (query, key, value))
+    answers = [
+        _attended(
+            queries[part.query],
+            torch.cat([keys[i] for i in part.keys], 2),
+            torch.cat([values[i] for i in part.keys], 2),
+            part.sink,
         )
-        answers.append(_attended(query[:, :, part.queries], keys, values, part.sink, None))
+        for part in parts
+    ]
     result: Tensor = attn.to_out[0](torch.cat(answers, 2).transpose(1, 2).flatten(2))
     return result
 
@@ -102,7 +107,7 @@ def _self_attention(
 def _cross_attention(attn: AnyFlowAttention, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
     query = _heads(attn, attn.norm_q(attn.to_q(x)).to(x.dtype))
     key = _heads(attn, attn.norm_k(attn.to_k(text)).to(x.dtype))
-    answer = _attended(query, key, _heads(attn, attn.to_v(text)), 0, bias)
+    answer = _attended(query, key, _heads(attn, attn.to_v(text)), bias=bias)
     result: Tensor = attn.to_out[0](answer.transpose(1, 2).flatten(2))
     return result
 

@@ -120,12 +120,8 @@ def test_a_chunk_sees_the_clean_ones_before_it() -> None:
 
 def test_windows_of_two_chunks() -> None:
     """One clean chunk of two tokens, and two noisy ones behind it."""
-    parts = [(part.queries, part.keys, part.sink) for part in windows(2, 2)]
-    assert parts == [
-        (slice(0, 2), (slice(0, 2),), 0),
-        (slice(2, 4), (slice(2, 4),), 126),
-        (slice(4, 6), (slice(0, 2), slice(4, 6)), 126),
-    ]
+    parts = [(part.query, part.keys, part.sink) for part in windows(2, 2)]
+    assert parts == [(0, (0,), 0), (1, (1,), 126), (2, (0, 2), 126)]
 
 
 def test_an_untrained_model_predicts_nothing() -> None:
@@ -267,7 +263,7 @@ def test_plain_diffusers_runs_the_folder(tmp_path: Path) -> None:
 
 
 def test_export_needs_a_state(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="out: expected a training state in .*, found none"):
+    with pytest.raises(ValueError, match="out: expected a training state in"):
         train_video.export(options(tmp_path), None)  # type: ignore[arg-type]
 
 
