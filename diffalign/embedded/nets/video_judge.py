@@ -64,23 +64,32 @@ class Track:
         )
         return max(dict.fromkeys(colours), key=colours.count) if colours else None
 
-    def direction(self, side: tuple[int, int]) -> str | None:
-        """The direction of its motion in pictures of ``side`` (width, height), or None where it
-        stands still, goes askew, or is seen in less than half of the frames.
-
-        Read from the line of least squares through the centres.
-        """
+    def ways(self, side: tuple[int, int]) -> tuple[float, float]:
+        """How far it goes across and down from the first frame to the last, in sides of the
+        picture: the line of least squares through the centres. Zeros without two sightings."""
         points = [
             (i, (x1 + x2) / 2 / side[0], (y1 + y2) / 2 / side[1])
             for i, sighting in enumerate(self.sightings)
             if sighting is not None
             for x1, y1, x2, y2 in [sighting.box]
         ]
-        if len(points) < max(2, len(self.sightings) / 2):
-            return None
-        times, *centres = np.array(points).T
+        if len(points) < 2:
+            return 0.0, 0.0
+        times, across, down = np.array(points).T
         span = len(self.sightings) - 1
-        ways = [float(np.polyfit(times, centre, 1)[0]) * span for centre in centres]
+        x, y = (float(np.polyfit(times, centre, 1)[0]) * span for centre in (across, down))
+        return x, y
+
+    def direction(self, side: tuple[int, int]) -> str | None:
+        """The direction of its motion in pictures of ``side`` (width, height), or None where it
+        stands still, goes askew, or is seen in less than half of the frames.
+
+        Read from ``ways``.
+        """
+        seen = sum(sighting is not None for sighting in self.sightings)
+        if seen < max(2, len(self.sightings) / 2):
+            return None
+        ways = self.ways(side)
         axis = int(abs(ways[1]) > abs(ways[0]))
         if abs(ways[axis]) < WAY or abs(ways[axis]) < 2 * abs(ways[1 - axis]):
             return None
@@ -143,6 +152,47 @@ def _ordered(event: str, first: Track, second: Track) -> bool:
     return 0 < first.entrance < second.entrance
 
 
+def likeness(
+    story: Story, tracks: Sequence[Track], side: tuple[int, int], late: int = LATE
+) -> float:
+    """How much of a story a clip shows, in [0, 1]: the mean over its facts. The beginning of a clip
+    has a likeness too, so it can guide a search.
+
+    An object counts as its scores in the last frames, a colour as the share of its sightings, a
+    motion as its way against that of the world's objects in as many frames. An event counts as 0
+    where it went wrong, as 1 where it happened, and in between as long as it still can.
+    """
+    facts: list[float] = []
+    for role, track in zip(story.roles, tracks, strict=True):
+        last = track.sightings[-late:]
+        facts.append(sum(sighting.score for sighting in last if sighting) / len(last))
+        seen = [sighting for sighting in track.sightings if sighting]
+        if role.colour != NATIVE:
+            right = sum(sighting.colour == role.colour for sighting in seen)
+            facts.append(right / max(1, len(seen)))
+        if role.motion is not None:
+            way = 2 * WAY * (len(track.sightings) - 1) / 12 * (LATE / late)
+            signs = DIRECTIONS[role.motion]
+            along = sum(sign * part for sign, part in zip(signs, track.ways(side), strict=True))
+            facts.append(min(1.0, max(0.0, along / way)) if way else 0.0)
+    if story.event is not None:
+        facts.append(_happened(story.event, *(track.entrance for track in tracks)))
+    return sum(facts) / len(facts)
+
+
+def _happened(event: str, first: int | None, second: int | None) -> float:
+    """How far an event has come, from the frames at which its objects appear."""
+    if first == 0 or (event == "beside" and second != 0):
+        return 0.0
+    if event == "beside":
+        return 0.5 if first is None else 1.0
+    if first is None:
+        return 0.0 if second is not None else 1 / 3
+    if second is None:
+        return 2 / 3
+    return float(first < second)
+
+
 class VideoJudge:
     """Verdicts on clips whose last chunk has ``late`` frames: 1 for a film of key pictures.
 
@@ -175,6 +225,15 @@ class VideoJudge:
         tracks = self.tracks(videos, stories)
         return [
             judged(story, line, side, self.late)
+            for story, line in zip(stories, tracks, strict=True)
+        ]
+
+    def likenesses(self, videos: Tensor, stories: Sequence[Story]) -> list[float]:
+        """How much of its story each video of [B, T, 3, H, W] in [0, 1] shows, in [0, 1]."""
+        side = (videos.shape[-1], videos.shape[-2])
+        tracks = self.tracks(videos, stories)
+        return [
+            likeness(story, line, side, self.late)
             for story, line in zip(stories, tracks, strict=True)
         ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.embedded.load import load
-from diffalign.embedded.nets.video_judge import Track, VideoJudge, judged
+from diffalign.embedded.nets.video_judge import Track, VideoJudge, judged, likeness
 from diffalign.embedded.world.clips import ClipWorld
 from diffalign.embedded.world.stories import Role, Story, reading
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
@@ -100,6 +100,46 @@ def test_order(event: str, first: int | None, second: int | None, right: bool) -
 
     story = Story((Role("dog"), Role("cat")), event)
     assert judged(story, [line(first), line(second)], (64, 64)).order is right
+
+
+@pytest.mark.parametrize(
+    ("event", "first", "second", "value"),
+    [
+        ("beside", None, 0, 0.5),
+        ("beside", 5, 0, 1.0),
+        ("beside", 0, 0, 0.0),
+        ("beside", 5, None, 0.0),
+        ("before", None, None, 1 / 3),
+        ("before", 1, None, 2 / 3),
+        ("before", 1, 5, 1.0),
+        ("before", 5, 5, 0.0),
+        ("before", None, 5, 0.0),
+        ("before", 0, None, 0.0),
+    ],
+)
+def test_an_event_on_its_way(
+    event: str, first: int | None, second: int | None, value: float
+) -> None:
+    """Objects that are seen count .9, others nothing; the event is the third of three facts."""
+
+    def line(start: int | None) -> Track:
+        return track(*((9, 9) if start is not None and i >= start else None for i in range(9)))
+
+    story = Story((Role("dog"), Role("cat")), event)
+    objects = 0.9 * sum(start is not None for start in (first, second))
+    expected = (objects + value) / 3
+    assert likeness(story, [line(first), line(second)], (64, 64)) == pytest.approx(expected)
+
+
+def test_likeness_of_a_motion_in_a_colour() -> None:
+    """Eight pixels in four steps: WAY is 12.16 pixels in twelve, half of what counts as all."""
+    story = reading("a photo of a red dog moving left")
+    line = track(*((40 - 2 * i, 20) for i in range(5)))
+    assert likeness(story, [line], (64, 64)) == pytest.approx((0.9 + 1 + 8 / (24.32 / 3)) / 3)
+    back = track(*((30 + 2 * i, 20) for i in range(5)))
+    assert likeness(story, [back], (64, 64)) == pytest.approx((0.9 + 1 + 0) / 3)
+    assert likeness(story, [track((30, 20))], (64, 64)) == pytest.approx((0.9 + 1 + 0) / 3)
+    assert likeness(story, [track(None, None)], (64, 64)) == 0
 
 
 class Script:
