@@ -242,6 +242,28 @@ def search(result: Result) -> str:
     )
 
 
+def video(result: Result) -> str:
+    facts, options = result.facts, result.options
+    return page(
+        result,
+        f"Videos of {Path(options['model']).name}: {facts['prompts']} sentences x "
+        f"{options['seeds']}, {options['steps']} steps a chunk, scale {options['scale']:g}",
+        *(_tree_note(row) for row in result.rows if row["method"].startswith("tree")),
+    )
+
+
+def _tree_note(row: Row) -> str:
+    """Whether a tree keeps the score of linear search at a third of its rows, half its seconds."""
+    difference, name = row["to linear search"], row["method"]
+    score = "reaches" if difference.value >= 0 else "does not reach"
+    rows = "at most" if row["share of rows"] <= 1 / 3 else "more than"
+    seconds = "at most" if row["share of seconds"] <= 1 / 2 else "more than"
+    return (
+        f"{name}: {score} the mean likeness of linear search with 20, with {rows} a third of its "
+        f"rows and {seconds} half of its seconds."
+    )
+
+
 def noise_opt(result: Result) -> str:
     facts, options = result.facts, result.options
     return page(
@@ -527,6 +549,7 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "guarantee": guarantee,
     "policy": policy,
     "noise_opt": noise_opt,
+    "video": video,
     "digits": digits,
     "kernels_cpu": kernels,
     "kernels_cuda": kernels,

@@ -93,7 +93,10 @@ def transformer(seed: int, width: int = 160, layers: int = 6) -> AnyFlowFARTrans
     Gates, shifts and scales and the last layer start at zero, as in Peebles & Xie, "Scalable
     Diffusion Models with Transformers" (2022, arXiv:2212.09748), section 3.2. The weights that
     never matter are no parameters of a training: the compressed patches and the end of a step.
+    ValueError for a width whose four heads cannot be turned along time, height and width.
     """
+    if width % 8 or width < 24:
+        raise ValueError(f"width: expected a multiple of 8 of at least 24, got {width}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AnyFlowFARTransformer3DModel(

@@ -101,7 +101,7 @@ def test_all_chunks_at_once_are_the_pipeline_chunk_by_chunk(
 
 def test_a_chunk_sees_the_clean_ones_before_it() -> None:
     """Changing what comes later, or another noisy chunk, changes no bit."""
-    model = video_parts.transformer(1, 16, 1)
+    model = video_parts.transformer(1, 24, 1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -124,8 +124,14 @@ def test_windows_of_two_chunks() -> None:
     assert parts == [(0, (0,), 0), (1, (1,), 126), (2, (0, 2), 126)]
 
 
+@pytest.mark.parametrize("width", [16, 100])
+def test_a_head_needs_room_for_three_axes(width: int) -> None:
+    with pytest.raises(ValueError, match="width: expected a multiple of 8 of at least 24, got"):
+        video_parts.transformer(1, width)
+
+
 def test_an_untrained_model_predicts_nothing() -> None:
-    model = video_parts.transformer(1, 16, 1)
+    model = video_parts.transformer(1, 24, 1)
     answer = velocities(
         model,
         torch.ones(1, 4, 16, 8, 8),
@@ -210,7 +216,7 @@ def test_captions_are_noisy_and_clips_are_not(clips: list[Clip]) -> None:
 
 
 def options(tmp_path: Path, *arguments: str) -> object:
-    small = ["--width", "16", "--layers", "1", "--batch", "2"]
+    small = ["--width", "32", "--layers", "1", "--batch", "2"]
     places = ["--out", str(tmp_path), "--teacher", str(TEACHER)]
     return train_video.parser().parse_args([*places, *small, *arguments])
 

@@ -1,0 +1,177 @@
+"""What does a search over chunks buy? Whole videos and trees of chunks on the same sentences.
+
+    python benchmarks/video.py [--model FOLDER] [--prompts 60] [--seeds 2] [--ways NAME ...]
+
+The reward is how much of its sentence a clip shows by the boxes of ``emoji-judge``; whether the
+clip is right is also said by ``emoji-judge-audit``, which no method sees. Compute is counted in
+rows of the denoiser, each a chunk or the context of one, and in processor seconds, both up to the
+end of the search: the final call that repeats the winner is left out. Finished runs are kept in
+``--work`` and not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import Estimate, Row, command_line, save
+from rich.progress import Progress
+
+import diffalign as da
+from diffalign.embedded.load import pipeline_in
+from diffalign.embedded.nets.video_judge import VideoJudge
+from diffalign.embedded.workshop.score_video import CATEGORIES, sentences
+from diffalign.embedded.workshop.video_parts import LENGTH
+from diffalign.embedded.world.clips import FRAMES
+from diffalign.embedded.world.scenes import SIZE
+from diffalign.embedded.world.stories import reading
+from diffalign.eval.statistics import interval
+
+BASE = "linear search, 20"
+WAYS: dict[str, str] = {
+    "one sample": "linear-search:n=1",
+    "linear search, 5": "linear-search:n=5",
+    "linear search, 10": "linear-search:n=10",
+    BASE: "linear-search:n=20",
+    "tree 3-1, keep 1": "tree-of-frames:branch=(3,1),keep=(1),splitter=whole",
+    "tree 6-2-1, keep 2": "tree-of-frames:branch=(6,2,1),keep=(2),splitter=whole",
+    "tree 6-3-3-3, keep 2": "tree-of-frames:branch=(6,3),keep=(2),splitter=whole",
+    "tree 12-2-1, keep 3": "tree-of-frames:branch=(12,2,1),keep=(3),splitter=whole",
+    "drafts of 10": "draft-commit:method=linear-search:n=10,steps=4,commits=2",
+}
+"""Name -> method."""
+
+COLUMNS = {
+    "rows": "denoiser rows of a search, mean",
+    "seconds": "processor seconds of a search, median",
+    "likeness": "how much of the sentence the clip shows, which is what is optimised",
+    "judge": "share of right clips by the judge that the reward asks",
+    "audit": "the same by the judge that shares nothing with it",
+    "to linear search": f"difference of the likeness to {BASE}",
+    "share of rows": f"rows against {BASE}",
+    "share of seconds": f"seconds against {BASE}",
+    **dict.fromkeys(CATEGORIES, "right clips of this category, audit judge"),
+}
+
+
+class Likeness:
+    """The reward: how much of its sentence each video [B, T, 3, H, W] shows."""
+
+    name, differentiable = "likeness", False
+
+    def __init__(self) -> None:
+        self.judge = VideoJudge(da.load("emoji-judge"))
+
+    def __call__(self, videos: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        videos = videos[:, None] if videos.ndim == 4 else videos
+        return torch.tensor(self.judge.likenesses(videos, [reading(text) for text in prompts]))
+
+
+def run(method: str, pipe: Any, prompt: str, seed: int, options: Namespace) -> dict[str, Any]:
+    """One search as data."""
+    reward = Likeness()
+    start = time.process_time()
+    spent: list[tuple[float, int]] = []
+    result = da.align(
+        pipe,
+        prompt,
+        method=method,
+        reward=reward,
+        seed=seed,
+        batch=8,
+        show=lambda status: spent.append((time.process_time() - start, status.nfe)),
+        height=SIZE,
+        width=SIZE,
+        num_frames=FRAMES,
+        num_inference_steps=options.steps,
+        guidance_scale=options.scale,
+        max_sequence_length=LENGTH,
+    )
+    seconds, rows = spent[-1]
+    video, story = result.tensor[None].float(), reading(prompt)
+    judges = {
+        "judge": reward.judge,
+        "audit": VideoJudge(da.load("emoji-judge-audit")),
+    }
+    right = {name: judge.verdicts(video, [story])[0].right for name, judge in judges.items()}
+    return {"rows": rows, "seconds": seconds, "likeness": float(result.score)} | right
+
+
+def runs(name: str, pipe: Any, options: Namespace, bar: Progress) -> list[list[dict[str, Any]]]:
+    """The searches of one way, by prompt and seed; those that are finished are read."""
+    prompts = sentences(options.prompts // len(CATEGORIES))
+    task = bar.add_task(name, total=len(prompts) * options.seeds)
+    folder = Path(options.work) / name.replace(", ", "-").replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = []
+    for number, (prompt, _) in enumerate(prompts):
+        table.append([])
+        for seed in range(options.seeds):
+            file = folder / f"{len(prompts)}-{number}-{seed}.json"
+            if not file.exists():
+                part = file.with_suffix(f".{os.getpid()}.part")
+                part.write_text(json.dumps(run(WAYS[name], pipe, prompt, seed, options)))
+                part.replace(file)
+            table[-1].append(json.loads(file.read_text()))
+            bar.advance(task)
+    return table
+
+
+def row_of(
+    name: str,
+    table: Sequence[Sequence[dict[str, Any]]],
+    base: Sequence[Sequence[dict[str, Any]]],
+    tags: Sequence[str],
+) -> Row:
+    """The row of one way; ``tags``: the category of each prompt."""
+
+    def means(key: str, source: Sequence[Sequence[dict[str, Any]]] = table) -> list[float]:
+        return [statistics.fmean(float(record[key]) for record in group) for group in source]
+
+    def middle(source: Sequence[Sequence[dict[str, Any]]]) -> float:
+        return statistics.median(record["seconds"] for group in source for record in group)
+
+    def estimate(values: Sequence[float], names: Sequence[str]) -> Estimate:
+        return Estimate.of(interval(values, names))
+
+    row: Row = {
+        "method": name,
+        "rows": statistics.fmean(means("rows")),
+        "seconds": middle(table),
+        **{key: estimate(means(key), tags) for key in ("likeness", "judge", "audit")},
+    }
+    pairs = zip(means("likeness"), means("likeness", base), strict=True)
+    row["to linear search"] = estimate([a - b for a, b in pairs], tags)
+    row["share of rows"] = row["rows"] / statistics.fmean(means("rows", base))
+    row["share of seconds"] = row["seconds"] / middle(base)
+    audit = means("audit")
+    for tag in dict.fromkeys(tags):
+        row[tag] = statistics.fmean(a for a, t in zip(audit, tags, strict=True) if t == tag)
+    return row
+
+
+def main() -> None:
+    parser = command_line(__doc__, prompts=60, seeds=2, steps=10, scale=3.0, work="build/video")
+    parser.add_argument("--model", required=True, help="folder of a pipeline of clips")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    options = parser.parse_args()
+    if options.prompts % len(CATEGORIES) or options.prompts < 1 or options.seeds < 1:
+        parser.error(f"--prompts: expected a multiple of {len(CATEGORIES)}; --seeds: at least 1")
+    torch.set_num_threads(1)
+    pipe = pipeline_in(Path(options.model))
+    tags = [tag for _, tag in sentences(options.prompts // len(CATEGORIES))]
+    with Progress() as bar:
+        base = runs(BASE, pipe, options, bar)
+        rows = [row_of(name, runs(name, pipe, options, bar), base, tags) for name in options.ways]
+    save("video", rows, options, COLUMNS, {"prompts": len(tags)})
+
+
+if __name__ == "__main__":
+    main()

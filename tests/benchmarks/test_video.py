@@ -1,0 +1,73 @@
+"""Rows of the video benchmark against numbers worked by hand, and its reward on rendered clips."""
+
+import pytest
+import torch
+
+from diffalign.embedded.world.clips import ClipWorld
+
+
+@pytest.fixture(scope="module")
+def video(benchmark_module):
+    return benchmark_module("video")
+
+
+def record(rows, seconds, likeness, judge, audit):
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "likeness": likeness,
+        "judge": judge,
+        "audit": audit,
+    }
+
+
+TAGS = ["object", "motion"]
+TREE = [
+    [record(10, 1.0, 0.5, True, True), record(20, 3.0, 0.7, False, True)],
+    [record(30, 2.0, 0.9, True, False), record(20, 9.0, 0.9, True, False)],
+]
+LINEAR = [
+    [record(100, 10.0, 0.8, True, True), record(100, 20.0, 0.8, True, True)],
+    [record(100, 15.0, 0.8, True, True), record(100, 25.0, 0.8, True, True)],
+]
+
+
+def test_a_row_by_hand(video):
+    row = video.row_of("tree 6", TREE, LINEAR, TAGS)
+    assert row["rows"] == pytest.approx(20)
+    # the median of 1, 2, 3 and 9, and that of 10, 15, 20 and 25
+    assert row["seconds"] == pytest.approx(2.5)
+    assert row["share of seconds"] == pytest.approx(2.5 / 17.5)
+    assert row["share of rows"] == pytest.approx(0.2)
+    assert row["likeness"].value == pytest.approx(0.75)
+    assert row["judge"].value == pytest.approx(0.75)
+    assert row["to linear search"].value == pytest.approx((-0.2 + 0.1) / 2)
+    assert (row["object"], row["motion"]) == (1.0, 0.0)
+    assert set(row) <= {"method", *video.COLUMNS}
+
+
+def test_the_page_says_what_the_rows_do(video):
+    from pages import video as page
+    from results import Result
+
+    names = ("device", "versions", "commit", "command")
+    where = dict.fromkeys(names, "x") | {"versions": {"torch": "2", "diffusers": "0"}}
+    options = {"model": "a/emoji-video", "seeds": 2, "steps": 10, "scale": 3.0}
+    rows = [video.row_of(video.BASE, LINEAR, LINEAR, TAGS)]
+    rows += [video.row_of("tree 6", TREE, LINEAR, TAGS)]
+    text = page(Result(rows, video.COLUMNS, {"prompts": 2}, options, where))
+    assert "# Videos of emoji-video: 2 sentences x 2, 10 steps a chunk, scale 3" in text
+    assert (
+        "tree 6: does not reach the mean likeness of linear search with 20, with at most a third "
+        "of its rows and at most half of its seconds." in text
+    )
+
+
+def test_the_reward_reads_the_sentence(video):
+    mix = {"moving": 1.0}
+    clip = next(ClipWorld(mix, plain=1.0).clips(1_000_000, 1))
+    frames = torch.from_numpy(clip.pictures()).permute(0, 3, 1, 2)[None].float() / 255
+    still = frames[:, :1].expand_as(frames)
+    true, false = (float(video.Likeness()(v, [clip.caption])) for v in (frames, still))
+    assert true > 0.9
+    assert false < 0.6
