@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         AnyFlowAttention,
         AnyFlowTransformerBlock,
     )
+    from diffusers.models.normalization import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def _heads(attn: AnyFlowAttention, x: Tensor) -> Tensor:
     return x.view(rows, tokens, int(attn.heads), -1).transpose(1, 2)
 
 
+def _scaled(norm: RMSNorm, x: Tensor) -> Tensor:
+    """The norm of queries and keys in the type of ``x``; its own form goes through fp32."""
+    size = x.square().mean(-1, keepdim=True) + norm.eps
+    return x * size.rsqrt() * norm.weight
+
+
 def _rotated(x: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
     """[B, A, L, D] with each pair of channels turned by its angle; cosines and sines are [L, D /
     2]."""
@@ -86,8 +93,8 @@ def _rotated(x: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
 def _self_attention(
     attn: AnyFlowAttention, x: Tensor, parts: Sequence[Window], place: tuple[Tensor, Tensor]
 ) -> Tensor:
-    query = _rotated(_heads(attn, attn.norm_q(attn.to_q(x)).to(x.dtype)), place)
-    key = _rotated(_heads(attn, attn.norm_k(attn.to_k(x)).to(x.dtype)), place)
+    query = _rotated(_heads(attn, _scaled(attn.norm_q, attn.to_q(x))), place)
+    key = _rotated(_heads(attn, _scaled(attn.norm_k, attn.to_k(x))), place)
     value = _heads(attn, attn.to_v(x))
     # split once: a slice a window would cost a full gradient each
     queries, keys, values = (source.chunk(len(parts), 2) for source in (query, key, value))
@@ -105,8 +112,8 @@ def _self_attention(
 
 
 def _cross_attention(attn: AnyFlowAttention, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
-    query = _heads(attn, attn.norm_q(attn.to_q(x)).to(x.dtype))
-    key = _heads(attn, attn.norm_k(attn.to_k(text)).to(x.dtype))
+    query = _heads(attn, _scaled(attn.norm_q, attn.to_q(x)))
+    key = _heads(attn, _scaled(attn.norm_k, attn.to_k(text)))
     answer = _attended(query, key, _heads(attn, attn.to_v(text)), bias=bias)
     result: Tensor = attn.to_out[0](answer.transpose(1, 2).flatten(2))
     return result
