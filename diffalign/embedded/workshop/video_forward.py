@@ -27,11 +27,11 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from diffusers import AnyFlowFARTransformer3DModel
+    from diffusers.models.normalization import RMSNorm
     from diffusers.models.transformers.transformer_anyflow_far import (
         AnyFlowAttention,
         AnyFlowTransformerBlock,
     )
-    from diffusers.models.normalization import RMSNorm
 
 
 @dataclass(frozen=True)
