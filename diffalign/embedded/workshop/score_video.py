@@ -4,8 +4,8 @@
 pictures with the autoencoder of ``emoji``, so the denoiser can be judged before the autoencoder of
 clips is there; with ``--vae FOLDER``, or with ``--pipeline FOLDER``, whole clips are judged. One
 JSON line with the share of right clips of each category is appended to ``scores.jsonl``; a sheet of
-four frames of each and GIFs are written beside it. With 16 sentences a category a
-share has a standard error of up to .125.
+four frames of each and GIFs are written beside it. With 16 sentences a category a share has a
+standard error of up to .125.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ CATEGORIES = tuple(dict.fromkeys(KINDS.values()))
 
 
 def sentences(each: int) -> list[tuple[str, str]]:
-    """``each`` plain sentences of every category, each with its category; always the same."""
+    """``each`` plain sentences of every category, each with its category; always the same.
+
+    ValueError for less than one.
+    """
+    if each < 1:
+        raise ValueError(f"each: expected at least 1 sentence a category, got {each}")
     result = []
     for number, category in enumerate(CATEGORIES):
         mix = {kind: 1.0 for kind, name in KINDS.items() if name == category}
@@ -157,13 +162,14 @@ def _opened(options: argparse.Namespace) -> tuple[AnyFlowFARPipeline, Json]:
 def main() -> None:
     """Command line."""
     options = parser().parse_args()
+    prompts, categories = zip(*sentences(options.each), strict=True)
     torch.set_num_threads(1)
     pipe, facts = _opened(options)
     pipe.set_progress_bar_config(disable=True)
     keys = options.vae is None and options.pipeline is None
     teacher = AutoencoderTiny.from_pretrained(options.teacher).eval() if keys else None
     judge = VideoJudge(load(options.judge), late=1 if keys else EVERY)
-    prompts, categories = zip(*sentences(options.each), strict=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     name = f"{facts['updates']:06d}" if "updates" in facts else facts["pipeline"]
     for scale in options.scale:
         start = time.monotonic()

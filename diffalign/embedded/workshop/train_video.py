@@ -71,6 +71,11 @@ class VideoTrainer:
     """The state of a run; ``options`` are those of ``parser``."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        if options.batch < 1 or options.pictures < 1:
+            raise ValueError(
+                "batch, pictures: expected at least 1 of each, got "
+                f"{options.batch} and {options.pictures}"
+            )
         self.options = options
         self.model = video_parts.transformer(options.seed, options.width, options.layers)
         self.text = video_parts.text_encoder(options.seed + 1).train()

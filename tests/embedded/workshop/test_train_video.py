@@ -216,7 +216,7 @@ def test_captions_are_noisy_and_clips_are_not(clips: list[Clip]) -> None:
 
 
 def options(tmp_path: Path, *arguments: str) -> object:
-    small = ["--width", "32", "--layers", "1", "--batch", "2"]
+    small = ["--width", "32", "--layers", "1", "--batch", "2", "--pictures", "1", "--alone", "1"]
     places = ["--out", str(tmp_path), "--teacher", str(TEACHER)]
     return train_video.parser().parse_args([*places, *small, *arguments])
 
@@ -268,6 +268,11 @@ def test_plain_diffusers_runs_the_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(prefix.transpose(1, 2), whole, rtol=0, atol=1e-4)
 
 
+def test_an_update_needs_clips_and_pictures(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch, pictures: expected at least 1 of each, got 2 and"):
+        VideoTrainer(options(tmp_path, "--pictures", "0"))  # type: ignore[arg-type]
+
+
 def test_export_needs_a_state(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out: expected a training state in"):
         train_video.export(options(tmp_path), None)  # type: ignore[arg-type]
@@ -303,6 +308,8 @@ def test_drawing_is_the_decoder_without_its_clamp() -> None:
 
 
 def test_sentences_are_fixed_and_cover_the_categories() -> None:
+    with pytest.raises(ValueError, match="each: expected at least 1 sentence"):
+        score_video.sentences(0)
     pairs = score_video.sentences(3)
     assert pairs == score_video.sentences(4)[:3] + [
         pair for i in (1, 2, 3) for pair in score_video.sentences(4)[4 * i : 4 * i + 3]
