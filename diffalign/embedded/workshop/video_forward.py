@@ -78,7 +78,8 @@ def _heads(attn: AnyFlowAttention, x: Tensor) -> Tensor:
 def _scaled(norm: RMSNorm, x: Tensor) -> Tensor:
     """The norm of queries and keys in the type of ``x``; its own form goes through fp32."""
     size = x.square().mean(-1, keepdim=True) + norm.eps
-    return x * size.rsqrt() * norm.weight
+    result: Tensor = x * size.rsqrt() * norm.weight
+    return result
 
 
 def _rotated(x: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
