@@ -23,7 +23,7 @@ from diffalign.embedded.workshop.train_video import VideoTrainer
 from diffalign.embedded.workshop.train_video_vae import VideoVaeTrainer
 from diffalign.embedded.workshop.training import save_state
 from diffalign.embedded.workshop.video_forward import velocities, windows
-from diffalign.embedded.world.clips import Clip, ClipWorld
+from diffalign.embedded.world.clips import DEFAULT_MIX, Clip, ClipWorld
 from diffalign.embedded.world.stories import reading, telling
 
 TEACHER = FOLDER / "emoji" / "vae"
@@ -337,3 +337,29 @@ def test_a_summary_counts_clips_and_facts() -> None:
         "fact_motions": 0.0,
         "fact_order": 1.0,
     }
+
+
+def test_the_curriculum_ends_in_the_mixture_of_the_world() -> None:
+    easy, full = train_video.EASY, dict(DEFAULT_MIX)
+    assert train_video.curriculum(-1) == {kind: easy.get(kind, 0.0) for kind in full}
+    assert train_video.curriculum(2) == full
+    assert train_video.curriculum(0.5)["still"] == pytest.approx((0.35 + 0.12) / 2)
+
+
+def test_levels_are_stratified_and_a_quarter_is_high(tmp_path: Path) -> None:
+    run = VideoTrainer(options(tmp_path))  # type: ignore[arg-type]
+    levels = run.levels(16, 4, torch.Generator().manual_seed(1))
+    assert levels.shape == (16, 4)
+    assert bool((levels > 0).all() & (levels < 1).all())
+    # four of each column are drawn above TOP; by chance others are
+    assert bool(((levels > train_video.TOP).sum(0) >= 4).all())
+
+
+def test_a_sheet_shows_four_frames_of_each_film() -> None:
+    films = torch.zeros(5, 13, 3, 64, 64)
+    films[0, 12] = 1.0
+    verdict = ClipVerdict((True,), (None,), (None,), None)
+    image = score_video.sheet(films, [PROMPT] * 5, [verdict] * 5)
+    assert image.size == (4 * (4 * 64 + 8), 2 * (64 + 26))
+    assert image.getpixel((3 * 64 + 32, 32)) == (255, 255, 255)
+    assert image.getpixel((2 * 64 + 32, 32)) == (0, 0, 0)
