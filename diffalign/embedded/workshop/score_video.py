@@ -2,10 +2,13 @@
 
 ``python -m diffalign.embedded.workshop.score_video --out FOLDER --teacher FOLDER`` decodes the key
 pictures with the autoencoder of ``emoji``, so the denoiser can be judged before the autoencoder of
-clips is there; with ``--vae FOLDER``, or with ``--pipeline FOLDER``, whole clips are judged. One
-JSON line with the share of right clips of each category is appended to ``scores.jsonl``; a sheet of
-four frames of each and GIFs are written beside it. With 16 sentences a category a share has a
-standard error of up to .125.
+clips is there; with ``--vae FOLDER``, or with ``--pipeline FOLDER``, whole clips are judged.
+``--reconstruct N`` judges N rendered clips after the autoencoder instead, the best that a denoiser
+can reach: once from the latents of ``--teacher``, once from those of the encoder.
+
+One JSON line with the share of right clips of each category is appended to ``scores.jsonl``; a
+sheet of four frames of each and GIFs are written beside it. With 16 sentences a category a share
+has a standard error of up to .125.
 """
 
 from __future__ import annotations
@@ -17,17 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AnyFlowFARPipeline, AutoencoderTiny
+from diffusers import AnyFlowFARPipeline, AutoencoderKLWan, AutoencoderTiny
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffalign.core.types import Json
 from diffalign.embedded.load import load, pipeline_in
 from diffalign.embedded.nets.video_judge import ClipVerdict, VideoJudge
+from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.train_video import export
+from diffalign.embedded.workshop.train_video_vae import key_latents, teacher
 from diffalign.embedded.workshop.training import STATE, load_state
 from diffalign.embedded.workshop.video_parts import LENGTH
-from diffalign.embedded.world.clips import EVERY, FRAMES, ClipWorld
+from diffalign.embedded.world.clips import EVERY, FRAMES, Clip, ClipWorld
 from diffalign.embedded.world.scenes import HELD_OUT, SIZE
 from diffalign.embedded.world.stories import KINDS, reading, telling
 
@@ -56,11 +61,11 @@ def videos(
     scale: float,
     steps: int,
     seed: int,
-    teacher: AutoencoderTiny | None = None,
+    decoder: AutoencoderTiny | None = None,
     batch: int = 8,
 ) -> Tensor:
-    """A video of each prompt, [B, T, 3, 64, 64] in [0, 1]: 13 frames, or with ``teacher`` the four
-    key pictures by its decoder."""
+    """A video of each prompt, [B, T, 3, 64, 64] in [0, 1]: 13 frames, or with ``decoder`` the four
+    key pictures by that autoencoder."""
     results = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
@@ -74,13 +79,30 @@ def videos(
             guidance_scale=scale,
             generator=generators,
             max_sequence_length=LENGTH,
-            output_type="pt" if teacher is None else "latent",
+            output_type="pt" if decoder is None else "latent",
         ).frames
-        if teacher is not None:
+        if decoder is not None:
             flat = frames.transpose(1, 2).flatten(0, 1)
-            pictures = teacher.decode(flat.to(teacher.dtype)).sample.float()
+            pictures = decoder.decode(flat.to(decoder.dtype)).sample.float()
             frames = pictures.add(1).div(2).clamp(0, 1).unflatten(0, (len(part), -1))
         results.append(frames.float())
+    return torch.cat(results)
+
+
+@torch.no_grad()
+def reconstructed(
+    vae: AutoencoderKLWan, clips: Sequence[Clip], source: AutoencoderTiny | None = None
+) -> Tensor:
+    """Rendered clips as ``vae`` draws them, [B, 13, 3, 64, 64] in [0, 1]: from the latents of
+    ``source``, or else from its own."""
+    results = []
+    for clip in clips:
+        if source is not None:
+            latents = key_latents(source, [clip]).transpose(1, 2)
+        else:
+            frames = pixels(clip.pictures(), torch.float32)[None].transpose(1, 2)
+            latents = vae._encode(frames.contiguous()).chunk(2, 1)[0]
+        results.append(vae.decode(latents).sample.add(1).div(2).transpose(1, 2))
     return torch.cat(results)
 
 
@@ -136,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     add("--pipeline", type=Path, help="a pipeline folder to judge instead of a training state")
     add("--teacher", type=Path, help="folder of the autoencoder of emoji: judge key pictures")
     add("--vae", type=Path, help="folder of the autoencoder of clips: judge whole clips")
+    add("--reconstruct", type=int, default=0, help="judge so many rendered clips instead")
     add("--judge", default="emoji-judge", help="name of an embedded detector")
     add("--each", type=int, default=16, help="sentences a category")
     add("--scale", type=float, nargs="+", default=[3.0], help="guidance scales")
@@ -159,21 +182,41 @@ def _opened(options: argparse.Namespace) -> tuple[AnyFlowFARPipeline, Json]:
     return pipe, {"updates": state["trainer"]["done"], "averaged": not options.raw}
 
 
+def _reconstruct(options: argparse.Namespace) -> None:
+    """Append a line for either source of latents."""
+    if options.vae is None or options.teacher is None:
+        raise ValueError("reconstruct: expected --vae and --teacher as well, got less")
+    vae, judge = AutoencoderKLWan.from_pretrained(options.vae), VideoJudge(load(options.judge))
+    clips = list(ClipWorld().clips(HELD_OUT.start, options.reconstruct))
+    for source in (teacher(options.teacher), None):
+        films = reconstructed(vae, clips, source)
+        verdicts = judge.verdicts(films, [clip.story for clip in clips])
+        line = {"latents": "encoder" if source is None else "teacher", "clips": len(clips)}
+        with (options.out / "scores.jsonl").open("a") as file:
+            file.write(json.dumps(line | summary(verdicts, [c.kind for c in clips])) + "\n")
+        name = f"reconstructed-{line['latents']}.png"
+        sheet(films, [clip.caption for clip in clips], verdicts).save(options.out / name)
+
+
 def main() -> None:
     """Command line."""
     options = parser().parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.reconstruct:
+        torch.set_num_threads(1)
+        _reconstruct(options)
+        return
     prompts, categories = zip(*sentences(options.each), strict=True)
     torch.set_num_threads(1)
     pipe, facts = _opened(options)
     pipe.set_progress_bar_config(disable=True)
     keys = options.vae is None and options.pipeline is None
-    teacher = AutoencoderTiny.from_pretrained(options.teacher).eval() if keys else None
+    decoder = teacher(options.teacher) if keys else None
     judge = VideoJudge(load(options.judge), late=1 if keys else EVERY)
-    options.out.mkdir(parents=True, exist_ok=True)
     name = f"{facts['updates']:06d}" if "updates" in facts else facts["pipeline"]
     for scale in options.scale:
         start = time.monotonic()
-        films = videos(pipe, prompts, scale, options.steps, options.seed, teacher)
+        films = videos(pipe, prompts, scale, options.steps, options.seed, decoder)
         verdicts = judge.verdicts(films, [reading(prompt) for prompt in prompts])
         line = facts | {"scale": scale, "steps": options.steps, "keys": keys}
         line |= summary(verdicts, categories)

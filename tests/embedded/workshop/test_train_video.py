@@ -321,6 +321,23 @@ def test_sentences_are_fixed_and_cover_the_categories() -> None:
         assert any(role.motion for role in story.roles) == (category == "motion")
 
 
+@pytest.mark.slow
+def test_reconstructions_come_from_either_latent(clips: list[Clip]) -> None:
+    """With the teacher's latents the encoder has no say, and with its own the teacher has none."""
+    vae = video_parts.autoencoder(4)
+    first, own = (
+        score_video.reconstructed(vae, clips[:1], source)
+        for source in (train_video_vae.teacher(TEACHER), None)
+    )
+    assert first.shape == own.shape == (1, 13, 3, 64, 64)
+    with torch.no_grad():
+        for parameter in vae.encoder.parameters():
+            parameter.zero_()
+    source = train_video_vae.teacher(TEACHER)
+    assert torch.equal(score_video.reconstructed(vae, clips[:1], source), first)
+    assert not torch.equal(score_video.reconstructed(vae, clips[:1]), own)
+
+
 def test_a_summary_counts_clips_and_facts() -> None:
     verdicts = [
         ClipVerdict((True,), (None,), (None,), None),
