@@ -43,6 +43,14 @@ def ranked(scores: Tensor, right: Tensor) -> Tensor:
     return F.softplus(margin[right[:, :, None] & ~right[:, None, :]]).mean()
 
 
+def chosen_right(scores: Tensor, right: Tensor) -> Tensor:
+    """Minus the log of the chance that a picture drawn by the softmax of its group's ``scores``
+    [G, n] is ``right`` (bool [G, n]), mean over the groups: what best-of-n needs. Every group must
+    have a right picture."""
+    right_scores = scores.masked_fill(~right, float("-inf"))
+    return (scores.logsumexp(1) - right_scores.logsumexp(1)).mean()
+
+
 def number_loss(logits: Tensor, numbers: Tensor) -> Tensor:
     """Cross entropy of ``logits`` [B, 80, K] and ``numbers`` [B, 80], for the classes in a scene
     and one absent class; all 80 would drown the few that matter."""

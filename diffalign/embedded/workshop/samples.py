@@ -1,17 +1,17 @@
-"""Generated pictures with verdicts, for the third phase of ``emoji-clip``: `python -m
+"""Generated pictures with verdicts, for the last phases of ``emoji-clip``: `python -m
 diffalign.embedded.workshop.samples --pipeline FOLDER --out FILE [--prompts 400] [--images 8]
-[--official]`.
+[--hard] [--exclude FILE --judge emoji-judge] [--official]`.
 
 For training, prompts are drawn from the world's own stream, not from GenEval's official list, and
-verdicts come from the second judge. With ``--official`` the prompts are official ones and the
-verdicts the first judge's: that is the test.
+verdicts come from the second judge. A test has other prompts and the first judge's verdicts: of the
+same stream with ``--exclude`` and ``--judge emoji-judge``, or official ones with ``--official``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,17 @@ from torch import Tensor
 
 from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.world.captions import words
-from diffalign.embedded.world.scenes import World
+from diffalign.embedded.world.scenes import DEFAULT_MIX, World
 from diffalign.embedded.world.tokens import encode
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
 from diffalign.generate.verdicts import Detector, verdicts
 from diffalign.tasks.geneval.verdict import prompts as official
+
+HARD: dict[str, float] = {
+    "colour": 0.08, "two": 0.14, "count": 0.2, "position": 0.32, "two_coloured": 0.26,
+}  # fmt: skip
+"""The mixture of prompts that ``emoji-2`` often gets wrong."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,28 @@ class Samples:
         table = torch.load(path, weights_only=True)
         return cls(table["images"], tuple(json.loads(table["captions"])), table["right"])
 
+    @classmethod
+    def joined(cls, paths: Sequence[Path]) -> Samples:
+        """The samples of several files with equally many pictures a prompt."""
+        parts = [cls.load(path) for path in paths]
+        return cls(
+            torch.cat([part.images for part in parts]),
+            tuple(caption for part in parts for caption in part.captions),
+            torch.cat([part.right for part in parts]),
+        )
 
-def training_prompts(seed: int, count: int) -> dict[str, Json]:
-    """``count`` different captions of the world that are not official prompts -> metadata."""
-    known = {record["prompt"] for record in official()}
+
+def training_prompts(
+    seed: int,
+    count: int,
+    mix: dict[str, float] = DEFAULT_MIX,
+    exclude: Collection[str] = (),
+) -> dict[str, Json]:
+    """``count`` different captions of the world that are neither official prompts nor in
+    ``exclude`` -> metadata; ``mix``: kinds of scene and their weights."""
+    known = {record["prompt"] for record in official()} | set(exclude)
     records: dict[str, Json] = {}
-    for scene in World().scenes(seed, 20 * count):
+    for scene in World(mix).scenes(seed, 20 * count):
         if (
             scene.tag
             and len(records) < count
@@ -145,18 +166,29 @@ def main() -> None:
     parser.add_argument(
         "--official", action="store_true", help="official prompts and the first judge, for the test"
     )
+    parser.add_argument(
+        "--hard", action="store_true", help="more prompts of two objects, numbers and relations"
+    )
+    parser.add_argument(
+        "--exclude", type=Path, nargs="*", default=(), help="samples whose prompts are left out"
+    )
+    parser.add_argument(
+        "--judge",
+        help="emoji-judge-audit, and with --official emoji-judge, unless another is named",
+    )
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--scale", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=41)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    judge = load("emoji-judge" if options.official else "emoji-judge-audit")
-    records = (
-        official_prompts(options.prompts)
-        if options.official
-        else training_prompts(options.seed, options.prompts)
-    )
+    judge = load(options.judge or ("emoji-judge" if options.official else "emoji-judge-audit"))
+    if options.official:
+        records = official_prompts(options.prompts)
+    else:
+        exclude = {text for file in options.exclude for text in Samples.load(file).captions}
+        mix = HARD if options.hard else DEFAULT_MIX
+        records = training_prompts(options.seed, options.prompts, mix, exclude)
     pipe = StableDiffusionPipeline.from_pretrained(
         options.pipeline, dtype=torch.float32, safety_checker=None
     )

@@ -1,5 +1,5 @@
 """Train ``emoji-clip``: ``python -m diffalign.embedded.workshop.train_clip --out FOLDER --tokenizer
-FOLDER [--vae FOLDER] [--samples FILE] [--resume]``.
+FOLDER [--vae FOLDER] [--samples FILE ...] [--from FOLDER] [--resume]``.
 
 Symmetric InfoNCE (Radford et al., "Learning Transferable Visual Models From Natural Language
 Supervision", 2021, arXiv:2103.00020) over pairs of scenes that differ in one fact, plus a two-way
@@ -7,10 +7,12 @@ choice within each pair, plus pictures with one spoilt object as further negativ
 captions, plus readers of class and colour on every patch and of objects and numbers on the
 embedding. From update ``--focus`` on most pairs differ in a relation or a binding, and the
 embedding must also tell where each class is: a caption can then hold a relation as a difference of
-places, and a binding as a sum of class-and-colour pairs. Three phases: renderings; round trips
-through the autoencoder of ``emoji`` and objects spoilt in its latent space; generated pictures with
-verdicts of the *second* judge, ranked within their prompt. The first judge is never used, so that
-it can measure what this reward is worth.
+places, and a binding as a sum of class-and-colour pairs. Four phases: renderings; round trips
+through the autoencoder of ``emoji`` and objects spoilt in its latent space; generated pictures of
+``emoji`` with verdicts of the *second* judge, ranked within their prompt; those of ``emoji-2``,
+where the highest score of a prompt also has to be a right picture's. The first judge is never used,
+so that it can measure what this reward is worth. ``--from FOLDER`` goes on from exported weights,
+with a fresh optimiser and fresh readers of patches and places.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.embedded.nets.clip import MEAN, STD, build_clip, model_config
 from diffalign.embedded.workshop import training
 from diffalign.embedded.workshop.clip_loss import (
+    chosen_right,
     contrast,
     number_loss,
     patch_truth,
@@ -47,6 +50,7 @@ from diffalign.embedded.workshop.training import (
     ModulesTrainer,
     cosine,
     load_state,
+    save_state,
     step_generator,
     step_seed,
     train,
@@ -57,10 +61,9 @@ from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
 
-PEAK = 1e-3
+PEAK, LAST_PEAK = 1e-3, 5e-4
+"""Highest learning rate of the first three phases, and of the fourth."""
 SPREAD = 0.5
-GROUPS = 4
-"""Prompts of generated pictures in a step of the third phase."""
 
 
 def damaged(
@@ -87,9 +90,9 @@ def damaged(
 
 
 class ClipTrainer(ModulesTrainer):
-    """The state of a run. ``options`` needs seed, pairs, spoilt and the updates of the three
-    phases; ``vae`` serves phases two and three, ``samples`` (see ``workshop.samples``) phase
-    three."""
+    """The state of a run. ``options`` needs seed, pairs, spoilt, groups and the updates of the four
+    phases; ``vae`` serves all phases but the first, ``samples`` (see ``workshop.samples``) the last
+    two."""
 
     plain_attention = True
 
@@ -121,13 +124,13 @@ class ClipTrainer(ModulesTrainer):
             lambda _, __, output: self.tokens.append(output)
         )
         self.ends = np.cumsum(
-            [options.updates, options.vae_updates, options.sample_updates]
+            [options.updates, options.vae_updates, options.sample_updates, options.last_updates]
         ).tolist()
 
     @property
     def phase(self) -> int:
-        """0, 1 or 2."""
-        return sum(self.done >= end for end in self.ends[:2])
+        """0 to 3."""
+        return sum(self.done >= end for end in self.ends[:3])
 
     @property
     def focused(self) -> bool:
@@ -148,7 +151,7 @@ class ClipTrainer(ModulesTrainer):
         )
         if self.phase > 0 and self.vae is None:
             raise ValueError(
-                "Phases two and three need the autoencoder of emoji; pass --vae FOLDER."
+                "All phases but the first need the autoencoder of emoji; pass --vae FOLDER."
             )
         vae = self.vae if self.phase > 0 else None
         pictures, boxes, sources = damaged(clean, truth, self.options.spoilt, rng, vae)
@@ -196,26 +199,29 @@ class ClipTrainer(ModulesTrainer):
             parts["places"] = (
                 4 * (self.places(embedding[:size]).view(size, -1, 2) - where)[there].square().mean()
             )
-        if self.phase == 2:
-            parts["ranking"] = self.ranking(scale)
+        if self.phase >= 2:
+            similarity, right = self.compared(scale)
+            parts["ranking"] = ranked(similarity, right)
+            if self.phase == 3:
+                parts["chosen"] = chosen_right(similarity, right)
         return parts
 
-    def ranking(self, scale: Tensor) -> Tensor:
-        """Right above wrong pictures of the same prompt: mean softplus over all such pairs of
-        ``GROUPS`` prompts."""
+    def compared(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [G, n] of the generated pictures of G prompts, slightly moved, and which are
+        right."""
         if self.samples is None:
-            raise ValueError("Phase three needs generated pictures; pass --samples FILE.")
+            raise ValueError("Phases three and four need generated pictures; pass --samples FILE.")
         rng = step_generator(self.options.seed, 1, self.done)
-        pictures, captions, right = self.samples.groups(GROUPS, rng)
-        scores = F.normalize(self.images(pictures.flatten(0, 1)), dim=-1).view(
-            *pictures.shape[:2], -1
-        )
+        pictures, captions, right = self.samples.groups(self.options.groups, rng)
+        flat = pictures.flatten(0, 1)
+        flat, _ = moved(flat, torch.zeros(len(flat), 1, 4), rng)
+        flat = noisy(flat, rng, share=0.3, fine=0.04, coarse=0.04).clamp(0, 1)
+        scores = F.normalize(self.images(flat), dim=-1).view(*pictures.shape[:2], -1)
         with torch.autocast("cpu", torch.bfloat16):
             words = F.normalize(
                 self.model.encode_text(self.samples.ids(captions, self.vocab)).float(), dim=-1
             )
-        similarity = scale * torch.einsum("gnd,gd->gn", scores, words)
-        return ranked(similarity, right)
+        return scale * torch.einsum("gnd,gd->gn", scores, words), right
 
     def settle(self) -> None:
         with torch.no_grad():
@@ -223,8 +229,10 @@ class ClipTrainer(ModulesTrainer):
 
     def rate(self) -> float:
         """Learning rate of the next update: constant in phase one after the warm-up, one cosine
-        over the other two, or over all if phase one is all there is."""
-        first, last = self.ends[0], self.ends[-1]
+        over the next two, or over all if phase one is all there is, and one over the fourth."""
+        first, _, last, end = self.ends
+        if self.done >= last:
+            return cosine(self.done - last, end - last, LAST_PEAK, warm=50, hold=0.3)
         if self.done < first:
             return cosine(
                 self.done,
@@ -271,10 +279,31 @@ def _tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder)
 
 
+def begin(trainer: ClipTrainer, folder: Path, out: Path) -> None:
+    """Write the state of a run that goes on from the weights in ``folder``, with its count of
+    updates, seconds and log, unless ``out`` has a state."""
+    if (out / STATE).exists():
+        return
+    for module, name in (
+        (trainer.model, "open_clip_model.safetensors"),
+        (trainer.heads, "heads.safetensors"),
+    ):
+        module.load_state_dict({k: v.float() for k, v in load_file(folder / name).items()})
+    record = json.loads((folder / "training.json").read_text())
+    trainer.done = record["updates"]
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "log.jsonl", out / "log.jsonl")
+    save_state(out / STATE, {"trainer": trainer.state(), "seconds": record["seconds"]})
+
+
 def run(options: argparse.Namespace, vae: AutoencoderTiny | None, samples: Samples | None) -> None:
-    """Train to the end of the third phase; a state every ``options.save`` updates."""
+    """Train to the end of the last phase; a state every ``options.save`` updates."""
     trainer = ClipTrainer(options, _tokenizer(options.tokenizer).get_vocab(), vae, samples)
-    names = ("seed", "pairs", "spoilt", "focus", "updates", "vae_updates", "sample_updates")
+    if options.source is not None:
+        begin(trainer, options.source, options.out)
+        options.resume = True
+    names = ("seed", "pairs", "spoilt", "groups", "focus", "updates", "vae_updates")
+    names += ("sample_updates", "last_updates")
     header = {"model": "emoji-clip"} | {key: getattr(options, key) for key in names}
     count = 2 * options.pairs + options.spoilt
     train(trainer, options, header, Course(trainer.ends[-1], count, options.save))
@@ -292,13 +321,23 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--samples",
         type=Path,
-        help="generated pictures, written by diffalign.embedded.workshop.samples; for phase three",
+        nargs="*",
+        default=(),
+        help="generated pictures, written by diffalign.embedded.workshop.samples; for the last two "
+        "phases",
+    )
+    result.add_argument(
+        "--from", dest="source", type=Path, help="folder of an export to go on from"
     )
     result.add_argument("--pairs", type=int, default=32)
     result.add_argument("--spoilt", type=int, default=16)
     result.add_argument("--updates", type=int, default=3_000, help="updates of phase one")
     result.add_argument("--vae-updates", type=int, default=0)
     result.add_argument("--sample-updates", type=int, default=0)
+    result.add_argument("--last-updates", type=int, default=0, help="updates of phase four")
+    result.add_argument(
+        "--groups", type=int, default=4, help="prompts of generated pictures in an update"
+    )
     result.add_argument(
         "--focus",
         type=int,
@@ -316,7 +355,7 @@ def main() -> None:
         export(options)
         return
     vae = load_vae(options.vae) if options.vae is not None else None
-    run(options, vae, Samples.load(options.samples) if options.samples is not None else None)
+    run(options, vae, Samples.joined(options.samples) if options.samples else None)
 
 
 if __name__ == "__main__":

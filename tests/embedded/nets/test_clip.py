@@ -3,6 +3,7 @@ held-out pairs; open_clip alone."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -13,11 +14,19 @@ import torch
 from scipy.stats import binom
 
 from diffalign.embedded.load import FOLDER, load
-from diffalign.embedded.workshop.clip_loss import contrast, patch_truth, place_truth, scene_truth
+from diffalign.embedded.workshop.clip_loss import (
+    chosen_right,
+    contrast,
+    patch_truth,
+    place_truth,
+    ranked,
+    scene_truth,
+)
 from diffalign.embedded.workshop.clip_report import auc, choice_figures, within_prompt
 from diffalign.embedded.workshop.pairs import CHANGES, Pair, batch, pairs
-from diffalign.embedded.workshop.samples import Samples, official_prompts, training_prompts
-from diffalign.embedded.workshop.train_clip import ClipTrainer, parser
+from diffalign.embedded.workshop.samples import HARD, Samples, official_prompts, training_prompts
+from diffalign.embedded.workshop.train_clip import ClipTrainer, begin, parser
+from diffalign.embedded.workshop.training import STATE, load_state
 from diffalign.embedded.world.captions import words
 from diffalign.embedded.world.scenes import DEFAULT_MIX
 from diffalign.embedded.world.tokens import encode, grammar_words
@@ -128,6 +137,22 @@ def test_contrast_equals_its_definition_in_float64_loops() -> None:
     assert float(two_way) == pytest.approx(choice / 12, rel=1e-12)
 
 
+def test_the_chance_to_choose_a_right_picture_by_hand() -> None:
+    """Scores 0 and log 3 and log 4: the softmax draws the second with 3/8; two of them with 4/8."""
+    scores = torch.tensor([[0.0, math.log(3), math.log(4)]]).double()
+    for right, chance in (
+        ([False, True, False], 3 / 8),
+        ([True, True, False], 4 / 8),
+        ([True, True, True], 1.0),
+    ):
+        loss = chosen_right(scores, torch.tensor([right]))
+        assert float(loss) == pytest.approx(-math.log(chance), abs=1e-12)
+    both = chosen_right(
+        scores.expand(2, 3), torch.tensor([[False, True, False], [True, True, False]])
+    )
+    assert float(both) == pytest.approx(-(math.log(3 / 8) + math.log(4 / 8)) / 2, abs=1e-12)
+
+
 def test_targets_by_hand() -> None:
     truth = torch.full((1, 4, 6), -1.0)
     truth[0, 0] = torch.tensor([5.0, 2.0, 8, 16, 24, 24])
@@ -171,6 +196,24 @@ def test_training_prompts_are_not_official_and_all_words_are_known(tmp_path: Pat
     _, captions, right = again.groups(3, torch.Generator().manual_seed(0))
     assert captions == ["a"] * 3
     assert right.tolist() == [[True, False, True]] * 3
+    both = Samples.joined([tmp_path / "s.pt", tmp_path / "s.pt"])
+    assert both.captions == ("a", "b", "a", "b")
+    assert both.images.shape == (4, 3, 3, 4, 4)
+    assert both.right.tolist() == samples.right.tolist() * 2
+
+
+def test_hard_prompts_are_new_and_of_the_named_kinds() -> None:
+    records = training_prompts(42, 60, HARD)
+    assert {str(record["tag"]) for record in records.values()} == {
+        "colors",
+        "two_object",
+        "counting",
+        "position",
+        "color_attr",
+    }
+    others = training_prompts(42, 60, HARD, exclude=set(list(records)[:20]))
+    assert not set(list(records)[:20]) & set(others)
+    assert list(others)[:40] == list(records)[20:]
 
 
 def options(**changes: int) -> object:
@@ -229,13 +272,46 @@ def test_ranking_pushes_right_above_wrong() -> None:
     )  # type: ignore[arg-type]
     losses = []
     for _ in range(4):
-        loss = trainer.ranking(torch.tensor(10.0))
+        loss = ranked(*trainer.compared(torch.tensor(10.0)))
         losses.append(float(loss.detach()))
         trainer.optimizer.zero_grad()
         loss.backward()
         trainer.optimizer.step()
         trainer.tokens.clear()
     assert losses[-1] < losses[0]
+
+
+def test_the_fourth_phase_has_a_rate_of_its_own() -> None:
+    phases = {"updates": 100, "vae_updates": 100, "sample_updates": 100, "last_updates": 200}
+    trainer, rates = ClipTrainer(options(**phases), VOCAB), {}  # type: ignore[arg-type]
+    for done in (0, 99, 100, 199, 200, 299, 300, 349, 360, 499):
+        trainer.done = done
+        rates[done] = (trainer.phase, trainer.rate())
+    assert [phase for phase, _ in rates.values()] == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+    assert rates[300][1] == pytest.approx(5e-4 / 50)
+    assert rates[349][1] == rates[360][1] == 5e-4
+    assert rates[499][1] < 0.03 * 5e-4
+    assert rates[299][1] < 0.03 * 1e-3
+
+
+def test_a_run_goes_on_from_exported_weights(tmp_path: Path) -> None:
+    """It has their count of updates, their seconds and their log, and does not begin twice."""
+    folder, out = FOLDER / "emoji-clip", tmp_path / "out"
+    vocab = load("emoji-clip").tokenizer.tokenizer.get_vocab()
+    trainer = ClipTrainer(options(), vocab)  # type: ignore[arg-type]
+    begin(trainer, folder, out)
+    state = load_state(out / STATE)
+    record = json.loads((folder / "training.json").read_text())
+    assert state is not None
+    assert (state["trainer"]["done"], state["seconds"]) == (record["updates"], record["seconds"])
+    assert (out / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
+    shipped = load("emoji-clip")
+    for module, twin in ((trainer.model, shipped.model), (trainer.heads, shipped.heads)):
+        pairs_ = zip(module.state_dict().values(), twin.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs_)
+    (out / "log.jsonl").write_text("later\n")
+    begin(ClipTrainer(options(), vocab), folder, out)  # type: ignore[arg-type]
+    assert (out / "log.jsonl").read_text() == "later\n"
 
 
 def test_later_phases_ask_for_what_they_need() -> None:
