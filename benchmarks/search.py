@@ -6,8 +6,8 @@ equal seconds.
 A run is anytime: the image that it would have returned after 100, 200, ... NFE is read from one
 run. Best-of-N runs on to twice the NFE of the others, so that a method that needs half as many
 shows. The reward that is optimised is ``emoji-clip``; whether the image is right is said by the
-judge and by the audit judge, which no method sees. Finished runs are kept in ``--work`` and not
-repeated.
+judge and by the audit judge, which no method sees; ``emoji-clip`` learnt from verdicts of the audit
+judge on other prompts, never from the judge. Finished runs are kept in ``--work`` and not repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +156,7 @@ def run(way: Way, pipe: Any, prompt_id: int, nfe: int, scale: float) -> dict[str
         "nfe": result.ledger.nfe,
         "seconds": total,
         "own": own / total,
+        "parts": {"denoiser": network[0], "decoder": decoder[0], "reward": reward.seconds},
         "scored": result.scored,
         "equal": result.equal,
         "all": everything(reward, record) if way is WAYS[BASE] else None,
@@ -174,6 +175,26 @@ def everything(reward: Timed, record: dict[str, Any]) -> dict[str, list[Any]]:
     images = reward.images[1:-1]
     scores = reward.reward(torch.stack(images), [str(record["prompt"])] * len(images)).tolist()
     return {"reward": scores} | {judge: correct(images, record, judge) for judge in JUDGES}
+
+
+def pace(found: Sequence[Any], base: Sequence[Any]) -> dict[str, float]:
+    """Seconds per NFE beside best-of-N's on the same prompt, median: with everything, without
+    decoder and reward, and of the denoiser alone."""
+
+    def ratio(seconds: Callable[[Any], float]) -> float:
+        pairs = zip(found, base, strict=True)
+        return statistics.median(
+            (seconds(a) / a["nfe"]) / (seconds(b) / b["nfe"]) for a, b in pairs
+        )
+
+    def undecoded(record: Any) -> float:
+        return float(record["seconds"] - record["parts"]["decoder"] - record["parts"]["reward"])
+
+    return {
+        "with everything": ratio(lambda record: record["seconds"]),
+        "without decoder and reward": ratio(undecoded),
+        "denoiser": ratio(lambda record: record["parts"]["denoiser"]),
+    }
 
 
 def limit_of(name: str, options: Namespace) -> int:
@@ -297,15 +318,18 @@ def main() -> None:
         rows: list[Row] = []
         ties: dict[str, float] = {}
         own: dict[str, float] = {}
+        paces: dict[str, dict[str, float]] = {}
         for name in options.methods:
             found = runs(name, pipe, ids, options, bar)
             rows += rows_of(name, found, base, ids, limit_of(name, options))
             ties[name] = sum(record["equal"] > 1 for record in found) / len(found)
             own[name] = statistics.median(record["own"] for record in found)
+            paces[name] = pace(found, base)
     facts = {
         "prompts": len(ids),
         "share of ties": ties,
         "share of the driver": own,
+        "seconds per NFE": paces,
         "from one image to the best": way_to_the_best(base, ids),
     }
     save("search", rows, options, COLUMNS, facts)

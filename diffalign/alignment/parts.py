@@ -11,6 +11,11 @@ from diffalign.alignment.scoring import Fit
 from diffalign.core.sampler import Sampler, State, join
 
 
+def part_of(state: State, part: range) -> State:
+    """Those images of a state; the state itself for all of them."""
+    return state if len(part) == len(state.latents) else state.select(part)
+
+
 def run_in_parts(
     sampler: Sampler, fit: Fit, state: State, until: int | None, drift: Tensor | None
 ) -> State:
@@ -42,7 +47,7 @@ def twist_in_parts(
 ) -> tuple[Tensor, Tensor]:
     """``sampler.twist`` in parts: scores [B], float64 on the CPU, and gradients [B, ...]."""
     rows = len(state.latents)
-    pairs = list(fit.parts(rows, lambda part: sampler.twist(state.select(part), reward)))
+    pairs = list(fit.parts(rows, lambda part: sampler.twist(part_of(state, part), reward)))
     scores = torch.cat([score for score, _ in pairs]).to("cpu", torch.float64)
     return scores, torch.cat([gradient for _, gradient in pairs])
 
@@ -50,4 +55,4 @@ def twist_in_parts(
 def decode_in_parts(sampler: Sampler, fit: Fit, state: State) -> Tensor:
     """``sampler.decode`` in parts: images [B, 3, H, W]."""
     rows = len(state.latents)
-    return torch.cat(list(fit.parts(rows, lambda part: sampler.decode(state.select(part)))))
+    return torch.cat(list(fit.parts(rows, lambda part: sampler.decode(part_of(state, part)))))

@@ -109,7 +109,7 @@ def plan(
         _refuse(pipe, family, call, None if alone else reason)
     contexts = {
         name: context_of(pipe, family, name, call, meter)
-        for name in family.denoisers
+        for name in (family.denoisers if techniques else ())
         if getattr(pipe, name, None) is not None
     }
     guidances: dict[str, Guidance[Any]] = {}

@@ -1,6 +1,6 @@
 """Generated pictures with verdicts, for the last phases of ``emoji-clip``: `python -m
 diffalign.embedded.workshop.samples --pipeline FOLDER --out FILE [--prompts 400] [--images 8]
-[--hard] [--exclude FILE --judge emoji-judge] [--official]`.
+[--mix hard] [--exclude FILE --judge emoji-judge] [--official]`.
 
 For training, prompts are drawn from the world's own stream, not from GenEval's official list, and
 verdicts come from the second judge. A test has other prompts and the first judge's verdicts: of the
@@ -27,10 +27,22 @@ from diffalign.generate.seeds import jobs_of
 from diffalign.generate.verdicts import Detector, verdicts
 from diffalign.tasks.geneval.verdict import prompts as official
 
-HARD: dict[str, float] = {
-    "colour": 0.08, "two": 0.14, "count": 0.2, "position": 0.32, "two_coloured": 0.26,
-}  # fmt: skip
-"""The mixture of prompts that ``emoji-2`` often gets wrong."""
+MIXES: dict[str, dict[str, float]] = {
+    "world": DEFAULT_MIX,
+    "hard": {"colour": 0.08, "two": 0.14, "count": 0.2, "position": 0.32, "two_coloured": 0.26},
+    "relations": {"position": 0.65, "two_coloured": 0.35},
+}
+"""Mixtures of prompts: the world's, those that ``emoji-2`` often gets wrong, and the two kinds of
+these that a reward confuses."""
+
+
+MIRROR = {"left": "right", "right": "left"}
+OPPOSITE = {**MIRROR, "above": "below", "below": "above"}
+
+
+def reworded(caption: str, table: dict[str, str]) -> str:
+    """A caption with the words of ``table`` replaced."""
+    return " ".join(table.get(word, word) for word in caption.split())
 
 
 @dataclass(frozen=True)
@@ -166,9 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--official", action="store_true", help="official prompts and the first judge, for the test"
     )
-    parser.add_argument(
-        "--hard", action="store_true", help="more prompts of two objects, numbers and relations"
-    )
+    parser.add_argument("--mix", choices=list(MIXES), default="world", help="kinds of prompts")
     parser.add_argument(
         "--exclude", type=Path, nargs="*", default=(), help="samples whose prompts are left out"
     )
@@ -179,6 +189,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--scale", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=41)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -187,15 +198,14 @@ def main() -> None:
         records = official_prompts(options.prompts)
     else:
         exclude = {text for file in options.exclude for text in Samples.load(file).captions}
-        mix = HARD if options.hard else DEFAULT_MIX
+        mix = MIXES[options.mix]
         records = training_prompts(options.seed, options.prompts, mix, exclude)
     pipe = StableDiffusionPipeline.from_pretrained(
         options.pipeline, dtype=torch.float32, safety_checker=None
     )
     pipe.set_progress_bar_config(disable=True)
-    generate(pipe, judge, records, options.images, options.seed, scale=options.scale).save(
-        options.out
-    )
+    call = {"scale": options.scale, "steps": options.steps}
+    generate(pipe, judge, records, options.images, options.seed, **call).save(options.out)
 
 
 if __name__ == "__main__":

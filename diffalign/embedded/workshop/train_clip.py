@@ -10,8 +10,9 @@ embedding must also tell where each class is: a caption can then hold a relation
 places, and a binding as a sum of class-and-colour pairs. Four phases: renderings; round trips
 through the autoencoder of ``emoji`` and objects spoilt in its latent space; generated pictures of
 ``emoji`` with verdicts of the *second* judge, ranked within their prompt; those of ``emoji-2``,
-where the highest score of a prompt also has to be a right picture's. The first judge is never used,
-so that it can measure what this reward is worth. ``--from FOLDER`` goes on from exported weights,
+where the highest score of a prompt also has to be a right picture's, and the caption with the
+opposite relation below its own. The first judge is never used, so that it can measure what this
+reward is worth. ``--from FOLDER`` goes on from exported weights,
 with a fresh optimiser and fresh readers of patches and places.
 """
 
@@ -42,7 +43,7 @@ from diffalign.embedded.workshop.clip_loss import (
 )
 from diffalign.embedded.workshop.degrade import blurred, corrupt, morph, moved, noisy, round_trip
 from diffalign.embedded.workshop.pairs import FOCUS, batch
-from diffalign.embedded.workshop.samples import Samples
+from diffalign.embedded.workshop.samples import MIRROR, OPPOSITE, Samples, reworded
 from diffalign.embedded.workshop.train_judge import load_vae
 from diffalign.embedded.workshop.training import (
     STATE,
@@ -200,28 +201,43 @@ class ClipTrainer(ModulesTrainer):
                 4 * (self.places(embedding[:size]).view(size, -1, 2) - where)[there].square().mean()
             )
         if self.phase >= 2:
-            similarity, right = self.compared(scale)
+            similarity, opposite, right = self.compared(scale)
             parts["ranking"] = ranked(similarity, right)
             if self.phase == 3:
                 parts["chosen"] = chosen_right(similarity, right)
+                parts["opposite"] = F.softplus(opposite - similarity)[right].mean()
         return parts
 
-    def compared(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [G, n] of the generated pictures of G prompts, slightly moved, and which are
-        right."""
+    def compared(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [G, n] of the generated pictures of G prompts, slightly changed, those with the
+        opposite relation (minus infinity without a relation), and which pictures are right.
+
+        In phase four half of the groups are mirrored, with their captions.
+        """
         if self.samples is None:
             raise ValueError("Phases three and four need generated pictures; pass --samples FILE.")
         rng = step_generator(self.options.seed, 1, self.done)
         pictures, captions, right = self.samples.groups(self.options.groups, rng)
+        if self.phase == 3:
+            turned = torch.rand(len(captions), generator=rng) < 0.5
+            pictures[turned] = pictures[turned].flip(-1)
+            captions = [
+                reworded(caption, MIRROR) if turn else caption
+                for caption, turn in zip(captions, turned.tolist(), strict=True)
+            ]
+        others = [reworded(caption, OPPOSITE) for caption in captions]
         flat = pictures.flatten(0, 1)
         flat, _ = moved(flat, torch.zeros(len(flat), 1, 4), rng)
         flat = noisy(flat, rng, share=0.3, fine=0.04, coarse=0.04).clamp(0, 1)
-        scores = F.normalize(self.images(flat), dim=-1).view(*pictures.shape[:2], -1)
+        images = F.normalize(self.images(flat), dim=-1).view(*pictures.shape[:2], -1)
         with torch.autocast("cpu", torch.bfloat16):
-            words = F.normalize(
-                self.model.encode_text(self.samples.ids(captions, self.vocab)).float(), dim=-1
-            )
-        return scale * torch.einsum("gnd,gd->gn", scores, words), right
+            ids = self.samples.ids([*captions, *others], self.vocab)
+            words = F.normalize(self.model.encode_text(ids).float(), dim=-1)
+        own, opposite = (
+            scale * torch.einsum("gnd,gd->gn", images, part) for part in words.chunk(2)
+        )
+        same = torch.tensor([a == b for a, b in zip(captions, others, strict=True)])
+        return own, opposite.masked_fill(same[:, None], float("-inf")), right
 
     def settle(self) -> None:
         with torch.no_grad():

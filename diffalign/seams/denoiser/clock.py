@@ -44,7 +44,7 @@ class Clock:
         """
         self.timesteps = [float(t) for t in vars(self.scheduler)["timesteps"].tolist()]
         self.sigmas = self._sigmas()
-        self.next_sigmas = [self._next(i) for i in range(len(self.timesteps))]
+        self.next_sigmas = self._following()
         if offset is None:
             entries = range(len(self.timesteps))
             offset = min(entries, key=lambda i: (abs(self.timesteps[i] - first), i)) - begin
@@ -68,23 +68,20 @@ class Clock:
         bars = [alphas[min(max(int(t), 0), len(alphas) - 1)] for t in self.timesteps]
         return [_level(a) for a in (*bars, final)]
 
-    def _next(self, i: int) -> float:
-        """The level that step ``i`` goes to.
+    def _following(self) -> list[float]:
+        """The level that each step goes to.
 
         DDIM and PNDM go down by ``T // S`` timesteps, which need not be the next one listed.
         """
-        config = self.scheduler.config
-        if getattr(self.scheduler, "sigmas", None) is not None or not hasattr(
-            self.scheduler, "num_inference_steps"
-        ):
-            return self.sigmas[i + 1]
-        if not type(self.scheduler).__name__.startswith(("DDIM", "PNDM")):
-            return self.sigmas[i + 1]
-        target = (
-            int(self.timesteps[i])
-            - config.num_train_timesteps // self.scheduler.num_inference_steps
+        scheduler = self.scheduler
+        listed = getattr(scheduler, "sigmas", None) is not None or not hasattr(
+            scheduler, "num_inference_steps"
         )
-        return _level(self._bars[target]) if target >= 0 else self.sigmas[-1]
+        if listed or not type(scheduler).__name__.startswith(("DDIM", "PNDM")):
+            return self.sigmas[1:]
+        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        targets = [int(time) - stride for time in self.timesteps]
+        return [_level(self._bars[t]) if t >= 0 else self.sigmas[-1] for t in targets]
 
     @property
     def place(self) -> int:

@@ -75,6 +75,11 @@ class Parametrisation:
             return self.sign * self._written(x0, eps, x, sigma)
         return x0 if target == "x0" else eps
 
+    def read(self, prediction: Tensor, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """What ``convert`` makes of a native prediction as "x0" and as "eps"."""
+        common = tuple(slice(0, min(a, b)) for a, b in zip(prediction.shape, x.shape))
+        return self._read(self.sign * wide(prediction[common]), wide(x[common]), sigma)
+
     def _read(self, value: Tensor, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """A prediction as clean image and noise."""
         alpha, s = self.levels(sigma)

@@ -1,4 +1,5 @@
-"""The device of a pipeline, found once: diffusers asks every module at each call."""
+"""What diffusers asks a pipeline for at each call, found once: its device, from every module, and
+the names of its components, from the signature of its class."""
 
 from __future__ import annotations
 
@@ -10,12 +11,21 @@ import torch
 from diffalign.core.types import Pipeline
 
 _CLASSES: dict[type, type] = {}
+_KEYS: dict[type, tuple[list[str], list[str]]] = {}
 _NAME = "_diffalign_device"
 
 
 def _device(pipe: Pipeline) -> torch.device:
     device: torch.device = pipe.__dict__[_NAME]
     return device
+
+
+def _signature_keys(cls: type, pipe: Pipeline) -> tuple[list[str], list[str]]:
+    """The class's own answer, the same for all of its objects."""
+    if cls not in _KEYS:
+        _KEYS[cls] = super(cls, cls)._get_signature_keys(pipe)  # type: ignore[misc]
+    modules, others = _KEYS[cls]
+    return list(modules), list(others)
 
 
 def _quick(cls: type) -> type:
@@ -26,6 +36,7 @@ def _quick(cls: type) -> type:
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
             "_execution_device": property(_device),
+            "_get_signature_keys": classmethod(_signature_keys),
             "_diffalign_base": cls.__dict__.get("_diffalign_base", cls),
         }
         _CLASSES[cls] = type(cls)(cls.__name__, (cls,), parts)

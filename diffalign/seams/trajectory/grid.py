@@ -74,9 +74,7 @@ class Grid:
         sigma = self.sigmas[index]
         x = sample / self.radius(sigma)
         output = output[tuple(slice(0, n) for n in x.shape)]
-        x0 = self.parametrisation.convert(output, x, sigma, "native", "x0")
-        eps = self.parametrisation.convert(output, x, sigma, "native", "eps")
-        x0, eps = wide(x0), wide(eps)
+        x0, eps = map(wide, self.parametrisation.read(output, x, sigma))
         return (x0 if self.clip is None else x0.clamp(-self.clip, self.clip)), eps
 
     def check_levels(self, what: str) -> None:

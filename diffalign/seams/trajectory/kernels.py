@@ -251,14 +251,16 @@ class Drawing:
         self.kernel, self.grid, self.generators = kernel, grid, generators
         # [B, ...] added to the mean of the next step, then gone
         self.drift = drift
-        # of the last step
+        # of the last step, and the clean latents that its prediction says
         self.transition: Transition | None = None
+        self.x0: Tensor | None = None
 
     def __call__(self, arrival: Arrival) -> Tensor:
         coefficients = self.kernel.coefficients(self.grid, arrival.index)
         assert coefficients is not None
         p, q, std = coefficients
         x0, eps = self.grid.read(arrival.output, arrival.sample, arrival.index)
+        self.x0 = x0
         radius = self.grid.radius(self.grid.following[arrival.index])
         mean, std = (p * x0 + q * eps) * radius, std * radius
         drift, self.drift = self.drift, None

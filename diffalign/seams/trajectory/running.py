@@ -39,7 +39,9 @@ def advance(
         sampler.meter.note(evaluations=window.calls * len(state.rng))
     last = window.arrival
     assert last is not None
-    x0, _ = sampler.grid.read(last.output, last.sample, last.index)
+    x0 = None if drawing is None else drawing.x0
+    if x0 is None:
+        x0, _ = sampler.grid.read(last.output, last.sample, last.index)
     end = State(
         latents=latents,
         step=last.index + 1,

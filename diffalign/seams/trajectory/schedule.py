@@ -139,6 +139,8 @@ def _inside(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             window.depth -= 1
         return result
 
+    # diffusers asks for it at each call of the pipeline
+    call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
     return call
 
 

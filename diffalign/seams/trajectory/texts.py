@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,9 @@ class Texts:
     def __init__(self) -> None:
         # arguments -> (objects whose identity stands in them, embeddings)
         self._known: dict[Hashable, tuple[list[object], object]] = {}
+        # the last pipeline's encoding, and what stands in for it
+        self._encode: Callable[..., object] | None = None
+        self._answer: Callable[..., object] | None = None
 
     @contextmanager
     def remembered(self, pipe: Pipeline) -> Iterator[None]:
@@ -35,6 +38,19 @@ class Texts:
             yield
             return
         before = pipe.__dict__.get("encode_prompt")
+        if self._answer is None or encode != self._encode:
+            self._encode, self._answer = encode, self._remembering(encode)
+        pipe.__dict__["encode_prompt"] = self._answer
+        try:
+            yield
+        finally:
+            if before is None:
+                pipe.__dict__.pop("encode_prompt", None)
+            else:
+                pipe.__dict__["encode_prompt"] = before
+
+    def _remembering(self, encode: Callable[..., object]) -> Callable[..., object]:
+        """``encode`` for texts that are new."""
 
         @functools.wraps(encode)
         def remember(*args: Any, **kwargs: Any) -> Any:
@@ -47,14 +63,7 @@ class Texts:
                     self._known[key] = (objects, encode(*args, **kwargs))
             return copied(self._known[key][1])
 
-        pipe.__dict__["encode_prompt"] = remember
-        try:
-            yield
-        finally:
-            if before is None:
-                pipe.__dict__.pop("encode_prompt", None)
-            else:
-                pipe.__dict__["encode_prompt"] = before
+        return remember
 
 
 def _key(value: object, objects: list[object]) -> Hashable:

@@ -24,7 +24,15 @@ from diffalign.embedded.workshop.clip_loss import (
 )
 from diffalign.embedded.workshop.clip_report import auc, choice_figures, within_prompt
 from diffalign.embedded.workshop.pairs import CHANGES, Pair, batch, pairs
-from diffalign.embedded.workshop.samples import HARD, Samples, official_prompts, training_prompts
+from diffalign.embedded.workshop.samples import (
+    MIRROR,
+    MIXES,
+    OPPOSITE,
+    Samples,
+    official_prompts,
+    reworded,
+    training_prompts,
+)
 from diffalign.embedded.workshop.train_clip import ClipTrainer, begin, parser
 from diffalign.embedded.workshop.training import STATE, load_state
 from diffalign.embedded.world.captions import words
@@ -139,7 +147,7 @@ def test_contrast_equals_its_definition_in_float64_loops() -> None:
 
 def test_the_chance_to_choose_a_right_picture_by_hand() -> None:
     """Scores 0 and log 3 and log 4: the softmax draws the second with 3/8; two of them with 4/8."""
-    scores = torch.tensor([[0.0, math.log(3), math.log(4)]]).double()
+    scores = torch.tensor([[0.0, math.log(3), math.log(4)]], dtype=torch.float64)
     for right, chance in (
         ([False, True, False], 3 / 8),
         ([True, True, False], 4 / 8),
@@ -203,7 +211,7 @@ def test_training_prompts_are_not_official_and_all_words_are_known(tmp_path: Pat
 
 
 def test_hard_prompts_are_new_and_of_the_named_kinds() -> None:
-    records = training_prompts(42, 60, HARD)
+    records = training_prompts(42, 60, MIXES["hard"])
     assert {str(record["tag"]) for record in records.values()} == {
         "colors",
         "two_object",
@@ -211,7 +219,7 @@ def test_hard_prompts_are_new_and_of_the_named_kinds() -> None:
         "position",
         "color_attr",
     }
-    others = training_prompts(42, 60, HARD, exclude=set(list(records)[:20]))
+    others = training_prompts(42, 60, MIXES["hard"], exclude=set(list(records)[:20]))
     assert not set(list(records)[:20]) & set(others)
     assert list(others)[:40] == list(records)[20:]
 
@@ -272,13 +280,38 @@ def test_ranking_pushes_right_above_wrong() -> None:
     )  # type: ignore[arg-type]
     losses = []
     for _ in range(4):
-        loss = ranked(*trainer.compared(torch.tensor(10.0)))
+        scores, _, right = trainer.compared(torch.tensor(10.0))
+        loss = ranked(scores, right)
         losses.append(float(loss.detach()))
         trainer.optimizer.zero_grad()
         loss.backward()
         trainer.optimizer.step()
         trainer.tokens.clear()
     assert losses[-1] < losses[0]
+
+
+def test_captions_are_mirrored_and_turned_round() -> None:
+    left, above = "a photo of a cat left of a dog", "a photo of a cat above a dog"
+    assert reworded(left, MIRROR) == reworded(left, OPPOSITE) == "a photo of a cat right of a dog"
+    assert reworded(above, MIRROR) == above
+    assert reworded(above, OPPOSITE) == "a photo of a cat below a dog"
+    assert reworded("a photo of two dogs", OPPOSITE) == "a photo of two dogs"
+
+
+def test_the_fourth_phase_asks_for_the_opposite_only_of_relations() -> None:
+    images = torch.zeros(2, 2, 3, 64, 64, dtype=torch.uint8)
+    captions = ("a photo of a cat left of a dog", "a photo of two dogs")
+    samples = Samples(images, captions, torch.tensor([[True, False]] * 2))
+    phase = options(updates=0, last_updates=5, groups=6)
+    trainer = ClipTrainer(phase, VOCAB, samples=samples)  # type: ignore[arg-type]
+    with torch.no_grad():
+        scores, opposite, right = trainer.compared(torch.tensor(10.0))
+    assert scores.shape == opposite.shape == right.shape == (6, 2)
+    assert scores.isfinite().all()
+    known = opposite.isfinite()
+    assert torch.equal(known[:, 0], known[:, 1])
+    assert set(known[:, 0].tolist()) == {True, False}
+    assert (opposite[known] != scores[known]).all()
 
 
 def test_the_fourth_phase_has_a_rate_of_its_own() -> None:
