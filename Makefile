@@ -92,9 +92,10 @@ embedded: $(READY)
 	$(TRAIN).samples --pipeline runs/models/emoji --out runs/samples.pt --prompts 250 --scale 1.0
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples.pt \
 	  --pairs 24 --spoilt 8 --updates 4100 --vae-updates 1500 --sample-updates 250 --resume
-	$(TRAIN).samples --pipeline runs/models/emoji-2 --out runs/samples-2.pt --hard --prompts 240 --seed 80
-	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples-2.pt \
-	  --pairs 24 --spoilt 8 --groups 6 --updates 4100 --vae-updates 1500 --sample-updates 250 --last-updates 1600 --resume
+	$(TRAIN).samples --pipeline runs/models/emoji-2 --out runs/samples-2.pt --mix hard --prompts 240 --seed 80
+	$(TRAIN).samples --pipeline runs/models/emoji-2 --out runs/samples-3.pt --mix relations --steps 10 --prompts 160 --seed 82
+	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples-2.pt runs/samples-3.pt \
+	  --pairs 24 --spoilt 8 --groups 6 --updates 4100 --vae-updates 1500 --sample-updates 250 --drill-updates 1000 --last-updates 300 --resume
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --export runs/models/emoji-clip
 	$(TRAIN).trajectories --pipeline runs/models/emoji --out runs/evaluator/train.pt
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --trajectories runs/evaluator/train.pt --resume

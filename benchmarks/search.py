@@ -157,6 +157,8 @@ def run(way: Way, pipe: Any, prompt_id: int, nfe: int, scale: float) -> dict[str
         "seconds": total,
         "own": own / total,
         "parts": {"denoiser": network[0], "decoder": decoder[0], "reward": reward.seconds},
+        "images per call": result.ledger.evaluations / result.ledger.calls,
+        "decodes": result.ledger.decodes,
         "scored": result.scored,
         "equal": result.equal,
         "all": everything(reward, record) if way is WAYS[BASE] else None,
@@ -179,7 +181,7 @@ def everything(reward: Timed, record: dict[str, Any]) -> dict[str, list[Any]]:
 
 def pace(found: Sequence[Any], base: Sequence[Any]) -> dict[str, float]:
     """Seconds per NFE beside best-of-N's on the same prompt, median: with everything, without
-    decoder and reward, and of the denoiser alone."""
+    decoder and reward, and of the denoiser alone; and what differs."""
 
     def ratio(seconds: Callable[[Any], float]) -> float:
         pairs = zip(found, base, strict=True)
@@ -194,6 +196,10 @@ def pace(found: Sequence[Any], base: Sequence[Any]) -> dict[str, float]:
         "with everything": ratio(lambda record: record["seconds"]),
         "without decoder and reward": ratio(undecoded),
         "denoiser": ratio(lambda record: record["parts"]["denoiser"]),
+        "images per call": statistics.median(record["images per call"] for record in found),
+        "decodes per 100 NFE": statistics.median(
+            100 * record["decodes"] / record["nfe"] for record in found
+        ),
     }
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from diffalign.embedded.world import scenes as w
 from diffalign.embedded.world.captions import Group, geneval, paraphrase
 from diffalign.embedded.world.editions import FIRST, Layout, related
-from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, RELATIONS
+from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, OPPOSITE, RELATIONS
 
 CHANGES = ("class", "colour", "count", "relation", "binding")
 """What can differ. ``class``, ``colour`` and ``count`` change one group; ``relation`` replaces
@@ -40,6 +40,19 @@ FOCUS: dict[str, float] = {
     "three": 0.02,
 }  # fmt: skip
 """The mixture once objects, colours and numbers are known: relation and binding."""
+
+
+RELATIONS_FIRST: dict[str, float] = {
+    "single": 0.02, "colour": 0.03, "two": 0.04, "count": 0.06, "position": 0.5,
+    "two_coloured": 0.2, "count_coloured": 0.01, "position_coloured": 0.1, "numbers": 0.03,
+    "three": 0.01,
+}  # fmt: skip
+"""The mixture of the last phase: what a picture shows beside what, above all."""
+
+TURNED: dict[str, float] = {
+    "two": 0.05, "count": 0.04, "position": 0.75, "two_coloured": 0.1, "position_coloured": 0.06,
+}  # fmt: skip
+"""The mixture of the drill in places."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +80,26 @@ class Pair:
 
 
 def pairs(
-    seed: int, count: int, mix: dict[str, float] | None = None, plain: float = 0.6, weight: int = 3
+    seed: int,
+    count: int,
+    mix: dict[str, float] | None = None,
+    plain: float = 0.6,
+    weight: int = 3,
+    turned: float = 0.0,
 ) -> Iterator[Pair]:
     """``count`` pairs from a seed; ``plain`` is the share whose captions are in GenEval's exact
     grammar, ``weight`` how often a relation or a binding is the change where it can be, against
-    1 for the class and 2 for colour and number."""
+    1 for the class and 2 for colour and number, ``turned`` the share of changed relations that
+    become the opposite, the others being drawn from all."""
     rng = random.Random(seed)
     kinds, weights = zip(*(mix or MIX).items(), strict=True)
     for _ in range(count):
         groups, relation = w.facts(rng, rng.choices(kinds, weights)[0])
         change = rng.choice(_possible(groups, relation, weight))
-        others, other_relation = _changed(rng, groups, relation, change)
+        if turned and relation and change == "relation" and rng.random() < turned:
+            others, other_relation = groups, OPPOSITE[relation]
+        else:
+            others, other_relation = _changed(rng, groups, relation, change)
         background = FIRST.background(rng)
         layout = FIRST.layout(rng, _total(groups), relation)
         if change == "relation" and other_relation is not None:
@@ -100,14 +122,18 @@ def pairs(
 
 
 def batch(
-    seed: int, count: int, mix: dict[str, float] | None = None, weight: int = 3
+    seed: int,
+    count: int,
+    mix: dict[str, float] | None = None,
+    weight: int = 3,
+    turned: float = 0.0,
 ) -> tuple[npt.NDArray[np.uint8], list[str], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """``count`` pairs, first and second pictures alternating: images [2 count, 64, 64, 3],
     captions, truth [2 count, 4, 6], and a table [2 count, 2 count] that is True where two
     *different* pictures have equal facts (so neither is a negative of the other)."""
     pictures = [
         picture
-        for pair in pairs(seed, count, mix, weight=weight)
+        for pair in pairs(seed, count, mix, weight=weight, turned=turned)
         for picture in (pair.first, pair.second)
     ]
     keys = [_key(picture) for picture in pictures]

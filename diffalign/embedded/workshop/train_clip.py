@@ -7,13 +7,14 @@ choice within each pair, plus pictures with one spoilt object as further negativ
 captions, plus readers of class and colour on every patch and of objects and numbers on the
 embedding. From update ``--focus`` on most pairs differ in a relation or a binding, and the
 embedding must also tell where each class is: a caption can then hold a relation as a difference of
-places, and a binding as a sum of class-and-colour pairs. Four phases: renderings; round trips
+places, and a binding as a sum of class-and-colour pairs. Five phases: renderings; round trips
 through the autoencoder of ``emoji`` and objects spoilt in its latent space; generated pictures of
-``emoji`` with verdicts of the *second* judge, ranked within their prompt; those of ``emoji-2``,
-where the highest score of a prompt also has to be a right picture's, and the caption with the
-opposite relation below its own. The first judge is never used, so that it can measure what this
-reward is worth. ``--from FOLDER`` goes on from exported weights,
-with a fresh optimiser and fresh readers of patches and places.
+``emoji`` with verdicts of the *second* judge, ranked within their prompt; a drill in places, on
+renderings of two objects whose relation is mostly turned round; pictures of ``emoji-2``, where the
+highest score of a prompt also has to be a right picture's, and the caption with the opposite
+relation below its own. The first judge is never used, so that it can measure what this reward is
+worth. ``--from FOLDER`` goes on from exported weights, with a fresh optimiser and fresh readers of
+patches and places.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from diffalign.embedded.workshop.clip_loss import (
     scene_truth,
 )
 from diffalign.embedded.workshop.degrade import blurred, corrupt, morph, moved, noisy, round_trip
-from diffalign.embedded.workshop.pairs import FOCUS, batch
+from diffalign.embedded.workshop.pairs import FOCUS, RELATIONS_FIRST, TURNED, batch
 from diffalign.embedded.workshop.samples import MIRROR, OPPOSITE, Samples, reworded
 from diffalign.embedded.workshop.train_judge import load_vae
 from diffalign.embedded.workshop.training import (
@@ -62,8 +63,16 @@ from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
 
-PEAK, LAST_PEAK = 1e-3, 5e-4
-"""Highest learning rate of the first three phases, and of the fourth."""
+PEAK, DRILL_PEAK, LAST_PEAK = 1e-3, 8e-4, 5e-4
+"""Highest learning rates: of the first three phases, of the drill, and of the last."""
+PHASES = ("updates", "vae_updates", "sample_updates", "drill_updates", "last_updates")
+"""Options with the updates of each phase."""
+DRILL, LAST = 3, 4
+"""Numbers of the last two phases."""
+WEIGHTS = {"contrast": 1.0, "choice": 1.0, "patches": 0.5, "objects": 0.1, "numbers": 0.3}
+FOCUSED = {**WEIGHTS, "objects": 0.5, "places": 4.0}
+DRILLED = {"contrast": 1.0, "choice": 2.0, "objects": 0.2, "places": 40.0}
+"""Weights of the parts of the loss: before the focus, in it, and in the drill."""
 SPREAD = 0.5
 
 
@@ -91,9 +100,9 @@ def damaged(
 
 
 class ClipTrainer(ModulesTrainer):
-    """The state of a run. ``options`` needs seed, pairs, spoilt, groups and the updates of the four
-    phases; ``vae`` serves all phases but the first, ``samples`` (see ``workshop.samples``) the last
-    two."""
+    """The state of a run. ``options`` needs seed, pairs, spoilt, groups and the updates of the five
+    phases; ``vae`` serves all phases but the first and the drill, ``samples`` (see
+    ``workshop.samples``) the third and the last."""
 
     plain_attention = True
 
@@ -124,14 +133,12 @@ class ClipTrainer(ModulesTrainer):
         self.model.visual.transformer.register_forward_hook(
             lambda _, __, output: self.tokens.append(output)
         )
-        self.ends = np.cumsum(
-            [options.updates, options.vae_updates, options.sample_updates, options.last_updates]
-        ).tolist()
+        self.ends = np.cumsum([getattr(options, name) for name in PHASES]).tolist()
 
     @property
     def phase(self) -> int:
-        """0 to 3."""
-        return sum(self.done >= end for end in self.ends[:3])
+        """0 to 4."""
+        return sum(self.done >= end for end in self.ends[:-1])
 
     @property
     def focused(self) -> bool:
@@ -142,7 +149,10 @@ class ClipTrainer(ModulesTrainer):
         """Pictures [2P + C, 3, 64, 64], token ids [2P, 24], truth of the first 2P float [2P, 4, 6],
         the table of equal facts [2P, 2P], and the caption of each spoilt picture (index [C])."""
         seed, rng = self.options.seed, step_generator(self.options.seed, 0, self.done)
-        mixture = (FOCUS, 10) if self.focused else (None, 3)
+        if self.phase >= DRILL:
+            mixture = (TURNED if self.phase == DRILL else RELATIONS_FIRST, 20, 0.7)
+        else:
+            mixture = (FOCUS, 10, 0.0) if self.focused else (None, 3, 0.0)
         arrays, captions, rows, same = batch(
             step_seed(seed, 0, self.done), self.options.pairs, *mixture
         )
@@ -150,12 +160,13 @@ class ClipTrainer(ModulesTrainer):
             torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255,
             torch.from_numpy(rows),
         )
-        if self.phase > 0 and self.vae is None:
+        plain = self.phase in (0, DRILL)
+        if not plain and self.vae is None:
             raise ValueError(
-                "All phases but the first need the autoencoder of emoji; pass --vae FOLDER."
+                "Phases two, three and five need the autoencoder of emoji; pass --vae FOLDER."
             )
-        vae = self.vae if self.phase > 0 else None
-        pictures, boxes, sources = damaged(clean, truth, self.options.spoilt, rng, vae)
+        spoilt = 0 if self.phase == DRILL else self.options.spoilt
+        pictures, boxes, sources = damaged(clean, truth, spoilt, rng, None if plain else self.vae)
         ids = torch.tensor([encode(self.vocab, caption) for caption in captions])
         located = torch.cat([truth[..., :2].float(), boxes[: len(clean)]], dim=2)
         return pictures, ids, located, torch.from_numpy(same), sources
@@ -187,23 +198,23 @@ class ClipTrainer(ModulesTrainer):
         presence, numbers = scene_truth(truth)
         listing, counted = self.heads(embedding[:size])
         listed = F.binary_cross_entropy_with_logits(listing, presence, reduction="sum") / size
-        parts = {
+        where, there = place_truth(truth)
+        placed = self.places(embedding[:size]).view(size, -1, 2) - where
+        values = {
             "contrast": both,
             "choice": choice,
-            "patches": 0.5 * dense,
-            "objects": 0.1 * listed,
-            "numbers": 0.3 * number_loss(counted, numbers),
+            "patches": dense,
+            "objects": listed,
+            "numbers": number_loss(counted, numbers),
+            "places": placed[there].square().mean(),
         }
-        if self.focused:
-            parts["objects"] = 0.5 * listed
-            where, there = place_truth(truth)
-            parts["places"] = (
-                4 * (self.places(embedding[:size]).view(size, -1, 2) - where)[there].square().mean()
-            )
-        if self.phase >= 2:
+        weights = FOCUSED if self.focused else WEIGHTS
+        weights = DRILLED if self.phase == DRILL else weights
+        parts = {name: weight * values[name] for name, weight in weights.items()}
+        if self.phase in (2, LAST):
             similarity, opposite, right = self.compared(scale)
             parts["ranking"] = ranked(similarity, right)
-            if self.phase == 3:
+            if self.phase == LAST:
                 parts["chosen"] = chosen_right(similarity, right)
                 parts["opposite"] = F.softplus(opposite - similarity)[right].mean()
         return parts
@@ -212,13 +223,13 @@ class ClipTrainer(ModulesTrainer):
         """Scores [G, n] of the generated pictures of G prompts, slightly changed, those with the
         opposite relation (minus infinity without a relation), and which pictures are right.
 
-        In phase four half of the groups are mirrored, with their captions.
+        In the last phase half of the groups are mirrored, with their captions.
         """
         if self.samples is None:
-            raise ValueError("Phases three and four need generated pictures; pass --samples FILE.")
+            raise ValueError("Phases three and five need generated pictures; pass --samples FILE.")
         rng = step_generator(self.options.seed, 1, self.done)
         pictures, captions, right = self.samples.groups(self.options.groups, rng)
-        if self.phase == 3:
+        if self.phase == LAST:
             turned = torch.rand(len(captions), generator=rng) < 0.5
             pictures[turned] = pictures[turned].flip(-1)
             captions = [
@@ -245,10 +256,13 @@ class ClipTrainer(ModulesTrainer):
 
     def rate(self) -> float:
         """Learning rate of the next update: constant in phase one after the warm-up, one cosine
-        over the next two, or over all if phase one is all there is, and one over the fourth."""
-        first, _, last, end = self.ends
-        if self.done >= last:
-            return cosine(self.done - last, end - last, LAST_PEAK, warm=50, hold=0.3)
+        over the next two, or over all if phase one is all there is; constant in the drill, one
+        cosine over the last."""
+        first, _, last, drilled, end = self.ends
+        if self.phase == LAST:
+            return cosine(self.done - drilled, end - drilled, LAST_PEAK, warm=20, hold=0.2)
+        if self.phase == DRILL:
+            return cosine(self.done - last, drilled - last, DRILL_PEAK, warm=50, hold=1.0)
         if self.done < first:
             return cosine(
                 self.done,
@@ -318,8 +332,7 @@ def run(options: argparse.Namespace, vae: AutoencoderTiny | None, samples: Sampl
     if options.source is not None:
         begin(trainer, options.source, options.out)
         options.resume = True
-    names = ("seed", "pairs", "spoilt", "groups", "focus", "updates", "vae_updates")
-    names += ("sample_updates", "last_updates")
+    names = ("seed", "pairs", "spoilt", "groups", "focus", *PHASES)
     header = {"model": "emoji-clip"} | {key: getattr(options, key) for key in names}
     count = 2 * options.pairs + options.spoilt
     train(trainer, options, header, Course(trainer.ends[-1], count, options.save))
@@ -339,8 +352,8 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="*",
         default=(),
-        help="generated pictures, written by diffalign.embedded.workshop.samples; for the last two "
-        "phases",
+        help="generated pictures, written by diffalign.embedded.workshop.samples; for phases "
+        "three and five",
     )
     result.add_argument(
         "--from", dest="source", type=Path, help="folder of an export to go on from"
@@ -350,7 +363,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--updates", type=int, default=3_000, help="updates of phase one")
     result.add_argument("--vae-updates", type=int, default=0)
     result.add_argument("--sample-updates", type=int, default=0)
-    result.add_argument("--last-updates", type=int, default=0, help="updates of phase four")
+    result.add_argument("--drill-updates", type=int, default=0, help="updates of the drill")
+    result.add_argument("--last-updates", type=int, default=0, help="updates of phase five")
     result.add_argument(
         "--groups", type=int, default=4, help="prompts of generated pictures in an update"
     )

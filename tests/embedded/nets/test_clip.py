@@ -23,7 +23,7 @@ from diffalign.embedded.workshop.clip_loss import (
     scene_truth,
 )
 from diffalign.embedded.workshop.clip_report import auc, choice_figures, within_prompt
-from diffalign.embedded.workshop.pairs import CHANGES, Pair, batch, pairs
+from diffalign.embedded.workshop.pairs import CHANGES, TURNED, Pair, batch, pairs
 from diffalign.embedded.workshop.samples import (
     MIRROR,
     MIXES,
@@ -298,7 +298,7 @@ def test_captions_are_mirrored_and_turned_round() -> None:
     assert reworded("a photo of two dogs", OPPOSITE) == "a photo of two dogs"
 
 
-def test_the_fourth_phase_asks_for_the_opposite_only_of_relations() -> None:
+def test_the_last_phase_asks_for_the_opposite_only_of_relations() -> None:
     images = torch.zeros(2, 2, 3, 64, 64, dtype=torch.uint8)
     captions = ("a photo of a cat left of a dog", "a photo of two dogs")
     samples = Samples(images, captions, torch.tensor([[True, False]] * 2))
@@ -314,17 +314,33 @@ def test_the_fourth_phase_asks_for_the_opposite_only_of_relations() -> None:
     assert (opposite[known] != scores[known]).all()
 
 
-def test_the_fourth_phase_has_a_rate_of_its_own() -> None:
-    phases = {"updates": 100, "vae_updates": 100, "sample_updates": 100, "last_updates": 200}
+def test_the_last_phases_have_rates_of_their_own() -> None:
+    phases = {"updates": 100, "vae_updates": 100, "sample_updates": 100}
+    phases |= {"drill_updates": 100, "last_updates": 200}
     trainer, rates = ClipTrainer(options(**phases), VOCAB), {}  # type: ignore[arg-type]
-    for done in (0, 99, 100, 199, 200, 299, 300, 349, 360, 499):
+    for done in (0, 99, 100, 199, 200, 299, 300, 350, 399, 400, 419, 440, 599):
         trainer.done = done
         rates[done] = (trainer.phase, trainer.rate())
-    assert [phase for phase, _ in rates.values()] == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
-    assert rates[300][1] == pytest.approx(5e-4 / 50)
-    assert rates[349][1] == rates[360][1] == 5e-4
-    assert rates[499][1] < 0.03 * 5e-4
+    phases_ = [phase for phase, _ in rates.values()]
+    assert phases_ == [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
     assert rates[299][1] < 0.03 * 1e-3
+    assert rates[300][1] == pytest.approx(8e-4 / 50)
+    assert rates[350][1] == rates[399][1] == 8e-4
+    assert rates[400][1] == pytest.approx(5e-4 / 20)
+    assert rates[419][1] == rates[440][1] == 5e-4
+    assert rates[599][1] < 0.03 * 5e-4
+
+
+def test_the_drill_turns_relations_round() -> None:
+    turned = [pair for pair in pairs(5, 200, TURNED, weight=20, turned=1.0) if pair.first.relation]
+    changed = [pair for pair in turned if pair.change == "relation"]
+    assert len(changed) > 100
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    assert all(opposite[str(p.first.relation)] == p.second.relation for p in changed)
+    trainer = ClipTrainer(options(updates=0, drill_updates=5), VOCAB)  # type: ignore[arg-type]
+    pictures, ids, *_ = trainer.batch()  # no autoencoder, nothing spoilt
+    assert len(pictures) == len(ids) == 4
+    assert set(trainer.losses()) == {"contrast", "choice", "objects", "places"}
 
 
 def test_a_run_goes_on_from_exported_weights(tmp_path: Path) -> None:
