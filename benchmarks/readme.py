@@ -104,16 +104,16 @@ def by_purpose() -> str:
 
 
 def searches() -> list[list[str]]:
-    """The README's rows of searches, by the judge that no search sees."""
+    """The README's rows of searches, by the judge that neither a search nor its reward has seen."""
     result = stored("search")
     if result is None:
         return []
-    one = result.facts["from one image to the best"]["emoji-judge-audit: all"]["one"]
+    one = result.facts["from one image to the best"]["emoji-judge: all"]["one"]
     rows = []
     for name, (method, limit, what) in SEARCHES.items():
         cls, row = da.methods()[name], result.row(method, NFE=limit)
         times = limit / (2 * STEPS)
-        gain = f"right images {100 * one:.0f}% to {100 * row['audit'].value:.0f}%"
+        gain = f"right images {100 * one:.0f}% to {100 * row['judge'].value:.0f}%"
         rows.append(
             [f"[`{cls.__name__}`]({files_of(cls)[0]})", what, f"{times:g} times as many", gain]
         )

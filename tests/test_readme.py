@@ -133,10 +133,10 @@ def test_a_changed_result_changes_the_tables(benchmark_module, tmp_path, monkeyp
     data = {"rows": rows, "units": {}, "facts": {"best": "CFG 2"}}
     (tmp_path / "guidance.json").write_text(json.dumps(data))
     found = {"rows": [], "units": {}, "facts": {}}
-    share = {"emoji-judge-audit: all": {"one": 0.5}}
+    share = {"emoji-judge: all": {"one": 0.5}}
     found["facts"]["from one image to the best"] = share
     for method in ("best-of-n", "beam, svdd"):
-        found["rows"].append({"method": method, "NFE": 800, "audit": estimate | {"value": 0.75}})
+        found["rows"].append({"method": method, "NFE": 800, "judge": estimate | {"value": 0.75}})
     (tmp_path / "search.json").write_text(json.dumps(found))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     cells = readme.row_of("apg")

@@ -42,13 +42,6 @@ FOCUS: dict[str, float] = {
 """The mixture once objects, colours and numbers are known: relation and binding."""
 
 
-RELATIONS_FIRST: dict[str, float] = {
-    "single": 0.02, "colour": 0.03, "two": 0.04, "count": 0.06, "position": 0.5,
-    "two_coloured": 0.2, "count_coloured": 0.01, "position_coloured": 0.1, "numbers": 0.03,
-    "three": 0.01,
-}  # fmt: skip
-"""The mixture of the last phase: what a picture shows beside what, above all."""
-
 TURNED: dict[str, float] = {
     "two": 0.05, "count": 0.04, "position": 0.75, "two_coloured": 0.1, "position_coloured": 0.06,
 }  # fmt: skip

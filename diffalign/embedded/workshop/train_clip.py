@@ -43,7 +43,7 @@ from diffalign.embedded.workshop.clip_loss import (
     scene_truth,
 )
 from diffalign.embedded.workshop.degrade import blurred, corrupt, morph, moved, noisy, round_trip
-from diffalign.embedded.workshop.pairs import FOCUS, RELATIONS_FIRST, TURNED, batch
+from diffalign.embedded.workshop.pairs import FOCUS, MIX, TURNED, batch
 from diffalign.embedded.workshop.samples import MIRROR, OPPOSITE, Samples, reworded
 from diffalign.embedded.workshop.train_judge import load_vae
 from diffalign.embedded.workshop.training import (
@@ -150,7 +150,7 @@ class ClipTrainer(ModulesTrainer):
         the table of equal facts [2P, 2P], and the caption of each spoilt picture (index [C])."""
         seed, rng = self.options.seed, step_generator(self.options.seed, 0, self.done)
         if self.phase >= DRILL:
-            mixture = (TURNED if self.phase == DRILL else RELATIONS_FIRST, 20, 0.7)
+            mixture = (TURNED, 20, 0.7) if self.phase == DRILL else (MIX, 6, 0.7)
         else:
             mixture = (FOCUS, 10, 0.0) if self.focused else (None, 3, 0.0)
         arrays, captions, rows, same = batch(
