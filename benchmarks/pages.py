@@ -226,7 +226,13 @@ def search(result: Result) -> str:
     ties = ", ".join(f"{name} {share:.2f}" for name, share in facts["share of ties"].items())
     own = ", ".join(f"{name} {share:.3f}" for name, share in facts["share of the driver"].items())
     best: list[Row] = [{"images": k} | v for k, v in facts["from one image to the best"].items()]
-    paces: list[Row] = [{"method": k} | v for k, v in facts["seconds per NFE"].items()]
+    # runs of earlier versions have none
+    paces: list[Row] = [{"method": k} | v for k, v in facts.get("seconds per NFE", {}).items()]
+    pace = (
+        "Seconds per NFE beside best-of-N's, median over prompts. All methods draw 4 images in a "
+        "round; in a tree those that begin below late states join later, so that batches are "
+        "smaller, and they are decoded and scored after few evaluations."
+    )
     return page(
         result,
         f"Search on {options['model']}: {facts['prompts']} GenEval prompts, 20 steps, scale "
@@ -236,10 +242,7 @@ def search(result: Result) -> str:
         "emoji-judge-audit on pictures of other prompts, from emoji-judge never.",
         f"Share of prompts whose highest score is shared by several images: {ties}.",
         f"Share of the seconds that is neither denoiser, decoder nor reward, median: {own}.",
-        "Seconds per NFE beside best-of-N's, median over prompts. All methods draw 4 images in a "
-        "round; in a tree those that begin below late states join later, so that batches are "
-        "smaller, and they are decoded and scored after few evaluations.",
-        table(paces, {}),
+        *((pace, table(paces, {})) if paces else ()),
         "Best-of-N at 1600 NFE, by judge and category: the share of right images (one), of images "
         "that emoji-clip chose among 40 (chosen), of prompts with a right one among the same 40 "
         "(best), and how much of the way from one to best is made.",

@@ -60,6 +60,13 @@ def number_loss(logits: Tensor, numbers: Tensor) -> Tensor:
     return F.cross_entropy(logits[questions], numbers[questions])
 
 
+def patch_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross entropies of class and of colour on every patch: ``logits`` [B, 64, 81 + 12]."""
+    (kind, colour), split = patch_truth(truth), len(OBJECTS) + 1
+    per_class = F.cross_entropy(logits[..., :split].transpose(1, 2), kind)
+    return per_class + F.cross_entropy(logits[..., split:].transpose(1, 2), colour)
+
+
 def patch_truth(truth: Tensor) -> tuple[Tensor, Tensor]:
     """Truth float [B, 4, 6] to class and colour of each of the 64 patches, int64 [B, 64], row by
     row; 80 and 11 are background."""

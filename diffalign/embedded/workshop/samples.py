@@ -45,6 +45,17 @@ def reworded(caption: str, table: dict[str, str]) -> str:
     return " ".join(table.get(word, word) for word in caption.split())
 
 
+def mirrored(
+    images: Tensor, captions: Sequence[str], rng: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """Half of the groups of pictures [G, n, 3, H, W] mirrored, and left and right exchanged in
+    their captions."""
+    turned = torch.rand(len(captions), generator=rng) < 0.5
+    images = torch.where(turned.view(-1, 1, 1, 1, 1), images.flip(-1), images)
+    pairs = zip(captions, turned.tolist(), strict=True)
+    return images, [reworded(text, MIRROR) if turn else text for text, turn in pairs]
+
+
 @dataclass(frozen=True)
 class Samples:
     """Generated pictures with verdicts."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +38,14 @@ from diffalign.embedded.workshop.clip_loss import (
     chosen_right,
     contrast,
     number_loss,
-    patch_truth,
+    patch_loss,
     place_truth,
     ranked,
     scene_truth,
 )
 from diffalign.embedded.workshop.degrade import blurred, corrupt, morph, moved, noisy, round_trip
 from diffalign.embedded.workshop.pairs import FOCUS, MIX, TURNED, batch
-from diffalign.embedded.workshop.samples import MIRROR, OPPOSITE, Samples, reworded
+from diffalign.embedded.workshop.samples import OPPOSITE, Samples, mirrored, reworded
 from diffalign.embedded.workshop.train_judge import load_vae
 from diffalign.embedded.workshop.training import (
     STATE,
@@ -190,11 +191,6 @@ class ClipTrainer(ModulesTrainer):
         unit = F.normalize(embedding, dim=-1)
         both, choice = contrast(unit[:size], words, unit[size:], scale, same)
         per_patch = self.patches(self.tokens.pop()[:size, 1:].float())
-        kind, colour = patch_truth(truth)
-        split = len(OBJECTS) + 1
-        dense = F.cross_entropy(per_patch[..., :split].transpose(1, 2), kind) + F.cross_entropy(
-            per_patch[..., split:].transpose(1, 2), colour
-        )
         presence, numbers = scene_truth(truth)
         listing, counted = self.heads(embedding[:size])
         listed = F.binary_cross_entropy_with_logits(listing, presence, reduction="sum") / size
@@ -203,7 +199,7 @@ class ClipTrainer(ModulesTrainer):
         values = {
             "contrast": both,
             "choice": choice,
-            "patches": dense,
+            "patches": patch_loss(per_patch, truth),
             "objects": listed,
             "numbers": number_loss(counted, numbers),
             "places": placed[there].square().mean(),
@@ -230,12 +226,7 @@ class ClipTrainer(ModulesTrainer):
         rng = step_generator(self.options.seed, 1, self.done)
         pictures, captions, right = self.samples.groups(self.options.groups, rng)
         if self.phase == LAST:
-            turned = torch.rand(len(captions), generator=rng) < 0.5
-            pictures[turned] = pictures[turned].flip(-1)
-            captions = [
-                reworded(caption, MIRROR) if turn else caption
-                for caption, turn in zip(captions, turned.tolist(), strict=True)
-            ]
+            pictures, captions = mirrored(pictures, captions, rng)
         others = [reworded(caption, OPPOSITE) for caption in captions]
         flat = pictures.flatten(0, 1)
         flat, _ = moved(flat, torch.zeros(len(flat), 1, 4), rng)
@@ -255,24 +246,26 @@ class ClipTrainer(ModulesTrainer):
             self.model.logit_scale.clamp_(max=4.0)
 
     def rate(self) -> float:
-        """Learning rate of the next update: constant in phase one after the warm-up, one cosine
-        over the next two, or over all if phase one is all there is; constant in the drill, one
-        cosine over the last."""
-        first, _, last, drilled, end = self.ends
-        if self.phase == LAST:
-            return cosine(self.done - drilled, end - drilled, LAST_PEAK, warm=20, hold=0.2)
-        if self.phase == DRILL:
-            return cosine(self.done - last, drilled - last, DRILL_PEAK, warm=50, hold=1.0)
-        if self.done < first:
-            return cosine(
-                self.done,
-                first,
-                PEAK,
-                warm=200,
-                hold=0.4 if first == last else 0.9,
-                floor=0.02 if first == last else 0.6,
-            )
-        return cosine(self.done - first, last - first, 0.7 * PEAK, warm=50, hold=0.3)
+        """Learning rate of the next update."""
+        return rate_of(self.done, self.ends)
+
+
+def rate_of(done: int, ends: Sequence[int]) -> float:
+    """Learning rate after ``done`` updates of phases that end at ``ends``.
+
+    Constant in phase one after the warm-up, one cosine over the next two, or over all if phase one
+    is all there is; constant in the drill, one cosine over the last.
+    """
+    first, _, third, drilled, last = ends
+    if done >= drilled:
+        return cosine(done - drilled, last - drilled, LAST_PEAK, warm=20, hold=0.2)
+    if done >= third:
+        return cosine(done - third, drilled - third, DRILL_PEAK, warm=50, hold=1.0)
+    if done < first:
+        alone = first == third
+        hold, floor = (0.4, 0.02) if alone else (0.9, 0.6)
+        return cosine(done, first, PEAK, warm=200, hold=hold, floor=floor)
+    return cosine(done - first, third - first, 0.7 * PEAK, warm=50, hold=0.3)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from diffalign.embedded.load import FOLDER, load
 from diffalign.embedded.workshop.clip_loss import (
     chosen_right,
     contrast,
+    patch_loss,
     patch_truth,
     place_truth,
     ranked,
@@ -29,6 +30,7 @@ from diffalign.embedded.workshop.samples import (
     MIXES,
     OPPOSITE,
     Samples,
+    mirrored,
     official_prompts,
     reworded,
     training_prompts,
@@ -296,6 +298,27 @@ def test_captions_are_mirrored_and_turned_round() -> None:
     assert reworded(above, MIRROR) == above
     assert reworded(above, OPPOSITE) == "a photo of a cat below a dog"
     assert reworded("a photo of two dogs", OPPOSITE) == "a photo of two dogs"
+
+
+def test_half_of_the_groups_are_mirrored_with_their_captions() -> None:
+    images = torch.arange(20.0).view(20, 1, 1, 1, 1) + torch.arange(2.0)
+    captions = ["a photo of a cat left of a dog"] * 20
+    turned, texts = mirrored(images, captions, torch.Generator().manual_seed(2))
+    for image, text, source in zip(turned, texts, images, strict=True):
+        right = "right of" in text
+        assert torch.equal(image, source.flip(-1) if right else source)
+    assert 5 < sum("right of" in text for text in texts) < 15
+
+
+def test_the_loss_of_patches_is_that_of_two_guesses_without_knowledge() -> None:
+    truth = torch.full((2, 4, 6), -1.0)
+    truth[0, 0] = torch.tensor([5.0, 2.0, 8, 16, 24, 24])
+    even = patch_loss(torch.zeros(2, 64, 81 + 12), truth)
+    assert float(even) == pytest.approx(math.log(81) + math.log(12))
+    kind, colour = patch_truth(truth)
+    hot = torch.nn.functional.one_hot
+    sure = torch.cat([hot(kind, 81), hot(colour, 12)], dim=-1) * 99.0
+    assert float(patch_loss(sure, truth)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_last_phase_asks_for_the_opposite_only_of_relations() -> None:
