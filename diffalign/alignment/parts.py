@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from torch import Tensor
 from diffalign.alignment.scoring import Fit
 from diffalign.core.sampler import Sampler, State, join
 
+T = TypeVar("T")
 
-def part_of(state: State, part: range) -> State:
-    """Those images of a state; the state itself for all of them."""
-    return state if len(part) == len(state.latents) else state.select(part)
+
+def in_parts(fit: Fit, state: State, work: Callable[[State], T]) -> Iterator[T]:
+    """``work`` on the images of a state, in parts that fit; on the state itself where all do."""
+    rows = len(state.latents)
+    return fit.parts(rows, lambda part: work(state if len(part) == rows else state.select(part)))
 
 
 def run_in_parts(
@@ -46,13 +50,11 @@ def twist_in_parts(
     sampler: Sampler, fit: Fit, state: State, reward: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """``sampler.twist`` in parts: scores [B], float64 on the CPU, and gradients [B, ...]."""
-    rows = len(state.latents)
-    pairs = list(fit.parts(rows, lambda part: sampler.twist(part_of(state, part), reward)))
+    pairs = list(in_parts(fit, state, lambda part: sampler.twist(part, reward)))
     scores = torch.cat([score for score, _ in pairs]).to("cpu", torch.float64)
     return scores, torch.cat([gradient for _, gradient in pairs])
 
 
 def decode_in_parts(sampler: Sampler, fit: Fit, state: State) -> Tensor:
     """``sampler.decode`` in parts: images [B, 3, H, W]."""
-    rows = len(state.latents)
-    return torch.cat(list(fit.parts(rows, lambda part: sampler.decode(part_of(state, part)))))
+    return torch.cat(list(in_parts(fit, state, sampler.decode)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.alignment.ascent import parts_of, slopes_of
-from diffalign.alignment.parts import decode_in_parts, part_of, run_in_parts, twist_in_parts
+from diffalign.alignment.parts import decode_in_parts, in_parts, run_in_parts, twist_in_parts
 from diffalign.alignment.progress import Progress
 from diffalign.alignment.setting import Setting, finished
 from diffalign.core import Meter, State, Technique
@@ -86,10 +86,7 @@ class PipelineProblem:
 
     def preview(self, state: State) -> Tensor:
         self.progress.use(self.sampler)
-        rows = len(state.latents)
-        images = self.progress.fit.parts(
-            rows, lambda part: self.sampler.preview(part_of(state, part))
-        )
+        images = in_parts(self.progress.fit, state, self.sampler.preview)
         return torch.cat([self.score(batch) for batch in images])
 
     def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
@@ -97,9 +94,7 @@ class PipelineProblem:
         rows = len(state.latents)
         if len(lineages) != rows:
             raise ValueError(f"finish needs {rows} lineages, one per image; got {len(lineages)}.")
-        parts = self.progress.fit.parts(
-            rows, lambda part: self.sampler.decode(part_of(state, part))
-        )
+        parts = in_parts(self.progress.fit, state, self.sampler.decode)
         candidates: list[Candidate] = []
         for images in parts:
             known = lineages[len(candidates) : len(candidates) + len(images)]
