@@ -43,6 +43,7 @@ BASE = "best-of-n"
 JUDGES = ("emoji-judge", "emoji-judge-audit")
 COLUMNS = {
     "NFE": "denoiser rows, the final call not counted",
+    "prompts": "on which the method was run; differences to best-of-N are on these",
     "seconds": "median processor seconds of a run up to there",
     "reward": "emoji-clip of the best image, which is what is optimised",
     "judge": "share of prompts whose best image is right",
@@ -213,6 +214,11 @@ def place_of(name: str, prompt_id: int, options: Namespace) -> Path:
     return folder / f"{prompt_id}-{limit_of(name, options)}.json"
 
 
+def made(name: str, ids: Sequence[int], options: Namespace) -> list[int]:
+    """The prompts to show of a way: with ``--finished`` those whose run is there."""
+    return [i for i in ids if not options.finished or place_of(name, i, options).exists()]
+
+
 def runs(name: str, pipe: Any, ids: Sequence[int], options: Namespace, bar: Progress) -> list[Any]:
     """The runs of one way on all prompts, those that are finished read from their files."""
     task = bar.add_task(name, total=len(ids))
@@ -285,6 +291,7 @@ def rows_of(
             {
                 "method": name,
                 "NFE": limit,
+                "prompts": len(ids),
                 "seconds": statistics.median(times),
                 "reward": mean([point["reward"] for point in here]),
                 "judge": mean([float(point["judge"]) for point in here]),
@@ -303,40 +310,38 @@ def main() -> None:
     parser = command_line(__doc__, prompts=60, nfe=800, scale=3.0, work="build/search")
     parser.add_argument("--model", default="emoji")
     parser.add_argument(
-        "--finished", action="store_true", help="only prompts that every method has finished"
+        "--finished", action="store_true", help="each method on the prompts that it has finished"
     )
     parser.add_argument("--methods", nargs="*", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     ids = stratified(options.prompts)
-    if options.finished:
-        ids = [
-            i
-            for i in ids
-            if all(place_of(n, i, options).exists() for n in {BASE, *options.methods})
-        ]
-        if not ids:
-            parser.error(f"--finished: no prompt is finished by all methods in {options.work!r}")
     pipe = da.load(options.model)
     pipe.set_progress_bar_config(disable=True)
     with Progress() as bar:
-        base = runs(BASE, pipe, ids, options, bar)
+        ids = made(BASE, ids, options)
+        base = dict(zip(ids, runs(BASE, pipe, ids, options, bar), strict=True))
         rows: list[Row] = []
         ties: dict[str, float] = {}
         own: dict[str, float] = {}
         paces: dict[str, dict[str, float]] = {}
         for name in options.methods:
-            found = runs(name, pipe, ids, options, bar)
-            rows += rows_of(name, found, base, ids, limit_of(name, options))
+            mine = made(name, ids, options)
+            if not mine:
+                continue
+            found, beside = runs(name, pipe, mine, options, bar), [base[i] for i in mine]
+            rows += rows_of(name, found, beside, mine, limit_of(name, options))
             ties[name] = sum(record["equal"] > 1 for record in found) / len(found)
             own[name] = statistics.median(record["own"] for record in found)
-            paces[name] = pace(found, base)
+            paces[name] = pace(found, beside)
+    if not rows:
+        parser.error(f"--finished: no prompt is finished by {BASE} in {options.work!r}")
     facts = {
         "prompts": len(ids),
         "share of ties": ties,
         "share of the driver": own,
         "seconds per NFE": paces,
-        "from one image to the best": way_to_the_best(base, ids),
+        "from one image to the best": way_to_the_best(list(base.values()), ids),
     }
     save("search", rows, options, COLUMNS, facts)
 
