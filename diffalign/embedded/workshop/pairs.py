@@ -89,8 +89,9 @@ def pairs(
     for _ in range(count):
         groups, relation = w.facts(rng, rng.choices(kinds, weights)[0])
         change = rng.choice(_possible(groups, relation, weight))
+        others, other_relation = groups, relation
         if turned and relation and change == "relation" and rng.random() < turned:
-            others, other_relation = groups, OPPOSITE[relation]
+            other_relation = OPPOSITE[relation]
         else:
             others, other_relation = _changed(rng, groups, relation, change)
         background = FIRST.background(rng)

@@ -150,6 +150,7 @@ class ClipTrainer(ModulesTrainer):
         """Pictures [2P + C, 3, 64, 64], token ids [2P, 24], truth of the first 2P float [2P, 4, 6],
         the table of equal facts [2P, 2P], and the caption of each spoilt picture (index [C])."""
         seed, rng = self.options.seed, step_generator(self.options.seed, 0, self.done)
+        mixture: tuple[dict[str, float] | None, int, float]
         if self.phase >= DRILL:
             mixture = (TURNED, 20, 0.7) if self.phase == DRILL else (MIX, 6, 0.7)
         else:

@@ -23,7 +23,7 @@ def _device(pipe: Pipeline) -> torch.device:
 def _signature_keys(cls: type, pipe: Pipeline) -> tuple[list[str], list[str]]:
     """The class's own answer, the same for all of its objects."""
     if cls not in _KEYS:
-        _KEYS[cls] = super(cls, cls)._get_signature_keys(pipe)  # type: ignore[misc]
+        _KEYS[cls] = super(cls, cls)._get_signature_keys(pipe)  # type: ignore[arg-type]
     modules, others = _KEYS[cls]
     return list(modules), list(others)
 
