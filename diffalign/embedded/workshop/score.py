@@ -1,7 +1,8 @@
 """Judge a training state of ``emoji``, or any pipeline folder, on official GenEval prompts.
 
 ``python -m diffalign.embedded.workshop.score --out runs/emoji [--prompts 120]``, or ``--pipeline
-FOLDER --judge emoji-judge-2 --out FOLDER``. Evenly spaced prompts of each category, one image each,
+FOLDER --judge emoji-judge-2 --out FOLDER``, with ``--adapter FOLDER`` what ``train_turbo`` has
+written for it. Evenly spaced prompts of each category, one image each,
 20 steps of the pipeline's own scheduler; verdicts by GenEval's rules on the embedded judge's
 detections. One JSON line with the category scores is appended to ``scores.jsonl``, and a grid of
 the pictures is written beside it. With 20 prompts a category a score has a standard error of up to
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.load import load, pipeline_in
+from diffalign.embedded.workshop.adapter import adapted
 from diffalign.embedded.workshop.train_denoiser import STATE, export
 from diffalign.embedded.workshop.training import load_state
 from diffalign.generate.samples import samples
@@ -102,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/emoji"), help="folder of the training state")
     add("--vae", type=Path, default=Path("runs/vae/vae"))
     add("--pipeline", type=Path, help="a pipeline folder to judge instead of a training state")
+    add("--adapter", type=Path, help="a low-rank difference to it, with its scheduler")
     add("--judge", default="emoji-judge", help="name of an embedded detector")
     add("--prompts", type=int, default=120)
     add("--scale", type=float, nargs="+", default=[4.0], help="guidance scales")
@@ -115,7 +118,9 @@ def _opened(options: argparse.Namespace) -> tuple[Pipeline, Json]:
     """The pipeline to judge, and what a line of the scores says of it."""
     if options.pipeline is not None:
         pipe = pipeline_in(options.pipeline)
-        return pipe, {"pipeline": options.pipeline.name}
+        if options.adapter is None:
+            return pipe, {"pipeline": options.pipeline.name}
+        return adapted(pipe, options.adapter), {"pipeline": options.adapter.name}
     path = options.out / STATE.format(rank=0)
     state = load_state(path)
     if state is None:
