@@ -113,6 +113,10 @@ REWARDS: Registry[Reward] = Registry(
         for name, place in (
             ("emoji-clip", "emoji_clip:EmojiClip"),
             ("emoji-judge", "emoji_judge:EmojiJudge"),
+            ("emoji-objects", "emoji_readers:EmojiObjects"),
+            ("emoji-colours", "emoji_readers:EmojiColours"),
+            ("emoji-numbers", "emoji_readers:EmojiNumbers"),
+            ("emoji-aware", "emoji_readers:EmojiAware"),
             ("emoji-failure", "failure:EmojiFailure"),
             ("clip", "clip_score:ClipScore"),
             ("hps-v2", "hps:HPSv2"),

@@ -93,12 +93,12 @@ def weights_from_ratings(
                 "correlation needs at least 3."
             )
         table[category] = weights_from_correlations(
-            [_pearson(score[rows], ratings[rows]) for score in scores.values()]
+            [pearson(score[rows], ratings[rows]) for score in scores.values()]
         )
     return table
 
 
-def _pearson(a: Tensor, b: Tensor) -> float:
+def pearson(a: Tensor, b: Tensor) -> float:
     """Pearson's correlation of two lists; 0 where one of them is constant."""
     x, y = (values.double() - values.double().mean() for values in (a, b))
     norm = float(x.norm() * y.norm())

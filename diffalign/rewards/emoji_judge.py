@@ -40,6 +40,19 @@ def peaks(heat: Tensor, count: int, reach: int = 2) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, device=heat.device), torch.tensor(columns, device=heat.device)
 
 
+def record_of(prompt: str, name: str) -> Json:
+    """GenEval's metadata of a prompt; ``name`` is the reward that asks. Raises: ValueError outside
+    the grammar."""
+    record = parse_prompt(prompt)
+    if record is None:
+        raise ValueError(
+            f"{name}: prompts must be in GenEval's grammar, like 'a photo of two dogs' or 'a photo "
+            f"of a red car and a blue cat'; got {prompt!r}. Use the reward 'emoji-clip' for free "
+            "text."
+        )
+    return record
+
+
 def soft_relation(a: Tensor, b: Tensor, relation: str, threshold: float = 0.1) -> Tensor:
     """Log of a logistic function of how far box ``a`` (cx, cy, w, h) is beyond GenEval's border of
     "a <relation> b"; log .5 on the border.
@@ -112,16 +125,7 @@ class EmojiJudge(BaseReward):
         return scores.exp()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        records = []
-        for prompt in prompts:
-            record = parse_prompt(prompt)
-            if record is None:
-                raise ValueError(
-                    "emoji-judge: prompts must be in GenEval's grammar, like 'a photo of two dogs' "
-                    f"or 'a photo of a red car and a blue cat'; got {prompt!r}. Use the reward "
-                    "'emoji-clip' for free text."
-                )
-            records.append(record)
+        records = [record_of(prompt, self.name) for prompt in prompts]
         maps = self.judge.maps(images)
         border = self.judge.thresholds.position_threshold
         return torch.stack(

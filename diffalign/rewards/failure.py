@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.core import Reward
-from diffalign.core.types import Json
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.rewards.base import BaseReward, Facts
-from diffalign.rewards.emoji_judge import EmojiJudge
-from diffalign.tasks.geneval.verdict import Detection, Thresholds, parse_prompt, verdict
+from diffalign.rewards.emoji_judge import EmojiJudge, record_of
+from diffalign.tasks.geneval.verdict import Detection, Thresholds, verdict
 
 if TYPE_CHECKING:
     from diffalign.embedded.nets.clip import Clip
+
+
+NAME = "emoji-failure"
 
 
 class Member(Protocol):
@@ -113,7 +115,9 @@ class Verdicts:
     @torch.no_grad()
     def fails(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pairs = zip(self.judge.detect(images), prompts, strict=True)
-        wrong = [not verdict(record_of(p), d, self.judge.thresholds).correct for d, p in pairs]
+        wrong = [
+            not verdict(record_of(p, NAME), d, self.judge.thresholds).correct for d, p in pairs
+        ]
         return torch.tensor(wrong, device=images.device)
 
 
@@ -129,7 +133,7 @@ class Heads:
         rows = []
         for i, prompt in enumerate(prompts):
             total = pairs.new_zeros(())
-            for clause in record_of(prompt)["include"]:
+            for clause in record_of(prompt, NAME)["include"]:
                 kind = OBJECTS.index(clause["class"])
                 logits = pairs[i, kind]
                 if "color" in clause:
@@ -145,28 +149,17 @@ class Heads:
     def fails(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         best = self.model.read(images)[0].amax(-1).topk(self.top, dim=1).indices.tolist()
         wrong = [
-            any(OBJECTS.index(c["class"]) not in kinds for c in record_of(prompt)["include"])
+            any(OBJECTS.index(c["class"]) not in kinds for c in record_of(prompt, NAME)["include"])
             for kinds, prompt in zip(best, prompts, strict=True)
         ]
         return torch.tensor(wrong, device=images.device)
-
-
-def record_of(prompt: str) -> Json:
-    """What a prompt in GenEval's grammar asks for. Raises: ValueError for other prompts."""
-    record = parse_prompt(prompt)
-    if record is None:
-        raise ValueError(
-            "emoji-failure: prompts must be in GenEval's grammar, like 'a photo of two dogs'; got "
-            f"{prompt!r}."
-        )
-    return record
 
 
 class EmojiFailure(Failure):
     """Failures on the embedded world: ``emoji-judge`` and the readers of ``emoji-clip`` search,
     ``emoji-judge-audit`` confirms. Prompts must be in GenEval's grammar."""
 
-    name = "emoji-failure"
+    name = NAME
     facts = Facts("Apache-2.0", "in the package", "5.3 M", "21 MB", "failures of embedded models")
 
     def __init__(self, target: str | None = None) -> None:
