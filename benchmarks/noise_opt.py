@@ -1,13 +1,15 @@
 """What does noise optimisation buy? Every method once on each prompt, beside random search at equal
 NFE, equal seconds and equal images.
 
-    python benchmarks/noise_opt.py [--prompts 12] [--images 30] [--methods NAME ...] [--output ...]
+    python benchmarks/noise_opt.py [--prompts 12] [--images 30] [--methods NAME ...] [--finished]
+        [--output ...]
 
-The reward that is optimised is ``emoji-clip`` plus a fiftieth of ``emoji-judge``, in two parts for
-CARINOX; whether the image is right is said by the audit judge, which no method sees. A run is
-anytime: the best image after so much work is read from random search's own run, which goes on for
-longer than the others. FIND is judged by the mean of fresh draws from its law, beside as many of
-normal noise. Finished runs are kept in ``--work`` and not repeated.
+The reward that is optimised is ``emoji-aware``; whether the image is right is said by
+``emoji-judge``, a part of it, and by the audit judge, which no method sees. A run is anytime: the
+best image after so much work is read from random search's own run, which goes on for longer than
+the others. FIND is judged by the mean of fresh draws from its law, beside as many of normal noise.
+Finished runs are kept in ``--work`` and not repeated; ``--finished`` makes the table of the prompts
+that every method has.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from results import Estimate, Row, command_line, save
+from results import Estimate, Row, command_line, save, strata
 from rich.progress import Progress
 
 import diffalign as da
@@ -34,13 +37,18 @@ from diffalign.noise_opt.normality import Normality
 from diffalign.tasks.geneval.verdict import prompts
 
 FRESH = 50
+FRESH_WAYS = ("find", "random-search")
 COLUMNS = {
+    "n": "prompts",
     "NFE": "mean denoiser rows of a run, the final call included",
     "backward": "mean denoiser rows of backward passes",
     "seconds": "median processor seconds of a run",
     "reward": "of the result, which is what is optimised",
-    "audit": "share of prompts whose result is right, by the audit judge",
     "gain": "difference of the reward to the first image",
+    "judge": "share of prompts whose result is right, by emoji-judge",
+    "audit": "share of prompts whose result is right, by the audit judge",
+    "audit gain": "difference of the audit judge's share to the first image",
+    "norm": "mean norm of the result's noise over that of normal noise",
     "normal": "share of results whose noise passes DNO's test",
     "to random, NFE": "difference of the reward to random search at equal NFE",
     "to random, seconds": "difference of the reward to random search at equal seconds",
@@ -51,7 +59,7 @@ COLUMNS = {
 
 
 def ways(images: int) -> dict[str, Callable[[], Method[Any]]]:
-    """The methods at so many images; random search has three times as many, for the slow ones."""
+    """The methods at so many images; random search has four times as many, for the slow ones."""
     return {
         "random-search": lambda: da.RandomSearch(noises=4 * images),
         "reno": lambda: da.ReNO(iterations=images),
@@ -59,42 +67,42 @@ def ways(images: int) -> dict[str, Callable[[], Method[Any]]]:
         "reno, DNO": lambda: da.ReNO(iterations=images, normality=0.1),
         "reno, free": lambda: da.ReNO(iterations=images, clip=None, regulariser=0.0),
         "carinox": lambda: da.CARINOX(starts=3, iterations=max(images // 3, 1)),
+        "carinox, VJPs": lambda: da.CARINOX(starts=2, iterations=max(images // 8, 2)),
         "find": lambda: da.FIND(iterations=images, batch=4, rate=4e-3, draws=4),
     }
-
-
-def reward_of() -> da.rewards.Weighted:
-    """What is optimised."""
-    return da.rewards.Weighted({"emoji-clip": 1.0, "emoji-judge": 0.02})
 
 
 def run(name: str, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, Any]:
     """One run as data: what the best image was after how much work."""
     record, prompt = prompts()[prompt_id], str(prompts()[prompt_id]["prompt"])
-    images: list[torch.Tensor] = []
+    call = {"num_inference_steps": options.steps, "guidance_scale": options.scale}
+    reward = da.rewards.load("emoji-aware")
+    pictures: list[torch.Tensor] = []
     times: list[float] = []
     start = time.process_time()
 
     def improved(candidate: Candidate) -> None:
-        images.append(candidate.image)
+        pictures.append(candidate.image)
         times.append(time.process_time() - start)
 
-    call = {"num_inference_steps": options.steps, "guidance_scale": options.scale}
     method = ways(options.images)[name]()
-    result = da.align(pipe, prompt, method=method, reward=reward_of(), improved=improved, **call)
+    result = da.align(pipe, prompt, method=method, reward=reward, improved=improved, **call)
     total = time.process_time() - start
-    seen = torch.stack(images)
-    audit = verdicts(da.load("emoji-judge-audit"), seen, [record] * len(seen))
-    price = 2 * options.steps
+    stack = torch.stack(pictures)
+    right = {
+        key: verdicts(da.load(judge), stack, [record] * len(stack))
+        for key, judge in (("judge", "emoji-judge"), ("audit", "emoji-judge-audit"))
+    }
+    rows = options.steps * (2 if options.scale > 1 else 1)
     points = [
         {
             "nfe": moment.nfe,
-            "images": moment.nfe // price,
+            "images": moment.nfe // rows,
             "seconds": seconds,
             "reward": moment.score,
-            "audit": verdict is not None and verdict.correct,
+            **{key: bool(answers[i] and answers[i].correct) for key, answers in right.items()},
         }
-        for moment, seconds, verdict in zip(result.history, times, audit, strict=True)
+        for i, (moment, seconds) in enumerate(zip(result.history, times, strict=True))
     ]
     noise = result.noise
     return {
@@ -104,42 +112,55 @@ def run(name: str, pipe: Any, prompt_id: int, options: Namespace) -> dict[str, A
         "backward": result.ledger.backward,
         "images": result.scored,
         "seconds": total,
+        "norm": None if noise is None else float(noise.norm()) / noise.numel() ** 0.5,
         "normal": None if noise is None else Normality.of(noise).normal,
-        "fresh": fresh(pipe, prompt, result, call) if name in ("find", "random-search") else None,
+        "fresh": fresh(pipe, prompt, result, reward, call) if name in FRESH_WAYS else None,
     }
 
 
-def fresh(pipe: Any, prompt: str, result: Any, call: dict[str, Any]) -> float:
+def fresh(pipe: Any, prompt: str, result: Any, reward: Any, call: dict[str, float]) -> float:
     """Mean reward of fresh draws from the law that was found, or from normal noise."""
     size = pipe.unet.config.sample_size
     shape = (pipe.unet.config.in_channels, size, size)
     law = da.NoisePolicy(torch.zeros(shape), torch.ones(shape))
     if result.findings:
         law = da.NoisePolicy.of(result.findings)
-    reward, scores = reward_of(), []
+    scores = []
     for first in range(0, FRESH, 10):
-        seeds = range(10**6 + first, 10**6 + first + 10)
-        latents = law.draw(seeds)
+        latents = law.draw(range(10**6 + first, 10**6 + first + 10))
         pictures = pipe([prompt] * 10, latents=latents, output_type="pt", **call).images
-        scores.append(reward(pictures, [prompt] * 10))
+        with torch.no_grad():
+            scores.append(reward(pictures, [prompt] * 10))
     return float(torch.cat(scores).mean())
 
 
-def runs(name: str, pipe: Any, ids: Sequence[int], options: Namespace, bar: Progress) -> list[Any]:
-    """The runs of one way on all prompts, those that are finished read from their files."""
-    place = Path(options.work) / name.replace(", ", "-")
-    place.mkdir(parents=True, exist_ok=True)
-    task = bar.add_task(name, total=len(ids))
-    records = []
+def file_of(name: str, prompt_id: int, options: Namespace) -> Path:
+    """Where a run is kept."""
+    place = Path(options.work) / options.model / name.replace(", ", "-")
+    return place / f"{prompt_id}-{options.images}-{options.steps}.json"
+
+
+def turns(ids: Sequence[int]) -> list[int]:
+    """Prompts in turns of their tags, so that the first ones are of every kind."""
+    tags = {i: tag_of(i) for i in ids}
+    places = {i: [k for k in ids if tags[k] == tags[i]].index(i) for i in ids}
+    return sorted(ids, key=lambda i: (places[i], i))
+
+
+def run_all(ids: Sequence[int], options: Namespace, bar: Progress) -> None:
+    """Run what is not finished, all methods of a prompt before the next prompt."""
+    pipe = da.load(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    task = bar.add_task(options.model, total=len(ids))
     for prompt_id in ids:
-        file = place / f"{prompt_id}-{options.images}-{options.steps}.json"
-        if not file.exists():
-            part = file.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(run(name, pipe, prompt_id, options)))
-            part.replace(file)
-        records.append(json.loads(file.read_text()))
+        for name in options.methods:
+            file = file_of(name, prompt_id, options)
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = file.with_suffix(f".{os.getpid()}.part")
+                part.write_text(json.dumps(run(name, pipe, prompt_id, options)))
+                part.replace(file)
         bar.advance(task)
-    return records
 
 
 def at(record: dict[str, Any], key: str, limit: float) -> dict[str, Any]:
@@ -150,29 +171,37 @@ def at(record: dict[str, Any], key: str, limit: float) -> dict[str, Any]:
 
 def row_of(name: str, records: list[Any], base: list[Any], ids: Sequence[int]) -> Row:
     """The table's row of one way."""
-    tags = [tag_of(prompt_id) for prompt_id in ids]
+    tags = strata(ids)
 
     def mean(values: Sequence[float]) -> Estimate:
         return Estimate.of(interval(values, tags))
 
-    last = [record["points"][-1] for record in records]
+    ends = [(record["points"][0], record["points"][-1]) for record in records]
 
     def gain(key: str, column: str) -> Estimate:
-        pairs = zip(last, records, base, strict=True)
-        return mean([float(p[column]) - float(at(b, key, r[key])[column]) for p, r, b in pairs])
+        pairs = zip(ends, records, base, strict=True)
+        return mean(
+            [float(p[column]) - float(at(b, key, r[key])[column]) for (_, p), r, b in pairs]
+        )
 
-    seconds = sorted(record["seconds"] for record in records)
-    normal = [float(record["normal"]) for record in records if record["normal"] is not None]
+    def share(key: str) -> float | None:
+        values = [float(record[key]) for record in records if record[key] is not None]
+        return sum(values) / len(values) if values else None
+
     draws = [record["fresh"] for record in records if record["fresh"] is not None]
     return {
         "method": name,
-        "NFE": sum(record["nfe"] for record in records) / len(records),
-        "backward": sum(record["backward"] for record in records) / len(records),
-        "seconds": seconds[len(seconds) // 2],
-        "reward": mean([point["reward"] for point in last]),
-        "audit": mean([float(point["audit"]) for point in last]),
-        "gain": mean([r["points"][-1]["reward"] - r["points"][0]["reward"] for r in records]),
-        "normal": sum(normal) / len(normal) if normal else None,
+        "n": len(ids),
+        "NFE": share("nfe"),
+        "backward": share("backward"),
+        "seconds": float(np.median([record["seconds"] for record in records])),
+        "reward": mean([end["reward"] for _, end in ends]),
+        "gain": mean([end["reward"] - first["reward"] for first, end in ends]),
+        "judge": mean([float(end["judge"]) for _, end in ends]),
+        "audit": mean([float(end["audit"]) for _, end in ends]),
+        "audit gain": mean([float(end["audit"]) - float(first["audit"]) for first, end in ends]),
+        "norm": share("norm"),
+        "normal": share("normal"),
         "to random, NFE": gain("nfe", "reward"),
         "to random, seconds": gain("seconds", "reward"),
         "to random, images": gain("images", "reward"),
@@ -181,23 +210,46 @@ def row_of(name: str, records: list[Any], base: list[Any], ids: Sequence[int]) -
     }
 
 
+def chance(differences: Sequence[float], flips: int = 20_000) -> float:
+    """Probability of a mean difference as high as this one if the sign of each were a coin's."""
+    values, rng = np.asarray(differences), np.random.default_rng(0)
+    signs = rng.choice((-1.0, 1.0), size=(flips, len(values)))
+    return float((1 + ((signs * values).mean(1) >= values.mean()).sum()) / (1 + flips))
+
+
+def table(ids: Sequence[int], options: Namespace) -> tuple[list[Row], float | None]:
+    """The rows of the finished prompts, and how likely FIND's gain in fresh draws is by chance."""
+    files = {n: {i: file_of(n, i, options) for i in ids} for n in options.methods}
+    ids = [i for i in ids if all(files[name][i].exists() for name in options.methods)]
+    if not ids:
+        return [], None
+    records = {n: [json.loads(files[n][i].read_text()) for i in ids] for n in options.methods}
+    base = records["random-search"]
+    rows = [row_of(name, runs, base, ids) for name, runs in records.items()]
+    if "find" not in records:
+        return rows, None
+    pairs = zip(records["find"], base, strict=True)
+    return rows, chance([ours["fresh"] - theirs["fresh"] for ours, theirs in pairs])
+
+
 def main() -> None:
     parser = command_line(
-        __doc__, prompts=12, images=30, steps=10, scale=3.0, work="build/noise_opt"
+        __doc__, prompts=12, images=30, steps=10, scale=3.0, model="emoji-2", work="build/noise_opt"
     )
-    parser.add_argument("--model", default="emoji-2")
     parser.add_argument("--methods", nargs="*", default=list(ways(1)), choices=list(ways(1)))
+    parser.add_argument("--finished", action="store_true", help="run nothing")
     options = parser.parse_args()
+    if "random-search" not in options.methods:
+        parser.error("--methods must contain random-search: the others are compared with it")
     torch.set_num_threads(1)
-    ids = stratified(options.prompts)
-    pipe = da.load(options.model)
-    pipe.set_progress_bar_config(disable=True)
-    with Progress() as bar:
-        base = runs("random-search", pipe, ids, options, bar)
-        rows = []
-        for name in options.methods:
-            rows.append(row_of(name, runs(name, pipe, ids, options, bar), base, ids))
-    save("noise_opt", rows, options, COLUMNS, {"prompts": len(ids)})
+    ids = turns(stratified(options.prompts))
+    if not options.finished:
+        with Progress() as bar:
+            run_all(ids, options, bar)
+    rows, odds = table(ids, options)
+    if not rows:
+        parser.error("--finished: no prompt has a run of every method")
+    save("noise_opt", rows, options, COLUMNS, {"chance of FIND's gain": odds})
 
 
 if __name__ == "__main__":

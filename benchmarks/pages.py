@@ -274,14 +274,54 @@ def _tree_note(row: Row) -> str:
 
 
 def noise_opt(result: Result) -> str:
-    facts, options = result.facts, result.options
+    options, odds = result.options, result.facts["chance of FIND's gain"]
+    images = options["images"]
+    shares = {
+        "carinox": f"carinox: {images} images from three starts.",
+        "carinox, VJPs": f"carinox, VJPs: {2 * max(images // 8, 2)} images from two starts: "
+        "each part of the reward needs a backward pass.",
+        "find": f"find: {images} updates of four images.",
+    }
+    paragraphs = [
+        f"ReNO renders {images} images, random search four times as many; with skip only the last "
+        "step is differentiated exactly. emoji-aware is optimised; emoji-judge is one of its "
+        "parts, and the audit judge only looks.",
+        " ".join(shares[row["method"]] for row in result.rows if row["method"] in shares),
+    ]
+    if odds is not None:
+        paragraphs.append(
+            "Probability of FIND's gain in fresh draws by chance (signs of the prompts' "
+            f"differences flipped): {odds:.2g}."
+        )
     return page(
         result,
-        f"Noise optimisation on {options['model']}: {facts['prompts']} GenEval prompts, "
+        f"Noise optimisation on {options['model']}: {result.rows[0]['n']} GenEval prompts, "
         f"{options['steps']} steps, scale {options['scale']:g}",
-        f"ReNO renders {options['images']} images, CARINOX as many from three starts, FIND four "
-        "for each update, random search four times as many. emoji-clip plus a fiftieth of "
-        "emoji-judge is optimised; the audit judge only looks.",
+        *paragraphs,
+    )
+
+
+def found_prompts(result: Result) -> str:
+    counts = ", ".join(f"{row['method']} {row['n']}" for row in result.rows)
+    examples = [f"{way}: " + "; ".join(texts) for way, texts in result.facts["examples"].items()]
+    return page(
+        result,
+        f"Found prompts on {result.options['model']}: PEZ and SAGE on GenEval prompts",
+        "PEZ has 400 updates of two restarts and six tokens, SAGE two rounds of six fillings and "
+        f"two seeds each. Prompts: {counts}. Examples (planted: found):",
+        *examples,
+    )
+
+
+def ratings(result: Result) -> str:
+    options = result.options
+    return page(
+        result,
+        f"Rewards against the audit judge on {options['model']}: {options['prompts']} tuning "
+        f"prompts, {options['images']} images each, {options['steps']} steps, scale "
+        f"{options['scale']:g}",
+        "The weights are those of the reward emoji-aware. Readers: the objects of the prompt in "
+        "any colour, in their colours, in their numbers; each part counts on its unit scale.",
     )
 
 
@@ -559,6 +599,8 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "policy": policy,
     "noise_opt": noise_opt,
     "video": video,
+    "ratings": ratings,
+    "found_prompts": found_prompts,
     "digits": digits,
     "kernels_cpu": kernels,
     "kernels_cuda": kernels,

@@ -22,7 +22,14 @@ from typing import Any
 
 from rich.progress import Progress
 
-from diffalign.eval.evidence import Config, Measured, evidence_prompts, measure, tuning_prompts
+from diffalign.eval.evidence import (
+    Config,
+    Measured,
+    evidence_prompts,
+    measure,
+    tag_of,
+    tuning_prompts,
+)
 from diffalign.eval.statistics import Interval
 
 FOLDER = Path(__file__).parent / "results"
@@ -47,6 +54,13 @@ class Estimate:
         """``spec`` formats each of the three numbers: ``f"{estimate:+.3f}"``."""
         value, low, high = (format(x, spec) for x in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
+
+
+def strata(ids: Sequence[int]) -> list[str]:
+    """The tags of prompts, within which a bootstrap draws; one stratum of all where a tag has a
+    single prompt, which would leave nothing to draw there."""
+    tags = [tag_of(i) for i in ids]
+    return tags if min(map(tags.count, tags)) > 1 else ["all"] * len(tags)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""Ordinary noise with which the model fails, confirmed by a judge that the search never asked.
+"""Does the model fail with ordinary noise, or beside other words?
+
+A judge that the search never asked confirms it: ``found`` is 0 where it does not, and ``random`` is
+the rate of chance at equal cost.
 
 Run: python noise_opt/failures.py
 """
