@@ -11,6 +11,7 @@ from torch import Tensor
 from diffalign.alignment.scoring import Scorer
 from diffalign.core.reward import Reward
 from diffalign.core.search import Ascent, Candidate
+from diffalign.rewards.weighted import parts_of as weighted_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +44,8 @@ class Slopes:
 
 
 def parts_of(reward: Reward, prompt: str, parts: bool) -> list[tuple[float, Reward]]:
-    """The parts of a reward with their weights for this prompt, or the reward as one part.
-
-    A reward that has parts lists them as (weight, reward) in ``parts``, or gives the list for a
-    prompt by ``parts_of(prompt)``.
-    """
-    choice = getattr(reward, "parts_of", None)
-    weighted: list[tuple[float, Reward]] | None = (
-        choice(prompt) if choice is not None else getattr(reward, "parts", None)
-    )
-    return list(weighted) if parts and weighted else [(1.0, reward)]
+    """The parts of a reward with their weights for this prompt, or the reward as one part."""
+    return weighted_parts(reward, prompt) if parts else [(1.0, reward)]
 
 
 def slopes_of(

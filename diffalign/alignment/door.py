@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from diffalign.alignment.driver import Drive, Status
 from diffalign.alignment.forecast import Forecast, measure
@@ -52,6 +53,7 @@ def align(
     ties: Sequence[AnyReward] = (),
     kernel: Any = None,
     batch: int | None = None,
+    clip: Tensor | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     show: Callable[[Status], None] | None = None,
@@ -60,18 +62,19 @@ def align(
     stop: Callable[[], bool] | None = None,
     **call: Any,
 ) -> Result | list[Result]:
-    """Spend runs of ``pipe`` on the image of ``prompt`` that ``reward`` likes best.
+    """Spend runs of ``pipe`` on the image, or video, of ``prompt`` that ``reward`` likes best.
 
     ``method``: an object, or text like ``"best-of-n:n=8"``. ``reward``: a name, an object, or any
-    function of images [B, 3, H, W] in [0, 1] and prompts that gives scores [B]. ``budget``: limits
-    of a prompt's run; None for methods that end by themselves. ``techniques`` act in every call.
-    ``judges``: rewards that are reported and never optimised. ``ties``: rewards that settle equal
-    scores. ``kernel``: how steps draw noise, for methods that branch, like ``da.Eta()``. ``batch``:
-    images at once; four on a CPU and 16 elsewhere, halved where memory ends. ``folder``: the run is
-    saved after each step and continues from there. ``show`` is called after each step, ``improved``
-    with each new best image. ``announce`` is called once, before the first run, with the seconds
-    and the memory that it will take, measured on one image. ``stop`` is asked before each
-    evaluation, and a yes ends the run as Ctrl-C does. Other keywords go to the pipeline.
+    function of images [B, 3, H, W] in [0, 1], or videos [B, T, 3, H, W], and prompts that gives
+    scores [B]. ``budget``: limits of a prompt's run; None for methods that end by themselves.
+    ``techniques`` act in every call. ``judges``: rewards that are reported and never optimised.
+    ``ties``: rewards that settle equal scores. ``kernel``: how steps draw noise, for methods that
+    branch, like ``da.Eta()``. ``batch``: images at once; four on a CPU and 16 elsewhere, halved
+    where memory ends. ``clip``: frames [F, 3, H, W] in [0, 1] that a video goes on from.
+    ``folder``: the run is saved after each step and continues from there. ``show`` is called after
+    each step, ``improved`` with each new best image, ``announce`` once, before the first run, with
+    the seconds and the memory that it will take, measured on one image. ``stop`` is asked before
+    each evaluation, and a yes ends the run as Ctrl-C does. Other keywords go to the pipeline.
 
     A list of prompts gives one result each, with the whole budget each. Ctrl-C returns the best.
     Cost: the budget, one call for the result's image kept back from it; one grey image is scored.
@@ -90,6 +93,7 @@ def align(
         batch=batch,
         seed=seed,
         call=call,
+        clip=clip,
         show=show,
         improved=improved,
         stop=stop,
@@ -115,7 +119,7 @@ def search(order: Order, prompt: str, folder: str | os.PathLike[str] | None) -> 
     drive = order.drive(prompt, folder)
     try:
         drive.run()
-        return _result(drive, order.judges)
+        return _result(drive, list(map(order.suited, order.judges)))
     finally:
         drive.problem.progress.use(None)
 

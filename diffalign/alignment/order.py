@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffalign.alignment.checkpoint import Folder
 from diffalign.alignment.driver import Drive, Status
@@ -17,7 +20,7 @@ from diffalign.alignment.processes import World
 from diffalign.alignment.progress import Progress
 from diffalign.alignment.scoring import Fit, Ranking, Scorer, name_of
 from diffalign.alignment.setting import Setting
-from diffalign.core import Budget, BudgetExceeded, Meter, Technique
+from diffalign.core import Budget, BudgetExceeded, Meter, Technique, UnsupportedModel
 from diffalign.core.registry import KERNELS, METHODS, to_config
 from diffalign.core.reward import Reward
 from diffalign.core.search import Candidate, Method
@@ -25,7 +28,9 @@ from diffalign.core.seeds import seed_of
 from diffalign.core.types import Json, Pipeline
 from diffalign.core.values import plain
 from diffalign.rewards import HeldOut, load
+from diffalign.rewards.video import for_videos
 from diffalign.seams.swap import original_class
+from diffalign.search.video.choice import expander_class
 
 AnyReward = Reward | str
 AnyMethod = Method[Any] | str
@@ -47,6 +52,8 @@ class Order:
     seed: int
     # further arguments of the pipeline
     call: Mapping[str, Any]
+    # [F, 3, H, W] in [0, 1], frames that the video goes on from
+    clip: Tensor | None = None
     show: Callable[[Status], None] | None = None
     improved: Callable[[Candidate], None] | None = None
     stop: Callable[[], bool] | None = None
@@ -58,20 +65,66 @@ class Order:
         Raises: ValueError and ``UnsupportedModel`` for what cannot work.
         """
         meter = Meter(self.world.share(self.budget or Budget()), stop=self.stop)
-        scorer = Scorer(self.reward, prompt, meter)
-        ranking = Ranking(tuple(Scorer(tie, prompt, meter) for tie in self.ties))
+        scorer = Scorer(self.suited(self.reward), prompt, meter)
+        ranking = Ranking(tuple(Scorer(self.suited(tie), prompt, meter) for tie in self.ties))
         rng = torch.Generator().manual_seed(seed_of(prompt, 0, self.seed) ^ 0x5EED)
         fit = Fit(self.batch or _usual(self.pipe))
         progress = Progress(meter, ranking, scorer, fit, rng)
         progress.improved, progress.world = self.improved, self.world
-        setting = Setting(self.pipe, prompt, self.techniques, self.call, self.kernel)
+        setting = self.setting(prompt)
         problem = PipelineProblem(setting, prompt, self.seed, progress)
         progress.reserve = self.method.repeat_price(problem)
         _check(self.method, problem, self.budget)
-        scorer.probe()
-        settings = _settings(self.method, problem, self.reward)
+        scorer.probe(self.frames)
+        settings = _settings(self.method, problem, scorer.reward)
         place = None if folder is None else Folder(_own(folder, self.world), settings)
         return Drive(self.method, problem, settings, place, self.show)
+
+    def setting(self, prompt: str) -> Setting:
+        """How the pipeline is called: chunk after chunk where method and pipeline do."""
+        setting = Setting(self.pipe, prompt, self.techniques, self.call, self.kernel)
+        cls, chunks = original_class(self.pipe), self.method.chunks
+        can = chunks != "never" and extends(cls)
+        if chunks == "can" and can:
+            try:
+                setting.sampler(Meter())
+                can = False
+            except UnsupportedModel:
+                pass
+        if self.clip is not None and not can:
+            reason = f"{cls.__name__} does" if chunks != "never" else type(self.method).__name__
+            raise ValueError(
+                f"clip=... needs a pipeline and a method that go on from a clip; {reason} not. Use "
+                "linear-search or tree-of-frames on such a pipeline."
+            )
+        return replace(setting, chunked=can, clip=self.clip)
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of the pipeline's video, None for a pipeline of images."""
+        return frames_of(original_class(self.pipe), self.call)
+
+    def suited(self, reward: Reward) -> Reward:
+        """A reward of images as one of videos, where the pipeline makes those."""
+        return reward if self.frames is None else for_videos(reward)
+
+
+def extends(cls: type) -> bool:
+    """Whether a pipeline class makes a video chunk after chunk."""
+    try:
+        expander_class(cls)
+    except UnsupportedModel:
+        return False
+    return True
+
+
+def frames_of(cls: type, call: Mapping[str, Any]) -> int | None:
+    """Frames of a pipeline's videos by its call, None for a pipeline of images; at most 16."""
+    parameter = inspect.signature(cls.__call__).parameters.get("num_frames")  # type: ignore[operator]
+    if parameter is None:
+        return None
+    frames = call.get("num_frames") or parameter.default
+    return min(frames, 16) if isinstance(frames, int) else 16
 
 
 def _own(folder: str | os.PathLike[str], world: World) -> Path:
@@ -170,7 +223,13 @@ def _settings(method: Method[Any], problem: PipelineProblem, reward: Reward) -> 
         "pipeline": original_class(setting.pipe).__name__,
         "scheduler": original_class(setting.pipe.scheduler).__name__,
         "call": plain(_readable(setting.call)),
-    }
+    } | ({} if setting.clip is None else {"clip": _digest(setting.clip)})
+
+
+def _digest(clip: Tensor) -> str:
+    """What tells a clip from others."""
+    values = clip.detach().to("cpu", torch.float32).contiguous().numpy()
+    return hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
 
 def _readable(call: Mapping[str, Any]) -> Json:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from time import perf_counter
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from diffalign.alignment.ascent import parts_of, slopes_of
+from diffalign.alignment.marks import Marker, joined
 from diffalign.alignment.parts import decode_in_parts, in_parts, run_in_parts, twist_in_parts
 from diffalign.alignment.progress import Progress
 from diffalign.alignment.setting import Setting, finished
-from diffalign.core import Meter, State, Technique
+from diffalign.core import Meter, State, Technique, UnsupportedModel
 from diffalign.core.reward import Reward
-from diffalign.core.sampler import Clamp, Mode
-from diffalign.core.search import Ascent, Candidate, Lineage, Move
+from diffalign.core.sampler import Clamp, Mode, join
+from diffalign.core.search import Ascent, Candidate, Lineage, Marks, Move, Stage
 from diffalign.core.seeds import seed_of
 from diffalign.core.words import Shift
+from diffalign.search.video.sampler import ChunkSampler
 
 
 class PipelineProblem:
@@ -65,11 +66,8 @@ class PipelineProblem:
 
     def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
         self.progress.use(self.sampler)
-        before, start = self.meter.rows, perf_counter()
-        result = run_in_parts(self.sampler, self.progress.fit, state, until, drift)
-        self.progress.sampling += perf_counter() - start
-        self.progress.sampled += self.meter.rows - before
-        return result
+        with self.progress.timed():
+            return run_in_parts(self.sampler, self.progress.fit, state, until, drift)
 
     def twist(self, state: State) -> tuple[Tensor, Tensor]:
         self.progress.use(self.sampler)
@@ -89,6 +87,28 @@ class PipelineProblem:
         images = in_parts(self.progress.fit, state, self.sampler.preview)
         return torch.cat([self.score(batch) for batch in images])
 
+    def look(self, state: State, evaluations: int) -> State:
+        if not isinstance(self.sampler, ChunkSampler):
+            raise UnsupportedModel("Only videos that are made chunk after chunk are looked ahead.")
+        self.progress.use(self.sampler)
+        sampler, rows = self.sampler, len(state.latents)
+        with self.progress.timed():
+            return join(
+                list(
+                    self.progress.fit.parts(
+                        rows, lambda part: sampler.look(state.select(part), evaluations)
+                    )
+                )
+            )
+
+    def marks(self, state: State, prompt: str, stage: Stage | None = None) -> Marks:
+        self.progress.use(self.sampler)
+        marker = Marker.of(self.progress.scorer, prompt, stage)
+        parts = self.progress.fit.parts(
+            len(state.latents), lambda part: marker(self.sampler.preview(state.select(part)))
+        )
+        return joined(list(parts))
+
     def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
         self.progress.use(self.sampler)
         rows = len(state.latents)
@@ -105,7 +125,7 @@ class PipelineProblem:
         self, images: Tensor, scores: Tensor, lineages: Sequence[Lineage]
     ) -> list[Candidate]:
         """Finished images with their scores; remembered unless they are drafts."""
-        dtype = self.sampler.segments.noise.dtype
+        dtype = self.sampler.dtype
         known = [self.setting.known(lineage, self.prompt, dtype) for lineage in lineages]
         candidates = _candidates_of(images, scores, known)
         for candidate in () if self.draft else candidates:

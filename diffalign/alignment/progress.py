@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 
 from diffalign.alignment.processes import World
 from diffalign.alignment.scoring import Fit, Ranking, Scorer
+from diffalign.alignment.setting import AnySampler
 from diffalign.core import Budget, BudgetExceeded, Meter
 from diffalign.core.search import Candidate
-from diffalign.seams.trajectory.sampler import PipelineSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,11 @@ class Progress:
     # seconds in the sampler and denoiser rows there, to foresee what further rows take
     sampling: float = 0.0
     sampled: int = 0
-    open: PipelineSampler | None = None
+    open: AnySampler | None = None
     # called with the newest best image
     improved: Callable[[Candidate], None] | None = None
 
-    def use(self, sampler: PipelineSampler | None) -> None:
+    def use(self, sampler: AnySampler | None) -> None:
         """Open this sampler and close the one before."""
         if self.open is sampler:
             return
@@ -56,6 +58,14 @@ class Progress:
         if sampler is not None:
             sampler.__enter__()
             self.open = sampler
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around work of the sampler: its seconds and rows say what further rows take."""
+        before, start = self.meter.rows, perf_counter()
+        yield
+        self.sampling += perf_counter() - start
+        self.sampled += self.meter.rows - before
 
     def numbers(self, count: int) -> list[int]:
         """Numbers of the next images; those of other processes lie between."""

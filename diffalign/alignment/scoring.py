@@ -73,6 +73,10 @@ class Scorer:
         Raises: ValueError for scores of another shape, or not finite; what the reward raises.
         """
         self.meter.charge(rewards=len(images))
+        return self.checked(images)
+
+    def checked(self, images: Tensor) -> Tensor:
+        """The scores, not counted."""
         with torch.no_grad():
             parts = list(self.fit.parts(len(images), lambda part: self._checked(images[part])))
         return torch.cat(parts)
@@ -113,9 +117,11 @@ class Scorer:
             raise BadScore(f"The reward {name} returned {scores.tolist()}; scores must be finite.")
         return scores
 
-    def probe(self) -> None:
-        """Score one grey image, so that a reward that cannot work says so before any compute."""
-        self._checked(torch.full((1, 3, 64, 64), 0.5))
+    def probe(self, frames: int | None = None) -> None:
+        """Score one grey image, or video of so many ``frames``, so that a reward that cannot work
+        says so before any compute."""
+        shape = (1, 3, 64, 64) if frames is None else (1, frames, 3, 64, 64)
+        self._checked(torch.full(shape, 0.5))
 
 
 @dataclass(slots=True)

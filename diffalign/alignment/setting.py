@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.core import Meter, State, Technique
+from diffalign.core import Meter, State, Technique, UnsupportedModel
 from diffalign.core.sampler import Sampler
 from diffalign.core.search import Lineage
 from diffalign.core.types import Pipeline
 from diffalign.core.words import Shift
 from diffalign.seams.trajectory.cached import CachedSampler
 from diffalign.seams.trajectory.sampler import PipelineSampler
+from diffalign.search.video.choice import expander_of
+from diffalign.search.video.sampler import ChunkSampler
+
+AnySampler = PipelineSampler | ChunkSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,10 @@ class Setting:
     cache: float | None = None
     # added to the embeddings of tokens of the prompt
     shift: Shift | None = None
+    # whether the pipeline makes a video chunk after chunk
+    chunked: bool = False
+    # [F, 3, H, W] in [0, 1], frames that every video begins with
+    clip: Tensor | None = None
 
     def other(
         self,
@@ -57,14 +65,27 @@ class Setting:
         text = None if self.prompt == prompt else self.prompt
         return replace(
             lineage,
+            chunks=self.chunked,
             prompt=text if lineage.prompt is None else lineage.prompt,
             shift=self.shift if lineage.shift is None else lineage.shift,
             noise=None if lineage.noise is None else lineage.noise.to(dtype),
         )
 
-    def sampler(self, meter: Meter) -> PipelineSampler:
-        """A sampler of this setting, not open yet."""
-        call = {**self.call, "prompt": self.prompt, "shift": self.shift}
+    def sampler(self, meter: Meter) -> AnySampler:
+        """A sampler of this setting, not open yet.
+
+        Raises: ``UnsupportedModel`` for what a video chunk after chunk cannot have.
+        """
+        call = {**self.call, "prompt": self.prompt}
+        if self.chunked:
+            for name in ("kernel", "cache", "shift"):
+                if getattr(self, name) is not None:
+                    raise UnsupportedModel(
+                        f"{name}={getattr(self, name)!r} does not act on a video that is made "
+                        "chunk after chunk; leave it out."
+                    )
+            return ChunkSampler(expander_of(self.pipe, self.techniques, meter, **call), self.clip)
+        call["shift"] = self.shift
         if self.cache is None:
             return PipelineSampler(self.pipe, self.techniques, meter, kernel=self.kernel, **call)
         return CachedSampler(

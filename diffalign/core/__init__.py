@@ -28,10 +28,12 @@ from diffalign.core.search import (
     Candidate,
     Info,
     Lineage,
+    Marks,
     Method,
     Move,
     Node,
     Problem,
+    Stage,
     Tree,
 )
 from diffalign.core.technique import Technique
@@ -61,6 +63,7 @@ __all__ = [
     "GuidanceMismatch",
     "Info",
     "Lineage",
+    "Marks",
     "Meter",
     "Method",
     "Move",
@@ -73,6 +76,7 @@ __all__ = [
     "SessionError",
     "Site",
     "Space",
+    "Stage",
     "State",
     "StepInfo",
     "Technique",

@@ -72,7 +72,7 @@ class State:
     count: int
     # per image, the state of its random generator
     rng: tuple[Tensor, ...]
-    # history of the scheduler, None before the first step
+    # history of the scheduler, of a video its chunks; None before the first step
     scheduler: Rows | None = None
     # technique -> its state, None for one that remembers nothing
     techniques: Mapping[str, Rows | None] | None = None

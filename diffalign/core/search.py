@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from diffalign.core.option import check_options
 
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 
+Stage = Literal["first", "middle", "last"]
+"""Part of a video: what is there at first, what happens, how it ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
     """A random choice of one image, made when its trajectory has come to evaluation ``step``.
 
-    ``State.reseed`` with ``seed`` repeats it; at step 0 it draws the start noise too.
+    ``State.reseed`` with ``seed`` repeats it; at step 0 it draws the start noise too. Of a video
+    that is made chunk after chunk, ``step`` counts chunks.
     """
 
     step: int
@@ -51,6 +55,8 @@ class Lineage:
     prompt: str | None = None
     # what was added to the embeddings of the text's tokens
     shift: Shift | None = None
+    # whether it is a video made chunk after chunk, each by a seed that follows from the first
+    chunks: bool = False
 
     def then(self, step: int, seed: int, back: int | None = None) -> Lineage:
         """The lineage with one more random choice."""
@@ -60,7 +66,7 @@ class Lineage:
     def seed(self) -> int | None:
         """The seed that alone makes the image in a plain call, None where there is none."""
         single = len(self.moves) == 1 and self.noise is None and self.shift is None
-        return self.moves[0].seed if single else None
+        return self.moves[0].seed if single and not self.chunks else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,7 @@ class Candidate:
 
     # by the reward that is optimised
     score: float
-    # [3, H, W] in [0, 1], float32 on the CPU
+    # [3, H, W] in [0, 1], of a video [T, 3, H, W]; float32 on the CPU
     image: Tensor
     lineage: Lineage
     # by the rewards that settle ties, in their order; empty until a tie asks for them
@@ -95,6 +101,18 @@ class Ascent:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """What a reward says of videos that are not finished, for each of its R parts."""
+
+    # of each part in the whole
+    weights: tuple[float, ...]
+    # [R, B], float64 on the CPU
+    scores: Tensor
+    # [B, 3, H, W] in [0, 1], the last frame of each video
+    frames: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Info:
     """What a step of a method did, for the progress line and the history."""
 
@@ -112,8 +130,10 @@ class Node:
     step: int
     value: float
     visits: int
-    # index into the images of the tree, None for a state that is not finished
+    # index into the images of the tree, None for a state that others continue
     image: int | None = None
+    # unique within the tree, "" where nodes have no names
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +145,8 @@ class Tree:
     images: tuple[Tensor, ...]
     # nodes from the root to the result
     best: tuple[int, ...] = ()
+    # what a step is
+    unit: str = "evaluations"
 
 
 class Problem(Protocol):
@@ -204,6 +226,22 @@ class Problem(Protocol):
         """Scores [B], float64, of the images that the last evaluation predicts (``State.x0``)."""
         ...
 
+    def look(self, state: State, evaluations: int) -> State:
+        """Videos before their first chunk, run to that evaluation of it: ``marks`` then sees what
+        the model predicts there, and ``run`` goes on from there where the pipeline can.
+
+        Raises: ``UnsupportedModel`` where the sampler cannot look ahead.
+        """
+        ...
+
+    def marks(self, state: State, prompt: str, stage: Stage | None = None) -> Marks:
+        """Scores of each part of the reward for videos as far as they are, against that text.
+
+        ``stage``: which frames matter to rewards that look at some only, None for all. A part that
+        needs more frames than there are gets weight 0. The videos are not remembered.
+        """
+        ...
+
     def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
         """Decode and score finished states; the best is remembered."""
         ...
@@ -277,6 +315,12 @@ class Method(ABC, Generic[S]):
     def __post_init__(self) -> None:
         check_options(self)
         self.check()
+
+    @property
+    def chunks(self) -> Literal["never", "can", "wants"]:
+        """Whether it acts on videos that are made chunk after chunk, where an evaluation of the
+        sampler is a chunk: only where the pipeline has no other way ("can"), or by choice."""
+        return "never"
 
     def check(self) -> None:
         """Raise ValueError where options contradict each other; each alone is right already."""

@@ -15,7 +15,7 @@ from typing import ClassVar, get_args, get_type_hints
 
 from torch import Tensor
 
-from diffalign.core import Reward
+from diffalign.core import Reward, Stage
 from diffalign.core.errors import nearest
 from diffalign.core.registry import Registry
 from diffalign.core.values import converted, split
@@ -45,6 +45,8 @@ class BaseReward(ABC):
     # the score depends on the prompt
     needs_prompt: bool = True
     name: str = "reward"
+    # frames that a video needs to be scored
+    least: int = 1
     # scores that ``unit`` maps to 0 and 1
     span: tuple[float, float] = (0.0, 1.0)
     facts: ClassVar[Facts] = Facts()
@@ -84,6 +86,10 @@ class BaseReward(ABC):
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B] scores of checked arguments."""
+
+    def at(self, stage: Stage) -> BaseReward:
+        """The reward for a video of which only this stage matters; most rewards see all of it."""
+        return self
 
     def unit(self, scores: Tensor) -> Tensor:
         """Scores on a scale of about [0, 1], for sums of different rewards. The ranges become
@@ -142,6 +148,7 @@ REWARDS: Registry[Reward] = Registry(
             ("frames", "video:OverFrames"),
             ("motion-smoothness", "video:MotionSmoothness"),
             ("flicker", "video:Flicker"),
+            ("subject-consistency", "video:SubjectConsistency"),
             ("jpeg-size", "toys:JpegSize"),
             ("brightness", "toys:Brightness"),
             ("redness", "toys:Redness"),

@@ -24,6 +24,10 @@ class HeldOut(BaseReward):
         self.name = f"held-out({getattr(self.reward, 'name', type(self.reward).__name__)})"
         if isinstance(self.reward, BaseReward):
             self.needs_prompt, self.span = self.reward.needs_prompt, self.reward.span
+            self.least = self.reward.least
+
+    def check(self, images: Tensor, prompts: Sequence[str]) -> None:
+        super().check(images[:, 0] if images.ndim == 5 else images, prompts)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if torch.is_grad_enabled() and images.requires_grad:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffalign.core import Reward
+from diffalign.core import Reward, Stage
 from diffalign.rewards.base import BaseReward, Facts, load
 
 
@@ -67,6 +67,7 @@ class Weighted(BaseReward):
             for reward, (_, weight), place in zip(loaded, items, places)
         ]
         self.differentiable = all(r.differentiable for r in loaded)
+        self.least = max(getattr(r, "least", 1) for r in loaded)
         self.name = "+".join(f"{weight:g} {part.name}" for weight, part in self._named())
 
     @classmethod
@@ -88,9 +89,30 @@ class Weighted(BaseReward):
     def _named(self) -> list[tuple[float, Scaled]]:
         return [(weight, part) for weight, part in self.parts if isinstance(part, Scaled)]
 
+    def check(self, images: Tensor, prompts: Sequence[str]) -> None:
+        super().check(images[:, 0] if images.ndim == 5 else images, prompts)
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         scores = [weight * part(images, prompts) for weight, part in self.parts]
         return torch.stack(scores).sum(0)
+
+    def of_videos(self, change: Callable[[Reward], Reward]) -> Weighted:
+        """The same sum of what ``change`` makes of each reward."""
+        pairs = [(change(part.reward), weight) for weight, part in self._named()]
+        return Weighted(pairs, [part.scale for _, part in self._named()])
+
+
+def parts_of(reward: Reward, prompt: str) -> list[tuple[float, Reward]]:
+    """The parts of a reward with their weights for this prompt, or the reward as one part.
+
+    A reward that has parts lists them as (weight, reward) in ``parts``, or gives the list for a
+    prompt by ``parts_of(prompt)``.
+    """
+    choice = getattr(reward, "parts_of", None)
+    weighted: list[tuple[float, Reward]] | None = (
+        choice(prompt) if choice is not None else getattr(reward, "parts", None)
+    )
+    return list(weighted) if weighted else [(1.0, reward)]
 
 
 class ReNOSet(Weighted):
@@ -120,6 +142,15 @@ class Scaled(BaseReward):
         self.reward, self.scale = reward, scale
         self.differentiable = reward.differentiable
         self.name = getattr(reward, "name", type(reward).__name__)
+        self.least = getattr(reward, "least", 1)
+
+    def check(self, images: Tensor, prompts: Sequence[str]) -> None:
+        super().check(images[:, 0] if images.ndim == 5 else images, prompts)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return (self.reward(images, prompts) - self.scale.mean) / self.scale.std
+
+    def at(self, stage: Stage) -> BaseReward:
+        if not isinstance(self.reward, BaseReward):
+            return self
+        return Scaled(self.reward.at(stage), self.scale)

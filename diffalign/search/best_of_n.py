@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from diffalign.core.option import option
 from diffalign.core.search import Info, Lineage, Method, Move, Problem
@@ -31,6 +32,10 @@ class BestOfN(Method[Draws]):
     batch: int = option(4, "images in one round", low=1)
 
     seed_level = True
+
+    @property
+    def chunks(self) -> Literal["never", "can", "wants"]:
+        return "can"
 
     @property
     def ends(self) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,9 +14,19 @@ from diffalign.core.errors import BudgetExceeded
 from diffalign.core.option import option
 from diffalign.core.registry import METHODS, TECHNIQUES, written
 from diffalign.core.sampler import Clamp, Mode, State
-from diffalign.core.search import Ascent, Candidate, Info, Lineage, Method, Problem
+from diffalign.core.search import (
+    Ascent,
+    Candidate,
+    Info,
+    Lineage,
+    Marks,
+    Method,
+    Problem,
+    Stage,
+)
 from diffalign.core.technique import Technique
 from diffalign.core.words import Shift
+from diffalign.search.video.sampler import ChunkSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +93,14 @@ class DraftProblem:
         """Scores of what the drafts will be."""
         return self.cheap.preview(state)
 
+    def look(self, state: State, evaluations: int) -> State:
+        """Drafts, looked ahead."""
+        return self.cheap.look(state, evaluations)
+
+    def marks(self, state: State, prompt: str, stage: Stage | None = None) -> Marks:
+        """Scores of drafts as far as they are."""
+        return self.cheap.marks(state, prompt, stage)
+
     def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
         """Decode and score drafts; they are remembered here only."""
         drafts = self.cheap.finish(state, lineages)
@@ -147,6 +165,8 @@ class DraftCommit(Method[Drafts]):
     figures).
     Cost: that of ``inner`` at the price of drafts, and ``commits`` trajectories. A cached step
     counts as a whole one in NFE: a cache saves seconds, not NFE.
+    A video that is made chunk after chunk is a draft with fewer steps in each chunk; a tree of
+    frames may search among such, since its choices lie between chunks.
     Refuses: methods that branch inside a trajectory; fewer steps with a sampler that draws noise
     while it runs, whose full image is another one than the draft.
     """
@@ -172,7 +192,7 @@ class DraftCommit(Method[Drafts]):
         super().__post_init__()
 
     def check(self) -> None:
-        if not self.method.seed_level:
+        if not self.method.seed_level and self.method.chunks == "never":
             raise ValueError(
                 f"DraftCommit(inner={self.inner!r}) must be a method whose images follow from "
                 "their start noise alone, such as best-of-n or zero-order; this one makes choices "
@@ -196,12 +216,16 @@ class DraftCommit(Method[Drafts]):
     def ends(self) -> bool:
         return self.method.ends
 
+    @property
+    def chunks(self) -> Literal["never", "can", "wants"]:
+        return self.method.chunks
+
     def drafts(self, problem: Problem) -> DraftProblem:
         """The problem of the drafts."""
-        count, steps = problem.sampler.count, self.steps
+        count, steps = _steps(problem), self.steps
         if steps is None and self.cheaper is None and self.cache is None:
             steps = max(count // 2, 1)
-            if problem.variant(call={"num_inference_steps": steps}).sampler.count >= count:
+            if _steps(problem.variant(call={"num_inference_steps": steps})) >= count:
                 steps = max(steps // 2, 1)  # two evaluations a step
         call = None if steps is None else {"num_inference_steps": steps}
         cheap = problem.variant(self.cheaper, call, cache=self.cache)
@@ -244,8 +268,11 @@ class DraftCommit(Method[Drafts]):
         draft = state.best[state.full]
         lineage = draft.lineage
         noise = None if lineage.noise is None else lineage.noise[None]
-        start = problem.start([lineage.moves[0].seed], noise)
-        (candidate,) = problem.finish(problem.run(start), [lineage])
+        images = problem.start([lineage.moves[0].seed], noise)
+        for move in lineage.moves[1:]:
+            images = problem.run(images, move.step) if move.step > images.step else images
+            images = images.reseed([move.seed])
+        (candidate,) = problem.finish(problem.run(images), [lineage])
         values = {"draft": draft.score, "score": candidate.score}
         return replace(state, full=state.full + 1), Info("in full", values)
 
@@ -255,3 +282,9 @@ class DraftCommit(Method[Drafts]):
     def best(self, problem: Problem, state: Drafts) -> Candidate | None:
         """The best full image; before the first one the best draft."""
         return problem.best or (state.best[0] if state.best else None)
+
+
+def _steps(problem: Problem) -> int:
+    """Evaluations of an image, or of each chunk of a video."""
+    sampler = problem.sampler
+    return sampler.expander.count if isinstance(sampler, ChunkSampler) else sampler.count

@@ -85,6 +85,8 @@ class LanguageModel:
     temperature: float = 0.8
     # new tokens for each wording
     tokens: int = 48
+    # option that names the model, for errors
+    option: str = "rewriter"
     loaded: Any = field(default=None, init=False, repr=False)
 
     def __call__(
@@ -134,8 +136,8 @@ class LanguageModel:
                 )
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"rewriter={self.model!r} must be 'rules', or a local text-generation model: "
-                    f"a folder, or a name in the local cache ({error})."
+                    f"{self.option}={self.model!r} must be 'rules', or a local text-generation "
+                    f"model: a folder, or a name in the local cache ({error})."
                 ) from error
         loaded: tuple[Any, Any] = self.loaded
         return loaded

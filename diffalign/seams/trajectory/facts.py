@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.core import Technique
 from diffalign.core.types import Keywords, Pipeline
@@ -15,6 +15,9 @@ from diffalign.seams.trajectory.kernels import Kernel, Native, std_at, why_alike
 from diffalign.seams.trajectory.price import rows_of
 from diffalign.seams.trajectory.segments import Segments
 from diffalign.seams.words import tower_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Facts:
@@ -42,6 +45,11 @@ class Facts:
     def grid(self) -> Grid:
         """The noise levels of a trajectory."""
         return self.segments.grid
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of start noise."""
+        return self.segments.noise.dtype
 
     @property
     def count(self) -> int:

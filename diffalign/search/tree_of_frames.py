@@ -1,0 +1,182 @@
+"""Tree-of-Frames: a video grows chunk by chunk in several branches, and weak ones are dropped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from diffalign.core.errors import BudgetExceeded
+from diffalign.core.option import option
+from diffalign.core.search import Candidate, Info, Method, Problem, Tree
+from diffalign.rewards.weighted import parts_of
+from diffalign.search.branching import affordable, ranked, summary
+from diffalign.search.video.choosing import Chooser, Mix, finish, prune, sums
+from diffalign.search.video.front import Front, Round, children, roots, twigs_of, valued
+from diffalign.search.video.sampler import ChunkSampler
+from diffalign.search.video.stages import Splitter, stage_at, stage_prompts
+
+
+@dataclass(frozen=True)
+class TreeOfFrames(Method[Front]):
+    """Grow a video chunk by chunk in several branches, score each beginning, keep the best ones.
+
+    At each level, a chunk of the video, a kept beginning gets ``branch`` continuations: its own and
+    others from fresh noise. If there are more than ``keep``, they are decoded and scored against
+    the text of their stage, which ``splitter`` makes of the prompt: what is there at first, what
+    happens, how it ends. The whole videos that remain are scored against the prompt. Several
+    rewards (``rewards.Weighted``) are mixed by their weighted ranks, so none outweighs the others
+    by its scale; ``mix="scores"`` adds the scores. ``early``: evaluations of the first chunk after
+    which the worse half is dropped by what the model predicts there. Numbers for a level that is
+    not named are the last ones. ``keep=0`` with ``branch=(N, 1)`` is ``LinearSearch``.
+
+    Paper: Liu et al. 2025, arXiv:2503.18942 (Video-T1, Tree-of-Frames).
+    Differs from the paper: its published code never uses the text of the last stage, lets siblings
+    share their noise, and tells branches beyond the tenth apart no more.
+    Cost: the beginnings at each level times their chunk; each scored one is decoded as far as it
+    is. With the chunks of a video alike that is sum_k branch_k keep_(k-1) chunks, against N count
+    of linear search.
+    Refuses: pipelines that do not go on from a chunk; ``early`` where they do not show predictions.
+    """
+
+    branch: tuple[int, ...] = option(
+        (6, 2, 1), "continuations of each beginning by level, the last number goes on", low=1
+    )
+    keep: tuple[int, ...] = option(
+        (2,), "beginnings that each level keeps, the last number goes on, 0 for all", low=0
+    )
+    early: tuple[int, ...] = option(
+        (), "evaluations of the first chunk after which the worse half is dropped", low=1
+    )
+    mix: Mix = option("ranks", "how several rewards choose: by weighted ranks or weighted scores")
+    splitter: str | Splitter = option(
+        "rules",
+        "texts of the stages: rules, whole, the folder of a local language model, or a function",
+        saved="objects",
+    )
+    trees: int | None = option(
+        1, "trees from fresh noise, none for as many as the budget allows", low=1
+    )
+
+    def check(self) -> None:
+        if not self.branch or not self.keep:
+            raise ValueError(
+                "TreeOfFrames(branch=..., keep=...) need at least one number each; got "
+                f"{self.branch} and {self.keep}."
+            )
+        if list(self.early) != sorted(set(self.early)):
+            raise ValueError(f"TreeOfFrames(early=...) must ascend; got {self.early}.")
+
+    @property
+    def chunks(self) -> Literal["never", "can", "wants"]:
+        return "wants"
+
+    @property
+    def ends(self) -> bool:
+        return self.trees is not None
+
+    def width(self, level: int, count: int) -> int:
+        """Beginnings that stay of ``count`` at a level."""
+        return min(self.keep[min(level, len(self.keep) - 1)] or count, count)
+
+    def sizes(self, count: int) -> list[int]:
+        """Beginnings that are made at each of ``count`` levels."""
+        sizes, beams = [], 1
+        for level in range(count):
+            sizes.append(beams * self.branch[min(level, len(self.branch) - 1)])
+            beams = self.width(level, sizes[-1])
+        return sizes
+
+    def refuses(self, problem: Problem) -> str | None:
+        sampler = problem.sampler
+        if not isinstance(sampler, ChunkSampler):
+            return (
+                "this pipeline makes a video, or an image, in one piece. Use LinearSearch, or a "
+                "pipeline that goes on from a chunk, such as AnyFlowFARPipeline."
+            )
+        if self.early and not set(self.early) <= set(sampler.looks):
+            known = f"1 to {sampler.looks[-1]}" if sampler.looks else "none"
+            return f"early={self.early} must be evaluations of the first chunk ({known} here)."
+        try:
+            stage_prompts(self.splitter, problem.prompt)
+        except ValueError as error:
+            return str(error)
+        sizes = self.sizes(sampler.count)
+        parts = parts_of(problem.reward, problem.prompt)
+        least = min(getattr(part, "least", 1) for _, part in parts)
+        for level, size in enumerate(sizes):
+            chooses = size > self.width(level, size) or (level == 0 and self.early)
+            if chooses and sampler.frames(level + 1) < least:
+                return (
+                    f"a choice after chunk {level + 1} sees {sampler.frames(level + 1)} frames, "
+                    f"and the reward needs {least}. Add one of single frames, such as frames, or "
+                    "keep all at that level (keep=0)."
+                )
+        return None
+
+    def init(self, problem: Problem) -> Front:
+        return Front()
+
+    def step(self, problem: Problem, state: Front) -> tuple[Front, Info]:
+        count, level = problem.sampler.count, 0 if state.states is None else state.states.step
+        chooser = Chooser(problem, stage_prompts(self.splitter, problem.prompt), self.mix)
+        size = self._size(problem, state, level)
+        if state.states is None:
+            round_ = roots(problem, state, size or problem.room(1))
+        elif size < len(state.places):
+            return finish(chooser, state, Round(state.states, state.lineages, state.places))
+        else:
+            round_ = children(problem, state, size // len(state.places))
+        keep, twigs = self.width(level, len(round_.lineages)), list(state.twigs)
+        if level == 0 and self.early:
+            round_, dropped = prune(chooser, round_, self.early, keep)
+            twigs += dropped
+        round_ = replace(round_, states=problem.run(round_.states, level + 1))
+        fresh, rows = twigs_of(round_), list(range(len(round_.lineages)))
+        info = Info(f"chunk {level + 1} of {count}: {len(rows)} videos")
+        if keep < len(rows):
+            marks = chooser.marks(round_.states, stage_at(level, count))
+            fresh, rows = (
+                valued(fresh, sums(marks), marks.frames),
+                ranked(chooser.keys(marks), keep),
+            )
+            info = summary(f"{info.text}, {keep} stay", sums(marks))
+        places = range(len(twigs), len(twigs) + len(fresh))
+        front = replace(state, twigs=(*twigs, *fresh))
+        kept = replace(round_, places=tuple(places)).select(rows)
+        if level + 1 == count:
+            return finish(chooser, front, kept)
+        stay = tuple(places[row] for row in rows)
+        return replace(front, states=kept.states, lineages=kept.lineages, places=stay), info
+
+    def _size(self, problem: Problem, state: Front, level: int) -> int:
+        """Videos of this level: all that are wanted, or as many as the budget lets end."""
+        beams = 1 if state.states is None else len(state.places)
+        wanted = beams * self.branch[min(level, len(self.branch) - 1)]
+        size = affordable(problem, wanted, level, level + 1, self.width(level, wanted))
+        while level == 0 and self.early and size > 1 and not self._fits_early(problem, size):
+            size -= 1
+        return size
+
+    def _fits_early(self, problem: Problem, size: int) -> bool:
+        """Whether the budget lets so many first chunks be pruned on their way, and the rest end."""
+        sampler, rows, first, keep = problem.sampler, 0, 0, self.width(0, size)
+        assert isinstance(sampler, ChunkSampler)
+        for evaluation in self.early:
+            rows += size * sampler.look_price(first, evaluation)
+            size, first = max(-(-size // 2), keep), evaluation
+        rows += size * sampler.look_price(first, None) + keep * sampler.price(1)
+        videos = math.ceil(rows / max(sampler.price(), 1))
+        try:
+            return problem.room(videos, scores=0) >= videos
+        except BudgetExceeded:
+            return False
+
+    def finished(self, state: Front) -> bool:
+        return self.trees is not None and state.trees >= self.trees
+
+    def best(self, problem: Problem, state: Front) -> Candidate | None:
+        return state.winner or problem.best
+
+    def tree(self, state: Front) -> Tree | None:
+        return state.drawing()
