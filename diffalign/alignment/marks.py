@@ -1,18 +1,22 @@
-"""What the parts of a reward say of videos that are not finished."""
+"""Videos that are not finished: what the model foresees, and what the parts of a reward say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from diffalign.alignment.scoring import Scorer
+from diffalign.alignment.progress import Progress
+from diffalign.alignment.scoring import Fit, Scorer
+from diffalign.alignment.setting import AnySampler
+from diffalign.core.errors import UnsupportedModel
 from diffalign.core.reward import Reward
+from diffalign.core.sampler import State, join
 from diffalign.core.search import Marks, Stage
 from diffalign.rewards.base import BaseReward
 from diffalign.rewards.weighted import parts_of
+from diffalign.search.video.sampler import ChunkSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,23 @@ class Marker:
         return Marks(tuple(weights), torch.stack(rows), frames.clone())
 
 
-def joined(marks: Sequence[Marks]) -> Marks:
-    """Of all videos of several batches, in order."""
+def marks_in_parts(
+    sampler: AnySampler, progress: Progress, state: State, prompt: str, stage: Stage | None
+) -> Marks:
+    """Of videos as far as they are, decoded and scored in batches that the memory holds."""
+    marker = Marker.of(progress.scorer, prompt, stage)
+    rows = len(state.latents)
+    marks = list(progress.fit.parts(rows, lambda part: marker(sampler.preview(state.select(part)))))
     scores = torch.cat([part.scores for part in marks], 1)
     return Marks(marks[0].weights, scores, torch.cat([part.frames for part in marks]))
+
+
+def look_in_parts(sampler: AnySampler, fit: Fit, state: State, evaluations: int) -> State:
+    """First chunks run to an evaluation, in such batches.
+
+    Raises: ``UnsupportedModel`` for a sampler of anything but chunks.
+    """
+    if not isinstance(sampler, ChunkSampler):
+        raise UnsupportedModel("Only a video that is made chunk after chunk is looked ahead.")
+    rows = len(state.latents)
+    return join(list(fit.parts(rows, lambda part: sampler.look(state.select(part), evaluations))))

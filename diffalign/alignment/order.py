@@ -30,7 +30,7 @@ from diffalign.core.values import plain
 from diffalign.rewards import HeldOut, load
 from diffalign.rewards.video import for_videos
 from diffalign.seams.swap import original_class
-from diffalign.search.video.choice import expander_class
+from diffalign.search.video.choice import extends
 
 AnyReward = Reward | str
 AnyMethod = Method[Any] | str
@@ -107,15 +107,6 @@ class Order:
     def suited(self, reward: Reward) -> Reward:
         """A reward of images as one of videos, where the pipeline makes those."""
         return reward if self.frames is None else for_videos(reward)
-
-
-def extends(cls: type) -> bool:
-    """Whether a pipeline class makes a video chunk after chunk."""
-    try:
-        expander_class(cls)
-    except UnsupportedModel:
-        return False
-    return True
 
 
 def frames_of(cls: type, call: Mapping[str, Any]) -> int | None:

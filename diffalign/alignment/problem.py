@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from diffalign.alignment.ascent import parts_of, slopes_of
-from diffalign.alignment.marks import Marker, joined
+from diffalign.alignment.marks import look_in_parts, marks_in_parts
 from diffalign.alignment.parts import decode_in_parts, in_parts, run_in_parts, twist_in_parts
 from diffalign.alignment.progress import Progress
 from diffalign.alignment.setting import Setting, finished
-from diffalign.core import Meter, State, Technique, UnsupportedModel
+from diffalign.core import Meter, State, Technique
 from diffalign.core.reward import Reward
-from diffalign.core.sampler import Clamp, Mode, join
+from diffalign.core.sampler import Clamp, Mode
 from diffalign.core.search import Ascent, Candidate, Lineage, Marks, Move, Stage
 from diffalign.core.seeds import seed_of
 from diffalign.core.words import Shift
-from diffalign.search.video.sampler import ChunkSampler
 
 
 class PipelineProblem:
@@ -88,26 +87,13 @@ class PipelineProblem:
         return torch.cat([self.score(batch) for batch in images])
 
     def look(self, state: State, evaluations: int) -> State:
-        if not isinstance(self.sampler, ChunkSampler):
-            raise UnsupportedModel("Only videos that are made chunk after chunk are looked ahead.")
         self.progress.use(self.sampler)
-        sampler, rows = self.sampler, len(state.latents)
         with self.progress.timed():
-            return join(
-                list(
-                    self.progress.fit.parts(
-                        rows, lambda part: sampler.look(state.select(part), evaluations)
-                    )
-                )
-            )
+            return look_in_parts(self.sampler, self.progress.fit, state, evaluations)
 
     def marks(self, state: State, prompt: str, stage: Stage | None = None) -> Marks:
         self.progress.use(self.sampler)
-        marker = Marker.of(self.progress.scorer, prompt, stage)
-        parts = self.progress.fit.parts(
-            len(state.latents), lambda part: marker(self.sampler.preview(state.select(part)))
-        )
-        return joined(list(parts))
+        return marks_in_parts(self.sampler, self.progress, state, prompt, stage)
 
     def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
         self.progress.use(self.sampler)
@@ -118,18 +104,7 @@ class PipelineProblem:
         candidates: list[Candidate] = []
         for images in parts:
             known = lineages[len(candidates) : len(candidates) + len(images)]
-            candidates += self._candidates(images, self.score(images), known)
-        return candidates
-
-    def _candidates(
-        self, images: Tensor, scores: Tensor, lineages: Sequence[Lineage]
-    ) -> list[Candidate]:
-        """Finished images with their scores; remembered unless they are drafts."""
-        dtype = self.sampler.dtype
-        known = [self.setting.known(lineage, self.prompt, dtype) for lineage in lineages]
-        candidates = _candidates_of(images, scores, known)
-        for candidate in () if self.draft else candidates:
-            self.progress.remember(candidate)
+            candidates += _finished(self, images, self.score(images), known)
         return candidates
 
     def score(self, images: Tensor) -> Tensor:
@@ -151,7 +126,7 @@ class PipelineProblem:
         slopes = slopes_of(images, leaf, self.progress.scorer, pairs)
         rows = [i for i, finite in enumerate(slopes.total.isfinite().tolist()) if finite]
         lineages = [Lineage((Move(0, seeds[i]),), noise[i].detach().clone()) for i in rows]
-        return slopes.ascent(self._candidates(images[rows], slopes.total[rows], lineages))
+        return slopes.ascent(_finished(self, images[rows], slopes.total[rows], lineages))
 
     def lean(
         self,
@@ -191,9 +166,16 @@ class PipelineProblem:
         return self.sampler.decode(finished(self.sampler, lineage))
 
 
-def _candidates_of(images: Tensor, scores: Tensor, lineages: Sequence[Lineage]) -> list[Candidate]:
+def _finished(
+    problem: PipelineProblem, images: Tensor, scores: Tensor, lineages: Sequence[Lineage]
+) -> list[Candidate]:
+    """Finished images with their scores; remembered unless they are drafts."""
+    setting, dtype = problem.setting, problem.sampler.dtype
     pictures = images.detach().to("cpu", torch.float32)
-    return [
-        Candidate(score, picture.clone(), lineage)
+    candidates = [
+        Candidate(score, picture.clone(), setting.known(lineage, problem.prompt, dtype))
         for score, picture, lineage in zip(scores.tolist(), pictures, lineages, strict=True)
     ]
+    for candidate in () if problem.draft else candidates:
+        problem.progress.remember(candidate)
+    return candidates

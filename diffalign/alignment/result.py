@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from diffalign.alignment.progress import Moment
+from diffalign.core.errors import warn_once
 from diffalign.core.search import Candidate, Lineage, Tree
 from diffalign.core.types import Json
 from diffalign.drawing.png import save_png
+from diffalign.drawing.video import NEEDS_PYAV, RATE, has_pyav, save_gif, save_mp4
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -146,15 +148,17 @@ class Result:
     def __str__(self) -> str:
         return text_of(self)
 
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+    def save(self, folder: str | os.PathLike[str], rate: float = RATE) -> list[Path]:
         """Write image, settings, curve and sheets; the paths of what was written.
 
         ``image.png`` carries the settings, ``result.json`` all numbers, ``curve.png`` the best
         score against NFE, ``before_after.png`` the first image beside the result, ``best.png`` the
         best candidates; ``tree.png`` and ``tree.svg`` of a tree, ``noise.pt`` of a found noise,
-        ``findings.pt`` of other tensors that the method found.
+        ``findings.pt`` of other tensors that the method found. Of a video also ``video.gif``,
+        ``frames.png`` and, where PyAV is installed, ``video.mp4``, at ``rate`` frames a second;
+        ``image.png`` is then its first frame.
         """
-        return write(self, Path(folder))
+        return write(self, Path(folder), rate)
 
 
 def data_of(result: Result) -> Json:
@@ -189,9 +193,19 @@ def text_of(result: Result) -> str:
     return "\n".join(lines)
 
 
-def write(result: Result, place: Path) -> list[Path]:
+def write_video(frames: list[Image.Image], place: Path, rate: float) -> list[Path]:
+    """Write ``video.gif``, and ``video.mp4`` where PyAV is there, else one warning."""
+    save_gif(frames, place / "video.gif", rate)
+    if not has_pyav():
+        warn_once(f"video.mp4 was not written: {NEEDS_PYAV}.")
+        return [place / "video.gif"]
+    save_mp4(frames, place / "video.mp4", rate)
+    return [place / "video.gif", place / "video.mp4"]
+
+
+def write(result: Result, place: Path, rate: float = RATE) -> list[Path]:
     """Write a result into a folder; the paths of its files."""
-    from diffalign.alignment.pictures import before_after, best_images, curve
+    from diffalign.alignment.pictures import before_after, best_images, curve, frame_sheet
     from diffalign.drawing.tree import save_tree
 
     place.mkdir(parents=True, exist_ok=True)
@@ -202,10 +216,14 @@ def write(result: Result, place: Path) -> list[Path]:
         "best.png": best_images(result),
         "curve.png": curve(result),
     }
+    if result.tensor.ndim == 4:
+        pictures = {**pictures, "frames.png": frame_sheet(result)}
     for name, image in pictures.items():
         save_png(image, place / name, settings)
     (place / "result.json").write_text(json.dumps(data_of(result), indent=2, default=str))
     files = [place / name for name in (*pictures, "result.json")]
+    if result.tensor.ndim == 4:
+        files += write_video(result.frames, place, rate)
     if result.tree is not None and result.tree.images:
         files += save_tree(result.tree, place, result.prompt)
     if result.noise is not None:

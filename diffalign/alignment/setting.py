@@ -84,7 +84,9 @@ class Setting:
                         f"{name}={getattr(self, name)!r} does not act on a video that is made "
                         "chunk after chunk; leave it out."
                     )
-            return ChunkSampler(expander_of(self.pipe, self.techniques, meter, **call), self.clip)
+            expander = expander_of(self.pipe, self.techniques, meter, **call)
+            clip = None if self.clip is None else expander.check_clip(self.clip)
+            return ChunkSampler(expander, clip)
         call["shift"] = self.shift
         if self.cache is None:
             return PipelineSampler(self.pipe, self.techniques, meter, kernel=self.kernel, **call)

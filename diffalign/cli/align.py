@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +15,14 @@ from diffalign.cli.problem import BadInput, checking, command
 from diffalign.cli.request import prepare, techniques_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffalign.alignment.driver import Status
     from diffalign.alignment.forecast import Forecast
     from diffalign.alignment.result import Result
     from diffalign.core.budget import Budget
     from diffalign.core.types import Json
+    from diffalign.generate.models import Model
 
 PANEL = "How to search"
 
@@ -43,6 +46,15 @@ Kernel = Annotated[
     ),
 ]
 Resume = Annotated[bool, _option("Continue the run in --output.", "--resume")]
+Clip = Annotated[
+    Path | None,
+    _option("A video, or GIF, to go on from: tree-of-frames, linear-search.", "--continue"),
+]
+Frames = Annotated[int | None, _option("Frames of a video; the model's own number if left out.")]
+Chunks = Annotated[
+    int | None, _option("Chunks of a video that is made chunk by chunk; the model's if left out.")
+]
+Rate = Annotated[float, _option("Frames a second of the video files.", "--fps")]
 
 
 @command
@@ -57,16 +69,24 @@ def align(
     tie: Ties = None,
     kernel: Kernel = None,
     resume: Resume = False,
+    clip: Clip = None,
+    frames: Frames = None,
+    chunks: Chunks = None,
+    fps: Rate = 8.0,
 ) -> None:
-    """Search for a better image of a prompt; Ctrl-C keeps the best so far."""
+    """Search for a better image, or video, of a prompt; Ctrl-C keeps the best so far."""
     if text is not None:
         options = dataclasses.replace(options, prompt=[text, *(options.prompt or [])])
     techniques = techniques_of(options.technique)
     limits = read_budget(budget)
     check_folder(options.output, resume)
+    start = None if clip is None else read_clip(clip)
     from diffalign.alignment.door import align as search
 
-    request = prepare(options, techniques)
+    request = prepare(options, techniques, media="videos" if clip is None else "continued videos")
+    extra = video_call(request.model, {"num_frames": frames, "chunks": chunks}, fps)
+    if start is not None and not request.model.size:
+        extra |= {"height": start.shape[2], "width": start.shape[3]}
     prompts = list(request.prompts)
     with checking(), live(options.quiet or options.json) as line:
         results = search(
@@ -80,13 +100,50 @@ def align(
             ties=tie or (),
             kernel=kernel,
             batch=options.batch,
+            clip=start,
             seed=options.seed,
             folder=options.output,
             show=line,
             announce=None if options.quiet or options.json else announce,
             **request.model.call,
+            **extra,
         )
-    say(options, prompts, results)
+    say(options, prompts, results, fps)
+
+
+def read_clip(path: Path) -> Tensor:
+    """Frames [F, 3, H, W] in [0, 1] of a video file. Raises: ``BadInput`` for what is none."""
+    import numpy as np
+    import torch
+
+    from diffalign.drawing.video import read_frames
+
+    try:
+        frames = read_frames(path)
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"--continue: {error}.") from error
+    return torch.from_numpy(np.stack([np.asarray(f) for f in frames])).permute(0, 3, 1, 2) / 255
+
+
+def video_call(model: Model, numbers: Mapping[str, int | None], fps: float) -> dict[str, int]:
+    """Arguments of a video's length.
+
+    Raises: ``BadInput`` for a model of images, for numbers below 1, and without PyAV.
+    """
+    from diffalign.drawing.video import NEEDS_PYAV, has_pyav
+
+    known = {name: number for name, number in numbers.items() if number is not None}
+    options = {"num_frames": "--frames", "chunks": "--chunks"}
+    for name, number in known.items():
+        if not model.videos:
+            raise BadInput(f"{options[name]}: {model.name} makes images, not videos.")
+        if number < 1:
+            raise BadInput(f"{options[name]} must be at least 1; got {number}.")
+    if model.videos and not 0 < fps <= 240:
+        raise BadInput(f"--fps must be in (0, 240]; got {fps:g}.")
+    if model.videos and not has_pyav():
+        raise BadInput(f"a video is written as MP4, and {NEEDS_PYAV}.")
+    return known
 
 
 def announce(forecast: Forecast) -> None:
@@ -106,7 +163,12 @@ def check_folder(place: Path, resume: bool) -> None:
         raise BadInput(f"--resume: there is no run in {str(place)!r}.")
 
 
-def say(options: arguments.Options, prompts: Sequence[str], results: Result | list[Result]) -> None:
+def say(
+    options: arguments.Options,
+    prompts: Sequence[str],
+    results: Result | list[Result],
+    fps: float,
+) -> None:
     """Save the results and print what they are."""
     from diffalign.alignment.door import folders_of
 
@@ -114,7 +176,7 @@ def say(options: arguments.Options, prompts: Sequence[str], results: Result | li
     folders = folders_of(options.output, prompts) if several else [options.output]
     entries: list[Json] = []
     for result, folder in zip(results if isinstance(results, list) else [results], folders):
-        files = [str(file) for file in result.save(folder or options.output)]
+        files = [str(file) for file in result.save(folder or options.output, fps)]
         entries.append({**result.to_dict(), "files": files})
         if not options.json and not options.quiet:
             show.text(result)

@@ -16,7 +16,7 @@ from diffalign.core.technique import Technique
 from diffalign.core.types import Json
 
 if TYPE_CHECKING:
-    from diffalign.generate.models import Model
+    from diffalign.generate.models import Media, Model
     from diffalign.generate.seeds import Job
 
 
@@ -38,7 +38,7 @@ class Request:
     facts: Json
 
 
-def prepare(options: Options, *variants: Sequence[Technique]) -> Request:
+def prepare(options: Options, *variants: Sequence[Technique], media: Media = "images") -> Request:
     """Check everything, cheapest first, then load the model. ``variants``: groups of techniques.
 
     Raises ``BadInput`` with the first thing that cannot be used.
@@ -48,7 +48,7 @@ def prepare(options: Options, *variants: Sequence[Technique]) -> Request:
     prompts = read_prompts(options)
     check_numbers(options)
     output = writable(options.output)
-    model = model_of(options, *variants)
+    model = model_of(options, *variants, media=media)
     jobs = tuple(jobs_of(prompts, count=options.count, base=options.seed))
     return Request(
         model=model,
@@ -61,7 +61,7 @@ def prepare(options: Options, *variants: Sequence[Technique]) -> Request:
     )
 
 
-def model_of(options: Options, *variants: Sequence[Technique]) -> Model:
+def model_of(options: Options, *variants: Sequence[Technique], media: Media = "images") -> Model:
     """The loaded model, checked for a run with these options and groups of techniques.
 
     Raises ``BadInput``.
@@ -78,7 +78,7 @@ def model_of(options: Options, *variants: Sequence[Technique]) -> Model:
         device=options.device,
     )
     with checking():
-        return open_model(options.model, setting, variants)
+        return open_model(options.model, setting, variants, media)
 
 
 def techniques_of(texts: Sequence[str] | None) -> tuple[Technique, ...]:

@@ -151,7 +151,10 @@ def _draw_nodes(figure: Figure, ax: Axes, tree: Tree, places: Layout) -> None:
     ax.set_ylim(max(len(places.leaves), 4) - 0.4, -0.6)
     ax.set_yticks([])
     ax.set_xticks(sorted({node.step for node in tree.nodes}))
-    ax.set_xlabel("evaluations (noise on the left, images on the right)", color=INK)
+    ends = "noise on the left, images on the right"
+    if tree.unit != "evaluations":
+        ends = "the last frame of each branch on the right"
+    ax.set_xlabel(f"{tree.unit} ({ends})", color=INK)
     ax.tick_params(color=GRID, labelcolor=INK, labelsize=9.5, length=3)
     for name, spine in ax.spines.items():
         spine.set_visible(name == "bottom")

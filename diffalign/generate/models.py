@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diffalign.core.errors import nearest
+from diffalign.core.errors import UnsupportedModel, nearest
 from diffalign.core.technique import Technique
 from diffalign.core.types import Json, Keywords, Pipeline
 from diffalign.families import Family, family_of
 from diffalign.generate import schedulers
 from diffalign.generate.errors import BadOption
+from diffalign.search.video.choice import extends
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+Media = Literal["images", "videos", "continued videos"]
+"""Images only, videos too, or also videos of pipelines that need a clip to begin with."""
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -67,20 +70,28 @@ class Model:
         return type(self.pipe.scheduler).__name__
 
     @property
+    def videos(self) -> bool:
+        """Whether it makes videos."""
+        return "num_frames" in inspect.signature(type(self.pipe).__call__).parameters
+
+    @property
     def size(self) -> dict[str, int]:
         """Height and width as the call names them, empty for the model's own."""
         return {name: self.call[name] for name in ("height", "width") if name in self.call}
 
 
 def open_model(
-    name: str, setting: Setting = Setting(), variants: Sequence[Sequence[Technique]] = ()
+    name: str,
+    setting: Setting = Setting(),
+    variants: Sequence[Sequence[Technique]] = (),
+    media: Media = "images",
 ) -> Model:
     """The model ``name`` for a run with ``setting``; ``variants``: groups of techniques that it is
-    to run with, one group after another.
+    to run with, one group after another. ``media``: what it may make and go on from.
 
     Raises: ValueError when something cannot be used; ``BadOption`` when it is one of the setting.
     """
-    blueprint = Blueprint.named(name)
+    blueprint = Blueprint.named(name, media)
     blueprint.check(setting, variants)
     scheduler = blueprint.scheduler
     if setting.scheduler is not None:
@@ -110,6 +121,19 @@ def open_model(
     return Model(name, blueprint.kind, pipe, steps, blueprint.scale(scale), call, facts)
 
 
+def family_for(cls: type, media: Media) -> Family:
+    """The family of a pipeline class; one that only extends videos has a plain one.
+
+    Raises: ``UnsupportedModel`` for what cannot be used.
+    """
+    try:
+        return family_of(cls)
+    except UnsupportedModel:
+        if media == "images" or not extends(cls):
+            raise
+        return Family(cls.__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Blueprint:
     """A pipeline that is known and not loaded."""
@@ -126,10 +150,10 @@ class Blueprint:
     defaults: dict[str, float]
 
     @classmethod
-    def named(cls, name: str) -> Blueprint:
+    def named(cls, name: str, media: Media = "images") -> Blueprint:
         """The model behind a name.
 
-        Raises ValueError when it is unknown, refused, or not a text-to-image pipeline.
+        Raises ValueError when it is unknown, refused, or makes something else from prompts.
         """
         import diffusers
 
@@ -143,11 +167,11 @@ class Blueprint:
                 f"{name}: the pipeline class {class_name!r} is not part of diffusers "
                 f"{diffusers.__version__}; use it from Python."
             )
-        family = family_of(pipeline)
+        family = family_for(pipeline, media)
         scheduler = str((index.get("scheduler") or ("", ""))[1])
         defaults = dict(MODELS[name].defaults) if kind == "embedded" else {}
         blueprint = cls(name, kind, source, pipeline, family, scheduler, defaults)
-        blueprint._check_inputs()
+        blueprint._check_inputs(media)
         return blueprint
 
     @property
@@ -155,20 +179,23 @@ class Blueprint:
         """The arguments of the pipeline's call."""
         return dict(inspect.signature(self.cls.__call__).parameters)  # type: ignore[operator]
 
-    def _check_inputs(self) -> None:
-        """Raise ValueError unless the pipeline makes images from prompts alone."""
+    def _check_inputs(self, media: Media) -> None:
+        """Raise ValueError unless the pipeline makes what is wanted of prompts alone, or of prompts
+        and a clip."""
         use = "Use diffalign.apply(pipe, ...) in Python."
         parameters = self.parameters
-        known = ("image", "control_image", "video")
+        videos = media != "images" and "num_frames" in parameters
+        clip = ("image", "video") if media == "continued videos" else ()
+        known = () if videos else ("image", "control_image", "video")
         inputs: list[str] = [name for name in known if name in parameters]
         inputs += [
             name
             for name, parameter in parameters.items()
             if parameter.default is parameter.empty
             and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            and name not in ("self", "prompt", *inputs)
+            and name not in ("self", "prompt", *inputs, *clip)
         ]
-        if "num_frames" in parameters:
+        if "num_frames" in parameters and not videos:
             raise ValueError(
                 f"{self.cls.__name__} makes videos, and only images are made here. {use}"
             )

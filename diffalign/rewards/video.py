@@ -145,7 +145,13 @@ class SubjectConsistency(VideoReward):
     name = "subject-consistency"
     least = 2
     span = (-1.0, 1.0)
-    facts = Facts(*["that of the features"] * 4, "a subject that changes between frames")
+    facts = Facts(
+        licence="that of the features",
+        source="that of the features",
+        size="that of the features",
+        memory="that of the features",
+        best="a subject that changes between frames",
+    )
 
     def __init__(self, features: str | Features = "dino", source: str | None = None) -> None:
         self.features = _features_of(features, source) if isinstance(features, str) else features

@@ -23,6 +23,7 @@ from diffalign.core.search import (
     Method,
     Problem,
     Stage,
+    Tree,
 )
 from diffalign.core.technique import Technique
 from diffalign.core.words import Shift
@@ -278,6 +279,9 @@ class DraftCommit(Method[Drafts]):
 
     def finished(self, state: Drafts) -> bool:
         return state.drafted and state.full >= len(state.best)
+
+    def tree(self, state: Drafts) -> Tree | None:
+        return None if state.inner is None else self.method.tree(state.inner)
 
     def best(self, problem: Problem, state: Drafts) -> Candidate | None:
         """The best full image; before the first one the best draft."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -102,17 +103,8 @@ class TreeOfFrames(Method[Front]):
         except ValueError as error:
             return str(error)
         sizes = self.sizes(sampler.count)
-        parts = parts_of(problem.reward, problem.prompt)
-        least = min(getattr(part, "least", 1) for _, part in parts)
-        for level, size in enumerate(sizes):
-            chooses = size > self.width(level, size) or (level == 0 and self.early)
-            if chooses and sampler.frames(level + 1) < least:
-                return (
-                    f"a choice after chunk {level + 1} sees {sampler.frames(level + 1)} frames, "
-                    f"and the reward needs {least}. Add one of single frames, such as frames, or "
-                    "keep all at that level (keep=0)."
-                )
-        return None
+        levels = [k for k, size in enumerate(sizes) if size > self.width(k, size)]
+        return _too_short(problem, sampler, levels)
 
     def init(self, problem: Problem) -> Front:
         return Front()
@@ -154,23 +146,9 @@ class TreeOfFrames(Method[Front]):
         beams = 1 if state.states is None else len(state.places)
         wanted = beams * self.branch[min(level, len(self.branch) - 1)]
         size = affordable(problem, wanted, level, level + 1, self.width(level, wanted))
-        while level == 0 and self.early and size > 1 and not self._fits_early(problem, size):
+        while level == 0 and self.early and size > 1 and not _fits(self, problem, size):
             size -= 1
         return size
-
-    def _fits_early(self, problem: Problem, size: int) -> bool:
-        """Whether the budget lets so many first chunks be pruned on their way, and the rest end."""
-        sampler, rows, first, keep = problem.sampler, 0, 0, self.width(0, size)
-        assert isinstance(sampler, ChunkSampler)
-        for evaluation in self.early:
-            rows += size * sampler.look_price(first, evaluation)
-            size, first = max(-(-size // 2), keep), evaluation
-        rows += size * sampler.look_price(first, None) + keep * sampler.price(1)
-        videos = math.ceil(rows / max(sampler.price(), 1))
-        try:
-            return problem.room(videos, scores=0) >= videos
-        except BudgetExceeded:
-            return False
 
     def finished(self, state: Front) -> bool:
         return self.trees is not None and state.trees >= self.trees
@@ -180,3 +158,34 @@ class TreeOfFrames(Method[Front]):
 
     def tree(self, state: Front) -> Tree | None:
         return state.drawing()
+
+
+def _too_short(problem: Problem, sampler: ChunkSampler, levels: Sequence[int]) -> str | None:
+    """Why there is no choice at one of these levels, None where there is one at each."""
+    parts = parts_of(problem.reward, problem.prompt)
+    least = min(getattr(part, "least", 1) for _, part in parts)
+    for level in levels:
+        frames = sampler.frames(level + 1)
+        if frames < least:
+            return (
+                f"a choice after chunk {level + 1} sees {frames} frames, and the reward needs "
+                f"{least}. Add one of single frames, such as frames, or keep all at that level "
+                "(keep=0)."
+            )
+    return None
+
+
+def _fits(method: TreeOfFrames, problem: Problem, size: int) -> bool:
+    """Whether the budget lets so many first chunks be dropped early, and the rest end."""
+    sampler, rows, first, keep = problem.sampler, 0, 0, method.width(0, size)
+    assert isinstance(sampler, ChunkSampler)
+    for evaluation in method.early:
+        rows += size * sampler.look_price(first, evaluation)
+        # a preview may be one evaluation ahead of where the chunk goes on
+        size, first = max(-(-size // 2), keep), evaluation - 1
+    rows += size * sampler.look_price(first, None) + keep * sampler.price(1)
+    videos = math.ceil(rows / max(sampler.price(), 1))
+    try:
+        return problem.room(videos, scores=0) >= videos
+    except BudgetExceeded:
+        return False

@@ -120,7 +120,7 @@ class ChainExpander:
     def encode(self, clip: Tensor) -> Prefix:
         """The numbers that a clip shows."""
         numbers = numbers_of(clip[None])[0]
-        return Prefix(tuple(numbers.split(1)), (0,) * len(clip), (None,) * len(clip))
+        return Prefix(tuple(numbers[:, None]), (0,) * len(clip), (None,) * len(clip))
 
 
 def _frames(numbers: Tensor) -> Tensor:

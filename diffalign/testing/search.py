@@ -23,10 +23,12 @@ from diffalign.core import (
     Candidate,
     Info,
     Lineage,
+    Marks,
     Meter,
     Method,
     Move,
     Reward,
+    Stage,
     State,
     Technique,
     UnsupportedModel,
@@ -200,8 +202,20 @@ class _Shared:
     price: int = 0
 
 
+class NoVideo:
+    """What a problem of videos has and one of points has not."""
+
+    def look(self, state: State, evaluations: int) -> State:
+        """A point is no video."""
+        raise UnsupportedModel("A point is not made chunk after chunk.")
+
+    def marks(self, state: State, prompt: str, stage: Stage | None = None) -> Marks:
+        """A point is no video."""
+        raise UnsupportedModel("A point is not made chunk after chunk.")
+
+
 @dataclass(slots=True)
-class PointProblem:
+class PointProblem(NoVideo):
     """A ``Problem`` of points; ``toy`` makes it."""
 
     models: Callable[[str], Denoiser]

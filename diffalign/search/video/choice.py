@@ -40,6 +40,15 @@ def expander_class(cls: type) -> type[PipelineExpander]:
     )
 
 
+def extends(cls: type) -> bool:
+    """Whether a pipeline class can extend a video."""
+    try:
+        expander_class(cls)
+    except UnsupportedModel:
+        return False
+    return True
+
+
 def expander_of(
     pipe: Pipeline,
     techniques: Sequence[object] = (),

@@ -34,7 +34,39 @@ class Chunks:
         return Chunks(tuple(self.branches[row] for row in rows))
 
 
-class ChunkSampler:
+class Without:
+    """What a sampler of images has and one of chunks has not."""
+
+    @property
+    def words(self) -> Words:
+        """Unsupported."""
+        self._refuse("its text has no shift")
+
+    def std(self, step: int) -> float:
+        """Unsupported."""
+        self._refuse("the law of a chunk is not known")
+
+    def redraw(self, state: State, seeds: Sequence[int]) -> State:
+        """Unsupported."""
+        self._refuse("a chunk cannot be drawn again without running it")
+
+    def renoise(self, state: State, to: int, seeds: Sequence[int]) -> State:
+        """Unsupported."""
+        self._refuse("a video is not noised again")
+
+    def render(self, *arguments: object, **options: object) -> Tensor:
+        """Unsupported."""
+        self._refuse("it has no gradient")
+
+    def twist(self, *arguments: object) -> tuple[Tensor, Tensor]:
+        """Unsupported."""
+        self._refuse("it has no gradient")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise UnsupportedModel(f"This pipeline makes a video chunk after chunk: {reason}.")
+
+
+class ChunkSampler(Without):
     """A ``Sampler`` whose evaluations are the chunks of a video; children differ at each of them.
 
     ``State.scheduler`` holds the chunks, ``State.x0`` the frames [B, T, 3, H, W] that ``look``
@@ -58,13 +90,15 @@ class ChunkSampler:
 
     def _chunks_of(self, clip: Tensor) -> int:
         ends, frames = self.ends[:-1], len(clip)
-        if clip.ndim != 4 or clip.shape[1] != 3 or frames not in ends:
+        # a pipeline that only reads the last frames takes a clip of any length for the first chunk
+        fits = frames in ends if self.expander.exact_prefix else bool(ends)
+        if clip.ndim != 4 or clip.shape[1] != 3 or not fits:
             raise ValueError(
                 f"clip must be frames [F, 3, H, W] in [0, 1] that end with a chunk: F one of "
                 f"{', '.join(map(str, ends)) or 'none'} of the video's {self.ends[-1]} frames; got "
-                f"{list(clip.shape)}. Cut it, or ask for more frames (num_frames)."
+                f"{list(clip.shape)}. Cut it, or ask for a longer video (num_frames or chunks)."
             )
-        return ends.index(frames) + 1
+        return ends.index(frames) + 1 if self.expander.exact_prefix else 1
 
     def __enter__(self) -> Self:
         self.expander.__enter__()
@@ -93,14 +127,11 @@ class ChunkSampler:
         """Evaluations of the first chunk after which ``look`` works."""
         return range(1, self.expander.count if self.expander.previews else 1)
 
-    @property
-    def words(self) -> Words:
-        """Unsupported."""
-        self._refuse("its text has no shift")
-
     def frames(self, step: int) -> int:
         """Frames of a video after so many chunks."""
-        return self.ends[self.first + step - 1] if self.first + step else 0
+        frames = self.ends[self.first + step - 1] if self.first + step else 0
+        longer = 0 if self.clip is None else len(self.clip) - self.ends[self.first - 1]
+        return frames + longer
 
     def price(self, first: int = 0, last: int | None = None) -> int:
         """Largest number of denoiser rows of one video between two chunks."""
@@ -161,29 +192,6 @@ class ChunkSampler:
         if not state.finished:
             raise ValueError(f"decode needs finished videos; got {state.step} of {state.count}.")
         return self.preview(state)
-
-    def std(self, step: int) -> float:
-        """Unsupported."""
-        self._refuse("the law of a chunk is not known")
-
-    def redraw(self, state: State, seeds: Sequence[int]) -> State:
-        """Unsupported."""
-        self._refuse("a chunk cannot be drawn again without running it")
-
-    def renoise(self, state: State, to: int, seeds: Sequence[int]) -> State:
-        """Unsupported."""
-        self._refuse("a video is not noised again")
-
-    def render(self, *arguments: object, **options: object) -> Tensor:
-        """Unsupported."""
-        self._refuse("it has no gradient")
-
-    def twist(self, *arguments: object) -> tuple[Tensor, Tensor]:
-        """Unsupported."""
-        self._refuse("it has no gradient")
-
-    def _refuse(self, reason: str) -> NoReturn:
-        raise UnsupportedModel(f"This pipeline makes a video chunk after chunk: {reason}.")
 
 
 def numbered(state: State, places: Sequence[int]) -> State:
