@@ -100,5 +100,8 @@ def _draw(problem: PipelineProblem) -> float:
     state = problem.run(problem.start([0]), 1)
     evaluation = perf_counter() - start
     start = perf_counter()
-    problem.preview(state)
+    if problem.setting.chunked:
+        problem.marks(state, problem.prompt)
+    else:
+        problem.preview(state)
     return evaluation * problem.sampler.count + perf_counter() - start

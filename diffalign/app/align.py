@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import gradio as gr
 from gradio.components import Component
 from PIL import Image
+from torch import Tensor
 
 from diffalign.alignment import align
 from diffalign.alignment.driver import Status
@@ -29,6 +31,7 @@ from diffalign.core.search import Candidate, Method
 from diffalign.core.technique import Technique
 from diffalign.drawing.charts import Curve, line_chart
 from diffalign.drawing.tree import tree_picture
+from diffalign.drawing.video import evenly, gif
 
 NFE = 5000
 """The largest budget, in denoiser rows."""
@@ -235,6 +238,7 @@ class Frame:
     """The components that show a story."""
 
     slider: gr.ImageSlider
+    video: gr.HTML
     text: gr.Textbox
     curve: gr.Image
     gallery: gr.Gallery
@@ -272,7 +276,29 @@ class Frame:
             ],
             self.curve: gr.Image(curve_of(story.points), visible=bool(story.points)),
             self.tree: gr.Image(drawing, visible=drawing is not None),
+            self.video: gr.HTML(moving(result), visible=result.tensor.ndim == 4),
         }
+
+
+def moving(result: Result) -> str:
+    """The first video of a search and its result, both moving; "" for images."""
+    if result.tensor.ndim != 4:
+        return ""
+    videos = (("One sample", result.first.image), ("The best", result.tensor))
+    return "".join(
+        f'<figure style="display: inline-block; margin: 0 1em 0 0"><img class="pixels" '
+        f'alt="{name}" src="data:image/gif;base64,{_gif(video)}"><figcaption>{name}</figcaption>'
+        "</figure>"
+        for name, video in videos
+    )
+
+
+def _gif(video: Tensor) -> str:
+    """At most 48 frames of a video, none larger than 384 pixels."""
+    frames = [picture(video[i]) for i in evenly(len(video), 48)]
+    for frame in frames:
+        frame.thumbnail((384, 384))
+    return base64.b64encode(gif([enlarged(frame, 256) for frame in frames])).decode()
 
 
 def curve_of(points: Sequence[tuple[float, float]]) -> Image.Image | None:
@@ -291,11 +317,12 @@ def curve_of(points: Sequence[tuple[float, float]]) -> Image.Image | None:
 def frame() -> Frame:
     """Draw the components here."""
     slider = before_after("The first image (left) and the best so far (right); drag the line")
+    video = gr.HTML(visible=False)
     text = gr.Textbox(label="Where it stands", lines=2, max_lines=6)
     curve = chart("Reward against NFE")
     gallery = pictures("Candidates, best first")
     tree = chart("The tree that was searched")
-    return Frame(slider, text, curve, gallery, tree, *code())
+    return Frame(slider, video, text, curve, gallery, tree, *code())
 
 
 def tab(shelf: Shelf, desk: Desk) -> Fields:

@@ -91,7 +91,7 @@ def draw(order: Order, shelf: Shelf, run: Run[Sheet]) -> None:
     Raises: ValueError for what this model cannot do.
     """
     settings = order.settings
-    opened = shelf.open(settings.model)
+    opened = shelf.images(settings.model)
     model = opened.setting(settings.steps, settings.scale, order.negative)
     plain = f"CFG {model.scale:g}" if model.scale != 1.0 else "plain"
     variants = [Variant(plain, (), model)]

@@ -77,7 +77,7 @@ def evaluate(order: Order, shelf: Shelf, run: Run[Finding]) -> None:
     Raises: ValueError for what this model cannot do.
     """
     settings = order.settings
-    opened = shelf.open(settings.model)
+    opened = shelf.images(settings.model)
     if opened.model.kind != "embedded":
         raise ValueError(
             "The page evaluates embedded models, which have a judge on board. For "

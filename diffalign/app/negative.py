@@ -90,7 +90,7 @@ def draw(order: Order, shelf: Shelf, run: Run[Sheet]) -> None:
 
     Raises: ValueError for what this model cannot do.
     """
-    opened = shelf.open(order.settings.model)
+    opened = shelf.images(order.settings.model)
     variants = variants_of(order, opened)
     model, seed = variants[0].model, order.settings.seed
     python = snippets.runs(model, order.prompt, seed, [(v.techniques, v.model) for v in variants])

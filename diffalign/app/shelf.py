@@ -53,8 +53,8 @@ class Open:
     """A loaded model, and what the page needs to know of it."""
 
     def __init__(self, name: str) -> None:
-        self.model = open_model(name)
-        self.blueprint = Blueprint.named(name)
+        self.model = open_model(name, media="videos")
+        self.blueprint = Blueprint.named(name, "videos")
 
     @property
     def name(self) -> str:
@@ -136,6 +136,13 @@ class Shelf:
         self.most = most
         self._open: OrderedDict[str, Open] = OrderedDict()
         self._lock = threading.Lock()
+
+    def images(self, name: str) -> Open:
+        """The model of that name, loaded, which makes images. Raises: ValueError for others."""
+        opened = self.open(name)
+        if opened.model.videos:
+            raise ValueError(f"{name} makes videos; use the tab Align.")
+        return opened
 
     def open(self, name: str) -> Open:
         """The model of that name, loaded.

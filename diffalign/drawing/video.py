@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -25,24 +26,27 @@ def save_gif(frames: Frames, path: str | os.PathLike[str], rate: float = RATE) -
 
     The file appears complete or not at all. Raises: ValueError without frames or for another rate.
     """
+    data = gif(frames, rate)
+    _whole(Path(path), lambda part: _write(part, data))
+
+
+def gif(frames: Frames, rate: float = RATE) -> bytes:
+    """The content of such a file."""
     _check(frames, rate)
     # a GIF counts hundredths of a second, and viewers slow down below two
     duration = max(20, round(100 / rate) * 10)
     first, *others = [frame.convert("RGB").quantize(256) for frame in frames]
-
-    def write(part: Path) -> None:
-        first.save(
-            part,
-            format="GIF",
-            save_all=True,
-            append_images=others,
-            duration=duration,
-            loop=0,
-            disposal=1,
-            optimize=False,
-        )
-
-    _whole(Path(path), write)
+    stream = io.BytesIO()
+    first.save(
+        stream,
+        format="GIF",
+        save_all=True,
+        append_images=others,
+        duration=duration,
+        loop=0,
+        optimize=False,
+    )
+    return stream.getvalue()
 
 
 def save_mp4(frames: Frames, path: str | os.PathLike[str], rate: float = RATE) -> None:
@@ -133,6 +137,10 @@ def _check(frames: Frames, rate: float) -> None:
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) > 1:
         raise ValueError(f"The frames of a video have one size; got {sizes}.")
+
+
+def _write(part: Path, data: bytes) -> None:
+    part.write_bytes(data)
 
 
 def _whole(path: Path, write: Callable[[Path], None]) -> None:

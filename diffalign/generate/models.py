@@ -146,7 +146,7 @@ class Blueprint:
     family: Family
     # class name
     scheduler: str
-    # steps and scale of an embedded model
+    # steps and scale of an embedded model, and height and width where the pipeline's are others
     defaults: dict[str, float]
 
     @classmethod
@@ -220,6 +220,12 @@ class Blueprint:
                     option, f"{self.cls.__name__} takes no {argument}; leave the option out."
                 )
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of an embedded model whose pipeline does not know them."""
+        sides = self.defaults.get("height"), self.defaults.get("width")
+        return (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
+
     def default(self, option: str, argument: str) -> Any:
         """The model's own value of an option, which the pipeline calls ``argument``."""
         return self.defaults.get(option) or self.parameters[argument].default
@@ -238,8 +244,9 @@ class Blueprint:
             arguments["negative_prompt"] = setting.negative_prompt
         elif self.family.needs_negative and self.scale(scale) != 1.0:
             arguments["negative_prompt"] = ""
-        if setting.size is not None:
-            arguments["height"], arguments["width"] = setting.size
+        size = setting.size or self.size
+        if size is not None:
+            arguments["height"], arguments["width"] = size
         return arguments
 
     def load(self, dtype: str, device: str) -> Pipeline:

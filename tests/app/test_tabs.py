@@ -1,7 +1,10 @@
 """What the tabs do without a browser: orders from fields, columns on the same noise, searches,
 evaluations and cards; and that the code they show makes the same images."""
 
+import base64
+import io
 import json
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -384,3 +387,26 @@ def test_a_technique_of_a_notebook_is_named(monkeypatch):
 
     assert eval(snippets.python_of(Mine(2.0)), {"da": diffalign}) == Mine(2.0)
     assert sys.modules["diffalign.core.registry"].parse("mine:scale=2") == (Mine(2.0),)
+
+
+def test_a_video_moves_on_the_page():
+    from diffalign.testing.chain_videos import Law, numbers_of, search_chain
+
+    def total(videos, prompts):
+        return numbers_of(videos).sum(1)
+
+    result = search_chain("linear-search:n=3", total, Law())
+    text = align.moving(result)
+    parts = re.findall(r'alt="([^"]+)" src="data:image/gif;base64,([^"]+)"', text)
+    assert [name for name, _ in parts] == ["One sample", "The best"]
+    for _, data in parts:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert image.n_frames == 4
+            assert max(image.size) == 256
+    assert align.moving(replace(result, tensor=result.tensor[0])) == ""
+
+
+def test_other_tabs_refuse_a_model_of_videos(shelf, opened, monkeypatch):
+    monkeypatch.setattr(type(opened.model), "videos", True)
+    with pytest.raises(ValueError, match="emoji makes videos; use the tab Align"):
+        shelf.images("emoji")

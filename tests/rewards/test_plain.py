@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffalign.rewards import load
+from diffalign.rewards import HeldOut, Scale, Weighted, load
 from diffalign.rewards.ocr_text import OCRText, distance, target_of
+from diffalign.rewards.video import for_videos
 
 RNG = torch.Generator().manual_seed(4)
 IMAGES = torch.rand(2, 3, 24, 32, generator=RNG)
@@ -55,6 +56,8 @@ def test_frames_of_a_video():
         ("min", brightness.min(1).values),
         ("first", brightness[:, 0]),
         ("last", brightness[:, -1]),
+        ("middle", brightness[:, 3]),
+        ("stages", brightness[:, [0, 3, 5]].mean(1)),
     ):
         reward = load("frames", reward="brightness", take=take)
         assert torch.allclose(reward(VIDEO, PROMPTS), expected)
@@ -97,6 +100,59 @@ def test_motion_by_hand():
     assert float(load("flicker")(still, ["x"])) == 1.0
 
 
+def test_a_stage_sees_its_own_frame():
+    brightness = VIDEO.mean((2, 3, 4))
+    whole = load("frames", reward="brightness", take="stages")
+    for stage, place in (("first", 0), ("middle", 3), ("last", 5)):
+        assert torch.allclose(whole.at(stage)(VIDEO, PROMPTS), brightness[:, place])
+    mean = load("frames", reward="brightness")
+    assert mean.at("first") is mean
+    scaled = Weighted([(whole, 2.0)], [Scale(0.5, 0.1)]).parts[0][1]
+    expected = (brightness[:, 5] - 0.5) / 0.1
+    assert torch.allclose(scaled.at("last")(VIDEO, PROMPTS), expected)
+
+
+def test_rewards_of_images_score_the_frames_of_videos():
+    brightness = VIDEO.mean((2, 3, 4)).mean(1)
+    reward = for_videos(load("brightness"))
+    assert torch.allclose(reward(VIDEO, PROMPTS), brightness)
+    both = for_videos(Weighted({"brightness": 2.0, "flicker": 1.0}))
+    expected = 2 * brightness + load("flicker")(VIDEO, PROMPTS)
+    assert torch.allclose(both(VIDEO, PROMPTS), expected)
+    assert both.least == 2
+    held = for_videos(HeldOut("brightness"))
+    assert torch.allclose(held(VIDEO, PROMPTS), brightness)
+    assert for_videos(print) is print
+
+
+def features(images):
+    """The mean colour of an image."""
+    return images.mean((2, 3))
+
+
+def test_subject_consistency_by_hand():
+    """Red, green, red: cosines to the first frame 0 and 1, to the one before 0 and 0."""
+    red, green = torch.eye(3)[0], torch.eye(3)[1]
+    video = torch.stack([red, green, red])[None, :, :, None, None].expand(1, 3, 3, 4, 4)
+    reward = load("subject-consistency", features=features)
+    assert float(reward(video, ["x"])) == pytest.approx((0 + 0 + 1 + 0) / 4)
+    assert float(reward(video[:, :1].expand(1, 4, 3, 4, 4), ["x"])) == pytest.approx(1.0)
+    leaf = video.clone().requires_grad_()
+    reward(leaf, ["x"]).sum().backward()
+    assert bool(leaf.grad.abs().sum() > 0)
+    with pytest.raises(ValueError, match="features must be dino, clip-i, emoji-clip"):
+        load("subject-consistency", features="clip")
+    with pytest.raises(ValueError, match="needs at least 2 frames"):
+        reward(video[:, :1], ["x"])
+
+
+@pytest.mark.slow
+def test_subject_consistency_with_what_ships():
+    reward = load("subject-consistency:features=emoji-clip")
+    video = torch.rand(1, 1, 3, 64, 64, generator=RNG).expand(1, 3, 3, 64, 64)
+    assert float(reward(video, ["x"])) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_bad_videos():
     with pytest.raises(ValueError, match="needs at least 3 frames; got 2"):
         load("motion-smoothness")(VIDEO[:, :2], PROMPTS)
@@ -104,7 +160,7 @@ def test_bad_videos():
         load("flicker")(VIDEO[0, 0], PROMPTS)
     with pytest.raises(ValueError, match="2 images and 1 prompts"):
         load("flicker")(VIDEO, ["x"])
-    with pytest.raises(ValueError, match="take must be mean"):
+    with pytest.raises(ValueError, match="take must be one of mean, min"):
         load("frames", reward="brightness", take="best")
     with pytest.raises(ValueError, match="frames must be at least 1"):
         load("frames", reward="brightness", frames=0)

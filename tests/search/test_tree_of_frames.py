@@ -1,5 +1,9 @@
 """Tree-of-Frames and linear search on an autoregressive Gaussian, whose frames are numbers."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -216,6 +220,40 @@ def test_a_run_that_was_cut_goes_on_to_the_same_end(method, steps, tmp_path):
     assert rest.ledger.nfe == whole.ledger.nfe
     assert law.made == first.made
     assert [node.name for node in rest.tree.nodes] == [node.name for node in whole.tree.nodes]
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from diffalign.core import Reward
+from diffalign.testing.chain_videos import Law, numbers_of, search_chain
+
+class Made(list):
+    def extend(self, chunks):
+        for chunk in chunks:
+            self.append(chunk)
+            if len(self) == 9:  # between two batches of the second level
+                os.kill(os.getpid(), signal.SIGKILL)
+
+def near(videos, prompts):
+    return -((numbers_of(videos).sum(1) - 3.0) ** 2)
+
+search_chain("tree-of-frames", near, Law(made=Made()), batch=2, folder=Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_end(tmp_path):
+    """The process ends by a real SIGKILL in the middle of a level; the level is made again."""
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, tmp_path])
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / "state.pt").is_file()
+    whole, first = run("tree-of-frames", batch=2)
+    rest, law = run("tree-of-frames", batch=2, folder=tmp_path)
+    assert rest.lineage == whole.lineage
+    assert torch.equal(rest.tensor, whole.tensor)
+    assert rest.ledger.nfe == whole.ledger.nfe
+    assert law.made == first.made[6:]
 
 
 def test_ctrl_c_between_trees_gives_the_best():

@@ -34,7 +34,10 @@ WAYS = (
     r"backwards?|away|around|in circles|to the (?:left|right)|(?:from|to) the (?:left|right|top|"
     r"bottom)))*"
 )
-MOTION = re.compile(rf"\s+(?:that is |which is |is )?(?:{VERBS}){WAYS}(?=[\s,.]|$)", re.I)
+# behind a noun: a moving van is no van that moves
+MOTION = re.compile(
+    rf"(?<!\ba)(?<!\ban)(?<!\bthe)\s+(?:that is |which is |is )?(?:{VERBS}){WAYS}(?=[\s,.]|$)", re.I
+)
 CHANGES = re.compile(
     r"^(?P<opening>a (?:photo|video|clip) of )?(?P<thing>.+?)\s+(?:that |which )?"
     r"(?P<verb>appears|appearing|disappears|disappearing|vanishes|vanishing)"
