@@ -29,8 +29,5 @@ for name, method in methods.items():
         width=32,
     )
     print(name, result)
-    frames = result.frames
-    frames[0].save(
-        f"grow_a_video_{name}.gif", save_all=True, append_images=frames[1:], duration=125
-    )
-    frames[-1].save(f"grow_a_video_{name}.png")
+    save_gif(result.frames, f"grow_a_video_{name}.gif")
+    result.frames[-1].save(f"grow_a_video_{name}.png")
