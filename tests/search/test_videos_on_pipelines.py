@@ -82,9 +82,7 @@ def test_a_cut_run_goes_on_and_stores_beginnings_once(pipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "inner", ["linear-search:n=3", "tree-of-frames:branch=(2),keep=(1)", "best-of-n:n=2"]
-)
+@pytest.mark.parametrize("inner", ["best-of-n:n=2", "tree-of-frames:branch=(2),keep=(1)"])
 def test_drafts_of_videos(pipe, inner):
     result = run(pipe, da.DraftCommit(inner, steps=1, commits=1))
     assert result.scored == 1
@@ -134,5 +132,6 @@ def test_a_pipeline_in_one_piece_has_no_tree():
 @pytest.mark.slow
 def test_an_image_reward_scores_frames(pipe):
     result = run(pipe, "linear-search:n=2", reward="brightness", judges=("redness",))
-    assert result.score == pytest.approx(float(result.tensor[::2].mean()), abs=5e-3)
+    places = [0, 2, 5, 7, 9, 11, 14, 16]  # eight of 17 frames, evenly spread
+    assert result.score == pytest.approx(float(result.tensor[places].mean()), abs=1e-5)
     assert list(result.judges) == ["mean(redness)"]
