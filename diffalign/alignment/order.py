@@ -27,8 +27,9 @@ from diffalign.core.search import Candidate, Method
 from diffalign.core.seeds import seed_of
 from diffalign.core.types import Json, Pipeline
 from diffalign.core.values import plain
-from diffalign.rewards import HeldOut, load
+from diffalign.rewards import HeldOut
 from diffalign.rewards.video import for_videos
+from diffalign.rewards.weighted import load_sum
 from diffalign.seams.swap import original_class
 from diffalign.search.video.choice import extends
 
@@ -139,7 +140,7 @@ def method_of(method: AnyMethod) -> Method[Any]:
 
 def reward_of(reward: AnyReward) -> Reward:
     if isinstance(reward, str):
-        return load(reward)
+        return load_sum(reward)
     if not callable(reward):
         raise TypeError(
             "align(reward=...) takes a name, a reward, or a function of images and prompts; got "

@@ -32,7 +32,7 @@ def _option(help: str, *names: str) -> Any:
 
 
 Method = Annotated[str, _option("name:key=value,...; see diffalign methods.")]
-Reward = Annotated[str, _option("The score to raise.")]
+Reward = Annotated[str, _option("The score to raise; several as 2*emoji-clip+flicker.")]
 Limits = Annotated[
     str | None, _option("nfe=400,seconds=20,...: any of nfe, seconds, rewards, decodes, backward.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from diffalign.core import Reward, Stage
 from diffalign.rewards.base import BaseReward, Facts, load
+
+# "2*clip:dtype=bf16"
+TERM = re.compile(r"(?:(?P<weight>-?\d+(?:\.\d+)?)\*)?(?P<reward>[a-z][\w.-]*(?::.+)?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,22 @@ class Weighted(BaseReward):
         """The same sum of what ``change`` makes of each reward."""
         pairs = [(change(part.reward), weight) for weight, part in self._named()]
         return Weighted(pairs, [part.scale for _, part in self._named()])
+
+
+def load_sum(text: str) -> Reward:
+    """A reward by its text: ``"emoji-clip"``, or a weighted sum such as ``"2*emoji-clip+flicker"``.
+
+    Raises: ValueError as ``load`` does, and for a weight of 0.
+    """
+    items = [TERM.fullmatch(item.strip()) for item in text.split("+")]
+    terms = [match for match in items if match is not None]
+    # a plus sign may also stand in the path of an option
+    if len(terms) < len(items) or (len(terms) == 1 and terms[0]["weight"] is None):
+        return load(text)
+    weights = [float(term["weight"] or 1.0) for term in terms]
+    if 0.0 in weights:
+        raise ValueError(f"The reward {text!r} has a part of weight 0; leave the part out.")
+    return Weighted([(load(term["reward"]), weight) for term, weight in zip(terms, weights)])
 
 
 def parts_of(reward: Reward, prompt: str) -> list[tuple[float, Reward]]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffalign.rewards import Scale, Weighted
+from diffalign.rewards import Scale, Weighted, load
+from diffalign.rewards.weighted import load_sum
 
 
 class Channel:
@@ -65,3 +66,22 @@ def test_bad_input(rewards, scales, text):
 def test_a_scale_needs_scores_that_differ():
     with pytest.raises(ValueError, match="two scores that differ"):
         Scale.of(torch.tensor([1.0, 1.0]))
+
+
+def test_a_sum_as_text():
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    parts = [load(name)(images, ["x"] * 3) for name in ("brightness", "redness", "jpeg-size")]
+    reward = load_sum("2*brightness+redness + 0.5*jpeg-size:quality=80")
+    other = load("jpeg-size:quality=80")(images, ["x"] * 3)
+    expected = 2 * parts[0] + parts[1] + 0.5 * other
+    assert torch.allclose(reward(images, ["x"] * 3), expected)
+    assert torch.allclose(load_sum("-1*redness")(images, ["x"] * 3), -parts[1])
+    assert load_sum("brightness").name == "brightness"
+    for text, words in (
+        ("brightness+rednes", "Unknown reward 'rednes'"),
+        ("0*brightness+redness", "weight 0"),
+        ("brightness+2", "brightness"),
+        ("2*", "Unknown reward"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_sum(text)
