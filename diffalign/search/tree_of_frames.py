@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from diffalign.core.errors import BudgetExceeded
@@ -15,7 +16,7 @@ from diffalign.search.branching import affordable, ranked, summary
 from diffalign.search.video.choosing import Chooser, Mix, finish, prune, sums
 from diffalign.search.video.front import Front, Round, children, roots, twigs_of, valued
 from diffalign.search.video.sampler import ChunkSampler
-from diffalign.search.video.stages import Splitter, stage_at, stage_prompts
+from diffalign.search.video.stages import Splitter, splitter_of, stage_at, stage_prompts
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class TreeOfFrames(Method[Front]):
     def ends(self) -> bool:
         return self.trees is not None
 
+    @cached_property
+    def split(self) -> Splitter:
+        """The splitter as a function."""
+        return splitter_of(self.splitter)
+
     def width(self, level: int, count: int) -> int:
         """Beginnings that stay of ``count`` at a level."""
         return min(self.keep[min(level, len(self.keep) - 1)] or count, count)
@@ -99,7 +105,7 @@ class TreeOfFrames(Method[Front]):
             known = f"1 to {sampler.looks[-1]}" if sampler.looks else "none"
             return f"early={self.early} must be evaluations of the first chunk ({known} here)."
         try:
-            stage_prompts(self.splitter, problem.prompt)
+            stage_prompts(self.split, problem.prompt)
         except ValueError as error:
             return str(error)
         sizes = self.sizes(sampler.count)
@@ -107,11 +113,11 @@ class TreeOfFrames(Method[Front]):
         return _too_short(problem, sampler, levels)
 
     def init(self, problem: Problem) -> Front:
-        return Front()
+        return Front(stage_prompts(self.split, problem.prompt))
 
     def step(self, problem: Problem, state: Front) -> tuple[Front, Info]:
         count, level = problem.sampler.count, 0 if state.states is None else state.states.step
-        chooser = Chooser(problem, stage_prompts(self.splitter, problem.prompt), self.mix)
+        chooser = Chooser(problem, state.texts, self.mix)
         size = self._size(problem, state, level)
         if state.states is None:
             round_ = roots(problem, state, size or problem.room(1))

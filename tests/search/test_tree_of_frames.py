@@ -137,6 +137,17 @@ def test_every_stage_is_scored_against_its_own_text():
     ]
 
 
+def test_a_splitter_is_asked_before_the_run_and_once_in_it(tmp_path):
+    asked = []
+
+    def split(prompt):
+        asked.append(prompt)
+        return (f"{len(asked)} a", f"{len(asked)} b", f"{len(asked)} c")
+
+    run(da.TreeOfFrames(branch=(3, 2), keep=(2,), splitter=split), folder=tmp_path)
+    assert asked == ["a chain"] * 2
+
+
 def test_mixed_rewards_choose_by_rank_and_no_scale_counts():
     def first(videos, prompts):
         return numbers_of(videos)[:, 0]

@@ -91,12 +91,11 @@ def finish(chooser: Chooser, front: Front, round_: Round) -> tuple[Front, Info]:
         twigs += valued(twigs_of(round_), scores, frames)
     better = front.best is None or scores[first] > twigs[front.best].value
     winner: Candidate | None = candidates[first] if better and several else front.winner
-    return (
-        Front(
-            twigs=tuple(twigs),
-            trees=front.trees + 1,
-            winner=winner,
-            best=places[first] if better else front.best,
-        ),
-        summary(f"{len(candidates)} whole videos", scores),
+    after = Front(
+        front.texts,
+        twigs=tuple(twigs),
+        trees=front.trees + 1,
+        winner=winner,
+        best=places[first] if better else front.best,
     )
+    return after, summary(f"{len(candidates)} whole videos", scores)

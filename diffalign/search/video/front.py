@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from diffalign.core.sampler import State, join
-from diffalign.core.search import Candidate, Lineage, Move, Node, Problem, Tree
+from diffalign.core.search import Candidate, Lineage, Move, Node, Problem, Stage, Tree
 from diffalign.search.tree import thumbnail
 from diffalign.search.video.sampler import names, numbered
 
@@ -34,6 +34,8 @@ class Twig:
 class Front:
     """The videos that grow, and every twig that was made."""
 
+    # what each stage is scored against
+    texts: Mapping[Stage, str]
     # None between two trees
     states: State | None = None
     lineages: tuple[Lineage, ...] = ()

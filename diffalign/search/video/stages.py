@@ -105,9 +105,9 @@ def splitter_of(splitter: str | Splitter) -> Splitter:
     return SplitByModel(LanguageModel(splitter, option="splitter"))
 
 
-def stage_prompts(splitter: str | Splitter, prompt: str) -> dict[Stage, str]:
+def stage_prompts(splitter: Splitter, prompt: str) -> dict[Stage, str]:
     """The text of each stage. Raises: ValueError for a splitter that does not give three texts."""
-    texts = list(splitter_of(splitter)(prompt))
+    texts = list(splitter(prompt))
     if len(texts) != 3 or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(
             f"splitter must give three texts, of the first, middle and last stage of {prompt!r}; "

@@ -55,8 +55,10 @@ def test_a_language_model_splits():
 
 
 def test_stages_by_name():
-    assert stage_prompts("whole", "a dog") == dict.fromkeys(("first", "middle", "last"), "a dog")
-    assert stage_prompts("rules", "a dog running")["first"] == "a dog"
+    assert stage_prompts(splitter_of("whole"), "a dog") == dict.fromkeys(
+        ("first", "middle", "last"), "a dog"
+    )
+    assert stage_prompts(splitter_of("rules"), "a dog running")["first"] == "a dog"
     assert splitter_of(print) is print
     with pytest.raises(ValueError, match=r"three texts.* got \['a dog'\]"):
         stage_prompts(lambda prompt: [prompt], "a dog")
