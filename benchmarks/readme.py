@@ -271,6 +271,7 @@ def method_row(name: str, cls: type[Method[Any]]) -> list[str]:
     what = plain(" ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split()))
     needs = ["a sampler that draws noise"] if cls.branches else []
     needs += ["a reward with gradient"] if cls.needs_gradient else []
+    needs += ["a pipeline that goes on from a chunk"] if cls().chunks == "needs" else []
     return [
         f"[`{name}`](../{source})",
         what.partition(". ")[0].rstrip(".") + ".",

@@ -30,6 +30,10 @@ Stage = Literal["first", "middle", "last"]
 """Part of a video: what is there at first, what happens, how it ends."""
 
 
+ByChunks = Literal["never", "can", "wants", "needs"]
+"""Whether a method acts on videos that are made chunk after chunk."""
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """A random choice of one image, made when its trajectory has come to evaluation ``step``.
@@ -317,9 +321,10 @@ class Method(ABC, Generic[S]):
         self.check()
 
     @property
-    def chunks(self) -> Literal["never", "can", "wants"]:
+    def chunks(self) -> ByChunks:
         """Whether it acts on videos that are made chunk after chunk, where an evaluation of the
-        sampler is a chunk: only where the pipeline has no other way ("can"), or by choice."""
+        sampler is a chunk: where the pipeline has no other way ("can"), wherever the pipeline does
+        ("wants"), or nowhere else ("needs")."""
         return "never"
 
     def check(self) -> None:

@@ -131,12 +131,13 @@ class Flicker(VideoReward):
 
 
 class SubjectConsistency(VideoReward):
-    """Whether what a video shows stays itself: cosines of a frame's features with those of the
-    first frame and of the frame before, averaged over frames after the first.
+    """Whether what a video shows stays itself: how alike the features of its frames are.
 
-    ``features``: ``dino`` or ``clip-i``, whose network is loaded from ``source``; ``emoji-clip``,
-    which ships; or a function of images [B, 3, H, W] that gives [B, D]. A still video scores 1.
-    The measure of VBench (Huang et al. 2023, arXiv:2311.17982), where it is DINO's. Needs 2 frames.
+    It is the mean of two cosines, with the first frame and with the frame before, over the frames
+    after the first. ``features``: ``dino`` or ``clip-i``, whose network is loaded from ``source``;
+    ``emoji-clip``, which ships; or a function of images [B, 3, H, W] that gives [B, D]. A still
+    video scores 1. The measure of VBench (Huang et al. 2023, arXiv:2311.17982), where it is DINO's.
+    Needs 2 frames.
     Cost: the features of each frame.
     """
 

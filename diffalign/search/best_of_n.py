@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from diffalign.core.option import option
-from diffalign.core.search import Info, Lineage, Method, Move, Problem
+from diffalign.core.search import ByChunks, Info, Lineage, Method, Move, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class BestOfN(Method[Draws]):
     seed_level = True
 
     @property
-    def chunks(self) -> Literal["never", "can", "wants"]:
+    def chunks(self) -> ByChunks:
         return "can"
 
     @property

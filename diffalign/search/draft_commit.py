@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from diffalign.core.registry import METHODS, TECHNIQUES, written
 from diffalign.core.sampler import Clamp, Mode, State
 from diffalign.core.search import (
     Ascent,
+    ByChunks,
     Candidate,
     Info,
     Lineage,
@@ -218,7 +219,7 @@ class DraftCommit(Method[Drafts]):
         return self.method.ends
 
     @property
-    def chunks(self) -> Literal["never", "can", "wants"]:
+    def chunks(self) -> ByChunks:
         return self.method.chunks
 
     def drafts(self, problem: Problem) -> DraftProblem:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from diffalign.core.search import ByChunks
 from diffalign.search.best_of_n import BestOfN
 
 
@@ -20,5 +20,5 @@ class LinearSearch(BestOfN):
     """
 
     @property
-    def chunks(self) -> Literal["never", "can", "wants"]:
+    def chunks(self) -> ByChunks:
         return "wants"

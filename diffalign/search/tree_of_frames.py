@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 from diffalign.core.errors import BudgetExceeded
 from diffalign.core.option import option
-from diffalign.core.search import Candidate, Info, Method, Problem, Tree
+from diffalign.core.search import ByChunks, Candidate, Info, Method, Problem, Tree
 from diffalign.rewards.weighted import parts_of
 from diffalign.search.branching import affordable, ranked, summary
 from diffalign.search.video.choosing import Chooser, Mix, finish, prune, sums
@@ -70,8 +69,8 @@ class TreeOfFrames(Method[Front]):
             raise ValueError(f"TreeOfFrames(early=...) must ascend; got {self.early}.")
 
     @property
-    def chunks(self) -> Literal["never", "can", "wants"]:
-        return "wants"
+    def chunks(self) -> ByChunks:
+        return "needs"
 
     @property
     def ends(self) -> bool:
