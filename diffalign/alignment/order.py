@@ -83,6 +83,11 @@ class Order:
 
     def setting(self, prompt: str) -> Setting:
         """How the pipeline is called: chunk after chunk where method and pipeline do."""
+        if self.clip is not None and not isinstance(self.clip, Tensor):
+            raise TypeError(
+                "align(clip=...) takes frames as a tensor [F, 3, H, W] in [0, 1]; got "
+                f"{type(self.clip).__name__}."
+            )
         setting = Setting(self.pipe, prompt, self.techniques, self.call, self.kernel)
         cls, chunks = original_class(self.pipe), self.method.chunks
         can = chunks != "never" and extends(cls)
@@ -93,10 +98,11 @@ class Order:
             except UnsupportedModel:
                 pass
         if self.clip is not None and not can:
-            reason = f"{cls.__name__} does" if chunks != "never" else type(self.method).__name__
+            who = cls if chunks != "never" else type(self.method)
             raise ValueError(
-                f"clip=... needs a pipeline and a method that go on from a clip; {reason} not. Use "
-                "linear-search or tree-of-frames on such a pipeline."
+                "clip=... needs a pipeline and a method that go on from a clip; "
+                f"{who.__name__} does not. Use linear-search or tree-of-frames on a pipeline that "
+                "makes a video chunk after chunk."
             )
         return replace(setting, chunked=can, clip=self.clip)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import diffalign as da
+from diffalign.core.memory import Peak
 from diffalign.testing import tiny_inputs, tiny_pipeline
 
 NAME, PROMPT = "AnyFlowFARPipeline", "a dog moving left"
@@ -113,6 +114,11 @@ def test_what_cannot_work_is_said_before_anything_runs(pipe, options, text):
         run(pipe, "tree-of-frames", **options)
 
 
+def test_a_clip_is_a_tensor(pipe):
+    with pytest.raises(TypeError, match=r"takes frames as a tensor \[F, 3, H, W\] .* got list"):
+        run(pipe, "tree-of-frames", clip=[0.0])
+
+
 @pytest.mark.parametrize("method", ["zero-order", "beam", "dts"])
 def test_searches_of_images_refuse_a_video_by_chunks(pipe, method):
     with pytest.raises(da.UnsupportedModel):
@@ -135,3 +141,16 @@ def test_an_image_reward_scores_frames(pipe):
     places = [0, 2, 5, 7, 9, 11, 14, 16]  # eight of 17 frames, evenly spread
     assert result.score == pytest.approx(float(result.tensor[places].mean()), abs=1e-5)
     assert list(result.judges) == ["mean(redness)"]
+
+
+@pytest.mark.exhaustive
+def test_the_memory_of_a_tree_is_that_of_linear_search(pipe):
+    """Peaks of the process in equal batches, after a run that warms up."""
+    options = {"batch": 4, "height": 96, "width": 96, "reward": "redness"}
+    run(pipe, "linear-search:n=4", **options)
+    peaks = []
+    for method in ("linear-search:n=8", "tree-of-frames:branch=(8,2,1),keep=(2)"):
+        with Peak(torch.device("cpu")) as peak:
+            run(pipe, method, **options)
+        peaks.append(peak.more)
+    assert peaks[1] <= 1.3 * peaks[0]
