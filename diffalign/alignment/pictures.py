@@ -47,7 +47,8 @@ def before_after(result: Result) -> Image.Image:
         lines = [f"{line}\n{name} {value:.3f}" for line, value in zip(lines, pair)]
     columns = ("one sample", f"best of {result.ledger.nfe} NFE")
     if result.tensor.ndim == 4:
-        rows = [f"{column}\n{line}" for column, line in zip(columns, lines)]
+        heads = ("the first whole video", columns[1])
+        rows = [f"{head}\n{line}" for head, line in zip(heads, lines)]
         videos = [_row(result.first.image), _row(result.tensor)]
         return contact_sheet(videos, rows=rows, title=result.prompt)
     cells = [_cell(result.first.image, lines[0]), _cell(result.tensor, lines[1])]

@@ -284,7 +284,7 @@ def moving(result: Result) -> str:
     """The first video of a search and its result, both moving; "" for images."""
     if result.tensor.ndim != 4:
         return ""
-    videos = (("One sample", result.first.image), ("The best", result.tensor))
+    videos = (("The first whole one", result.first.image), ("The best", result.tensor))
     return "".join(
         f'<figure style="display: inline-block; margin: 0 1em 0 0"><img class="pixels" '
         f'alt="{name}" src="data:image/gif;base64,{_gif(video)}"><figcaption>{name}</figcaption>'

@@ -99,10 +99,11 @@ def tree_figure(tree: Tree, title: str = "", most: int = MOST) -> Figure:
     _draw_nodes(figure, ax, tree, places)
     _draw_images(figure, ax, tree, places)
     total = sum(node.image is not None for node in tree.nodes)
+    noun = "images" if tree.unit == "evaluations" else "branches"
     note = (
-        f"{total} images"
+        f"{total} {noun}"
         if total == len(places.leaves)
-        else f"best {len(places.leaves)} of {total} images"
+        else f"best {len(places.leaves)} of {total} {noun}"
     )
     figure.text(left, 1 - 22 / height, title or "Search tree", color=INK, fontsize=12, va="center")
     figure.text(
