@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from diffalign.alignment.driver import Drive, Status
 from diffalign.alignment.forecast import Forecast, measure
@@ -53,7 +52,6 @@ def align(
     ties: Sequence[AnyReward] = (),
     kernel: Any = None,
     batch: int | None = None,
-    clip: Tensor | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     show: Callable[[Status], None] | None = None,
@@ -70,11 +68,11 @@ def align(
     ``techniques`` act in every call. ``judges``: rewards that are reported and never optimised.
     ``ties``: rewards that settle equal scores. ``kernel``: how steps draw noise, for methods that
     branch, like ``da.Eta()``. ``batch``: images at once; four on a CPU and 16 elsewhere, halved
-    where memory ends. ``clip``: frames [F, 3, H, W] in [0, 1] that a video goes on from.
-    ``folder``: the run is saved after each step and continues from there. ``show`` is called after
-    each step, ``improved`` with each new best image, ``announce`` once, before the first run, with
-    the seconds and the memory that it will take, measured on one image. ``stop`` is asked before
-    each evaluation, and a yes ends the run as Ctrl-C does. Other keywords go to the pipeline.
+    where memory ends. ``folder``: the run is saved after each step and continues from there.
+    ``show`` is called after each step, ``improved`` with each new best image, ``announce`` once,
+    before the first run, with the seconds and the memory that it will take, measured on one image.
+    ``stop`` is asked before each evaluation, and a yes ends the run as Ctrl-C does. Other keywords
+    go to the pipeline; ``clip``, frames [F, 3, H, W] in [0, 1], is what a video goes on from.
 
     A list of prompts gives one result each, with the whole budget each. Ctrl-C returns the best.
     Cost: the budget, one call for the result's image kept back from it; one grey image is scored.
@@ -93,7 +91,6 @@ def align(
         batch=batch,
         seed=seed,
         call=call,
-        clip=clip,
         show=show,
         improved=improved,
         stop=stop,

@@ -51,10 +51,8 @@ class Order:
     kernel: Any
     batch: int | None
     seed: int
-    # further arguments of the pipeline
+    # further arguments of the pipeline, and ``clip``
     call: Mapping[str, Any]
-    # [F, 3, H, W] in [0, 1], frames that the video goes on from
-    clip: Tensor | None = None
     show: Callable[[Status], None] | None = None
     improved: Callable[[Candidate], None] | None = None
     stop: Callable[[], bool] | None = None
@@ -83,12 +81,8 @@ class Order:
 
     def setting(self, prompt: str) -> Setting:
         """How the pipeline is called: chunk after chunk where method and pipeline do."""
-        if self.clip is not None and not isinstance(self.clip, Tensor):
-            raise TypeError(
-                "align(clip=...) takes frames as a tensor [F, 3, H, W] in [0, 1]; got "
-                f"{type(self.clip).__name__}."
-            )
-        setting = Setting(self.pipe, prompt, self.techniques, self.call, self.kernel)
+        clip, arguments = self.clip, self.arguments
+        setting = Setting(self.pipe, prompt, self.techniques, arguments, self.kernel)
         cls, chunks = original_class(self.pipe), self.method.chunks
         can = chunks != "never" and extends(cls)
         if chunks == "can" and can:
@@ -97,14 +91,33 @@ class Order:
                 can = False
             except UnsupportedModel:
                 pass
-        if self.clip is not None and not can:
+        if clip is not None and not can:
             who = cls if chunks != "never" else type(self.method)
             raise ValueError(
                 "clip=... needs a pipeline and a method that go on from a clip; "
                 f"{who.__name__} does not. Use linear-search or tree-of-frames on a pipeline that "
                 "makes a video chunk after chunk."
             )
-        return replace(setting, chunked=can, clip=self.clip)
+        return replace(setting, chunked=can, clip=clip)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the pipeline alone."""
+        return {name: value for name, value in self.call.items() if name != "clip"}
+
+    @property
+    def clip(self) -> Tensor | None:
+        """Frames [F, 3, H, W] in [0, 1] that the video goes on from, None for none.
+
+        Raises: TypeError for anything else.
+        """
+        clip = self.call.get("clip")
+        if clip is not None and not isinstance(clip, Tensor):
+            raise TypeError(
+                "align(clip=...) takes frames as a tensor [F, 3, H, W] in [0, 1]; got "
+                f"{type(clip).__name__}."
+            )
+        return clip
 
     @property
     def frames(self) -> int | None:
@@ -118,7 +131,8 @@ class Order:
 
 def frames_of(cls: type, call: Mapping[str, Any]) -> int | None:
     """Frames of a pipeline's videos by its call, None for a pipeline of images; at most 16."""
-    parameter = inspect.signature(cls.__call__).parameters.get("num_frames")  # type: ignore[operator]
+    signature = inspect.signature(cls.__call__)  # type: ignore[operator]
+    parameter = signature.parameters.get("num_frames")
     if parameter is None:
         return None
     frames = call.get("num_frames") or parameter.default

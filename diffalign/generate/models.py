@@ -180,8 +180,7 @@ class Blueprint:
         return dict(inspect.signature(self.cls.__call__).parameters)  # type: ignore[operator]
 
     def _check_inputs(self, media: Media) -> None:
-        """Raise ValueError unless the pipeline makes what is wanted of prompts alone, or of prompts
-        and a clip."""
+        """Raise ValueError unless prompts, and a clip where there is one, are all it takes."""
         use = "Use diffalign.apply(pipe, ...) in Python."
         parameters = self.parameters
         videos = media != "images" and "num_frames" in parameters

@@ -148,7 +148,7 @@ class ChainOrder(Order):
     def setting(self, prompt: str) -> Setting:
         """Its call."""
         return ChainSetting(
-            self.pipe, prompt, call=self.call, chunked=True, clip=self.clip, law=self.law
+            self.pipe, prompt, call=self.arguments, chunked=True, clip=self.clip, law=self.law
         )
 
     @property
@@ -182,8 +182,7 @@ def search_chain(
         kernel=None,
         batch=batch,
         seed=seed,
-        call={},
-        clip=clip,
+        call={} if clip is None else {"clip": clip},
         show=show,
         law=law,
     )

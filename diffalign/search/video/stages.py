@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args, runtime_checkable
 
 from diffalign.core.search import Stage
 from diffalign.search.rewriters import LanguageModel, answers
 
-Splitter = Callable[[str], Sequence[str]]
-"""A prompt -> what is there at first, what happens, how it ends: three texts."""
+
+@runtime_checkable
+class Splitter(Protocol):
+    """Anything that makes three texts of a prompt: what is there at first, what happens, how it
+    ends."""
+
+    def __call__(self, prompt: str, /) -> Sequence[str]:
+        """The texts, in that order."""
+        ...
+
+
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 INSTRUCTION = """A video must show exactly this: {prompt}
