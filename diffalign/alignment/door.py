@@ -69,10 +69,10 @@ def align(
     ``ties``: rewards that settle equal scores. ``kernel``: how steps draw noise, for methods that
     branch, like ``da.Eta()``. ``batch``: images at once; four on a CPU and 16 elsewhere, halved
     where memory ends. ``folder``: the run is saved after each step and continues from there.
-    ``show`` is called after each step, ``improved`` with each new best image, ``announce`` once,
-    before the first run, with the seconds and the memory that it will take, measured on one image.
-    ``stop`` is asked before each evaluation, and a yes ends the run as Ctrl-C does. Other keywords
-    go to the pipeline; ``clip``, frames [F, 3, H, W] in [0, 1], is what a video goes on from.
+    ``show`` is called after each step, ``improved`` with each new best image, ``announce`` before
+    the first run, with its seconds and memory as one image measures them. ``stop`` is asked before
+    each evaluation, and a yes ends the run as Ctrl-C does. Other keywords go to the pipeline;
+    ``clip``, frames [F, 3, H, W] in [0, 1], is what a video goes on from.
 
     A list of prompts gives one result each, with the whole budget each. Ctrl-C returns the best.
     Cost: the budget, one call for the result's image kept back from it; one grey image is scored.

@@ -272,7 +272,7 @@ def test_a_budget_of_seconds_stops_the_search(pipe, monkeypatch):
         now[0] += 1.0
         return images.mean((1, 2, 3))
 
-    for module in ("diffalign.core.budget", "diffalign.alignment.problem"):
+    for module in ("diffalign.core.budget", "diffalign.alignment.progress"):
         monkeypatch.setattr(f"{module}.perf_counter", lambda: now[0])
     options = {"method": da.BestOfN(batch=1), "reward": slow, **CALL}
     result = da.align(pipe, PROMPT, budget=da.Budget(seconds=4.5), **options)
