@@ -72,9 +72,8 @@ def align(
     ``show`` is called after each step, ``improved`` with each new best image, ``announce`` before
     the first run, with its seconds and memory as one image measures them. ``stop`` is asked before
     each evaluation, and a yes ends the run as Ctrl-C does. Other keywords go to the pipeline;
-    ``clip``, frames [F, 3, H, W] in [0, 1], is what a video goes on from.
-
-    A list of prompts gives one result each, with the whole budget each. Ctrl-C returns the best.
+    ``clip``, frames [F, 3, H, W] in [0, 1], is what a video goes on from. Ctrl-C returns the best.
+    A list of prompts gives one result each, with the whole budget each.
     Cost: the budget, one call for the result's image kept back from it; one grey image is scored.
     Raises: ValueError before anything runs, for what cannot work; ``UnsupportedModel`` for
     pipelines whose trajectories cannot be cut.
