@@ -119,6 +119,8 @@ def folder_of_a_reader(tmp_path):
     from diffalign.testing.tiny import tiny_pipeline
 
     tiny_pipeline("StableDiffusionPipeline", text=True).save_pretrained(tmp_path / "tiny")
+    videos = tiny_pipeline("AnyFlowFARPipeline", text=True)
+    videos.save_pretrained(tmp_path / "my-videos")
     for number, prompt in enumerate(prompts()[:2]):
         samples = tmp_path / "FOLDER" / f"{number:05d}" / "samples"
         samples.mkdir(parents=True)
