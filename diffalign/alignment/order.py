@@ -25,7 +25,7 @@ from diffalign.core.registry import KERNELS, METHODS, to_config
 from diffalign.core.reward import Reward
 from diffalign.core.search import Candidate, Method
 from diffalign.core.seeds import seed_of
-from diffalign.core.types import Json, Pipeline
+from diffalign.core.types import Json, Keywords, Pipeline
 from diffalign.core.values import plain
 from diffalign.rewards import HeldOut
 from diffalign.rewards.video import for_videos
@@ -101,7 +101,7 @@ class Order:
         return replace(setting, chunked=can, clip=clip)
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Keywords:
         """Of the pipeline alone."""
         return {name: value for name, value in self.call.items() if name != "clip"}
 
@@ -129,7 +129,7 @@ class Order:
         return reward if self.frames is None else for_videos(reward)
 
 
-def frames_of(cls: type, call: Mapping[str, Any]) -> int | None:
+def frames_of(cls: type, call: Mapping[str, object]) -> int | None:
     """Frames of a pipeline's videos by its call, None for a pipeline of images; at most 16."""
     signature = inspect.signature(cls.__call__)  # type: ignore[operator]
     parameter = signature.parameters.get("num_frames")
