@@ -2,20 +2,20 @@
 
 Every way runs on the same prompts and seeds. PSNR, SSIM and the distance of emoji-clip's image
 features say how far an image is from that of the full run with the same noise; the judge says
-whether it is right. Seconds are processor seconds of one thread, per image, decoder and text
-included. Beside each way stands what fewer steps give in the same seconds, on a straight line
-between two numbers of steps; above the largest of these, what that gives. Images and figures are
-kept in ``--work`` and not made again.
+whether it is right. Seconds are processor seconds of one thread for the median image, decoder and
+text included; the ways take turns, so that other load meets all of them. Beside each way stands
+what fewer steps give in the same seconds, on a straight line between two numbers of steps; above
+the largest of these, what that gives. Images are kept in ``--work`` and not made again.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from diffalign.eval.evidence import (
     stratified,
     tag_of,
 )
+from diffalign.eval.folder import RunFolder
+from diffalign.eval.scoring import pictures_of, read_image
 from diffalign.eval.statistics import interval
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import Job
@@ -46,6 +48,8 @@ from diffalign.tasks.geneval.verdict import prompts
 
 SHARES = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 """Of the steps of a full run, for the curve of fewer steps."""
+GROUP = 6
+"""Prompts that a way makes before it is the turn of the next."""
 LARGEST = 60.0
 """PSNR of equal images in 8 bits, which have none."""
 COLUMNS = {
@@ -147,56 +151,45 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     return (alike / ((a * a + b * b + 1e-4) * (spread_x + spread_y + 9e-4))).mean((1, 2, 3))
 
 
-class Beside:
-    """Images beside those of the full run: scorers of ``measure``."""
-
-    def __init__(self, truth: Mapping[str, Tensor], features: Callable[[Tensor], Tensor]) -> None:
-        """``truth``: prompt -> 8-bit images [samples, 3, H, W]."""
-        self.truth, self.features = truth, features
-
-    def scorers(self) -> dict[str, Callable[[Tensor, Sequence[str]], Tensor]]:
-        """By the name of their figure."""
-        return {"PSNR": self.psnr, "SSIM": self.ssim, "distance": self.distance}
-
-    def of(self, texts: Sequence[str]) -> Tensor:
-        """The full run's images; a prompt's samples stand in their order."""
-        counts: Counter[str] = Counter()
-        rows = []
-        for text in texts:
-            rows.append(self.truth[text][counts[text]])
-            counts[text] += 1
-        return torch.stack(rows)
-
-    def psnr(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        return psnr(in_bytes(images), self.of(texts))
-
-    def ssim(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        return ssim(in_bytes(images), self.of(texts))
-
-    def distance(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        ours, true = (self.features(x.float() / 255) for x in (in_bytes(images), self.of(texts)))
-        return (1 - (ours * true).sum(-1)).clamp_min(0)
+def images_of(folder: Path) -> dict[str, Tensor]:
+    """Prompt -> 8-bit images [samples, 3, H, W] of a finished run."""
+    run = RunFolder.open(folder)
+    return {
+        pictures.item.prompt: torch.stack(
+            [in_bytes(read_image(folder / "images" / file)) for file in pictures.files]
+        )
+        for pictures in pictures_of(run)
+    }
 
 
-def full_run(
-    pipe: Any, ids: Sequence[int], steps: int, options: Namespace, advance: Callable[[int], None]
-) -> dict[str, Tensor]:
-    """Prompt -> 8-bit images of the full run, made once and kept."""
-    path = Path(options.work) / f"full-{steps}.pt"
-    truth: dict[str, Tensor] = torch.load(path) if path.exists() else {}
-    missing = [n for n in ids if len(truth.get(_text(n), ())) < options.samples]
-    jobs = [Job(_text(n), seed_of(n, k), "") for n in missing for k in range(options.samples)]
-    call = {"num_inference_steps": steps, "guidance_scale": options.scale}
-    for batch in samples(pipe, (), jobs, batch=options.batch, call=call, copies=options.samples):
-        for first in range(0, len(batch), options.samples):
-            group = batch[first : first + options.samples]
-            images = torch.stack([sample.image for sample in group])
-            truth[group[0].job.prompt] = in_bytes(images)
-        part = path.with_suffix(".part")
-        torch.save(truth, part)
-        os.replace(part, path)
-        advance(len(batch))
-    return truth
+def beside(
+    run: Measured,
+    images: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    features: Callable[[Tensor], Tensor],
+) -> Measured:
+    """A run whose records also say how far its images are from those of the full run.
+
+    ``images``, ``truth``: prompt -> 8-bit images [samples, 3, H, W]; ``features``: of images in
+    [0, 1], of norm 1.
+    """
+    pairs = [
+        (images[_text(n)][k], truth[_text(n)][k])
+        for n, k in ((record["prompt_id"], record["sample"]) for record in run.records)
+    ]
+    ours, true = (torch.stack(part) for part in zip(*pairs))
+    first, second = (features(x.float() / 255) for x in (ours, true))
+    figures = {
+        "PSNR": psnr(ours, true),
+        "SSIM": ssim(ours, true),
+        "distance": (1 - (first * second).sum(-1)).clamp_min(0),
+    }
+    columns = {name: values.tolist() for name, values in figures.items()}
+    records = [
+        record | {name: column[row] for name, column in columns.items()}
+        for row, record in enumerate(run.records)
+    ]
+    return replace(run, records=tuple(records))
 
 
 def _text(prompt_id: int) -> str:
@@ -214,11 +207,16 @@ def operations(pipe: Any, way: Way, prompt_id: int, scale: float) -> float:
     return float(counter.get_total_flops())
 
 
+def seconds_of(run: Measured) -> float:
+    """The median image's."""
+    return statistics.median(record["seconds"] for record in run.records)
+
+
 def in_equal_seconds(runs: Sequence[Measured], seconds: float, key: str) -> dict[int, float]:
     """Prompt -> the figure that fewer steps give in so many seconds, on straight lines; at the ends
     that of the end."""
-    order = sorted(runs, key=lambda run: run.mean("seconds"))
-    times = [run.mean("seconds") for run in order]
+    order = sorted(runs, key=lambda run: seconds_of(run))
+    times = [seconds_of(run) for run in order]
     values = [run.per_prompt(key) for run in order]
     if seconds <= times[0] or len(order) == 1:
         return values[0]
@@ -246,7 +244,7 @@ def rows_of(steps: int, runs: Mapping[Way, Measured], work: Mapping[Way, float])
     full = next(run for way, run in runs.items() if way.group == "full")
     rows: list[Row] = []
     for way, run in runs.items():
-        seconds = run.mean("seconds")
+        seconds = seconds_of(run)
         row: Row = {
             "method": way.name,
             "group": way.group,
@@ -266,6 +264,16 @@ def rows_of(steps: int, runs: Mapping[Way, Measured], work: Mapping[Way, float])
     return rows
 
 
+def groups(count: int) -> Iterator[list[int]]:
+    """``stratified(count)`` in parts of one prompt of each tag, so that all ways can run in turns
+    and a study that is stopped has the same prompts of each."""
+    before: set[int] = set()
+    for size in [*range(GROUP, count, GROUP), count]:
+        ids = stratified(size)
+        yield [n for n in ids if n not in before]
+        before.update(ids)
+
+
 def study(options: Namespace) -> None:
     """Run every way, measure and save."""
     torch.set_num_threads(1)
@@ -273,54 +281,41 @@ def study(options: Namespace) -> None:
     pipe, judge, clip = load(options.model), load(entry.judge), da.rewards.load("emoji-clip")
     options.scale = options.scale or entry.defaults["scale"]
     options.work = str(Path(options.work) / options.model)
-    options.batch = 16 // options.samples * options.samples
-    Path(options.work).mkdir(parents=True, exist_ok=True)
     ids = stratified(options.prompts)
     if len({_text(n) for n in ids}) < len(ids):
         raise SystemExit("Two of the prompts are the same text; their images cannot be told apart.")
-    rows: list[Row] = []
-    with Progress() as bar, torch.no_grad():
+    runs = [(steps, way) for steps in options.steps for way in ways(steps)]
+    with torch.no_grad(), Progress() as bar:
+        task = bar.add_task("images", total=len(runs) * len(ids) * options.samples)
+        for part in groups(options.prompts):
+            for steps, way in runs:
+                measured(pipe, judge, way, steps, part, options)
+                bar.advance(task, len(part) * options.samples)
+        rows: list[Row] = []
         for steps in options.steps:
-            task = bar.add_task(f"full run, {steps} steps", total=len(ids) * options.samples)
-            truth = full_run(pipe, ids, steps, options, lambda n, t=task: bar.advance(t, n))
-            beside = Beside(truth, clip.image_features)
-            runs: dict[Way, Measured] = {}
-            work: dict[Way, float] = {}
-            for way in ways(steps):
-                runs[way] = measured(pipe, judge, way, steps, ids, beside, options, bar)
-                work[way] = operations(pipe, way, ids[0], options.scale)
-            rows += rows_of(steps, runs, work)
+            truth = images_of(folder_of(next(ways(steps)), steps, options))
+            finished: dict[Way, Measured] = {}
+            for way in bar.track(list(ways(steps)), description=f"{steps} steps, figures"):
+                run = measured(pipe, judge, way, steps, ids, options)
+                images = images_of(folder_of(way, steps, options))
+                finished[way] = beside(run, images, truth, clip.image_features)
+            work = {way: operations(pipe, way, ids[0], options.scale) for way in finished}
+            rows += rows_of(steps, finished, work)
     units = COLUMNS | {"group": "curve of the plot"}
     facts = {"prompts": len(ids), "samples": options.samples}
     save("pruning_quality", rows, options, units, facts)
 
 
+def folder_of(way: Way, steps: int, options: Namespace) -> Path:
+    """Where the images of a way lie."""
+    return Path(options.work) / f"{steps}-{way.name.replace(' ', '-')}"
+
+
 def measured(
-    pipe: Any,
-    judge: Any,
-    way: Way,
-    steps: int,
-    ids: Sequence[int],
-    beside: Beside,
-    options: Namespace,
-    bar: Progress,
+    pipe: Any, judge: Any, way: Way, steps: int, ids: Sequence[int], options: Namespace
 ) -> Measured:
-    """Images of one way, judged and compared; finished prompts are read."""
-    total = len(ids) * options.samples
-    task = bar.add_task(f"{steps}: {way.name}", total=total)
-    folder = Path(options.work) / f"{steps}-{way.name.replace(' ', '-')}"
+    """Images of one way, judged; finished prompts are read."""
     config = Config(way.name, way.techniques, scale=options.scale, steps=way.steps)
+    folder = folder_of(way, steps, options)
     with in_place(pipe, way):
-        run = measure(
-            pipe,
-            judge,
-            config,
-            folder,
-            prompt_ids=ids,
-            samples=options.samples,
-            batch=options.batch,
-            scorers=beside.scorers(),
-            progress=lambda count: bar.advance(task, count),
-        )
-    bar.update(task, completed=total)
-    return run
+        return measure(pipe, judge, config, folder, prompt_ids=ids, samples=options.samples)
