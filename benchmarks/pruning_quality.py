@@ -2,20 +2,23 @@
 
 Every way runs on the same prompts and seeds. PSNR, SSIM and the distance of emoji-clip's image
 features say how far an image is from that of the full run with the same noise; the judge says
-whether it is right. Seconds are processor seconds of one thread for the median image, decoder and
-text included; the ways take turns, so that other load meets all of them. Beside each way stands
-what fewer steps give in the same seconds, on a straight line between two numbers of steps; above
-the largest of these, what that gives. Images are kept in ``--work`` and not made again.
+whether it is right. Seconds are processor seconds of one thread for an image, in calls of six
+prompts, decoder and text included, the median of the calls; the ways take turns, so that other load
+meets all of them. Beside each way stands what fewer steps give in the same seconds, on a straight
+line between two numbers of steps; above the largest of these, what that gives. Images are kept in
+``--work`` and not made again.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +32,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffalign as da
 from diffalign.core.technique import Technique
+from diffalign.core.types import Json
 from diffalign.embedded.load import MODELS, load
 from diffalign.eval.evidence import (
     Config,
     Measured,
     compare,
-    measure,
     seed_of,
     stratified,
     tag_of,
 )
-from diffalign.eval.folder import RunFolder
-from diffalign.eval.scoring import pictures_of, read_image
 from diffalign.eval.statistics import interval
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import Job
-from diffalign.tasks.geneval.verdict import prompts
+from diffalign.tasks.geneval.verdict import prompts, verdict
 
-SHARES = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+SHARES = (0.35, 0.5, 0.6, 0.7, 0.85)
 """Of the steps of a full run, for the curve of fewer steps."""
 GROUP = 6
-"""Prompts that a way makes before it is the turn of the next."""
+"""Prompts of a call, one of each tag."""
 LARGEST = 60.0
 """PSNR of equal images in 8 bits, which have none."""
 COLUMNS = {
@@ -151,64 +152,105 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     return (alike / ((a * a + b * b + 1e-4) * (spread_x + spread_y + 9e-4))).mean((1, 2, 3))
 
 
-def images_of(folder: Path) -> dict[str, Tensor]:
-    """Prompt -> 8-bit images [samples, 3, H, W] of a finished run."""
-    run = RunFolder.open(folder)
-    return {
-        pictures.item.prompt: torch.stack(
-            [in_bytes(read_image(folder / "images" / file)) for file in pictures.files]
-        )
-        for pictures in pictures_of(run)
-    }
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The images of one call."""
+
+    # 8 bits [B, 3, H, W]: each prompt's, one after the other
+    images: Tensor
+    # of one image
+    seconds: float
 
 
-def beside(
-    run: Measured,
-    images: Mapping[str, Tensor],
-    truth: Mapping[str, Tensor],
-    features: Callable[[Tensor], Tensor],
-) -> Measured:
-    """A run whose records also say how far its images are from those of the full run.
+def jobs_of(ids: Sequence[int], count: int) -> list[Job]:
+    """``count`` images of each prompt."""
+    return [Job(_text(n), seed_of(n, k), f"{n}-{k}") for n in ids for k in range(count)]
 
-    ``images``, ``truth``: prompt -> 8-bit images [samples, 3, H, W]; ``features``: of images in
-    [0, 1], of norm 1.
-    """
-    pairs = [
-        (images[_text(n)][k], truth[_text(n)][k])
-        for n, k in ((record["prompt_id"], record["sample"]) for record in run.records)
-    ]
-    ours, true = (torch.stack(part) for part in zip(*pairs))
-    first, second = (features(x.float() / 255) for x in (ours, true))
-    figures = {
-        "PSNR": psnr(ours, true),
-        "SSIM": ssim(ours, true),
-        "distance": (1 - (first * second).sum(-1)).clamp_min(0),
-    }
-    columns = {name: values.tolist() for name, values in figures.items()}
-    records = [
-        record | {name: column[row] for name, column in columns.items()}
-        for row, record in enumerate(run.records)
-    ]
-    return replace(run, records=tuple(records))
+
+def generated(pipe: Any, way: Way, steps: int, ids: Sequence[int], options: Namespace) -> Batch:
+    """The images of some prompts in one call; they are made once and kept."""
+    setting = f"{way} {ids} x {options.samples} at scale {options.scale}"
+    name = f"{steps}-{way.name.replace(' ', '-')}"
+    path = Path(options.work) / name / f"{'-'.join(map(str, ids))}.pt"
+    if path.exists():
+        entry = torch.load(path)
+        if entry["setting"] != setting:
+            raise SystemExit(
+                f"{path} holds {entry['setting']}; this is {setting}. Give another --work."
+            )
+        return Batch(entry["images"], entry["seconds"])
+    jobs = jobs_of(ids, options.samples)
+    call = {"num_inference_steps": way.steps, "guidance_scale": options.scale}
+    began = time.process_time()
+    with in_place(pipe, way):
+        batch = next(samples(pipe, way.techniques, jobs, batch=len(jobs), call=call))
+    seconds = (time.process_time() - began) / len(jobs)
+    images = in_bytes(torch.stack([sample.image for sample in batch]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save({"setting": setting, "images": images, "seconds": seconds}, part)
+    os.replace(part, path)
+    return Batch(images, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Judges:
+    """What looks at images."""
+
+    # detector of objects
+    judge: Any
+    # images in [0, 1] -> features of norm 1
+    features: Callable[[Tensor], Tensor]
+
+    def records(self, batch: Batch, truth: Batch, ids: Sequence[int], count: int) -> Iterator[Json]:
+        """One record for each image of a call beside the full run's."""
+        ours, true = (self.features(x.float() / 255) for x in (batch.images, truth.images))
+        columns = {
+            "PSNR": psnr(batch.images, truth.images),
+            "SSIM": ssim(batch.images, truth.images),
+            "distance": (1 - (ours * true).sum(-1)).clamp_min(0),
+        }
+        figures = {name: values.tolist() for name, values in columns.items()}
+        detections = self.judge.detect(batch.images.float() / 255)
+        for row, (n, k) in enumerate((n, k) for n in ids for k in range(count)):
+            result = verdict(prompts()[n], detections[row], self.judge.thresholds)
+            yield {
+                "prompt_id": n,
+                "sample": k,
+                "seed": seed_of(n, k),
+                "correct": result.correct,
+                "seconds": batch.seconds,
+                **{name: values[row] for name, values in figures.items()},
+            }
 
 
 def _text(prompt_id: int) -> str:
     return str(prompts()[prompt_id]["prompt"])
 
 
-def operations(pipe: Any, way: Way, prompt_id: int, scale: float) -> float:
-    """Floating point operations of one image before its decoding."""
-    job = Job(_text(prompt_id), seed_of(prompt_id, 0), "")
-    call = {"num_inference_steps": way.steps, "guidance_scale": scale, "output_type": "latent"}
-    counter = FlopCounterMode(display=False)
-    # the form of attention whose products the counter sees on a CPU
-    with in_place(pipe, way), sdpa_kernel(SDPBackend.MATH), counter:
-        next(samples(pipe, way.techniques, [job], batch=1, call=call))
-    return float(counter.get_total_flops())
+def operations(pipe: Any, way: Way, prompt_id: int, options: Namespace) -> float:
+    """Floating point operations of one image before its decoding, counted once and kept."""
+    path = Path(options.work) / "operations.json"
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    key = f"{way} of {prompt_id} at scale {options.scale}"
+    if key not in known:
+        job = Job(_text(prompt_id), seed_of(prompt_id, 0), "")
+        call = {
+            "num_inference_steps": way.steps,
+            "guidance_scale": options.scale,
+            "output_type": "latent",
+        }
+        counter = FlopCounterMode(display=False)
+        # the form of attention whose products the counter sees on a CPU
+        with in_place(pipe, way), sdpa_kernel(SDPBackend.MATH), counter:
+            next(samples(pipe, way.techniques, [job], batch=1, call=call))
+        known[key] = float(counter.get_total_flops())
+        path.write_text(json.dumps(known, indent=0))
+    return known[key]
 
 
 def seconds_of(run: Measured) -> float:
-    """The median image's."""
+    """Of the median image."""
     return statistics.median(record["seconds"] for record in run.records)
 
 
@@ -278,44 +320,35 @@ def study(options: Namespace) -> None:
     """Run every way, measure and save."""
     torch.set_num_threads(1)
     entry = MODELS[options.model]
-    pipe, judge, clip = load(options.model), load(entry.judge), da.rewards.load("emoji-clip")
+    pipe, clip = load(options.model), da.rewards.load("emoji-clip")
+    judges = Judges(load(entry.judge), clip.image_features)
     options.scale = options.scale or entry.defaults["scale"]
     options.work = str(Path(options.work) / options.model)
-    ids = stratified(options.prompts)
-    if len({_text(n) for n in ids}) < len(ids):
-        raise SystemExit("Two of the prompts are the same text; their images cannot be told apart.")
-    runs = [(steps, way) for steps in options.steps for way in ways(steps)]
+    runs: dict[tuple[int, Way], list[Json]] = {
+        (steps, way): [] for steps in options.steps for way in ways(steps)
+    }
+    work: dict[tuple[int, Way], float] = {}
     with torch.no_grad(), Progress() as bar:
-        task = bar.add_task("images", total=len(runs) * len(ids) * options.samples)
-        for part in groups(options.prompts):
-            for steps, way in runs:
-                measured(pipe, judge, way, steps, part, options)
-                bar.advance(task, len(part) * options.samples)
-        rows: list[Row] = []
-        for steps in options.steps:
-            truth = images_of(folder_of(next(ways(steps)), steps, options))
-            finished: dict[Way, Measured] = {}
-            for way in bar.track(list(ways(steps)), description=f"{steps} steps, figures"):
-                run = measured(pipe, judge, way, steps, ids, options)
-                images = images_of(folder_of(way, steps, options))
-                finished[way] = beside(run, images, truth, clip.image_features)
-            work = {way: operations(pipe, way, ids[0], options.scale) for way in finished}
-            rows += rows_of(steps, finished, work)
+        task = bar.add_task("images", total=len(runs) * options.prompts * options.samples)
+        for ids in groups(options.prompts):
+            truth: dict[int, Batch] = {}
+            for (steps, way), records in runs.items():
+                batch = generated(pipe, way, steps, ids, options)
+                full = truth.setdefault(steps, batch)  # the first way
+                records += judges.records(batch, full, ids, options.samples)
+                if (steps, way) not in work:
+                    work[steps, way] = operations(pipe, way, ids[0], options)
+                bar.advance(task, len(batch.images))
+    rows: list[Row] = []
+    for steps in options.steps:
+        finished = {
+            way: Measured(
+                Config(way.name, way.techniques, options.scale, way.steps), tuple(records)
+            )
+            for (count, way), records in runs.items()
+            if count == steps
+        }
+        rows += rows_of(steps, finished, {way: work[steps, way] for way in finished})
     units = COLUMNS | {"group": "curve of the plot"}
-    facts = {"prompts": len(ids), "samples": options.samples}
+    facts = {"prompts": options.prompts, "samples": options.samples}
     save("pruning_quality", rows, options, units, facts)
-
-
-def folder_of(way: Way, steps: int, options: Namespace) -> Path:
-    """Where the images of a way lie."""
-    return Path(options.work) / f"{steps}-{way.name.replace(' ', '-')}"
-
-
-def measured(
-    pipe: Any, judge: Any, way: Way, steps: int, ids: Sequence[int], options: Namespace
-) -> Measured:
-    """Images of one way, judged; finished prompts are read."""
-    config = Config(way.name, way.techniques, scale=options.scale, steps=way.steps)
-    folder = folder_of(way, steps, options)
-    with in_place(pipe, way):
-        return measure(pipe, judge, config, folder, prompt_ids=ids, samples=options.samples)
