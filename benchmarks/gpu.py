@@ -273,7 +273,7 @@ def step_row(model: str, what: str, compiled: bool, options: Namespace) -> Row:
 def tokens_row(model: str, layer: kernels.Layer, options: Namespace, rng: torch.Generator) -> Row:
     """Keys and values of a step that leaves tokens out, written among those of all."""
     count, dtype = max(1, int(KEEP * layer.image)), options.torch_dtype
-    shape = (2, layer.text + layer.image, layer.heads, layer.size)
+    shape = (2, layer.heads, layer.text + layer.image, layer.size)
     fresh = (2, layer.text + count, layer.heads, layer.size)
 
     def draw(*size: int) -> Tensor:

@@ -50,7 +50,7 @@ def agreements(device: torch.device, dtype: torch.dtype) -> list[Agreement]:
 # queries, keys and values of a layer that reads 77 text tokens
 KEYS = (64, 77, 77)
 # keys of 7 text and 20 image tokens, and those of a call that computes 5 of these
-BUFFER, FRESH = (2, 27, 4, 64), (2, 4, 12, 64)
+BUFFER, FRESH = (2, 4, 27, 64), (2, 4, 12, 64)
 
 
 def _bound(true: Tensor, spread: float, dtype: torch.dtype) -> float:

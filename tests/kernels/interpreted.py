@@ -239,7 +239,7 @@ def tokens_cases(rng: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str,
             k = k.transpose(1, 2).contiguous().transpose(1, 2)
             order = [torch.randperm(tokens, generator=rng)[:kept] for _ in range(batch)]
             index = torch.stack(order)
-            before = [normal(rng, batch, text + tokens, heads, size, dtype=dtype) for _ in "kv"]
+            before = [normal(rng, batch, heads, text + tokens, size, dtype=dtype) for _ in "kv"]
             ours, true = [x.clone() for x in before], [x.clone() for x in before]
             tokens_triton.write(*ours, k, v, index, text_first=text_first)
             tokens_naive.write(*true, k, v, index, text_first=text_first)
@@ -288,7 +288,7 @@ def traffic_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
         counts = traffic(partial(nag_triton.nag, pos, neg, **settings))
         yield {"name": f"traffic nag {norm}", "elements": pos.numel(), **counts}
     k, v = (normal(rng, 1, 3, 7, 40, dtype=torch.float16) for _ in range(2))
-    buffers = [torch.zeros(1, 14, 3, 40, dtype=torch.float16) for _ in range(2)]
+    buffers = [torch.zeros(1, 3, 14, 40, dtype=torch.float16) for _ in range(2)]
     index = torch.tensor([[9, 2, 4, 0]])
     counts = traffic(lambda: tokens_triton.write(*buffers, k, v, index, text_first=True))
     # words of two numbers, and the index at the image tokens

@@ -104,7 +104,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor]]]:
             )
     k = torch.randn(2, 24, 7, 64).to(BF16)
     for first in (True, False):
-        keys, values = torch.zeros(2, 2, 13, 24, 64, dtype=BF16)
+        keys, values = torch.zeros(2, 2, 24, 13, 64, dtype=BF16)
         index = torch.tensor([[1, 5, 8], [2, 3, 9]])
         yield (
             f"tokens E768 D32 text-{'first' if first else 'last'} i32 sm_90",

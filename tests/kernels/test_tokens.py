@@ -8,8 +8,8 @@ from diffalign.kernels.tokens import triton as fused
 
 
 def row(*values):
-    """[1, n, 1, 1] of a buffer."""
-    return torch.tensor(values, dtype=torch.float32)[None, :, None, None]
+    """[1, 1, n, 1] of a buffer."""
+    return torch.tensor(values, dtype=torch.float32)[None, None, :, None]
 
 
 def new(*values):
@@ -49,7 +49,7 @@ def test_what_the_kernel_does_not_take():
     assert fused.words(torch.bfloat16, 24, 64) == (768, 32)
 
 
-BUFFER, K, INDEX = torch.zeros(2, 7, 3, 8), torch.zeros(2, 3, 4, 8), torch.zeros(2, 2).long()
+BUFFER, K, INDEX = torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 4, 8), torch.zeros(2, 2).long()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ BUFFER, K, INDEX = torch.zeros(2, 7, 3, 8), torch.zeros(2, 3, 4, 8), torch.zeros
         ({"k": K[:, 1:], "v": K[:, 1:]}, ValueError, "must share B, A"),
         ({"index": INDEX[:1]}, ValueError, "must share B, A"),
         ({"index": torch.zeros(2, 5).long()}, ValueError, "must share B, A"),
-        ({"keys": BUFFER[:, :3], "values": BUFFER[:, :3]}, ValueError, "2 of 1 image tokens"),
+        ({"keys": BUFFER[:, :, :3], "values": BUFFER[:, :, :3]}, ValueError, "2 of 1 image tokens"),
         ({"v": K.double()}, TypeError, "share one dtype"),
         ({"index": INDEX.float()}, TypeError, "index be integers"),
     ],
@@ -73,7 +73,7 @@ def test_operand_errors(call, change, error, message):
 
 def test_errors_of_the_kernel_alone():
     keys, k = BUFFER.clone(), K.clone().requires_grad_()
-    wide = torch.zeros(2, 7, 3, 16)[..., :8]
+    wide = torch.zeros(2, 3, 7, 16)[..., :8]
     narrow = [x[..., :4].contiguous() for x in (BUFFER, BUFFER, K, K)]
     with pytest.raises(ValueError, match="contiguous"):
         fused.write(wide, wide, K, K, INDEX, text_first=True)

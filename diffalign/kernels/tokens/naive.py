@@ -7,15 +7,15 @@ def check(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor) -> 
     """Raise the errors that ``write`` documents; the number of text tokens."""
     if keys.ndim != 4 or k.ndim != 4 or keys.shape != values.shape or k.shape != v.shape:
         raise ValueError(
-            "tokens: keys and values must both be [B, L + N, A, D], k and v both [B, A, L + S, D]; "
+            "tokens: keys and values must both be [B, A, L + N, D], k and v both [B, A, L + S, D]; "
             f"got {[list(x.shape) for x in (keys, values, k, v)]}."
         )
-    batch, length, heads, size = keys.shape
+    batch, heads, length, size = keys.shape
     text = k.shape[2] - index.shape[-1]
     fits = (k.shape[0], k.shape[1], k.shape[3]) == (batch, heads, size)
     if not fits or tuple(index.shape) != (batch, k.shape[2] - text) or not 0 <= text <= length:
         raise ValueError(
-            "tokens: keys [B, L + N, A, D], k [B, A, L + S, D] and index [B, S] must share B, A "
+            "tokens: keys [B, A, L + N, D], k [B, A, L + S, D] and index [B, S] must share B, A "
             f"and D, with S <= N; got {[list(x.shape) for x in (keys, k, index)]}."
         )
     if length - text < index.shape[1]:
@@ -34,7 +34,7 @@ def check(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor) -> 
 def write(
     keys: Tensor, values: Tensor, k: Tensor, v: Tensor, index: Tensor, *, text_first: bool
 ) -> None:
-    """Put ``k`` and ``v`` [B, A, L + S, D] into ``keys`` and ``values`` [B, L + N, A, D].
+    """Put ``k`` and ``v`` [B, A, L + S, D] into ``keys`` and ``values`` [B, A, L + N, D].
 
     All L text tokens stand before the image tokens where ``text_first``, else behind; the S image
     tokens of row ``b`` go to the places ``index[b]`` of its N, each at most once. Other places stay
@@ -45,11 +45,11 @@ def write(
         ValueError: shapes that do not fit. TypeError: dtypes or devices that differ.
     """
     text = check(keys, values, k, v, index)
-    count, tokens = index.shape[1], keys.shape[1] - text
+    count, tokens = index.shape[1], keys.shape[2] - text
     for buffer, x in ((keys, k), (values, v)):
         for row, chosen in enumerate(index):
-            new = x[row].transpose(0, 1)  # [L + S, A, D]
+            old, new = buffer[row], x[row]
             if text_first:
-                buffer[row, :text], buffer[row, text + chosen] = new[:text], new[text:]
+                old[:, :text], old[:, text + chosen] = new[:, :text], new[:, text:]
             else:
-                buffer[row, tokens:], buffer[row, chosen] = new[count:], new[:count]
+                old[:, tokens:], old[:, chosen] = new[:, count:], new[:, :count]

@@ -34,6 +34,6 @@ def write_rows(  # type: ignore[no-untyped-def]
     head = (c // D).to(tl.int64)
     k = tl.load(K + (b * k_b + n * k_n + head * k_a) * 4 + c % D, mask=keep, other=0)
     v = tl.load(V + (b * v_b + n * v_n + head * v_a) * 4 + c % D, mask=keep, other=0)
-    row = (b * length + place) * E
-    tl.store(KEYS + row + c, k, mask=keep)
-    tl.store(VALUES + row + c, v, mask=keep)
+    to = ((b * (E // D) + head) * length + place) * D + c % D
+    tl.store(KEYS + to, k, mask=keep)
+    tl.store(VALUES + to, v, mask=keep)

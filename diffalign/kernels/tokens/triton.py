@@ -1,8 +1,7 @@
 """Keys and values of a call written into their places by one Triton kernel: each number is read
 once and written once.
 
-Eager torch needs two index copies and two copies of the text, and first makes the new keys dense
-where the heads stand before the tokens. Words of 4 bytes are moved, so one binary serves all
+Eager torch needs two indexed copies and two copies of the text. Words of 4 bytes are moved, so one binary serves all
 dtypes.
 """
 
@@ -48,7 +47,7 @@ def write(
         ``refusal``, buffers that are not contiguous, and where a gradient is needed.
     """
     text = naive.check(keys, values, k, v, index)
-    batch, length, heads, size = keys.shape
+    batch, heads, length, size = keys.shape
     if reason := refusal(keys.dtype, heads, size):
         raise ValueError(
             f"tokens: {reason}. Use diffalign.kernels.tokens.choose, which falls back to torch."

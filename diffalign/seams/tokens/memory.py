@@ -19,8 +19,8 @@ from diffalign.seams.blocks.states import BlockStates
 class Memory:
     """Rows of one kind of denoiser call; compared by identity."""
 
-    # attention layer -> keys and values of text and image [rows, L + N, A, D], in the order of the
-    # layer's sequence
+    # attention layer -> keys and values of text and image [rows, A, L + N, D], in the order of the
+    # layer's sequence; one head's lie side by side, which attention reads fastest
     keys: dict[str, Tensor]
     values: dict[str, Tensor]
     # the last prediction of each token [rows, N, p]
@@ -83,8 +83,8 @@ class TokenStates:
 
 
 def fresh(x: Tensor) -> Tensor:
-    """Keys or values [rows, A, L + N, D] as a memory keeps them: a copy [rows, L + N, A, D]."""
-    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    """Keys or values [rows, A, L + N, D] as a memory keeps them: a dense copy."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class Places:
@@ -95,31 +95,33 @@ class Places:
 
     def __init__(self, index: Tensor, tokens: int) -> None:
         self.index, self.tokens = index, tokens
-        # (length of a sequence, where its image begins) -> places in all rows, one after the other
-        self._flat: dict[tuple[int, int], Tensor] = {}
+        # (heads, where the image of a sequence begins) -> what picks its tokens in [rows, A, ...]
+        self._picks: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         # (heads, size of a head) -> what writes them
         self._writers: dict[tuple[int, int], WriteCall] = {}
 
-    def flat(self, length: int, begin: int) -> Tensor:
-        """Places [rows * S] in sequences of that length that stand one after the other."""
-        if (length, begin) not in self._flat:
-            rows = torch.arange(len(self.index), device=self.index.device)[:, None]
-            self._flat[length, begin] = (self.index + rows * length + begin).flatten()
-        return self._flat[length, begin]
+    def pick(self, heads: int, begin: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What picks [rows, A, S] from sequences [rows, A, ...] whose image begins there."""
+        if (heads, begin) not in self._picks:
+            device = self.index.device
+            rows = torch.arange(len(self.index), device=device)[:, None, None]
+            columns = torch.arange(heads, device=device)[:, None]
+            self._picks[heads, begin] = (rows, columns, self.index[:, None] + begin)
+        return self._picks[heads, begin]
 
     def written(
         self, before: Sequence[Tensor], new: Sequence[Tensor], text_first: bool, in_place: bool
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens [rows, L + N, A, D], those of this call among them.
+        """Keys and values of all tokens [rows, A, L + N, D], those of this call among them.
 
-        ``before`` [rows, any + N, A, D]: those of earlier calls; ``new`` [rows, A, L + S, D]: this
+        ``before`` [rows, A, any + N, D]: those of earlier calls; ``new`` [rows, A, L + S, D]: this
         call's; ``text_first``: the order of the sequence; ``in_place``: ``before`` may change.
         """
         if not in_place:  # gradients pass through
             keys, values = (self._joined(old, x, text_first) for old, x in zip(before, new))
             return keys, values
         text = new[0].shape[2] - self.index.shape[1]
-        if before[0].shape[1] != text + self.tokens:
+        if before[0].shape[2] != text + self.tokens:
             before = [self._with_text(old, text, text_first) for old in before]
         (keys, values), (k, v) = before, new
         self._writer(k, v)(keys, values, k, v, self.index, text_first=text_first)
@@ -135,19 +137,18 @@ class Places:
         return self._writers[size]
 
     def _parts(self, x: Tensor, text_first: bool) -> tuple[Tensor, Tensor]:
-        """The text [rows, L, A, D] and the image [rows * S, A, D] of new keys or values."""
-        x, kept = x.transpose(1, 2), self.index.shape[1]
-        text = x.shape[1] - kept
-        image = x.narrow(1, text if text_first else 0, kept).flatten(0, 1)
-        return x.narrow(1, 0 if text_first else kept, text), image
+        """The text [rows, A, L, D] and the image [rows, A, S, D] of new keys or values."""
+        computed = self.index.shape[1]
+        text = x.shape[2] - computed
+        image = x.narrow(2, text if text_first else 0, computed)
+        return x.narrow(2, 0 if text_first else computed, text), image
 
     def _joined(self, before: Tensor, x: Tensor, text_first: bool) -> Tensor:
         """Keys or values of all tokens in a tensor of their own."""
         words, image = self._parts(x, text_first)
-        old = before.narrow(1, before.shape[1] - self.tokens if text_first else 0, self.tokens)
-        new = old.flatten(0, 1).index_copy(0, self.flat(self.tokens, 0), image)
-        parts = [words, new.reshape(old.shape)]
-        return torch.cat(parts if text_first else parts[::-1], 1)
+        old = before.narrow(2, before.shape[2] - self.tokens if text_first else 0, self.tokens)
+        parts = [words, old.index_put(self.pick(x.shape[1], 0), image)]
+        return torch.cat(parts if text_first else parts[::-1], 2)
 
     def copied(
         self,
@@ -162,15 +163,15 @@ class Places:
         """``kernels.tokens.write`` for the index of these places, by copies of torch."""
         for buffer, x in ((keys, k), (values, v)):
             words, image = self._parts(x, text_first)
-            length, text = buffer.shape[1], words.shape[1]
-            flat = self.flat(length, text if text_first else 0)
-            buffer.flatten(0, 1).index_copy_(0, flat, image)
+            text = words.shape[2]
+            buffer.index_put_(self.pick(x.shape[1], text if text_first else 0), image)
             if text:
-                buffer.narrow(1, 0 if text_first else self.tokens, text).copy_(words)
+                buffer.narrow(2, 0 if text_first else self.tokens, text).copy_(words)
 
     def _with_text(self, before: Tensor, text: int, text_first: bool) -> Tensor:
         """Room for another number of text tokens; those of the image are in place."""
-        new = before.new_empty((before.shape[0], text + self.tokens, *before.shape[2:]))
-        here, there = (before.shape[1] - self.tokens, text) if text_first else (0, 0)
-        new.narrow(1, there, self.tokens).copy_(before.narrow(1, here, self.tokens))
+        rows, heads, length, size = before.shape
+        new = before.new_empty((rows, heads, text + self.tokens, size))
+        here, there = (length - self.tokens, text) if text_first else (0, 0)
+        new.narrow(2, there, self.tokens).copy_(before.narrow(2, here, self.tokens))
         return new

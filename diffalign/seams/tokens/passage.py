@@ -126,8 +126,7 @@ class Passage:
         before = (self.memory.keys[layer.name], self.memory.values[layer.name])
         written = self._places.written(before, (call.k, call.v), text_first, self.in_place)
         self.keys[layer.name], self.values[layer.name] = written
-        k, v = self.keys[layer.name].transpose(1, 2), self.values[layer.name].transpose(1, 2)
-        return replace(call, k=k, v=v, mask=self._mask(call, text_first))
+        return replace(call, k=written[0], v=written[1], mask=self._mask(call, text_first))
 
     def _mask(self, call: Arguments, text_first: bool) -> Tensor | None:
         """The mask of a call for the keys of all tokens; image keys are masked alike."""

@@ -32,10 +32,10 @@ def index(rng):
 def test_the_same_bits_as_the_plain_form(rng, index, before, text, text_first, in_place):
     """Also where the number of text tokens has changed."""
     k, v = (draw(rng, ROWS, HEADS, text + KEPT, SIZE) for _ in range(2))
-    old = [draw(rng, ROWS, before + TOKENS, HEADS, SIZE) for _ in range(2)]
-    images = [x[:, before:] if text_first else x[:, :TOKENS] for x in old]
-    empty = torch.zeros(ROWS, text, HEADS, SIZE)
-    true = [torch.cat([empty, x] if text_first else [x, empty], 1) for x in images]
+    old = [draw(rng, ROWS, HEADS, before + TOKENS, SIZE) for _ in range(2)]
+    images = [x[:, :, before:] if text_first else x[:, :, :TOKENS] for x in old]
+    empty = torch.zeros(ROWS, HEADS, text, SIZE)
+    true = [torch.cat([empty, x] if text_first else [x, empty], 2) for x in images]
     tokens.write(*true, k, v, index, text_first=text_first)
     copies = [x.clone() for x in old]
     ours = Places(index, TOKENS).written(copies, (k, v), text_first, in_place)
@@ -53,7 +53,7 @@ def test_the_chosen_kernel_runs_once_for_a_size(rng, index, monkeypatch):
     monkeypatch.setattr(memory, "choose", choose)
     places = Places(index, TOKENS)
     k = draw(rng, ROWS, HEADS, 2 + KEPT, SIZE)
-    buffers = [draw(rng, ROWS, 2 + TOKENS, HEADS, SIZE) for _ in range(2)]
+    buffers = [draw(rng, ROWS, HEADS, 2 + TOKENS, SIZE) for _ in range(2)]
     for text_first in (True, False):
         places.written(buffers, (k, k), text_first, True)
     assert (calls, choices) == ([True, False], [tuple(k.shape)])
