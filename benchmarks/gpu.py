@@ -45,7 +45,7 @@ from results import Result, Row, environment, read, write
 from torch import Tensor
 
 import diffalign as da
-from diffalign.kernels import tokens
+from diffalign.kernels import selection, tokens
 from diffalign.seams.tokens.memory import Places
 from diffalign.testing.tiny import tiny_inputs, tiny_pipeline
 
@@ -307,12 +307,44 @@ def tokens_row(model: str, layer: kernels.Layer, options: Namespace, rng: torch.
     }
 
 
+def selection_row(
+    model: str, layer: kernels.Layer, options: Namespace, rng: torch.Generator
+) -> Row:
+    """The choice of a step's tokens: ranks in regions, the first of each, and the stalest."""
+    tokens, regions, device = layer.image, 20, rng.device
+    count = max(1, int(KEEP * tokens))
+    values = torch.rand(2, tokens, generator=rng, device=device)
+    labels = torch.randint(0, regions, (2, tokens), generator=rng, device=device)
+    ages = torch.randint(0, 1 << 40, (2, tokens), generator=rng, device=device)
+
+    def chosen(form: selection.Selection) -> list[Tensor]:
+        keys = form.ranks(values, labels) * regions + labels
+        return [form.smallest(keys, count // 4), form.smallest(ages, count)]
+
+    choice = selection.choose(device, tokens)
+    forms = {"torch": selection.PLAIN}
+    forms |= {"triton": choice.call} if choice.call is not selection.PLAIN else {}
+    true = chosen(selection.PLAIN)
+    if not all(torch.equal(a, b) for a, b in zip(chosen(choice.call), true)):
+        raise SystemExit("triton is wrong: the places differ. No time is reported.")
+    timed = {name: partial(chosen, form) for name, form in forms.items()}
+    times = kernels.clocked(timed, options.runs, options.gpu)
+    return {
+        "kernel": "selection",
+        "model": model,
+        "shape": f"2 x {count} of {tokens}, {regions} regions",
+        **{f"{name} ms": value for name, value in times.items()},
+        "chosen": choice.reason,
+    }
+
+
 def kernel_row(part: str, model: str, options: Namespace) -> Row:
     """One kernel at one shape."""
     rng = torch.Generator(options.device).manual_seed(0)
     layer = kernels.LAYERS[model]
     layer = layer._replace(image=max(1, layer.image // options.share))
-    row = {"NAG": kernels.nag_row, "PLADIS": kernels.pladis_row, "tokens": tokens_row}[part]
+    rows = {"NAG": kernels.nag_row, "PLADIS": kernels.pladis_row}
+    row = (rows | {"tokens": tokens_row, "selection": selection_row})[part]
     settings = Namespace(**vars(options) | {"compile": False, "runs": options.kernel_runs})
     with torch.no_grad():
         return row(model, layer, settings, rng)
@@ -336,9 +368,9 @@ class Cell:
 
 def cells(options: Namespace) -> Iterator[Cell]:
     """Everything, the quickest first."""
-    for kernel in ("NAG", "PLADIS", "tokens"):
+    for kernel in ("NAG", "PLADIS", "tokens", "selection"):
         for model, layer in kernels.LAYERS.items():
-            if kernel != "tokens" or layer.joint:
+            if kernel in ("NAG", "PLADIS") or layer.joint:
                 yield Cell(
                     "kernels", model, kernel, 10, partial(kernel_row, kernel, model, options)
                 )

@@ -2,9 +2,10 @@
 one folder per operation.
 
 ``entmax`` sparse maps, ``nag`` the epilogue of normalised attention guidance, ``pladis``
-dense-sparse cross-attention, ``tokens`` keys and values of some tokens among those of all. Each
-folder's ``choose`` returns the callable for a call site and the reason; ``agreement`` compares what
-runs on a device with the truth. Importing this package does not import Triton.
+dense-sparse cross-attention, ``selection`` which tokens a step computes, ``tokens`` keys and values
+of some tokens among those of all. Each folder's ``choose`` returns what a call site calls and the
+reason; ``agreement`` compares what runs on a device with the truth. Importing this package does not
+import Triton.
 """
 
 from diffalign.kernels.choice import Backend, Choice

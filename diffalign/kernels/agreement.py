@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffalign.kernels import nag, pladis, tokens
+from diffalign.kernels import nag, pladis, selection, tokens
 from diffalign.kernels.pladis import naive as pladis_naive
 
 STRENGTH = 2.0
@@ -44,11 +44,14 @@ def agreements(device: torch.device, dtype: torch.dtype) -> list[Agreement]:
     nag_operands = [draw(2, 64, 640) for _ in range(2)]
     pladis_operands = [draw(2, 8, count, 64) for count in KEYS]
     tokens_operands = [draw(*shape) for shape in (BUFFER, BUFFER, FRESH, FRESH)]
-    return [_nag(*nag_operands), _pladis(*pladis_operands), _tokens(*tokens_operands)]
+    fused = [_nag(*nag_operands), _pladis(*pladis_operands), _tokens(*tokens_operands)]
+    return [*fused, _selection(torch.randint(0, 9, (2, 3, PLACES), generator=rng).to(device))]
 
 
 # queries, keys and values of a layer that reads 77 text tokens
 KEYS = (64, 77, 77)
+# tokens of an image, more than one program's, with many of equal value
+PLACES = 200
 # keys of 7 text and 20 image tokens, and those of a call that computes 5 of these
 BUFFER, FRESH = (2, 4, 27, 64), (2, 4, 12, 64)
 
@@ -84,6 +87,19 @@ def _tokens(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> Agreement:
     tokens.write(true[0], true[1], k.cpu(), v.cpu(), index.cpu(), text_first=True)
     errors = [float((a.cpu() - b).abs().max()) for a, b in zip((keys, values), true)]
     return Agreement("tokens", choice.reason, max(errors), 0.0)
+
+
+def _selection(numbers: Tensor) -> Agreement:
+    """Places of tokens: the error is how many of them differ."""
+    values, labels, keys = numbers.unbind(1)
+    choice = selection.choose(values.device, PLACES)
+    ours = (choice.call.ranks(values.float(), labels), choice.call.smallest(keys, PLACES // 3))
+    true = (
+        selection.ranks(values.float().cpu(), labels.cpu()),
+        selection.smallest(keys.cpu(), PLACES // 3),
+    )
+    errors = sum(int((a.cpu() != b).sum()) for a, b in zip(ours, true))
+    return Agreement("selection", choice.reason, float(errors), 0.0)
 
 
 def _agreement(kernel: str, reason: str, ours: Tensor, true: Tensor, spread: float) -> Agreement:

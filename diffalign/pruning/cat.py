@@ -90,12 +90,11 @@ class CAT(TokenTechnique[Movement]):
         labels, device = _given(state.labels), delta.device
         if state.rounds == 0:  # a tenth from each region until there are enough
             quotas = torch.full((self.clusters,), max(1, count // 10), device=device)
-            return choices.by_region(delta, labels, quotas, count).sort(1).values
+            return choices.by_region(delta, labels, quotas, count)
         quota = max(1, count // 20)
         factors = (3 - torch.arange(self.clusters, device=device)).clamp_min(1)
         moving = choices.by_region(delta, labels, quota * factors, count // 4)
-        stale = choices.stalest(_given(state.visits), moving, count - count // 4)
-        return torch.cat([moving, stale], 1).sort(1).values
+        return choices.with_stalest(_given(state.visits), moving, count)
 
     def observe(
         self,

@@ -8,17 +8,35 @@ import math
 import torch
 from torch import Tensor
 
+from diffalign.kernels.selection import choose
+
 STARVATION = 0.1
 """What each time that a token was left out adds to the exponent of its weight in RAS."""
+
+
+def _stride(count: int) -> int:
+    """Tokens from one name of ``spread`` to the next: the golden ratio of all."""
+    step = round(count * (math.sqrt(5) - 1) / 2)
+    while math.gcd(step, count) != 1:
+        step += 1
+    return step
 
 
 def spread(count: int, device: torch.device | None = None) -> Tensor:
     """The numbers below ``count`` in an order whose neighbours are far apart: steps of the golden
     ratio."""
-    step = round(count * (math.sqrt(5) - 1) / 2)
-    while math.gcd(step, count) != 1:
-        step += 1
-    return torch.arange(count, device=device) * step % count
+    return torch.arange(count, device=device) * _stride(count) % count
+
+
+def turns(count: int, device: torch.device | None = None) -> Tensor:
+    """The position of each number below ``count`` in ``spread``."""
+    return torch.arange(count, device=device) * pow(_stride(count), -1, count) % count
+
+
+def ordered(values: Tensor) -> Tensor:
+    """Integers of the order of ``values``, which are taken as float32; equal for equal ones."""
+    bits = (values.float() + 0.0).view(torch.int32)  # no negative zero
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
 
 def in_turn(batch: int, tokens: int, count: int, step: int, device: torch.device) -> Tensor:
@@ -35,8 +53,7 @@ def at_random(batch: int, tokens: int, count: int, step: int, device: torch.devi
 
 def largest(values: Tensor, count: int) -> Tensor:
     """The tokens with the largest of ``values`` [B, N]; of equal ones the first."""
-    order = values.argsort(dim=1, descending=True, stable=True)
-    return order[:, :count].sort(1).values
+    return choose(values.device, values.shape[1]).call.smallest(-ordered(values), count)
 
 
 def starving(prediction: Tensor, drops: Tensor, count: int) -> Tensor:
@@ -46,40 +63,30 @@ def starving(prediction: Tensor, drops: Tensor, count: int) -> Tensor:
     return largest(deviation * torch.exp(STARVATION * drops), count)
 
 
-def ranks(values: Tensor, labels: Tensor) -> Tensor:
-    """The position of each token [B, N] among those of its label, by falling value."""
-    by_value = values.argsort(dim=1, descending=True, stable=True)
-    order = by_value.gather(1, labels.gather(1, by_value).argsort(dim=1, stable=True))
-    ordered = labels.gather(1, order)
-    first = torch.searchsorted(ordered, ordered)  # where the label begins
-    positions = torch.arange(labels.shape[1], device=labels.device) - first
-    return torch.zeros_like(order).scatter(1, order, positions)
-
-
 def by_region(delta: Tensor, labels: Tensor, quotas: Tensor, count: int) -> Tensor:
-    """``count`` tokens [B, count], not sorted, region by region.
+    """``count`` tokens, region by region.
 
     Regions come by falling norm of the channel-wise largest ``delta`` [B, N, p], and give the
     tokens of their largest norms; ``quotas`` [K]: how many the first, second, ... gives before the
     others have had their turn.
     """
-    rank, regions = ranks(delta.norm(dim=-1), labels), len(quotas)
+    selection = choose(labels.device, labels.shape[1]).call
+    rank, regions = selection.ranks(delta.norm(dim=-1), labels), len(quotas)
     index = labels[..., None].expand_as(delta)
     empty = delta.new_full((len(delta), regions, delta.shape[-1]), -torch.inf)
     largest_change = empty.scatter_reduce(1, index, delta, "amax")
     sizes = torch.nn.functional.one_hot(labels, regions).sum(1)
     value = largest_change.norm(dim=-1).where(sizes > 0, -1.0)
-    turns = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # region -> its turn
-    turn = turns.gather(1, labels)
+    turn_of = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # of each region
+    turn = turn_of.gather(1, labels)
     tokens = labels.shape[1]
     late = (rank >= quotas[turn]).long()
-    key: Tensor = turn * tokens + rank + late * (regions * tokens)
-    return key.argsort(dim=1)[:, :count]
+    return selection.smallest(turn * tokens + rank + late * (regions * tokens), count)
 
 
-def stalest(visits: Tensor, taken: Tensor, count: int) -> Tensor:
-    """``count`` tokens [B, count] with the smallest ``visits`` [B, N], none of ``taken`` [B, any];
-    of equal ones those that ``spread`` names first."""
-    order = spread(visits.shape[1], visits.device)
-    ages = visits.scatter(1, taken, torch.inf)[:, order]
-    return order[ages.argsort(dim=1, stable=True)[:, :count]]
+def with_stalest(visits: Tensor, moving: Tensor, count: int) -> Tensor:
+    """``moving`` [B, any] and the tokens with the smallest ``visits`` [B, N], ``count`` of both
+    together; of equal ones those that ``spread`` names first."""
+    tokens, device = visits.shape[1], visits.device
+    ages = ordered(visits.scatter(1, moving, -torch.inf))
+    return choose(device, tokens).call.smallest(ages * tokens + turns(tokens, device), count)

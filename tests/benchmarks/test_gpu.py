@@ -33,7 +33,8 @@ def test_every_cell_is_a_row(gpu, whole):
     rows = data["rows"]
     assert (code, data["facts"]["left out"]) == (0, [])
     kernels = [row for row in rows if row["part"] == "kernels"]
-    assert [row["what"] for row in kernels] == 7 * ["NAG"] + 7 * ["PLADIS"] + 2 * ["tokens"]
+    names = 7 * ["NAG"] + 7 * ["PLADIS"] + 2 * ["tokens"] + 2 * ["selection"]
+    assert [row["what"] for row in kernels] == names
     assert all(row["chosen"].startswith("torch: cpu") for row in kernels)
     steps = {(row["model"], row["what"]): row for row in rows if row["part"] == "eager"}
     expected = [(name, w) for name, m in gpu.MODELS.items() for w in ("plain", *m.techniques)]

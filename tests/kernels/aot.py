@@ -27,6 +27,8 @@ from diffalign.kernels.layout import row_plan
 from diffalign.kernels.nag import triton as nag
 from diffalign.kernels.pladis import tiles
 from diffalign.kernels.pladis import triton as pladis
+from diffalign.kernels.selection import program as selection
+from diffalign.kernels.selection import triton as selecting
 from diffalign.kernels.tokens import triton as tokens
 from diffalign.kernels.tokens.program import write_rows
 
@@ -92,6 +94,20 @@ def jobs() -> Iterator[Job]:
                     if plan is not None and plan.shared_kb <= SHARED_KB[arch]:
                         yield from _pladis(size, tile, plan, dtype, arch)
         yield from _tokens(arch)
+        yield from _selection(arch)
+
+
+def _selection(arch: int) -> Iterator[Job]:
+    tiles = {"ROWS": selecting.ROWS, "TILE": selecting.TILE}
+    types = {"VALUES": "*fp32", "LABELS": "*i64", "OUT": "*i64"}
+    yield Job(f"selection ranks i64 sm_{arch}", selection.rank_tokens, types, tiles, 4, arch)
+    size = 1
+    while size <= selecting.MAX_TOKENS:
+        block, warps = row_plan(size)
+        types = {"KEYS": "*i64", "OUT": "*i64"}
+        name = f"selection N{block} i64 sm_{arch}"
+        yield Job(name, selection.smallest_of_row, types, {"BLOCK": block}, warps, arch)
+        size = 2 * block
 
 
 def _tokens(arch: int) -> Iterator[Job]:
@@ -185,7 +201,7 @@ def page(table: dict[str, Any]) -> str:
     worst: dict[tuple[str, ...], list[int]] = {}
     for name, values in table["configurations"].items():
         kernel, *rest, arch = name.split()
-        sizes = rest[:1] if kernel == "nag" else rest[:2]
+        sizes = rest[:1] if kernel in ("nag", "selection") else rest[:2]
         row = worst.setdefault((kernel, " ".join(sizes), arch), [0, 0, 0, 0, 1 << 30])
         row[:] = [row[0] + 1, *map(max, row[1:4], values[:3]), min(row[4], values[3])]
     lines = [
@@ -195,8 +211,8 @@ def page(table: dict[str, Any]) -> str:
         "nothing here was run on a GPU. One line",
         "holds the worst of its binaries (dtypes; with and without bias, cross and joint form, "
         "entmax and sparsemax; for NAG both norms; for tokens both orders).",
-        "E channels, D head size (of tokens in words of 4 bytes), K keys of the tile. Wide loads "
-        "are 16-byte loads from global memory in the PTX.",
+        "E channels, D head size (of tokens in words of 4 bytes), K keys of the tile, N tokens of "
+        "a row. Wide loads are 16-byte loads from global memory in the PTX.",
         "",
         "| kernel | size | target | binaries | registers | spilled bytes | shared KB | wide loads "
         "|",

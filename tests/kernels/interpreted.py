@@ -24,6 +24,8 @@ from diffalign.kernels.nag import triton as nag_triton
 from diffalign.kernels.pladis import naive as pladis_naive
 from diffalign.kernels.pladis import triton as pladis_triton
 from diffalign.kernels.pladis.scores import scores, softmax, split_mask
+from diffalign.kernels.selection import naive as selection_naive
+from diffalign.kernels.selection import triton as selection_triton
 from diffalign.kernels.tokens import naive as tokens_naive
 from diffalign.kernels.tokens import triton as tokens_triton
 
@@ -249,6 +251,31 @@ def tokens_cases(rng: torch.Generator, dtype: torch.dtype) -> Iterator[dict[str,
             yield {"name": f"{name} {dtype}", "worst": 0.0 if equal else float("inf")}
 
 
+def selection_cases(rng: torch.Generator) -> Iterator[dict[str, object]]:
+    """Fused against ``naive.py``: places, of which not one may differ."""
+
+    def draw(limit: int, *shape: int) -> Tensor:
+        return torch.randint(-limit, limit, shape, generator=rng)
+
+    for batch, tokens, limit in ((2, 300, 4), (1, 64, 1 << 40), (3, 65, 1), (1, 1, 9)):
+        # of equal values and labels many, or none
+        values, labels = draw(limit, batch, tokens).float(), draw(3, batch, tokens)
+        pairs = {"ranks": [x.ranks(values, labels) for x in (selection_triton, selection_naive)]}
+        for count in {0, tokens // 3, tokens}:
+            keys = draw(limit, tokens, batch).T * 3 - 7  # not dense, some negative
+            pairs[f"smallest {count}"] = [
+                x.smallest(keys, count) for x in (selection_triton, selection_naive)
+            ]
+        wrong = [name for name, (ours, true) in pairs.items() if not torch.equal(ours, true)]
+        for name in pairs:
+            worst = float("inf") if name in wrong else 0.0
+            yield {"name": f"selection {batch}x{tokens} {name}", "worst": worst}
+    extremes = torch.tensor([[2**63 - 1, -(2**63), 0, -1]])
+    ours = selection_triton.smallest(extremes, 2)
+    equal = ours.tolist() == [[1, 3]]
+    yield {"name": "selection extremes", "worst": 0.0 if equal else float("inf")}
+
+
 def traffic(run: Callable[[], Tensor]) -> dict[str, int]:
     """Elements that ``run`` loads and stores through the interpreter, and how many different
     addresses they are."""
@@ -308,6 +335,6 @@ if __name__ == "__main__":
     rng = torch.Generator().manual_seed(0)
     dtype = {"float32": torch.float32, "float16": torch.float16}[sys.argv[1]]
     kernels = (nag_cases(rng, dtype), pladis_cases(rng, dtype), tokens_cases(rng, dtype))
-    for cases in (*kernels, traffic_cases(rng)):
+    for cases in (*kernels, selection_cases(rng), traffic_cases(rng)):
         for case in cases:
             print(json.dumps(case), flush=True)

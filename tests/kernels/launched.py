@@ -24,6 +24,7 @@ from triton.runtime import driver, jit
 from diffalign.kernels.nag import triton as nag
 from diffalign.kernels.pladis import joint
 from diffalign.kernels.pladis import triton as pladis
+from diffalign.kernels.selection import triton as selection
 from diffalign.kernels.tokens import triton as tokens
 
 BF16 = torch.bfloat16
@@ -112,6 +113,9 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor]]]:
                 a, b, k, k.clone(), i, text_first=f
             ),
         )
+    labels = torch.arange(600).reshape(2, 300) % 7
+    yield "selection ranks i64 sm_90", lambda: selection.ranks(labels.float(), labels)
+    yield "selection N512 i64 sm_90", lambda: selection.smallest(labels, 90)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ SAMPLE = (
     "pladis D160 K128 entmax bf16 sm_90",
     "tokens E576 D36 text-first i32 sm_80",
     "tokens E1536 D64 text-last i32 sm_90",
+    "selection ranks i64 sm_90",
+    "selection N4096 i64 sm_80",
 )
 
 
@@ -66,8 +68,9 @@ def hold(name: str, values: list[int]) -> None:
     registers, spilled, shared, wide = values
     assert spilled == 0, name
     assert 0 < registers <= 255, name
-    assert wide >= 2, name
     kernel, *sizes, arch = name.split()
+    # a choice reads a few kilobytes, at any number of tokens
+    assert wide >= 2 or kernel == "selection", name
     promised = {"sm_80": 163, "sm_90": 227}[arch]
     if kernel == "pladis":
         plan = tiles.plan(int(sizes[0][1:]), int(sizes[1][1:]))
@@ -111,7 +114,7 @@ def test_a_real_call_launches_what_was_compiled_ahead_of_time():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 16
+    assert len(cases) == 18
     for case in cases:
         assert case["same"], case
         assert case["guarded"], case

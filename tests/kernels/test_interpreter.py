@@ -22,7 +22,9 @@ def cases(request) -> dict[str, dict]:
     return {case["name"]: case for case in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize(("kernel", "count"), [("nag", 12), ("pladis", 51), ("tokens", 8)])
+@pytest.mark.parametrize(
+    ("kernel", "count"), [("nag", 12), ("pladis", 51), ("tokens", 8), ("selection", 16)]
+)
 def test_error_stays_within_the_derived_bound(cases, kernel, count):
     """``worst`` is the largest ratio of error to bound over a case's elements; the bounds are
     derived in ``interpreted.py``."""

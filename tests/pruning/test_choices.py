@@ -21,23 +21,27 @@ def test_the_largest_by_hand():
     assert choices.largest(values, 2).tolist() == [[2, 4], [0, 1]]
 
 
-def test_ranks_by_hand():
-    """Label 7's tokens 0, 2, 3 have values 1, 5, 3; label 2's tokens 1, 4 have 9, 9."""
-    values = torch.tensor([[1.0, 9.0, 5.0, 3.0, 9.0]])
-    labels = torch.tensor([[7, 2, 7, 7, 2]])
-    assert choices.ranks(values, labels).tolist() == [[2, 0, 0, 1, 1]]
-
-
 def test_the_stalest_by_hand():
     """Of five tokens in steps of three: 0, 3, 1, 4, 2."""
     assert choices.spread(5).tolist() == [0, 3, 1, 4, 2]
     visits = torch.tensor([[0.5, 0.0, 1.0, 0.0, 0.0]])
-    assert choices.stalest(visits, torch.tensor([[4]]), 2).tolist() == [[3, 1]]
+    assert choices.with_stalest(visits, torch.tensor([[4]]), 2).tolist() == [[3, 4]]
+    assert choices.with_stalest(visits, torch.tensor([[2, 4]]), 4).tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
 def test_spread_names_every_token_once(count):
-    assert sorted(choices.spread(count).tolist()) == list(range(count))
+    order = choices.spread(count)
+    assert sorted(order.tolist()) == list(range(count))
+    assert choices.turns(count)[order].tolist() == list(range(count))
+
+
+def test_integers_in_the_order_of_numbers():
+    values = torch.tensor([-torch.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 1.0, 1.0, torch.inf])
+    integers = choices.ordered(values)
+    signs = values.sign()[3:5].tolist()
+    assert signs == [0.0, 0.0]
+    assert integers.diff().sign().tolist() == [1, 1, 1, 0, 1, 1, 0, 1]
 
 
 def by_region_slowly(delta, labels, quotas, count):
@@ -61,7 +65,7 @@ def test_by_region_is_the_procedure(count):
     labels = torch.randint(0, 5, (3, 60), generator=torch.Generator().manual_seed(1))  # 5 is empty
     fast = choices.by_region(delta, labels, quotas, count)
     slow = [by_region_slowly(d, x, quotas.tolist(), count) for d, x in zip(delta, labels)]
-    assert fast.tolist() == slow
+    assert fast.tolist() == [sorted(tokens) for tokens in slow]
 
 
 def test_names_of_regions_do_not_matter():

@@ -1,8 +1,8 @@
 """Keys and values of a call written into their places by one Triton kernel: each number is read
 once and written once.
 
-Eager torch needs two indexed copies and two copies of the text. Words of 4 bytes are moved, so one binary serves all
-dtypes.
+Eager torch needs two indexed copies and two copies of the text. Words of 4 bytes are moved, so one
+binary serves all dtypes.
 """
 
 import torch
