@@ -163,10 +163,12 @@ def nag_cost(result: Result) -> str:
 def pruning(result: Result) -> str:
     return page(
         result,
-        f"A step that leaves image tokens out, {result.facts['blocks']} blocks, one row",
-        "Random weights at the true width: time alone. Fewer steps take as long as CAT where the "
-        "columns `run of ...` say so; which of the two is nearer to the full run is not measured "
-        "here.",
+        "A step that leaves image tokens out, one row",
+        f"Random weights at the true width: time alone, measured with {result.facts['blocks']} "
+        "blocks, of which the first stands for all that are missing; steps with all tokens and "
+        "with some took turns. Fewer steps take as long as CAT where the columns `run of ...` say "
+        "so; which of the two is nearer to the full run stands in [another "
+        "table](pruning_quality.md).",
     )
 
 

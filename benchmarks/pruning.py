@@ -6,10 +6,13 @@ the count of operations, and beside fewer steps of the same length.
     python benchmarks/pruning.py --caches [--rounds 2] [--sides 32 64]
 
 Stable Diffusion 3 medium and PixArt-Sigma at their true width and heads, with few blocks and random
-weights, and one row: what is timed does not depend on the weights. With ``--model`` what is lost is
-measured on a trained model, beside fewer steps, cache-dit and AdaptiveGuidance, in hours that can
-be interrupted (pruning_quality.py); with ``--caches`` time alone, beside the step caches of
-diffusers, on a small network of Flux's form (pruning_caches.py).
+weights, and one row: what is timed does not depend on the weights. Each block that is missing is
+counted as long as the first one takes, so that what stands around the blocks has the share that it
+has in the whole model. Steps with all tokens and with some take turns.
+
+With ``--model`` what is lost is measured on a trained model, beside fewer steps, cache-dit and
+AdaptiveGuidance, in hours that can be interrupted (pruning_quality.py); with ``--caches`` time
+alone, beside the step caches of diffusers, on a small network of Flux's form (pruning_caches.py).
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from __future__ import annotations
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +46,10 @@ from diffalign.testing.tiny.parts import image_vae
 
 COLUMNS = {
     "tokens": "image tokens",
-    "full_s": "processor seconds of a step with all tokens, median",
-    "pruned_s": "processor seconds of a step that leaves tokens out, median",
-    "speedup": "full_s / pruned_s",
-    "bound": "the same ratio of operations",
+    "full_s": "processor seconds of a step of the whole model with all tokens, median of rounds",
+    "pruned_s": "those of a step that leaves tokens out",
+    "speedup": "full_s / pruned_s, median of rounds",
+    "bound": "the same ratio of operations, by the formula of CAT's documentation",
     "of bound": "speedup / bound",
     "choice_ms": "milliseconds of choosing the tokens of a step",
     "choice share": "of pruned_s",
@@ -69,6 +73,15 @@ class Model:
     blocks: int
     width: int
     text: int
+    # whether text and image are in one softmax
+    joint: bool
+
+    def operations(self, tokens: int, computed: int) -> float:
+        """Of a block that computes so many of the image's tokens."""
+        c, n, s, t = self.width, tokens, computed, self.text
+        if self.joint:
+            return 24 * c * c * (s + t) + 4 * c * (s + t) * (n + t)
+        return 28 * c * c * s + 4 * c * c * t + 4 * c * s * (n + t)
 
 
 def sd3(side: int, blocks: int) -> tuple[Any, dict[str, Any]]:
@@ -127,15 +140,19 @@ def sigma(side: int, blocks: int) -> tuple[Any, dict[str, Any]]:
 
 
 MODELS: Mapping[str, Model] = {
-    "SD3 medium": Model(sd3, 24, 1536, 333),
-    "PixArt-Sigma": Model(sigma, 28, 1152, 300),
+    "SD3 medium": Model(sd3, 24, 1536, 333, True),
+    "PixArt-Sigma": Model(sigma, 28, 1152, 300, False),
 }
 
 
-def step_seconds(
-    pipe: Any, call: dict[str, Any], technique: Any, steps: int
-) -> tuple[list[float], Any]:
-    """Seconds of each denoiser call of one run, and the report."""
+STEPS, FULL, PRUNED = 5, 1, 3
+"""Steps of a run, the one with all tokens that counts, and the first that leaves some out: step 0
+warms up, and the one before keeps keys and values."""
+
+
+@contextmanager
+def timed(module: torch.nn.Module) -> Iterator[list[float]]:
+    """Processor seconds of each call of a module."""
     times: list[float] = []
 
     def begin(module: object, args: object, kwargs: object) -> None:
@@ -145,16 +162,28 @@ def step_seconds(
         times[-1] += time.process_time()
 
     handles = [
-        pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True),
-        pipe.transformer.register_forward_hook(end),
+        module.register_forward_pre_hook(begin, with_kwargs=True),
+        module.register_forward_hook(end),
     ]
     try:
-        with da.apply(pipe, technique) as session:
-            pipe(**call, num_inference_steps=steps, output_type="latent")
+        yield times
     finally:
         for handle in handles:
             handle.remove()
-    return times, session.report()
+
+
+def step_seconds(
+    pipe: Any, call: dict[str, Any], technique: Any, blocks: int
+) -> tuple[list[float], Any]:
+    """Seconds of each denoiser call of one run as of ``blocks`` blocks, and the report."""
+    missing = blocks - len(pipe.transformer.transformer_blocks)
+    with (
+        timed(pipe.transformer) as whole,
+        timed(pipe.transformer.transformer_blocks[0]) as first,
+        da.apply(pipe, technique) as session,
+    ):
+        pipe(**call, num_inference_steps=STEPS, output_type="latent")
+    return [a + missing * b for a, b in zip(whole, first, strict=True)], session.report()
 
 
 def choosing(technique: Any, side: int, channels: int, rounds: int) -> float:
@@ -179,18 +208,20 @@ def row(name: str, side: int, keep: float, options: Namespace) -> Row:
     pipe.set_progress_bar_config(disable=True)
     call |= {"height": 4 * side, "width": 4 * side}  # the VAE halves each side
     call["generator"] = torch.Generator().manual_seed(0)
-    technique = da.CAT(keep, start=3)
-    seconds, report = step_seconds(pipe, call, technique, 4 + options.rounds)
-    # the first call warms up, the third keeps keys and values
-    full, pruned = seconds[1], statistics.median(seconds[3:])
+    technique = da.CAT(keep, start=PRUNED)
+    pairs = []
+    for _ in range(options.rounds):
+        seconds, report = step_seconds(pipe, call, technique, model.blocks)
+        pairs.append((seconds[FULL], statistics.mean(seconds[PRUNED:])))
+    full, pruned = (statistics.median(column) for column in zip(*pairs))
     facts = report.pruning["CAT"]
     tokens, computed = int(facts["tokens"]), int(facts["computed"])
     assert tokens == side * side
-    bound = facts["operations_of_all"] / len(seconds) / _pruned_operations(facts, len(seconds))
+    bound = model.operations(tokens, tokens) / model.operations(tokens, computed)
     channels = pipe.transformer.proj_out.out_features
     choice = choosing(technique, side, channels, max(3, options.rounds))
-    share = pruned / full
-    length = tokens + (model.text if name == "SD3 medium" else 0)
+    share = statistics.median(b / a for a, b in pairs)
+    length = tokens + model.text * model.joint
     return {
         "method": f"{name}, keep {keep:g}",
         "tokens": tokens,
@@ -206,12 +237,6 @@ def row(name: str, side: int, keep: float, options: Namespace) -> Row:
         "cache MiB": 2 * 2 * model.blocks * length * model.width / 2**20,
         "computed": computed,
     }
-
-
-def _pruned_operations(facts: Mapping[str, float], steps: int) -> float:
-    """Operations of one step that leaves tokens out."""
-    full = facts["operations_of_all"] / steps
-    return (facts["operations"] - full * (steps - facts["steps"])) / facts["steps"]
 
 
 def main() -> None:
