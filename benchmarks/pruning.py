@@ -2,7 +2,7 @@
 the count of operations, and beside fewer steps of the same length.
 
     python benchmarks/pruning.py [--rounds 2] [--blocks 2] [--output benchmarks/results]
-    python benchmarks/pruning.py --model emoji-dit [--prompts 60] [--samples 2] [--steps 28 50]
+    python benchmarks/pruning.py --model emoji-dit [--prompts 48] [--samples 1] [--steps 28 50]
     python benchmarks/pruning.py --caches [--rounds 2] [--sides 32 64]
 
 Stable Diffusion 3 medium and PixArt-Sigma at their true width and heads, with few blocks and random
@@ -245,14 +245,18 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--caches", action="store_true", help="beside the caches of diffusers")
     parser.add_argument("--model", choices=["emoji-dit"], help="measure what is lost on it")
-    parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     parser.add_argument("--scale", type=float, help="the model's own if left out")
     parser.add_argument("--work", default="runs/pruning")
     options = parser.parse_args()
-    if not (1 <= options.samples <= 16 and options.prompts >= 6 and options.rounds >= 1):
-        parser.error("--samples is 1 to 16, --prompts at least 6 and --rounds at least 1.")
+    if not (1 <= options.samples <= 16 and options.prompts >= 12 and options.rounds >= 1):
+        parser.error(
+            "--samples is 1 to 16, --prompts at least 12, two of each tag, and --rounds at least 1."
+        )
+    if options.blocks < 2 or min(options.steps) < 10:
+        parser.error("--blocks is at least 2, and --steps at least 10: CAT begins at step 8.")
     if options.model or options.caches:
         (pruning_quality if options.model else pruning_caches).study(options)
         return

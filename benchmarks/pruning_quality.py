@@ -322,7 +322,7 @@ def study(options: Namespace) -> None:
     entry = MODELS[options.model]
     pipe, clip = load(options.model), da.rewards.load("emoji-clip")
     judges = Judges(load(entry.judge), clip.image_features)
-    options.scale = options.scale or entry.defaults["scale"]
+    options.scale = entry.defaults["scale"] if options.scale is None else options.scale
     options.work = str(Path(options.work) / options.model)
     runs: dict[tuple[int, Way], list[Json]] = {
         (steps, way): [] for steps in options.steps for way in ways(steps)

@@ -2,7 +2,7 @@
 with what."""
 
 from argparse import Namespace
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,19 +120,43 @@ def test_ways(quality):
     assert ["adaptive-guidance", "cat"] in [sorted(t.split(":")[0] for t in text) for text in texts]
 
 
-def test_images_beside_those_of_the_same_prompt_and_sample(quality):
-    truth = {name: torch.full((2, 3, 12, 12), 0, dtype=torch.uint8) for name in "ab"}
-    truth["a"][1], truth["b"][0] = 100, 200
-    beside = quality.Beside(
-        truth, lambda x: torch.nn.functional.normalize(x.flatten(1) + 1, dim=-1)
+class Judge:
+    """Finds one object in bright images and nothing in dark ones."""
+
+    thresholds = None
+
+    def detect(self, images):
+        return [float(x.mean()) > 0.5 for x in images]
+
+
+def test_a_record_for_each_image(quality, monkeypatch):
+    """Two prompts with two images each, of which the second prompt's second differs."""
+    monkeypatch.setattr(
+        quality, "verdict", lambda item, bright, limits: SimpleNamespace(correct=bright)
     )
-    order = ["b", "b", "a", "a"]
-    assert [int(x[0, 0, 0]) for x in beside.of(order)] == [200, 0, 0, 100]
-    same = beside.of(order).float() / 255
-    scores = {name: scorer(same, order) for name, scorer in beside.scorers().items()}
-    assert scores["PSNR"].tolist() == [60.0] * 4
-    assert scores["distance"].tolist() == pytest.approx([0.0] * 4, abs=1e-6)
-    assert float(beside.psnr(same.roll(1, 0), order)[0]) < 60
+    images = torch.full((4, 3, 12, 12), 200, dtype=torch.uint8)
+    ours = images.clone()
+    ours[3] = 0
+    judges = quality.Judges(
+        Judge(), lambda x: torch.nn.functional.normalize(x.flatten(1) + 1, dim=-1)
+    )
+    batches = [quality.Batch(x, 2.5) for x in (ours, images)]
+    records = list(judges.records(*batches, [7, 5], 2))
+    assert [(r["prompt_id"], r["sample"]) for r in records] == [(7, 0), (7, 1), (5, 0), (5, 1)]
+    assert [r["seed"] for r in records] == [quality.seed_of(n, k) for n in (7, 5) for k in (0, 1)]
+    assert [r["correct"] for r in records] == [True, True, True, False]
+    assert [r["PSNR"] for r in records[:3]] == [60.0] * 3
+    assert records[3]["PSNR"] == pytest.approx(20 * np.log10(255 / 200))
+    assert records[3]["SSIM"] < records[2]["SSIM"] == pytest.approx(1.0)
+    assert {r["seconds"] for r in records} == {2.5}
+
+
+@pytest.mark.parametrize("count", [6, 12, 20])
+def test_groups_have_a_prompt_of_each_tag(quality, count):
+    parts = list(quality.groups(count))
+    assert sorted(n for part in parts for n in part) == quality.stratified(count)
+    assert all(len({quality.tag_of(n) for n in part}) == len(part) for part in parts)
+    assert [len(part) for part in parts[:-1]] == [6] * (len(parts) - 1)
 
 
 @pytest.fixture(scope="module")
@@ -140,26 +164,35 @@ def pipe():
     return load("emoji-dit")
 
 
-def test_the_full_run_is_made_once(quality, pipe, tmp_path):
-    options = Namespace(work=str(tmp_path), samples=2, batch=4, scale=3.0)
-    counts = []
-    truth = quality.full_run(pipe, [0, 5], 2, options, counts.append)
-    assert (sum(counts), len(truth)) == (4, 2)
-    assert all(images.shape[0] == 2 for images in truth.values())
-    again = quality.full_run(pipe, [0, 5], 2, options, counts.append)
-    assert sum(counts) == 4
-    assert all(torch.equal(again[name], truth[name]) for name in truth)
-    assert len(quality.full_run(pipe, [0, 5, 7], 2, options, counts.append)) == 3
-    assert sum(counts) == 6
-    assert [path.name for path in Path(tmp_path).iterdir()] == ["full-2.pt"]
+def settings(folder, **more):
+    return Namespace(**{"work": str(folder), "samples": 2, "scale": 3.0, **more})
+
+
+def test_images_are_made_once(quality, pipe, tmp_path):
+    way, options = quality.Way("full", "2 steps", 2), settings(tmp_path)
+    first = quality.generated(pipe, way, 28, [0, 5], options)
+    assert first.images.shape == (4, 3, 128, 128)
+    assert first.images.dtype == torch.uint8
+    assert first.seconds > 0
+    again = quality.generated(None, way, 28, [0, 5], options)
+    assert torch.equal(again.images, first.images)
+    assert again.seconds == first.seconds
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["0-5.pt"]
+    with pytest.raises(SystemExit, match="Give another --work"):
+        quality.generated(None, way, 28, [0, 5], settings(tmp_path, scale=2.0))
 
 
 @pytest.mark.slow
-def test_operations_are_counted(quality, pipe):
-    full = quality.operations(pipe, quality.Way("full", "4 steps", 4), 0, 3.0)
-    pruned = quality.Way("CAT", "", 4, (da.CAT(0.3, start=2),))
-    fewer = quality.operations(pipe, quality.Way("fewer steps", "2 steps", 2), 0, 3.0)
-    assert fewer < quality.operations(pipe, pruned, 0, 3.0) < full
+def test_operations_are_counted_once(quality, pipe, tmp_path):
+    options = settings(tmp_path)
+    ways = [
+        quality.Way("full", "4 steps", 4),
+        quality.Way("CAT", "CAT", 4, (da.CAT(0.3, start=2),)),
+        quality.Way("fewer steps", "2 steps", 2),
+    ]
+    full, pruned, fewer = (quality.operations(pipe, way, 0, options) for way in ways)
+    assert fewer < pruned < full
+    assert quality.operations(None, ways[1], 0, options) == pruned
 
 
 @pytest.mark.slow
@@ -184,7 +217,15 @@ def test_beside_the_caches_of_diffusers(benchmark_module, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--samples", "0"], ["--prompts", "5"], ["--rounds", "0"], ["--model", "emoji"]]
+    "arguments",
+    [
+        ["--samples", "0"],
+        ["--prompts", "11"],
+        ["--rounds", "0"],
+        ["--blocks", "1"],
+        ["--steps", "28", "9"],
+        ["--model", "emoji"],
+    ],
 )
 def test_bad_input(benchmark_module, capsys, monkeypatch, arguments):
     monkeypatch.setattr("sys.argv", ["pruning.py", *arguments])
