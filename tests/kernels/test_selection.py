@@ -52,9 +52,9 @@ def test_choice_on_a_cpu():
 def test_what_the_kernels_do_not_take():
     assert fused.refusal(fused.MAX_TOKENS) is None
     many = torch.zeros(1, fused.MAX_TOKENS + 1)
-    with pytest.raises(ValueError, match=r"16385 tokens .* falls back"):
+    with pytest.raises(ValueError, match=r"8193 tokens .* falls back"):
         fused.ranks(many, many.long())
-    with pytest.raises(ValueError, match=r"16385 tokens .* falls back"):
+    with pytest.raises(ValueError, match=r"8193 tokens .* falls back"):
         fused.smallest(many.long(), 3)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.kernels.layout import row_plan
 from diffalign.kernels.selection import naive
 
-MAX_TOKENS = 16384  # the keys of a row fit the registers of 16 warps
+MAX_TOKENS = 8192  # the keys of a row fit the registers of 16 warps; 16,384 spill
 ROWS = TILE = 64
 """Tokens of a program, and of one of its comparisons."""
 
