@@ -118,6 +118,25 @@ def pladis(result: Result) -> str:
     )
 
 
+def pruning(result: Result) -> str:
+    """Whether CAT is worth its time beside fewer steps, and whether its choice of tokens is."""
+    sentences = []
+    for steps in dict.fromkeys(row["steps"] for row in result.rows):
+        rows = [result.row(name, steps=steps) for name in ("CAT 0.3", "round-robin 0.3")]
+        parts = []
+        for row in rows:
+            near: Estimate = row["PSNR vs fewer steps"]
+            right: Estimate = row["judge vs fewer steps"]
+            word = "nearer to" if near.low > 0.0 else "not nearer to"
+            word = "farther from" if near.high < 0.0 else word
+            parts.append(
+                f"{row['method']} is {word} the full run ({near:+.1f} dB), right images "
+                f"{right:+.2f}"
+            )
+        sentences.append(f"Beside fewer of {steps} steps in equal seconds: {'; '.join(parts)}.")
+    return " ".join(sentences)
+
+
 def bar_held(row: Row) -> str:
     """Whether a technique stays within its bar for time."""
     return "–" if row["bar"] is None else "yes" if row["ratio"] <= row["bar"] else "no"

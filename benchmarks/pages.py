@@ -178,6 +178,7 @@ def pruning_quality(result: Result) -> str:
         result,
         f"Time saved and what is lost on {options['model']}: {facts['prompts']} GenEval prompts x "
         f"{facts['samples']} seeds, CFG {options['scale']:g}",
+        advice.pruning(result),
         "Each way beside fewer steps that take as many seconds, on the same prompts and seeds.",
         "![Quality against seconds](pruning-quality.png)",
     )

@@ -21,6 +21,7 @@ CHARTS = {
     "adaptive": ("adaptive.png", "Score against cost"),
     "dynamic": ("dynamic.png", "Weights that were chosen, by step"),
     "negation": ("negation-images.png", "The same noise under four ways to negate"),
+    "pruning_quality": ("pruning-quality.png", "Quality against seconds"),
 }
 """Result -> a chart of it, and what it shows."""
 
@@ -150,7 +151,7 @@ def measured(name: str) -> Iterator[str]:
 
 def sections(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Result -> paragraphs about a technique."""
-    for key in ("guidance", "adaptive", "dynamic", "negation", "pladis", "pruning"):
+    for key in READERS:
         if not (folder / f"{key}.json").exists():
             continue
         lines = list(READERS[key](name, read(key, folder)))
@@ -233,6 +234,11 @@ def pruning(name: str, result: Result) -> Iterator[str]:
     )
 
 
+def pruning_quality(name: str, result: Result) -> Iterator[str]:
+    if name == "cat":
+        yield f"**On `{model_of(result)}`.** {advice.pruning(result)}"
+
+
 READERS = {
     "guidance": guidance,
     "adaptive": adaptive,
@@ -240,6 +246,7 @@ READERS = {
     "negation": negation,
     "pladis": pladis,
     "pruning": pruning,
+    "pruning_quality": pruning_quality,
 }
 """Result -> what it says of a technique."""
 

@@ -120,6 +120,29 @@ def test_ways(quality):
     assert ["adaptive-guidance", "cat"] in [sorted(t.split(":")[0] for t in text) for text in texts]
 
 
+def test_what_a_reader_can_do_with_it(quality):
+    import advice
+    import results
+
+    def row(name, *psnr):
+        right = results.Estimate(0.0, -0.1, 0.1, 6)
+        return {
+            "method": name,
+            "steps": 28,
+            "PSNR vs fewer steps": results.Estimate(*psnr, 6),
+            "judge vs fewer steps": right,
+        }
+
+    rows = [row("CAT 0.3", 2.0, 1.0, 3.0), row("round-robin 0.3", -2.0, -3.0, -1.0)]
+    assert advice.pruning(results.Result(rows, {})) == (
+        "Beside fewer of 28 steps in equal seconds: CAT 0.3 is nearer to the full run (+2.0 [+1.0, "
+        "+3.0] dB), right images +0.00 [-0.10, +0.10]; round-robin 0.3 is farther from the full "
+        "run (-2.0 [-3.0, -1.0] dB), right images +0.00 [-0.10, +0.10]."
+    )
+    rows[0] = row("CAT 0.3", 0.5, -1.0, 2.0)
+    assert "CAT 0.3 is not nearer to the full run" in advice.pruning(results.Result(rows, {}))
+
+
 class Judge:
     """Finds one object in bright images and nothing in dark ones."""
 
