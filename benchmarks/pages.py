@@ -196,7 +196,9 @@ def plot_pruning_quality(result: Result) -> dict[str, Image.Image]:
             if key == "PSNR":  # that of the full run to itself is not one
                 rows = [row for row in rows if row["group"] != "full"]
             curves = []
-            for group in dict.fromkeys(row["group"] for row in rows):
+            # the full run last, so that a group has the same colour in both
+            groups = dict.fromkeys(row["group"] for row in rows)
+            for group in sorted(groups, key=lambda group: group == "full"):
                 mine = [row for row in rows if row["group"] == group]
                 mine.sort(key=lambda row: row["seconds"])
                 points = [(row["seconds"], row[key].value) for row in mine]

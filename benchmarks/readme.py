@@ -178,7 +178,8 @@ def outcome(name: str) -> str:
         row = result.row(result.facts["default"])
     if name == "cat" and (result := stored("pruning_quality")) is not None:
         gain = result.row("CAT 0.3", steps=28)["PSNR vs fewer steps"].value
-        return f"{gain:+.1f} dB to the full run beside fewer steps in equal time"
+        way = "nearer to" if gain > 0 else "farther from"
+        return f"{abs(gain):.1f} dB {way} the full run than fewer steps in equal time"
     return "not measured yet" if row is None else f"{row['vs best']:+.3f}"
 
 
