@@ -317,17 +317,17 @@ def selection_row(
     labels = torch.randint(0, regions, (2, tokens), generator=rng, device=device)
     ages = torch.randint(0, 1 << 40, (2, tokens), generator=rng, device=device)
 
-    def chosen(form: selection.Selection) -> list[Tensor]:
+    def places(form: selection.Selection) -> list[Tensor]:
         keys = form.ranks(values, labels) * regions + labels
         return [form.smallest(keys, count // 4), form.smallest(ages, count)]
 
     choice = selection.choose(device, tokens)
     forms = {"torch": selection.PLAIN}
     forms |= {"triton": choice.call} if choice.call is not selection.PLAIN else {}
-    true = chosen(selection.PLAIN)
-    if not all(torch.equal(a, b) for a, b in zip(chosen(choice.call), true)):
+    true = places(selection.PLAIN)
+    if not all(torch.equal(a, b) for a, b in zip(places(choice.call), true)):
         raise SystemExit("triton is wrong: the places differ. No time is reported.")
-    timed = {name: partial(chosen, form) for name, form in forms.items()}
+    timed = {name: partial(places, form) for name, form in forms.items()}
     times = kernels.clocked(timed, options.runs, options.gpu)
     return {
         "kernel": "selection",

@@ -151,7 +151,7 @@ warms up, and the one before keeps keys and values."""
 
 
 @contextmanager
-def timed(module: torch.nn.Module) -> Iterator[list[float]]:
+def stopwatch(module: torch.nn.Module) -> Iterator[list[float]]:
     """Processor seconds of each call of a module."""
     times: list[float] = []
 
@@ -178,8 +178,8 @@ def step_seconds(
     """Seconds of each denoiser call of one run as of ``blocks`` blocks, and the report."""
     missing = blocks - len(pipe.transformer.transformer_blocks)
     with (
-        timed(pipe.transformer) as whole,
-        timed(pipe.transformer.transformer_blocks[0]) as first,
+        stopwatch(pipe.transformer) as whole,
+        stopwatch(pipe.transformer.transformer_blocks[0]) as first,
         da.apply(pipe, technique) as session,
     ):
         pipe(**call, num_inference_steps=STEPS, output_type="latent")
