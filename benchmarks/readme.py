@@ -54,7 +54,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 PURPOSES = {
     "adaptive-guidance": "the same image for fewer evaluations",
     "linear-ag": "the same for still fewer, fitted to your model",
-    "cat": "transformers: computes a share of the image tokens",
+    "cat": "transformers: computes a share of the tokens",
     "nag": "obeys a negative prompt, guided or not, distilled models too",
     "apg": "a high scale that does not spoil the image",
     "interval-cfg": "guides in a part of the steps only",
@@ -178,8 +178,7 @@ def outcome(name: str) -> str:
         row = result.row(result.facts["default"])
     if name == "cat" and (result := stored("pruning_quality")) is not None:
         gain = result.row("CAT 0.3", steps=28)["PSNR vs fewer steps"].value
-        way = "nearer to" if gain > 0 else "farther from"
-        return f"{abs(gain):.1f} dB {way} the full run than fewer steps in equal time"
+        return f"{gain:+.1f} dB against fewer steps"
     return "not measured yet" if row is None else f"{row['vs best']:+.3f}"
 
 
