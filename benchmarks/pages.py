@@ -168,8 +168,8 @@ def pruning(result: Result) -> str:
         "blocks, of which the first stands for all that are missing; steps with all tokens and "
         "with some took turns. Fewer steps take as long as CAT where the columns `run of ...` say "
         "so; which of the two is nearer to the full run stands in [another "
-        "table](pruning_quality.md). `of bound` can pass 1: a full step of PixArt reads keys that lie "
-        "apart, a pruned one does not; and one round varies by some percent under other load.",
+        "table](pruning_quality.md). `of bound` can pass 1: a full step of PixArt reads keys that "
+        "lie apart, a pruned one does not; and one round varies by some percent under other load.",
     )
 
 
