@@ -59,8 +59,9 @@ def message(page):
     """The text of the error that the page shows, which is then closed."""
     toast = page.locator(".toast-body")
     toast.first.wait_for()
-    text = toast.first.inner_text()
+    text, count = toast.first.inner_text(), toast.count()
     toast.first.locator("button").evaluate("(button) => button.click()")
+    expect(toast).to_have_count(count - 1)
     return " ".join(text.split())
 
 

@@ -1,5 +1,6 @@
 """Techniques on a pipeline that makes a video chunk after chunk in one call: AnyFlow-FAR."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -85,6 +86,28 @@ def test_the_conditional_rows_alone_read_their_own_memory(pipe):
     memory = {0: {"full_cache": torch.arange(8.0).reshape(2, 4, 1)}}
     rows = take(memory, [2, 3], 4, axis=1)[0]["full_cache"]
     assert torch.equal(rows, memory[0]["full_cache"][:, 2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "off",
+    [
+        da.ScheduledCFG(3.0, shape="constant"),
+        da.IntervalCFG(3.0, sigma=(0.0, math.inf)),
+        da.AdaptiveGuidance(3.0, threshold=1.5),
+        da.RescaledCFG(3.0, phi=0.0),
+        da.MagnitudeAware(3.0, alpha=0.0),
+        da.S2Guidance(3.0, omega=0.0, blocks=("*",)),
+        da.SkipLayerGuidance(3.0, slg_scale=0.0, layers=("*",), stop=1.0),
+    ],
+    ids=lambda off: type(off).__name__,
+)
+def test_off_switches_are_exact(pipe, off):
+    with da.apply(pipe, da.CFG(3.0)) as session:
+        expected, rows = final(pipe, inputs()), session.report().rows
+    with da.apply(pipe, off) as session:
+        assert torch.equal(final(pipe, inputs()), expected)
+        assert session.report().rows == rows
 
 
 @pytest.mark.slow
