@@ -180,7 +180,9 @@ def pruning_quality(result: Result) -> str:
         f"Time saved and what is lost on {options['model']}: {facts['prompts']} GenEval prompts x "
         f"{facts['samples']} seeds, CFG {options['scale']:g}",
         advice.pruning(result),
-        "Each way beside fewer steps that take as many seconds, on the same prompts and seeds.",
+        "Each way beside fewer steps that take as many seconds, on the same prompts and seeds. "
+        "Seconds are rough: ways of equal operations differ by up to a fifth in them, and the "
+        "intervals do not know of that.",
         "![Quality against seconds](pruning-quality.png)",
     )
 

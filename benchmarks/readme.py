@@ -143,18 +143,14 @@ def costs(name: str) -> str:
     times = stored("cost")
     rows = times.rows if times else []
     ratio = next((r["ratio"] for r in rows if r["technique"].split(",")[0] == title), None)
-    if name == "cat" and (pruning := stored("pruning")) is not None:
-        ratio = _pruned(pruning)["run of 28"] / 28
+    if name == "cat" and (pruning := stored("pruning_quality")) is not None:
+        full, pruned = (pruning.row(way, steps=28)["seconds"] for way in ("28 steps", "CAT 0.3"))
+        ratio = pruned / full
     if ratio is None:
         return re.split(r"[;,.]| inside", cost_of(da.techniques()[name]))[0]
     if abs(ratio - 1.0) <= TIMING:
         return "nothing"
     return f"{100 * abs(ratio - 1.0):.0f}% {'less' if ratio < 1 else 'more'} time"
-
-
-def _pruned(result: Result) -> Row:
-    """CAT at the width of a published model."""
-    return result.row("SD3 medium, keep 0.3", tokens=4096)
 
 
 def first_row(name: str) -> Row | None:

@@ -21,7 +21,8 @@ class CAT(TokenTechnique[Movement]):
     Cheng et al. 2025, arXiv:2502.00433. Tokens leave right after the patch embedding; attention
     sees the keys and values of all tokens, each as of the step that computed it last. A quarter of
     the S computed tokens are those that moved most since step ``start - 2``, region by region; the
-    rest were computed longest ago, so no token waits longer than ceil(N / (S - S // 4)) + 1 steps.
+    rest were computed longest ago, so no token waits longer than ceil(N / (S - S // 4)) + 1 steps
+    in a run of at most 120; ages are halved at each step, and older ones are alike.
     ``selection`` has the baselines to compare with: each token in
     turn (once in ceil(N / S) steps), random, the largest movement alone, and the metric of RAS.
     Differs from the paper: tokens that are left out skip every layer, which gives the same image
@@ -32,10 +33,12 @@ class CAT(TokenTechnique[Movement]):
     compute all tokens.
     Cost: no extra pass; a step that leaves tokens out costs little more than ``keep`` of a full
     one, and keys and values of every layer stay in memory, 2 C (N + L) numbers for each layer and
-    row. With S of N image tokens, L text tokens and width C its share of a full step is
+    row (PixArt: 2 C N). With S of N image tokens, L text tokens and width C its share of a full
+    step is
     [24 C^2 (S + L) + 4 C (S + L)(N + L)] / [24 C^2 (N + L) + 4 C (N + L)^2] in joint attention; on
     PixArt, which reads text by cross-attention,
-    [28 C^2 S + 4 C^2 L + 4 C S (N + L)] / [28 C^2 N + 4 C^2 L + 4 C N (N + L)].
+    [28 C^2 S + 4 C^2 L + 4 C S (N + L)] / [28 C^2 N + 4 C^2 L + 4 C N (N + L)]. The report counts
+    so too, without the second attention of NAG.
     """
 
     keep: float = option(

@@ -37,3 +37,9 @@ def test_recipes_run(path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "CAT: 4 of 16 image tokens in 4 of 12 steps" in printed
     assert "fewer steps: PSNR to the full run" in printed
+
+
+def test_the_recipe_says_when_nothing_is_left_out(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fewer_tokens.py", "--steps", "9", "--keep", "1"])
+    with pytest.raises(SystemExit, match="Every token was computed"):
+        runpy.run_path(str(FOLDER / "fewer_tokens.py"), run_name="__main__")

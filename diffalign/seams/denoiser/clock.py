@@ -25,6 +25,8 @@ class Clock:
         self.calls = 0
         self.order = int(getattr(scheduler, "order", 1))
         self.timesteps: list[float] = []
+        # steps of the trajectory
+        self.count = 0
 
     def start(
         self,

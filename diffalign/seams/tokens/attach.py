@@ -153,9 +153,10 @@ class Tokens:
         return [places[image] for image in images] if set(images) <= set(places) else None
 
     def finish(self, complete: bool) -> None:
-        """Tell the report what was left out; after the last step nothing is kept."""
+        """Tell the report what was left out; nothing is kept but for the segment that follows."""
         states = self.generation.states.get(self.name)
-        if states is not None and states.step == self.count - 1:
+        over = self.generation.start is None or (states and states.step == self.count - 1)
+        if states is not None and over:
             del self.generation.states[self.name]
         if self.account is None:
             return

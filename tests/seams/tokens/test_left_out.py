@@ -214,6 +214,14 @@ def test_nothing_is_left_behind_and_the_caches_are_gone():
         with pytest.raises(KeyboardInterrupt):
             final(pipe, arguments)
     assert not session.states
+
+    def interrupt(pipe, index, timestep, tensors):
+        pipe._interrupt = index == 3  # how diffusers says that a run ends
+        return tensors
+
+    with da.apply(pipe, RandomSets()) as session:
+        final(pipe, inputs(SD3, "3.5", callback_on_step_end=interrupt))
+        assert not session.states
     assert {module: type(module) for module in pipe.transformer.modules()} == classes
     assert torch.equal(final(pipe, inputs(SD3, "3.5")), plain)
 
