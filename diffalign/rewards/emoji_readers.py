@@ -169,11 +169,11 @@ class EmojiAware(CategoryAware):
 
 
 AWARE: dict[str, tuple[float, ...]] = {
-    "single_object": (1.24, 2.07, 0.0, 0.0, 1.68),
-    "two_object": (1.28, 1.26, 0.0, 1.2, 1.26),
-    "counting": (1.62, 0.0, 0.0, 1.03, 2.35),
-    "colors": (0.67, 1.45, 1.45, 0.08, 1.36),
-    "position": (0.66, 1.13, 0.0, 1.11, 2.09),
-    "color_attr": (1.49, 0.62, 0.65, 1.07, 1.17),
+    "single_object": (1.13, 2.14, 0.0, 0.0, 1.73),
+    "two_object": (1.35, 1.22, 0.0, 1.07, 1.37),
+    "counting": (1.68, 0.0, 0.0, 1.03, 2.3),
+    "colors": (0.59, 1.35, 1.29, 0.32, 1.45),
+    "position": (1.57, 0.9, 0.0, 0.91, 1.62),
+    "color_attr": (1.28, 0.78, 0.65, 1.12, 1.17),
 }
 """GenEval's tag -> weights of similarity, objects, colours, numbers and judge."""
