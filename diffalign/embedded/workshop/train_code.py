@@ -21,13 +21,12 @@ from torch.nn import functional as F
 
 from diffalign.embedded.workshop import training
 from diffalign.embedded.workshop.codes import CHANNELS, codes
+from diffalign.embedded.workshop.parts_trainer import PartsTrainer
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
     STATE,
     Course,
     FlatAdam,
-    State,
-    cosine,
     load_state,
     step_generator,
     step_seed,
@@ -63,21 +62,19 @@ def disturbed(latent: Tensor, generator: torch.Generator) -> Tensor:
     return latent + NOISE * sigma * torch.randn(latent.shape, generator=generator)
 
 
-class CodeTrainer:
+class CodeTrainer(PartsTrainer):
     """The state of a run; ``options`` are those of ``parser``."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
         self.vae = build(options.seed)
         if options.source is not None:
             self.vae.load_state_dict(AutoencoderTiny.from_pretrained(options.source).state_dict())
-        self.parts = {
+        parts = {
             name: FlatAdam([part], betas=(0.9, 0.95), decay=0.0, channels_last=True)
             for name, part in (("decoder", self.vae.decoder), ("encoder", self.vae.encoder))
         }
-        self.ema = {name: flat.master.data.clone() for name, flat in self.parts.items()}
+        super().__init__(options, parts, hold=0.5, longest=0.999)
         self.close, self.wide = World(dict(MIX), edition=CLOSE), World(edition=ALIGNED)
-        self.done = 0
 
     def step(self) -> dict[str, float]:
         """One update of the decoder, and of the encoder at every ``options.every``-th; every fourth
@@ -111,36 +108,9 @@ class CodeTrainer:
         self.done += 1
         return values
 
-    def update(self, name: str) -> None:
-        """Move the weights of a part and their average."""
-        flat = self.parts[name]
-        flat.step(self.rate())
-        decay = min(0.999, (1 + self.done) / (10 + self.done))
-        self.ema[name].lerp_(flat.master.data, 1 - decay)
-
-    def rate(self) -> float:
-        """Learning rate of the next update."""
-        return cosine(self.done, self.options.updates, self.options.rate, warm=100, hold=0.5)
-
-    def state(self) -> State:
-        """Everything a resumed run needs."""
-        return {
-            "parts": {name: flat.state() for name, flat in self.parts.items()},
-            "ema": self.ema,
-            "done": self.done,
-        }
-
-    def load(self, state: State) -> None:
-        """Inverse of ``state``."""
-        for name, flat in self.parts.items():
-            flat.load(state["parts"][name])
-            self.ema[name].copy_(state["ema"][name])
-        self.done = int(state["done"])
-
     def export(self) -> AutoencoderTiny:
         """The autoencoder with the averaged weights in fp32; ends the training of this object."""
-        for name, flat in self.parts.items():
-            flat.write(self.ema[name])
+        self.settle()
         return self.vae.eval()
 
 

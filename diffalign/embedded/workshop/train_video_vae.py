@@ -22,13 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.embedded.workshop import training, video_parts
+from diffalign.embedded.workshop.parts_trainer import PartsTrainer
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
     STATE,
     Course,
     FlatAdam,
-    State,
-    cosine,
     load_state,
     step_generator,
     step_seed,
@@ -82,23 +81,21 @@ def drawing(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return result
 
 
-class VideoVaeTrainer:
+class VideoVaeTrainer(PartsTrainer):
     """The state of a run; ``options`` are those of ``parser``."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
         self.vae = video_parts.autoencoder(options.seed)
         self.teacher = teacher(options.teacher)
         vae = self.vae
         vae.quant_conv.requires_grad_(False)
-        parts = {"decoder": [vae.post_quant_conv, vae.decoder], "encoder": [vae.encoder]}
-        self.parts = {
-            name: FlatAdam(modules, betas=(0.9, 0.95), decay=0.0) for name, modules in parts.items()
+        modules = {"decoder": [vae.post_quant_conv, vae.decoder], "encoder": [vae.encoder]}
+        parts = {
+            name: FlatAdam(part, betas=(0.9, 0.95), decay=0.0) for name, part in modules.items()
         }
         vae.quant_conv.to(torch.bfloat16)
-        self.ema = {name: flat.master.data.clone() for name, flat in self.parts.items()}
+        super().__init__(options, parts, hold=0.4, longest=0.998)
         self.world = ClipWorld(dict(MIX))
-        self.done = 0
 
     def step(self) -> dict[str, float]:
         """One update of the decoder, and of the encoder at every ``options.every``-th."""
@@ -125,36 +122,9 @@ class VideoVaeTrainer:
         self.done += 1
         return values
 
-    def update(self, name: str) -> None:
-        """Move the weights of a part and their average."""
-        flat = self.parts[name]
-        flat.step(self.rate())
-        decay = min(0.998, (1 + self.done) / (10 + self.done))
-        self.ema[name].lerp_(flat.master.data, 1 - decay)
-
-    def rate(self) -> float:
-        """Learning rate of the next update."""
-        return cosine(self.done, self.options.updates, self.options.rate, warm=100, hold=0.4)
-
-    def state(self) -> State:
-        """Everything a resumed run needs."""
-        return {
-            "parts": {name: flat.state() for name, flat in self.parts.items()},
-            "ema": self.ema,
-            "done": self.done,
-        }
-
-    def load(self, state: State) -> None:
-        """Inverse of ``state``."""
-        for name, flat in self.parts.items():
-            flat.load(state["parts"][name])
-            self.ema[name].copy_(state["ema"][name])
-        self.done = int(state["done"])
-
     def export(self) -> AutoencoderKLWan:
         """The autoencoder with the averaged weights in fp32; ends the training of this object."""
-        for name, flat in self.parts.items():
-            flat.write(self.ema[name])
+        self.settle()
         return self.vae.float().eval()
 
 
