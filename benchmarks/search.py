@@ -329,11 +329,11 @@ def main() -> None:
             mine = made(name, ids, options)
             if not mine:
                 continue
-            found, beside = runs(name, pipe, mine, options, bar), [base[i] for i in mine]
-            rows += rows_of(name, found, beside, mine, limit_of(name, options))
-            ties[name] = sum(record["equal"] > 1 for record in found) / len(found)
-            own[name] = statistics.median(record["own"] for record in found)
-            paces[name] = pace(found, beside)
+            ours, beside = runs(name, pipe, mine, options, bar), [base[i] for i in mine]
+            rows += rows_of(name, ours, beside, mine, limit_of(name, options))
+            ties[name] = sum(record["equal"] > 1 for record in ours) / len(ours)
+            own[name] = statistics.median(record["own"] for record in ours)
+            paces[name] = pace(ours, beside)
     if not rows:
         parser.error(f"--finished: no prompt is finished by {BASE} in {options.work!r}")
     facts = {

@@ -126,8 +126,8 @@ class TreeOfFrames(Method[Front]):
             round_ = children(problem, state, size // len(state.places))
         keep, twigs = self.width(level, len(round_.lineages)), list(state.twigs)
         if level == 0 and self.early:
-            round_, dropped = prune(chooser, round_, self.early, keep)
-            twigs += dropped
+            round_, rest = prune(chooser, round_, self.early, keep)
+            twigs += rest
         round_ = replace(round_, states=problem.run(round_.states, level + 1))
         fresh, rows = twigs_of(round_), list(range(len(round_.lineages)))
         info = Info(f"chunk {level + 1} of {count}: {len(rows)} videos")
@@ -140,17 +140,19 @@ class TreeOfFrames(Method[Front]):
             info = summary(f"{info.text}, {keep} stay", sums(marks))
         places = range(len(twigs), len(twigs) + len(fresh))
         front = replace(state, twigs=(*twigs, *fresh))
-        kept = replace(round_, places=tuple(places)).select(rows)
+        survivors = replace(round_, places=tuple(places)).select(rows)
         if level + 1 == count:
-            return finish(chooser, front, kept)
+            return finish(chooser, front, survivors)
         stay = tuple(places[row] for row in rows)
-        return replace(front, states=kept.states, lineages=kept.lineages, places=stay), info
+        return replace(
+            front, states=survivors.states, lineages=survivors.lineages, places=stay
+        ), info
 
     def _size(self, problem: Problem, state: Front, level: int) -> int:
         """Videos of this level: all that are wanted, or as many as the budget lets end."""
         beams = 1 if state.states is None else len(state.places)
-        wanted = beams * self.branch[min(level, len(self.branch) - 1)]
-        size = affordable(problem, wanted, level, level + 1, self.width(level, wanted))
+        number = beams * self.branch[min(level, len(self.branch) - 1)]
+        size = affordable(problem, number, level, level + 1, self.width(level, number))
         while level == 0 and self.early and size > 1 and not _fits(self, problem, size):
             size -= 1
         return size

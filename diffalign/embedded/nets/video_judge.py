@@ -86,8 +86,8 @@ class Track:
 
         Read from ``ways``.
         """
-        seen = sum(sighting is not None for sighting in self.sightings)
-        if seen < max(2, len(self.sightings) / 2):
+        count = sum(sighting is not None for sighting in self.sightings)
+        if count < max(2, len(self.sightings) / 2):
             return None
         ways = self.ways(side)
         axis = int(abs(ways[1]) > abs(ways[0]))
@@ -166,10 +166,10 @@ def likeness(
     for role, track in zip(story.roles, tracks, strict=True):
         last = track.sightings[-late:]
         facts.append(sum(sighting.score for sighting in last if sighting) / len(last))
-        seen = [sighting for sighting in track.sightings if sighting]
+        sightings = [sighting for sighting in track.sightings if sighting]
         if role.colour != NATIVE:
-            right = sum(sighting.colour == role.colour for sighting in seen)
-            facts.append(right / max(1, len(seen)))
+            right = sum(sighting.colour == role.colour for sighting in sightings)
+            facts.append(right / max(1, len(sightings)))
         if role.motion is not None:
             way = 2 * WAY * (len(track.sightings) - 1) / 12 * (LATE / late)
             signs = DIRECTIONS[role.motion]

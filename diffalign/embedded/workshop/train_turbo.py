@@ -273,16 +273,16 @@ class TurboTrainer:
         cells = (clean - ends).square().sum(1)
         distances = ((cells + HUBER**2).sqrt() - HUBER).mean((1, 2))
         loss, values = distances.mean(), {}
-        drawn, words = clean[: self.options.matched], context[: self.options.matched]
+        outputs, words = clean[: self.options.matched], context[: self.options.matched]
         if self.done >= self.options.matching:
-            push = self.push(drawn.detach(), words, generator)
+            push = self.push(outputs.detach(), words, generator)
             values["push"] = float(push.square().mean().sqrt())
-            loss = loss + self.options.weight * (drawn * push).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = loss + self.options.weight * (outputs * push).mean()
+        torch.autograd.backward(loss)
         decay = min(self.options.decay, (1 + self.done) / (10 + self.done))
         norm = self.low.step(self.rate(), decay)
         if self.done >= self.options.matching - self.options.ahead:
-            values["follower"] = self.follow(drawn.detach(), words, generator)
+            values["follower"] = self.follow(outputs.detach(), words, generator)
         self.done += 1
         distances = distances.detach()
         first = float(distances[places == 0].mean())

@@ -160,7 +160,7 @@ class VideoTrainer:
             latents = key_latents(self.teacher, clips[films:], count=1)
             parts.append(self.errors(latents, ids[films:], generator))
         total = torch.cat([errors.flatten() for errors, _ in parts])
-        total.mean().backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(total.mean())
         norm = self.flat.step(self.rate())
         self.done += 1
         if self.done % EVERY == 0:

@@ -110,13 +110,13 @@ class VideoVaeTrainer(PartsTrainer):
         noisy = latents + sigma * torch.randn(latents.shape, generator=generator)
         difference = drawing(self.vae, noisy.to(torch.bfloat16)).float() - target.float()
         mse = difference.square().mean()
-        (mse + 0.2 * difference.abs().mean()).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(mse + 0.2 * difference.abs().mean())
         self.update("decoder")
         values = {"mse": mse.item()}
         if self.done % self.options.every == 0:
             moments = self.vae._encode(target.contiguous())
             reading = F.mse_loss(moments.chunk(2, 1)[0].float(), latents)
-            reading.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(reading)
             self.update("encoder")
             values["reading"] = reading.item()
         self.done += 1

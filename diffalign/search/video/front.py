@@ -114,9 +114,9 @@ def roots(problem: Problem, front: Front, size: int) -> Round:
 def children(problem: Problem, front: Front, width: int) -> Round:
     """Each kept video's own continuation, and ``width - 1`` others of each."""
     assert front.states is not None
-    own = numbered(front.states, [0] * len(front.places))
+    heads = numbered(front.states, [0] * len(front.places))
     if width == 1:
-        return Round(own, front.lineages, front.places)
+        return Round(heads, front.lineages, front.places)
     rows = [row for row in range(len(front.places)) for _ in range(width - 1)]
     seeds = problem.seeds(len(rows))
     numbers = [number for _ in front.places for number in range(1, width)]
@@ -124,7 +124,7 @@ def children(problem: Problem, front: Front, width: int) -> Round:
     step = front.states.step
     branches = [front.lineages[row].then(step, seed) for row, seed in zip(rows, seeds)]
     places = [front.places[row] for row in rows]
-    return Round(join([own, others]), (*front.lineages, *branches), (*front.places, *places))
+    return Round(join([heads, others]), (*front.lineages, *branches), (*front.places, *places))
 
 
 def twigs_of(round_: Round) -> list[Twig]:
