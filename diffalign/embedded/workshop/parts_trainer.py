@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from diffalign.embedded.workshop.training import FlatAdam, State, cosine
+from diffalign.embedded.workshop.training import (
+    STATE,
+    Course,
+    FlatAdam,
+    State,
+    cosine,
+    load_state,
+    train,
+)
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
-class PartsTrainer:
+class PartsTrainer(ABC):
     """The state of a run. ``options`` needs ``updates`` and ``rate``; ``hold``: share of the run at
     the full rate; ``longest``: the decay of the averages in the end."""
 
@@ -26,6 +39,14 @@ class PartsTrainer:
             name: flat.master.data.clone() for name, flat in parts.items()
         }
         self.done = 0
+
+    @abstractmethod
+    def step(self) -> dict[str, float]:
+        """One update; what the log shall say of it."""
+
+    @abstractmethod
+    def export(self) -> ModelMixin:
+        """The autoencoder with the averaged weights in fp32; ends the training of this object."""
 
     def update(self, name: str) -> None:
         """Move the weights of a part and their average."""
@@ -58,3 +79,17 @@ class PartsTrainer:
         """Give the parts their averaged weights; this ends the training."""
         for name, flat in self.parts.items():
             flat.write(self.ema[name])
+
+
+def run(trainer: PartsTrainer, model: str, course: Course) -> None:
+    """Train, or with ``options.export`` write the autoencoder of the saved state there."""
+    options = trainer.options
+    if options.export is not None:
+        saved = load_state(options.out / STATE)
+        if saved is None:
+            raise ValueError(f"out: expected a training state in {options.out}, found none")
+        trainer.load(saved["trainer"])
+        trainer.export().save_pretrained(options.export)
+        return
+    header = {"model": model, **{k: str(v) for k, v in vars(options).items()}}
+    train(trainer, options, header, course, facts=lambda: {"rate": round(trainer.rate(), 7)})

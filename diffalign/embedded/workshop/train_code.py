@@ -21,16 +21,13 @@ from torch.nn import functional as F
 
 from diffalign.embedded.workshop import training
 from diffalign.embedded.workshop.codes import CHANNELS, codes
-from diffalign.embedded.workshop.parts_trainer import PartsTrainer
+from diffalign.embedded.workshop.parts_trainer import PartsTrainer, run
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
-    STATE,
     Course,
     FlatAdam,
-    load_state,
     step_generator,
     step_seed,
-    train,
 )
 from diffalign.embedded.world.editions import ALIGNED, CLOSE
 from diffalign.embedded.world.scenes import World
@@ -130,19 +127,10 @@ def main() -> None:
     """Command line."""
     options = parser().parse_args()
     torch.set_num_threads(1)
-    trainer = CodeTrainer(options)
-    if options.export is not None:
-        saved = load_state(options.out / STATE)
-        if saved is None:
-            raise ValueError(f"out: expected a training state in {options.out}, found none")
-        trainer.load(saved["trainer"])
-        trainer.export().save_pretrained(options.export)
-        return
-    header = {"model": "emoji-dit-vae", **{k: str(v) for k, v in vars(options).items()}}
     course = Course(
         end=options.updates, samples=options.batch, save=options.save, window=100, early=0
     )
-    train(trainer, options, header, course, facts=lambda: {"rate": round(trainer.rate(), 7)})
+    run(CodeTrainer(options), "emoji-dit-vae", course)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.embedded.workshop import training, video_parts
-from diffalign.embedded.workshop.parts_trainer import PartsTrainer
+from diffalign.embedded.workshop.parts_trainer import PartsTrainer, run
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
-    STATE,
     Course,
     FlatAdam,
-    load_state,
     step_generator,
     step_seed,
-    train,
 )
 from diffalign.embedded.world.clips import EVERY, FRAMES, KEYS, Clip, ClipWorld
 
@@ -144,19 +141,10 @@ def main() -> None:
     """Command line."""
     options = parser().parse_args()
     torch.set_num_threads(1)
-    trainer = VideoVaeTrainer(options)
-    if options.export is not None:
-        saved = load_state(options.out / STATE)
-        if saved is None:
-            raise ValueError(f"out: expected a training state in {options.out}, found none")
-        trainer.load(saved["trainer"])
-        trainer.export().save_pretrained(options.export)
-        return
-    header = {"model": "emoji-video-vae", **{k: str(v) for k, v in vars(options).items()}}
     course = Course(
         end=options.updates, samples=options.batch, save=options.save, window=50, early=5
     )
-    train(trainer, options, header, course, facts=lambda: {"rate": round(trainer.rate(), 7)})
+    run(VideoVaeTrainer(options), "emoji-video-vae", course)
 
 
 if __name__ == "__main__":
