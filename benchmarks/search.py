@@ -70,7 +70,7 @@ WAYS = {
     "draft-commit, 8 steps": Way("draft-commit:steps=8"),
     "beam, svdd": Way("beam:preset=svdd", ETA),
     "beam, code": Way("beam:preset=code", ETA),
-    "rbf": Way("rbf", ETA),
+    "rbf, batch 4": Way("rbf:batch=4", ETA),
     "smc, max": Way("smc:potential=max,tilt=10", ETA),
     "dts, small": Way("dts:preset=small", ETA),
     "dts-star, small": Way("dts-star:preset=small", ETA),
@@ -318,6 +318,9 @@ def main() -> None:
     ids = stratified(options.prompts)
     pipe = da.load(options.model)
     pipe.set_progress_bar_config(disable=True)
+    # a fifth faster on a CPU
+    for module in (pipe.unet, pipe.vae):
+        module.to(memory_format=torch.channels_last)
     with Progress() as bar:
         ids = made(BASE, ids, options)
         base = dict(zip(ids, runs(BASE, pipe, ids, options, bar), strict=True))

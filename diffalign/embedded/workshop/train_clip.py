@@ -45,6 +45,7 @@ from diffalign.embedded.workshop.clip_loss import (
 )
 from diffalign.embedded.workshop.degrade import blurred, corrupt, morph, moved, noisy, round_trip
 from diffalign.embedded.workshop.pairs import FOCUS, MIX, TURNED, batch
+from diffalign.embedded.workshop.precision import autocast
 from diffalign.embedded.workshop.samples import OPPOSITE, Samples, mirrored, reworded
 from diffalign.embedded.workshop.train_judge import load_vae
 from diffalign.embedded.workshop.training import (
@@ -176,7 +177,7 @@ class ClipTrainer(ModulesTrainer):
     def images(self, pictures: Tensor) -> Tensor:
         """Embeddings [B, 192] before normalisation."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             embedding: Tensor = self.model.encode_image((pictures - mean) / std).float()
         return embedding
 
@@ -186,7 +187,7 @@ class ClipTrainer(ModulesTrainer):
         size = len(ids)
         self.tokens.clear()
         embedding = self.images(pictures)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             words = F.normalize(self.model.encode_text(ids).float(), dim=-1)
         scale = self.model.logit_scale.exp()
         unit = F.normalize(embedding, dim=-1)
@@ -233,7 +234,7 @@ class ClipTrainer(ModulesTrainer):
         flat, _ = moved(flat, torch.zeros(len(flat), 1, 4), rng)
         flat = noisy(flat, rng, share=0.3, fine=0.04, coarse=0.04).clamp(0, 1)
         images = F.normalize(self.images(flat), dim=-1).view(*pictures.shape[:2], -1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             ids = self.samples.ids([*captions, *others], self.vocab)
             words = F.normalize(self.model.encode_text(ids).float(), dim=-1)
         own, opposite = (

@@ -4,7 +4,7 @@ FOLDER [--from FOLDER] [--resume] [--export FOLDER]``.
 A diffusers ``AutoencoderTiny`` whose latent is laid down (``workshop.codes``). The decoder draws a
 scene from its code, with Gaussian noise of up to ``NOISE`` standard deviations, so that near-miss
 codes become clean pictures; the encoder reads the code from the picture. Both are trained in one
-run and do not touch each other. One process, one thread, bf16 arithmetic over fp32 weights. Cost:
+run and do not touch each other. One process, one thread, products in ``precision()``. Cost:
 about .1 s an update.
 """
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from diffalign.embedded.workshop import training
 from diffalign.embedded.workshop.codes import CHANNELS, codes
 from diffalign.embedded.workshop.parts_trainer import PartsTrainer, run
+from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
     Course,
@@ -87,11 +88,11 @@ class CodeTrainer(PartsTrainer):
             )
         )
         scenes = list(world.scenes(seed, count))
-        target = pixels(np.stack([scene.image for scene in scenes]), torch.bfloat16)
+        target = pixels(np.stack([scene.image for scene in scenes]), precision())
         latent = codes(scenes)
         generator = step_generator(self.options.seed, 0, self.done)
         noisy = disturbed(latent, generator)
-        output = self.vae.decoder(noisy.to(torch.bfloat16)).float()
+        output = self.vae.decoder(noisy.to(precision())).float()
         difference = output - target.float()
         mse = difference.square().mean()
         (mse + 0.2 * difference.abs().mean()).backward()

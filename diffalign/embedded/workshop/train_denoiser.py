@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffalign.embedded.workshop import noisy_captions, relation_pairs
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
+from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.train_vae import CHANNELS, pixels
 from diffalign.embedded.workshop.training import (
     Course,
@@ -165,7 +166,7 @@ class DenoiserTrainer:
     ) -> None:
         self.team, self.options, self.vocab = team, options, vocab
         self.encoder = vae.encoder.to(
-            torch.bfloat16, memory_format=torch.channels_last
+            precision(), memory_format=torch.channels_last
         ).requires_grad_(False)
         self.unet, self.text = build(options.seed, len(vocab), vae.config.latent_channels)
         if options.source is not None:
@@ -182,7 +183,7 @@ class DenoiserTrainer:
         self.done = 0
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Latents bf16 [B, C, 8, 8] and token ids [B, LENGTH] of the next step's scenes; the
+        """Latents [B, C, 8, 8] and token ids [B, LENGTH] of the next step's scenes; the
         lesson's pairs come last."""
         early = curriculum(self.done / max(1, self.options.curriculum))
         world = World(RELATIONS_MIX if self.options.mix == "relations" else early)
@@ -198,7 +199,7 @@ class DenoiserTrainer:
             pictures, sentences = relation_pairs.arrays(seed, pairs, forward)
             images, captions = np.concatenate([images, pictures]), captions + sentences
         with torch.no_grad():
-            latents = self.encoder(pixels(images, torch.bfloat16)).contiguous()
+            latents = self.encoder(pixels(images, precision())).contiguous()
         return latents, torch.tensor([encode(self.vocab, caption) for caption in captions])
 
     def pairs(self) -> int:
@@ -229,7 +230,7 @@ class DenoiserTrainer:
         steps, noise = self.draws(latents.shape, generator)
         signal, spread = (table[steps].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
         clean = latents.float()
-        noisy = (signal * clean + spread * noise).to(torch.bfloat16)
+        noisy = (signal * clean + spread * noise).to(precision())
         target = signal * noise - spread * clean
         context = self.text(ids).last_hidden_state
         losses = (self.unet(noisy, steps, context).sample.float() - target).square().mean((1, 2, 3))

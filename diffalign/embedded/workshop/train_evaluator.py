@@ -31,6 +31,7 @@ from diffalign.embedded.workshop import training
 from diffalign.embedded.workshop.clip_loss import ranked
 from diffalign.embedded.workshop.degrade import corrupt
 from diffalign.embedded.workshop.pairs import FOCUS, MIX, batch
+from diffalign.embedded.workshop.precision import autocast, precision
 from diffalign.embedded.workshop.samples import Samples
 from diffalign.embedded.workshop.train_vae import cell_truth
 from diffalign.embedded.workshop.training import (
@@ -67,7 +68,7 @@ class EvaluatorTrainer(ModulesTrainer):
         self.options, self.trajectories = options, trajectories
         self.vocab: dict[str, int] = pipe.tokenizer.get_vocab()
         self.encoder = pipe.vae.encoder.to(
-            torch.bfloat16, memory_format=torch.channels_last
+            precision(), memory_format=torch.channels_last
         ).requires_grad_(False)
         self.text = pipe.text_encoder.eval().requires_grad_(False)
         self.text.set_attn_implementation("eager")
@@ -96,26 +97,26 @@ class EvaluatorTrainer(ModulesTrainer):
         padding that no prompt needs."""
         mask = word_mask(ids)
         longest = int(mask.sum(1).max())
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return self.text(ids).last_hidden_state[:, :longest].float(), mask[:, :longest]
 
     def look(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Cells of latents noised to ``times`` [B]."""
         signal, spread = (table[times].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return self.net.look(
                 signal * clean + spread * noise, self.noise[times] / self.signal[times]
             )
 
     def compare(self, cells: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:
         """Logits of cells against the states of words."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return self.net.compare(cells, *words)
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, 64, 64] in [0, 1] -> latents in fp32."""
-        pixels = (images * 2 - 1).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        pixels = (images * 2 - 1).to(precision()).contiguous(memory_format=torch.channels_last)
         return self.encoder(pixels).float()  # type: ignore[no-any-return]
 
     def losses(self) -> dict[str, Tensor]:
@@ -191,7 +192,7 @@ class EvaluatorTrainer(ModulesTrainer):
         words, mask = self.states(
             Samples.ids([known.captions[i] for i in turns.tolist()], self.vocab)
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             cells = self.net.look(latents.flatten(0, 1), sigma.repeat_interleave(count))
         scores = self.compare(
             cells, (words.repeat_interleave(count, 0), mask.repeat_interleave(count, 0))

@@ -27,6 +27,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from diffalign.embedded.workshop import flow_parts, noisy_captions, relation_pairs, training
 from diffalign.embedded.workshop.codes import CHANNELS, COLOURS, codes
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
+from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.train_denoiser import EASY
 from diffalign.embedded.workshop.training import (
     STATE,
@@ -230,10 +231,10 @@ class FlowTrainer:
         self.place(latents.shape[-1], generator)
         clean, level = latents, levels.view(-1, 1, 1, 1)
         answer = self.forward(
-            hidden_states=((1 - level) * clean + level * noise).to(torch.bfloat16),
+            hidden_states=((1 - level) * clean + level * noise).to(precision()),
             timestep=1000 * levels,
-            encoder_hidden_states=tokens.to(torch.bfloat16),
-            pooled_projections=pooled.to(torch.bfloat16),
+            encoder_hidden_states=tokens.to(precision()),
+            pooled_projections=pooled.to(precision()),
             return_dict=False,
         )[0]
         errors = F.mse_loss(answer.float(), noise - clean, reduction="none").mean((2, 3))

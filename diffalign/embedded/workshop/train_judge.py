@@ -3,9 +3,9 @@ FOLDER --vae FOLDER [--resume] [--export FOLDER]``.
 
 Scenes are rendered on the fly, damaged as in ``degrade``, and in the second phase half of them also
 pass a noisy round trip through the autoencoder of ``emoji``, because that is what generated
-pictures are made of. The first phase needs no autoencoder. One process, one thread, bf16 arithmetic
-over fp32 weights. Cost: about 200 scenes a second of processor time in the first phase, half of
-that in the second.
+pictures are made of. The first phase needs no autoencoder. One process, one thread, products in
+``precision()``. Cost: about 200 scenes a second of processor time in the first phase, half of that
+in the second.
 
 ``--edition second --from FOLDER`` goes on from the weights of a judge with the 128 x 128 scenes of
 the second edition, at a quarter of that speed. Its second phase sees what the decoder of
@@ -32,6 +32,7 @@ from diffalign.embedded.workshop import training
 from diffalign.embedded.workshop.codes import codes
 from diffalign.embedded.workshop.degrade import blurred, corrupt, moved, noisy, round_trip
 from diffalign.embedded.workshop.judge_loss import judge_loss
+from diffalign.embedded.workshop.precision import autocast, precision
 from diffalign.embedded.workshop.training import (
     STATE,
     Course,
@@ -104,7 +105,7 @@ class JudgeTrainer(ModulesTrainer):
     """The state of a run.
 
     ``options`` needs model, seed, batch, updates, vae_updates, edition, source (folder of the first
-    weights or None) and rate (a factor of the network's own); ``vae`` (bf16) is used by the second
+    weights or None) and rate (a factor of the network's own); ``vae`` is used by the second
     phase only.
     """
 
@@ -165,7 +166,7 @@ class JudgeTrainer(ModulesTrainer):
     def losses(self) -> dict[str, Tensor]:
         """The weighted parts of the loss of the next step."""
         images, truth = self.batch()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             output = self.net(images)
         parts: dict[str, Tensor] = self.loss(output, truth)
         return parts
@@ -179,10 +180,10 @@ class JudgeTrainer(ModulesTrainer):
 
 
 def load_vae(folder: Path) -> AutoencoderTiny:
-    """The autoencoder in bf16 for round trips."""
+    """The autoencoder in ``precision()`` for round trips."""
     from diffusers import AutoencoderTiny
 
-    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=precision())
     return vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

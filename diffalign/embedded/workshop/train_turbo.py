@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from diffalign.core.types import Pipeline
 from diffalign.embedded.load import pipeline_in
 from diffalign.embedded.workshop.adapter import sampler
+from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.training import (
     STATE,
     Course,
@@ -80,12 +81,12 @@ class Bank:
 
 
 class Teacher:
-    """A pipeline's denoiser in bf16, with guidance."""
+    """A pipeline's denoiser in ``precision()``, with guidance."""
 
     def __init__(self, pipe: Pipeline, scale: float) -> None:
-        self.unet = copy.deepcopy(pipe.unet).requires_grad_(False).to(torch.bfloat16)
+        self.unet = copy.deepcopy(pipe.unet).requires_grad_(False).to(precision())
         self.unet.set_attn_processor(AttnProcessor())
-        self.text = copy.deepcopy(pipe.text_encoder).requires_grad_(False).to(torch.bfloat16)
+        self.text = copy.deepcopy(pipe.text_encoder).requires_grad_(False).to(precision())
         self.vocab, self.scale = pipe.tokenizer.get_vocab(), scale
         self.config = pipe.scheduler.config
         cumulative = pipe.scheduler.alphas_cumprod
@@ -109,7 +110,7 @@ class Teacher:
     def velocity(self, noisy: Tensor, steps: Tensor, context: Tensor, scale: float) -> Tensor:
         """The guided prediction of v, fp32 [B, C, 8, 8]; two rows a picture."""
         both = torch.cat([self.empty.expand(len(context), -1, -1), context])
-        rows = noisy.to(torch.bfloat16).repeat(2, 1, 1, 1)
+        rows = noisy.to(precision()).repeat(2, 1, 1, 1)
         with torch.no_grad():
             plain, text = self.unet(rows, steps.repeat(2), both).sample.float().chunk(2)
         guided: Tensor = plain + scale * (text - plain)
@@ -156,7 +157,7 @@ def _latent(unet: UNet2DConditionModel) -> tuple[int, int, int]:
 
 
 class LowRank:
-    """A low-rank difference of all linear and convolution layers of a network in bf16.
+    """A low-rank difference of all linear and convolution layers of a network in ``precision()``.
 
     The layers keep their form: after each update the sum of weight and difference is written into
     them, and the gradient of the sum gives that of the two factors. So an update costs what it
@@ -293,7 +294,7 @@ class TurboTrainer:
     ) -> Tensor:
         """The picture that a denoiser sees in noisy latents [B, C, 8, 8], fp32."""
         signal, noise = self.teacher.levels(steps)
-        velocity = unet(noisy.to(torch.bfloat16), steps, context).sample.float()
+        velocity = unet(noisy.to(precision()), steps, context).sample.float()
         picture: Tensor = signal * noisy - noise * velocity
         return picture
 
@@ -315,7 +316,7 @@ class TurboTrainer:
         steps = torch.randint(0, 1000, (len(clean),), generator=generator)
         signal, spread = self.teacher.levels(steps)
         noise = torch.randn(clean.shape, generator=generator)
-        noisy = (signal * clean + spread * noise).to(torch.bfloat16)
+        noisy = (signal * clean + spread * noise).to(precision())
         velocity = self.follower(noisy, steps, context).sample.float()
         loss = (velocity - signal * noise + spread * clean).square().mean()
         loss.backward()

@@ -24,6 +24,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.training import (
     Course,
     FlatAdam,
@@ -134,19 +135,19 @@ class VaeTrainer:
             self.settle()
         images, _, truth = self.world.arrays(step_seed(self.seed, self.team.rank, self.done), BATCH)
         generator = step_generator(self.seed, self.team.rank, self.done)
-        target = pixels(images, torch.bfloat16)
+        target = pixels(images, precision())
         second = self.tail is not None
         with torch.set_grad_enabled(not second):
             latent = self.norm(self.vae.encoder(target).float())
         sigma = torch.rand(BATCH, 1, 1, 1, generator=generator) * NOISE
         noisy = latent + sigma * torch.randn(latent.shape, generator=generator)
-        output = self.vae.decoder(noisy.to(torch.bfloat16)).float()
+        output = self.vae.decoder(noisy.to(precision())).float()
         difference = output - target.float()
         reconstruction = difference.square().mean() + 0.2 * difference.abs().mean()
         loss, head = reconstruction, torch.zeros(())
         if not second:
             classes, colours = cell_truth(truth)
-            logits = self.heads(noisy.to(torch.bfloat16)).float()
+            logits = self.heads(noisy.to(precision())).float()
             split = len(OBJECTS) + 1
             head = F.cross_entropy(logits[:, :split], classes) + F.cross_entropy(
                 logits[:, split:], colours
@@ -180,7 +181,7 @@ class VaeTrainer:
         total = torch.zeros(2, self.norm.num_features, dtype=torch.float64)
         for index in range(32):
             images, _, _ = self.world.arrays(step_seed(self.seed, 1_000, index), 64)
-            latent = self.vae.encoder(pixels(images, torch.bfloat16)).double()
+            latent = self.vae.encoder(pixels(images, precision())).double()
             total += torch.stack([latent.mean((0, 2, 3)), latent.square().mean((0, 2, 3))]) / 32
         self.norm.running_mean = total[0].float()
         self.norm.running_var = (total[1] - total[0].square()).float()

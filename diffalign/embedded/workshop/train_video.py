@@ -15,7 +15,7 @@ Video Modeling with Next-Frame Prediction", 2025, arXiv:2503.19325): ``diffusers
 - A share ``--top`` of the levels is above ``TOP``, where it is not settled yet what is where: there
   a caption is news.
 
-One process, one thread, bf16 arithmetic over fp32 weights.
+One process, one thread, products in ``precision()``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from diffalign.embedded.workshop import noisy_stories, training, video_parts
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
+from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.train_flow import noise_levels
 from diffalign.embedded.workshop.train_video_vae import key_latents, teacher
 from diffalign.embedded.workshop.training import (
@@ -137,8 +138,8 @@ class VideoTrainer:
         extra = (FULL - LENGTH) * torch.randint(2, (size,), generator=generator)
         answer = velocities(
             self.model,
-            ((1 - level) * latents + level * noise).to(torch.bfloat16),
-            context.to(torch.bfloat16),
+            ((1 - level) * latents + level * noise).to(precision()),
+            context.to(precision()),
             levels,
             video_parts.features(self.text, ids),
             extra,

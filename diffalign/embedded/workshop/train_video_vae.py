@@ -6,7 +6,7 @@ here: that of a key picture is what the teacher, the autoencoder of ``emoji``, m
 denoiser can be trained before, after or beside this. The decoder draws all 13 pictures from the
 four latents, with Gaussian noise of up to ``NOISE`` deviations, and so learns how things go from
 one key picture to the next; the encoder reads the latents from the pictures. Both are trained in
-one run and do not touch each other. One process, one thread, bf16 arithmetic over fp32 weights.
+one run and do not touch each other. One process, one thread, products in ``precision()``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from diffalign.embedded.workshop import training, video_parts
 from diffalign.embedded.workshop.parts_trainer import PartsTrainer, run
+from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.training import (
     Course,
@@ -39,8 +40,8 @@ MIX = {"still": 0.05, "colour": 0.15, "moving": 0.2, "moving_coloured": 0.25, "m
 
 
 def teacher(folder: Path) -> AutoencoderTiny:
-    """The autoencoder that lays the latents down, frozen, in bf16."""
-    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    """The autoencoder that lays the latents down, frozen, in ``precision()``."""
+    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=precision())
     return vae.eval().requires_grad_(False)
 
 
@@ -54,7 +55,7 @@ def key_latents(vae: AutoencoderTiny, clips: list[Clip], count: int = KEYS) -> T
     )
     places = torch.from_numpy(fresh.flatten().cumsum() - 1)
     frames = np.concatenate(pictures)[fresh.flatten()]
-    latents: Tensor = vae.encoder(pixels(frames, torch.bfloat16)).float()
+    latents: Tensor = vae.encoder(pixels(frames, precision())).float()
     return latents[places].view(len(clips), count, *latents.shape[1:])
 
 
@@ -90,7 +91,7 @@ class VideoVaeTrainer(PartsTrainer):
         parts = {
             name: FlatAdam(part, betas=(0.9, 0.95), decay=0.0) for name, part in modules.items()
         }
-        vae.quant_conv.to(torch.bfloat16)
+        vae.quant_conv.to(precision())
         super().__init__(options, parts, hold=0.4, longest=0.998)
         self.world = ClipWorld(dict(MIX))
 
@@ -100,12 +101,12 @@ class VideoVaeTrainer(PartsTrainer):
         generator = step_generator(self.options.seed, 0, self.done)
         clips = list(self.world.clips(seed, self.options.batch))
         frames = np.concatenate([clip.pictures() for clip in clips])
-        pictures = pixels(frames, torch.bfloat16)
+        pictures = pixels(frames, precision())
         target = pictures.reshape(len(clips), FRAMES, *pictures.shape[1:]).transpose(1, 2)
         latents = key_latents(self.teacher, clips).transpose(1, 2)
         sigma = NOISE * torch.rand((len(clips), 1, 1, 1, 1), generator=generator)
         noisy = latents + sigma * torch.randn(latents.shape, generator=generator)
-        difference = drawing(self.vae, noisy.to(torch.bfloat16)).float() - target.float()
+        difference = drawing(self.vae, noisy.to(precision())).float() - target.float()
         mse = difference.square().mean()
         torch.autograd.backward(mse + 0.2 * difference.abs().mean())
         self.update("decoder")

@@ -1,5 +1,5 @@
-"""What the training scripts share: fp32 master weights over a bf16 model, weight averaging between
-processes, logs, resumable state.
+"""What the training scripts share: fp32 master weights over a model in ``precision()``, weight
+averaging between processes, logs, resumable state.
 
 Small networks on a CPU learn fastest by many small updates: each process owns one core and one
 thread, takes its own steps, and every few steps the processes replace their weights by the mean
@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.core.types import Json
+from diffalign.embedded.workshop.precision import precision
 
 State = dict[str, Any]
 """What ``torch.save`` keeps of a run: tensors, numbers, and such states of its parts."""
 
 
 class FlatAdam:
-    """AdamW over one flat fp32 vector; the modules' parameters become bf16 views of a flat working
-    copy.
+    """AdamW over one flat fp32 vector; the modules' parameters become views of a flat working
+    copy, in ``precision()`` unless ``dtype`` says another.
 
     ``channels_last`` stores 4-d weights in that memory format. ``groups`` is not needed: decay
     applies to all weights alike.
@@ -49,11 +50,12 @@ class FlatAdam:
         betas: tuple[float, float] = (0.9, 0.98),
         decay: float = 0.01,
         channels_last: bool = False,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         size = sum(p.numel() for p in self.parameters)
         self.master = nn.Parameter(torch.empty(size), requires_grad=True)
+        dtype = precision() if dtype is None else dtype
         self.working = torch.empty(size, dtype=dtype)
         self.gradient = torch.zeros(size, dtype=dtype)
         self._channels_last = channels_last
