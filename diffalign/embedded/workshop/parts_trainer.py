@@ -15,7 +15,7 @@ from diffalign.embedded.workshop.training import (
     FlatAdam,
     State,
     cosine,
-    load_state,
+    saved_state,
     train,
 )
 
@@ -85,10 +85,7 @@ def run(trainer: PartsTrainer, model: str, course: Course) -> None:
     """Train, or with ``options.export`` write the autoencoder of the saved state there."""
     options = trainer.options
     if options.export is not None:
-        saved = load_state(options.out / STATE)
-        if saved is None:
-            raise ValueError(f"out: expected a training state in {options.out}, found none")
-        trainer.load(saved["trainer"])
+        trainer.load(saved_state(options.out / STATE)["trainer"])
         trainer.export().save_pretrained(options.export)
         return
     header = {"model": model, **{k: str(v) for k, v in vars(options).items()}}

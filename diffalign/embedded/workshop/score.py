@@ -25,7 +25,7 @@ from diffalign.core.types import Json, Pipeline
 from diffalign.embedded.load import load, pipeline_in
 from diffalign.embedded.workshop.adapter import adapted
 from diffalign.embedded.workshop.train_denoiser import STATE, export
-from diffalign.embedded.workshop.training import load_state
+from diffalign.embedded.workshop.training import saved_state
 from diffalign.generate.samples import samples
 from diffalign.generate.seeds import jobs_of
 from diffalign.generate.verdicts import Detector, verdicts
@@ -122,11 +122,9 @@ def _opened(options: argparse.Namespace) -> tuple[Pipeline, Json]:
             return pipe, {"pipeline": options.pipeline.name}
         return adapted(pipe, options.adapter), {"pipeline": options.adapter.name}
     path = options.out / STATE.format(rank=0)
-    state = load_state(path)
-    if state is None:
-        raise ValueError(f"--out must hold a training state; {path} is none. Train first.")
+    updates = saved_state(path)["trainer"]["done"]
     pipe = export(path, options.vae, options.out / "tokenizer", None, averaged=not options.raw)
-    return pipe, {"updates": state["trainer"]["done"], "averaged": not options.raw}
+    return pipe, {"updates": updates, "averaged": not options.raw}
 
 
 def main() -> None:

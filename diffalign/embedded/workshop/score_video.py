@@ -30,7 +30,7 @@ from diffalign.embedded.nets.video_judge import ClipVerdict, VideoJudge
 from diffalign.embedded.workshop.train_vae import pixels
 from diffalign.embedded.workshop.train_video import export
 from diffalign.embedded.workshop.train_video_vae import key_latents, teacher
-from diffalign.embedded.workshop.training import STATE, load_state
+from diffalign.embedded.workshop.training import STATE, saved_state
 from diffalign.embedded.workshop.video_parts import LENGTH
 from diffalign.embedded.world.clips import EVERY, FRAMES, Clip, ClipWorld
 from diffalign.embedded.world.scenes import HELD_OUT, SIZE
@@ -177,9 +177,8 @@ def _opened(options: argparse.Namespace) -> tuple[AnyFlowFARPipeline, Json]:
     if options.vae is None and options.teacher is None:
         raise ValueError("vae: expected --vae, --teacher or --pipeline to decode with, got none")
     pipe = export(options, None, averaged=not options.raw)
-    state = load_state(options.out / STATE)
-    assert state is not None
-    return pipe, {"updates": state["trainer"]["done"], "averaged": not options.raw}
+    updates = saved_state(options.out / STATE)["trainer"]["done"]
+    return pipe, {"updates": updates, "averaged": not options.raw}
 
 
 def _reconstruct(options: argparse.Namespace) -> None:

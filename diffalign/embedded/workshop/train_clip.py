@@ -53,8 +53,8 @@ from diffalign.embedded.workshop.training import (
     Course,
     ModulesTrainer,
     cosine,
-    load_state,
     save_state,
+    saved_state,
     step_generator,
     step_seed,
     train,
@@ -273,9 +273,7 @@ def rate_of(done: int, ends: Sequence[int]) -> float:
 def export(options: argparse.Namespace) -> None:
     """Write the saved state to ``options.export`` as fp16 safetensors in open_clip's form, with
     tokenizer, training record and log."""
-    state, folder = load_state(options.out / STATE), options.export
-    if state is None:
-        raise ValueError(f"--out must hold a training state; {options.out} has none. Train first.")
+    state, folder = saved_state(options.out / STATE), options.export
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(options.tokenizer)
     tokenizer.save_pretrained(folder)

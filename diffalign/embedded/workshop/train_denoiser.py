@@ -26,17 +26,15 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffalign.embedded.workshop import noisy_captions, relation_pairs
+from diffalign.embedded.workshop.averaged import AveragedTrainer, weights
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
 from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.train_vae import CHANNELS, pixels
 from diffalign.embedded.workshop.training import (
     Course,
     FlatAdam,
-    State,
     Team,
-    cosine,
     launch,
-    load_state,
     step_generator,
     step_seed,
     train,
@@ -44,7 +42,6 @@ from diffalign.embedded.workshop.training import (
 from diffalign.embedded.world.scenes import DEFAULT_MIX, World
 from diffalign.embedded.world.tokens import LENGTH, encode, tokenizer_in
 
-SYNCHRONISE = 8
 STATE = "state-{rank}.pt"
 EASY = {
     "single": 0.4,
@@ -153,7 +150,7 @@ def _read(folder: Path, unet: UNet2DConditionModel, text: CLIPTextModel) -> None
     text.load_state_dict(encoder.state_dict())
 
 
-class DenoiserTrainer:
+class DenoiserTrainer(AveragedTrainer):
     """The state of one process.
 
     ``options`` needs seed, batch, rate, updates, decay_from, curriculum (update at which it ends),
@@ -161,10 +158,13 @@ class DenoiserTrainer:
     it ends) and pairs (in a batch of the lesson).
     """
 
+    warm = 200
+    every = 8
+
     def __init__(
         self, team: Team, options: argparse.Namespace, vae: AutoencoderTiny, vocab: dict[str, int]
     ) -> None:
-        self.team, self.options, self.vocab = team, options, vocab
+        self.team, self.vocab = team, vocab
         self.encoder = vae.encoder.to(
             precision(), memory_format=torch.channels_last
         ).requires_grad_(False)
@@ -176,11 +176,9 @@ class DenoiserTrainer:
         # plain form computes the same.
         self.unet.set_attn_processor(AttnProcessor())
         self.text.set_attn_implementation("eager")
-        self.flat = FlatAdam([self.unet, self.text])
-        self.ema = self.flat.master.data.clone()
+        super().__init__(options, FlatAdam([self.unet, self.text]))
         cumulative = scheduler().alphas_cumprod
         self.signal, self.noise = cumulative.sqrt(), (1 - cumulative).sqrt()
-        self.done = 0
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Latents [B, C, 8, 8] and token ids [B, LENGTH] of the next step's scenes; the
@@ -235,13 +233,7 @@ class DenoiserTrainer:
         context = self.text(ids).last_hidden_state
         losses = (self.unet(noisy, steps, context).sample.float() - target).square().mean((1, 2, 3))
         losses.mean().backward()
-        norm = self.flat.step(self.rate())
-        self.done += 1
-        if self.done % SYNCHRONISE == 0:
-            self.team.average(self.flat.master.data)
-            self.flat.publish()
-            decay = min(self.options.decay, (1 + self.done) / (10 + self.done)) ** SYNCHRONISE
-            self.ema.lerp_(self.flat.master.data, 1 - decay)
+        norm = self.update()
         values = losses.detach()[steps.argsort(stable=True)]
         half = size // 2
         return {
@@ -251,20 +243,10 @@ class DenoiserTrainer:
             "norm": norm,
         }
 
-    def rate(self) -> float:
-        """Learning rate of the next update."""
-        hold = self.options.decay_from / self.options.updates
-        return cosine(self.done, self.options.updates, self.options.rate, warm=200, hold=hold)
-
-    def state(self) -> State:
-        """Everything a resumed run needs."""
-        return {"flat": self.flat.state(), "ema": self.ema, "done": self.done}
-
-    def load(self, state: State) -> None:
-        """Inverse of ``state``."""
-        self.flat.load(state["flat"])
-        self.ema.copy_(state["ema"])
-        self.done = int(state["done"])
+    def meet(self) -> None:
+        """The processes take the mean of their weights."""
+        self.team.average(self.flat.master.data)
+        self.flat.publish()
 
 
 def run(team: Team, options: argparse.Namespace) -> None:
@@ -307,16 +289,11 @@ def export(
 ) -> StableDiffusionPipeline:
     """The pipeline of a saved state in fp32; with ``out`` also written there as fp16 safetensors.
     ``averaged`` chooses the EMA weights."""
-    saved = load_state(state)
-    if saved is None:
-        raise ValueError(
-            f"export(state=...) must be a training state; {state} is none. Train first."
-        )
+    vector = weights(state, averaged=averaged)
     words = CLIPTokenizer.from_pretrained(tokenizer)
     autoencoder = AutoencoderTiny.from_pretrained(vae)
     unet, text = build(0, len(words.get_vocab()), autoencoder.config.latent_channels)
-    flat = FlatAdam([unet, text])
-    flat.write(saved["trainer"]["ema"] if averaged else saved["trainer"]["flat"]["master"])
+    FlatAdam([unet, text]).write(vector)
     pipe = pipeline(autoencoder, words, unet.eval(), text.eval())
     if out is not None:
         pipe.to(torch.float16).save_pretrained(out)

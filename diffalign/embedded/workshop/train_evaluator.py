@@ -39,7 +39,7 @@ from diffalign.embedded.workshop.training import (
     Course,
     ModulesTrainer,
     cosine,
-    load_state,
+    saved_state,
     step_generator,
     step_seed,
     train,
@@ -230,9 +230,7 @@ def export(options: argparse.Namespace) -> None:
     hashes of the parts of ``emoji`` it belongs to."""
     from diffalign.core.identity import model_hash
 
-    state, folder = load_state(options.out / STATE), options.export
-    if state is None:
-        raise ValueError(f"--out must hold a training state; {options.out} has none. Train first.")
+    state, folder = saved_state(options.out / STATE), options.export
     pipe = _pipeline(options.pipeline)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffalign.embedded.workshop import flow_parts, noisy_captions, relation_pairs, training
+from diffalign.embedded.workshop.averaged import AveragedTrainer, weights
 from diffalign.embedded.workshop.codes import CHANNELS, COLOURS, codes
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
 from diffalign.embedded.workshop.precision import precision
@@ -33,9 +34,6 @@ from diffalign.embedded.workshop.training import (
     STATE,
     Course,
     FlatAdam,
-    State,
-    cosine,
-    load_state,
     step_generator,
     step_seed,
     train,
@@ -60,9 +58,6 @@ MIX: dict[str, float] = {
 TOP = 0.85
 """The noise level above which it is not settled yet what is where: there a caption is news. The
 lesson's pairs and a share ``--top`` of a batch are there."""
-
-EVERY = 4
-"""Updates between two updates of the averaged weights."""
 
 
 class PlainJointAttention:
@@ -147,7 +142,7 @@ def noise_levels(size: int, mean: float, generator: torch.Generator) -> Tensor:
     return torch.sigmoid(mean + normal)
 
 
-class FlowTrainer:
+class FlowTrainer(AveragedTrainer):
     """The state of a run; ``options`` are those of ``parser``."""
 
     def __init__(
@@ -156,16 +151,14 @@ class FlowTrainer:
         text: CLIPTextModelWithProjection,
         vocab: dict[str, int],
     ) -> None:
-        self.options, self.text, self.vocab = options, text, vocab
+        self.text, self.vocab = text, vocab
         width = text.config.hidden_size + flow_parts.EXTRA
         self.model = build(options.seed, width, options.width, options.layers)
         self.model.set_attn_processor(PlainJointAttention())
         self.positions = self.model.pos_embed.pos_embed.clone()
         self.captions = CaptionNoise()
-        self.flat = FlatAdam([self.model])
-        self.ema = self.flat.master.data.clone()
+        super().__init__(options, FlatAdam([self.model]))
         self.forward = torch.compile(self.model) if options.compile else self.model
-        self.done = 0
 
     def close(self) -> bool:
         """Whether the next step's scenes lie on a quarter of the canvas: it costs half as much and
@@ -240,11 +233,7 @@ class FlowTrainer:
         errors = F.mse_loss(answer.float(), noise - clean, reduction="none").mean((2, 3))
         losses = errors.mean(1)
         losses.mean().backward()  # type: ignore[no-untyped-call]
-        norm = self.flat.step(self.rate())
-        self.done += 1
-        if self.done % EVERY == 0:
-            decay = min(self.options.decay, (1 + self.done) / (10 + self.done)) ** EVERY
-            self.ema.lerp_(self.flat.master.data, 1 - decay)
+        norm = self.update()
         values = losses.detach()[levels.argsort(stable=True)]
         half = size // 2
         return {
@@ -263,21 +252,6 @@ class FlowTrainer:
         shift = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
         table = self.positions.view(1, count, count, -1).roll(shift, (1, 2))
         embedding.pos_embed = table.reshape(self.positions.shape)
-
-    def rate(self) -> float:
-        """Learning rate of the next update."""
-        hold = self.options.decay_from / self.options.updates
-        return cosine(self.done, self.options.updates, self.options.rate, warm=300, hold=hold)
-
-    def state(self) -> State:
-        """Everything a resumed run needs."""
-        return {"flat": self.flat.state(), "ema": self.ema, "done": self.done}
-
-    def load(self, state: State) -> None:
-        """Inverse of ``state``."""
-        self.flat.load(state["flat"])
-        self.ema.copy_(state["ema"])
-        self.done = int(state["done"])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -301,16 +275,11 @@ def export(
 
     ``options`` needs out, vae, text, width and layers, as in training. ValueError without a state.
     """
-    saved = load_state(options.out / STATE)
-    if saved is None:
-        raise ValueError(
-            f"out: expected a training state in {options.out}, found none; train first"
-        )
+    vector = weights(options.out / STATE, averaged=averaged)
     encoder = flow_parts.tower(options.text)
     text = encoder.config.hidden_size + flow_parts.EXTRA
     model = build(0, text, options.width, options.layers)
-    weights = saved["trainer"]["ema"] if averaged else saved["trainer"]["flat"]["master"]
-    FlatAdam([model]).write(weights)
+    FlatAdam([model]).write(vector)
     pipe = flow_parts.pipeline(
         model.eval(),
         AutoencoderTiny.from_pretrained(options.vae),

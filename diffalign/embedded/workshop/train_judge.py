@@ -38,7 +38,7 @@ from diffalign.embedded.workshop.training import (
     Course,
     ModulesTrainer,
     cosine,
-    load_state,
+    saved_state,
     step_generator,
     step_seed,
     train,
@@ -198,9 +198,7 @@ def thresholds(model: str) -> dict[str, float]:
 def export(options: argparse.Namespace) -> None:
     """Write the saved state as fp16 safetensors with config, training record and log to
     ``options.export``."""
-    state = load_state(options.out / STATE)
-    if state is None:
-        raise ValueError(f"--out must hold a training state; {options.out} has none. Train first.")
+    state = saved_state(options.out / STATE)
     options.export.mkdir(parents=True, exist_ok=True)
     weights = {
         k: v.half().contiguous() if v.is_floating_point() else v

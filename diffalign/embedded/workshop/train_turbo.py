@@ -38,8 +38,8 @@ from diffalign.embedded.workshop.training import (
     FlatAdam,
     State,
     cosine,
-    load_state,
     save_state,
+    saved_state,
     step_generator,
     step_seed,
     train,
@@ -357,14 +357,9 @@ def run(options: argparse.Namespace) -> None:
 
 def export(state: Path, pipeline: Path, out: Path, rank: int, *, averaged: bool = True) -> None:
     """Write the difference of a saved state, and its scheduler, to a folder."""
-    saved = load_state(state)
-    if saved is None:
-        raise ValueError(
-            f"export(state=...) must be a training state; {state} is none. Train first."
-        )
     pipe = pipeline_in(pipeline)
     low = LowRank(copy.deepcopy(pipe.unet), pipe.unet, rank, 0)
-    factors = saved["trainer"]["low"]["average" if averaged else "factors"]
+    factors = saved_state(state)["trainer"]["low"]["average" if averaged else "factors"]
     StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=low.adapter(factors))
     sampler(pipe.scheduler).save_pretrained(out / "scheduler")
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.embedded.workshop import noisy_stories, training, video_parts
+from diffalign.embedded.workshop.averaged import AveragedTrainer, weights
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
 from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.train_flow import noise_levels
@@ -37,9 +38,6 @@ from diffalign.embedded.workshop.training import (
     STATE,
     Course,
     FlatAdam,
-    State,
-    cosine,
-    load_state,
     step_generator,
     step_seed,
     train,
@@ -54,9 +52,6 @@ EASY: dict[str, float] = {"still": 0.35, "colour": 0.25, "moving": 0.3, "moving_
 BLUR = 0.3
 TOP = 0.85
 
-EVERY = 4
-"""Updates between two updates of the averaged weights."""
-
 
 def curriculum(share: float) -> dict[str, float]:
     """Mixture of kinds: from ``EASY`` at a ``share`` of 0 linearly to that of the world at 1 and
@@ -68,7 +63,7 @@ def curriculum(share: float) -> dict[str, float]:
     }
 
 
-class VideoTrainer:
+class VideoTrainer(AveragedTrainer):
     """The state of a run; ``options`` are those of ``parser``."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -77,15 +72,12 @@ class VideoTrainer:
                 "batch, pictures: expected at least 1 of each, got "
                 f"{options.batch} and {options.pictures}"
             )
-        self.options = options
         self.model = video_parts.transformer(options.seed, options.width, options.layers)
         self.text = video_parts.text_encoder(options.seed + 1).train()
         self.tokenizer = video_parts.tokenizer()
         self.teacher = teacher(options.teacher)
         self.captions = CaptionNoise()
-        self.flat = FlatAdam([self.model, self.text])
-        self.ema = self.flat.master.data.clone()
-        self.done = 0
+        super().__init__(options, FlatAdam([self.model, self.text]))
 
     def sizes(self) -> tuple[int, int]:
         """Clips and pictures of the next step: at first pictures alone, twice as many."""
@@ -162,11 +154,7 @@ class VideoTrainer:
             parts.append(self.errors(latents, ids[films:], generator))
         total = torch.cat([errors.flatten() for errors, _ in parts])
         torch.autograd.backward(total.mean())
-        norm = self.flat.step(self.rate())
-        self.done += 1
-        if self.done % EVERY == 0:
-            decay = min(self.options.decay, (1 + self.done) / (10 + self.done)) ** EVERY
-            self.ema.lerp_(self.flat.master.data, 1 - decay)
+        norm = self.update()
         values = total.detach()
         high = values[torch.cat([levels.flatten() for _, levels in parts]) > TOP]
         first = torch.cat([errors.detach()[:, 0] for errors, _ in parts])
@@ -176,21 +164,6 @@ class VideoTrainer:
         if len(high):
             result["top"] = float(high.mean())
         return result
-
-    def rate(self) -> float:
-        """Learning rate of the next update."""
-        hold = self.options.decay_from / self.options.updates
-        return cosine(self.done, self.options.updates, self.options.rate, warm=300, hold=hold)
-
-    def state(self) -> State:
-        """Everything a resumed run needs."""
-        return {"flat": self.flat.state(), "ema": self.ema, "done": self.done}
-
-    def load(self, state: State) -> None:
-        """Inverse of ``state``."""
-        self.flat.load(state["flat"])
-        self.ema.copy_(state["ema"])
-        self.done = int(state["done"])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -213,16 +186,10 @@ def export(
 
     ``options`` needs out, vae, width and layers, as in training. ValueError without a state.
     """
-    saved = load_state(options.out / STATE)
-    if saved is None:
-        raise ValueError(
-            f"out: expected a training state in {options.out}, found none; train first"
-        )
+    vector = weights(options.out / STATE, averaged=averaged)
     model = video_parts.transformer(0, options.width, options.layers)
     text = video_parts.text_encoder(0)
-    FlatAdam([model, text]).write(
-        saved["trainer"]["ema"] if averaged else saved["trainer"]["flat"]["master"]
-    )
+    FlatAdam([model, text]).write(vector)
     vae = (
         video_parts.autoencoder(0)
         if options.vae is None

@@ -246,6 +246,14 @@ def load_state(path: Path) -> State | None:
     return cast(State, torch.load(path, weights_only=True)) if path.exists() else None
 
 
+def saved_state(path: Path) -> State:
+    """The state at ``path``. Raises: ValueError where there is none."""
+    state = load_state(path)
+    if state is None:
+        raise ValueError(f"state: expected a training state at {path}, found none; train first.")
+    return state
+
+
 STATE = "state.pt"
 """Where ``train`` keeps the state of a run, below its folder."""
 

@@ -63,5 +63,5 @@ def test_plain_diffusers_loads_the_same_model(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_state(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be a training state"):
+    with pytest.raises(ValueError, match="state: expected a training state"):
         export(tmp_path / "state.pt", FOLDER / "emoji-2", tmp_path / "out", 2)

@@ -223,7 +223,7 @@ def test_an_exported_folder_is_a_plain_pipeline(tokenizer: CLIPTokenizer, tmp_pa
 
 
 def test_a_missing_state_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="out: expected a training state"):
+    with pytest.raises(ValueError, match="state: expected a training state"):
         train_flow.export(options(tmp_path), None)  # type: ignore[arg-type]
 
 
