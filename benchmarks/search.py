@@ -173,9 +173,9 @@ def correct(images: Sequence[torch.Tensor], record: dict[str, Any], judge: str) 
 
 
 def everything(reward: Timed, record: dict[str, Any]) -> dict[str, list[Any]]:
-    """Score and verdicts of every image that was finished, the grey one before the run and the
+    """Score and verdicts of every image that was finished, the grey ones before the run and the
     final call's left out."""
-    images = reward.images[1:-1]
+    images = reward.images[2:-1]
     scores = reward.reward(torch.stack(images), [str(record["prompt"])] * len(images)).tolist()
     return {"reward": scores} | {judge: correct(images, record, judge) for judge in JUDGES}
 

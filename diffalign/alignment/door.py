@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from diffalign.alignment.driver import Drive, Status
 from diffalign.alignment.forecast import Forecast, measure
@@ -22,12 +23,16 @@ from diffalign.alignment.order import (
     reward_of,
     target_of,
 )
+from diffalign.alignment.progress import Moment
 from diffalign.alignment.result import Ledger, Result, Story
 from diffalign.alignment.scoring import Scorer, name_of
-from diffalign.core import Budget, Meter, Technique
-from diffalign.core.reward import Reward
+from diffalign.core import Budget, Cancelled, Technique
+from diffalign.core.errors import warn_once
 from diffalign.core.search import Candidate
 from diffalign.core.types import Pipeline
+
+FAR = 0.01
+"""Difference of the final call's score to the one that was found, in parts of it, that is said."""
 
 
 @overload
@@ -73,8 +78,9 @@ def align(
     the first run, with its seconds and memory as one image measures them. ``stop`` is asked before
     each evaluation, and a yes ends the run as Ctrl-C does. Other keywords go to the pipeline;
     ``clip``, frames [F, 3, H, W] in [0, 1], is what a video goes on from. Ctrl-C returns the best.
-    A list of prompts gives one result each, with the whole budget each.
-    Cost: the budget, one call for the result's image kept back from it; one grey image is scored.
+    A list of prompts gives one result each, with the whole budget each; Ctrl-C returns those so
+    far.
+    Cost: the budget, one call for the result's image kept back from it; two grey images are scored.
     Raises: ValueError before anything runs, for what cannot work; ``UnsupportedModel`` for
     pipelines whose trajectories cannot be cut.
     """
@@ -99,7 +105,17 @@ def align(
     if isinstance(prompt, str):
         return search(order, prompt, folder)
     places = folders_of(folder, prompt)
-    return [search(order, text, place) for text, place in zip(prompt, places, strict=True)]
+    results: list[Result] = []
+    for text, place in zip(prompt, places, strict=True):
+        try:
+            results.append(search(order, text, place))
+        except (KeyboardInterrupt, Cancelled):
+            if not results:
+                raise
+            break
+        if results[-1].end.startswith("interrupted"):
+            break
+    return results
 
 
 def folders_of(folder: str | os.PathLike[str] | None, prompts: Sequence[str]) -> list[Path | None]:
@@ -115,7 +131,7 @@ def search(order: Order, prompt: str, folder: str | os.PathLike[str] | None) -> 
     drive = order.drive(prompt, folder)
     try:
         drive.run()
-        return _result(drive, list(map(order.suited, order.judges)))
+        return _result(drive, order.scorers(prompt))
     finally:
         drive.problem.progress.use(None)
 
@@ -126,23 +142,55 @@ def _best(drive: Drive) -> Candidate | None:
     return max(candidates, key=lambda c: (c.score, *c.others), default=None)
 
 
-def _result(drive: Drive, judges: Sequence[Reward]) -> Result:
+def _final(drive: Drive, best: Candidate) -> Candidate:
+    """The image of a plain call with its score; the one that was found where Ctrl-C ends that."""
+    problem = drive.problem
+    # the final call was kept back from the budget, which may be used up in seconds all the same
+    problem.meter.budget, problem.meter.stop = Budget(), None
+    try:
+        image = problem.repeat(best.lineage)
+        score = float(problem.score(image)[0])
+    except KeyboardInterrupt:
+        drive.end = "interrupted before the final call"
+        return best
+    found = problem.progress.ranking.best
+    if best is found and abs(score - best.score) > FAR * max(1.0, abs(best.score)):
+        warn_once(
+            f"The image of the final call has the score {score:.4g}, and the search found "
+            f"{best.score:.4g}. Was the pipeline changed meanwhile?"
+        )
+    return replace(best, image=image[0].detach().to("cpu", torch.float32), score=score)
+
+
+def _verdicts(
+    judges: Sequence[Scorer], pair: tuple[Tensor, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """What judges say of two images; one that fails is left out, since the run is paid for."""
+    verdicts = {}
+    for judge in judges:
+        name = name_of(judge.reward)
+        try:
+            first, last = (float(judge(image[None])[0]) for image in pair)
+        except Exception as error:
+            warn_once(f"The judge {name} was left out: {error}")
+        except KeyboardInterrupt:
+            break
+        else:
+            verdicts[name] = (first, last)
+    return verdicts
+
+
+def _result(drive: Drive, judges: Sequence[Scorer]) -> Result:
     problem, meter = drive.problem, drive.problem.meter
     ranking = problem.progress.ranking
     best = _best(drive)
     if best is None:
         raise RuntimeError(f"{type(drive.method).__name__} ended without a finished image.")
-    # the final call was kept back from the budget, which may be used up in seconds all the same
-    meter.budget, meter.stop = Budget(), None
-    tensor = problem.repeat(best.lineage)[0].detach().to("cpu", torch.float32)
-    score = float(problem.score(tensor[None])[0])
+    final = _final(drive, best)
     # none where a run was interrupted among drafts: then the result is the only finished image
-    first = ranking.first or replace(best, image=tensor, score=score)
-    verdicts = {}
-    for judge in judges:
-        scorer = Scorer(judge, problem.prompt, Meter())
-        pair = torch.cat([scorer(first.image[None]), scorer(tensor[None])]).tolist()
-        verdicts[name_of(judge)] = (pair[0], pair[1])
+    first = ranking.first or final
+    verdicts = _verdicts(judges, (first.image, final.image))
+    moment = Moment(meter.rows, meter.evaluations, meter.seconds, final.score)
     ledger = Ledger(
         nfe=meter.rows,
         evaluations=meter.evaluations,
@@ -161,12 +209,18 @@ def _result(drive: Drive, judges: Sequence[Reward]) -> Result:
 
     return Result(
         prompt=problem.prompt,
-        tensor=tensor,
-        score=score,
+        tensor=final.image,
+        score=final.score,
         lineage=best.lineage,
         ledger=ledger,
-        story=Story(problem.progress.history, drive.log, drive.end, ranking.scored, ranking.equal),
-        top=ranking.top,
+        story=Story(
+            problem.progress.history or [moment],
+            drive.log,
+            drive.end,
+            ranking.scored,
+            ranking.equal,
+        ),
+        top=ranking.top or [final],
         first=first,
         judges=verdicts,
         settings=drive.settings,

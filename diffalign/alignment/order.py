@@ -74,10 +74,15 @@ class Order:
         problem = PipelineProblem(setting, prompt, self.seed, progress)
         progress.reserve = self.method.repeat_price(problem)
         _check(self.method, problem, self.budget)
-        scorer.probe(self.frames)
+        for judge in (scorer, *ranking.ties, *self.scorers(prompt)):
+            judge.probe(self.frames)
         settings = _settings(self.method, problem, scorer.reward)
         place = None if folder is None else Folder(_own(folder, self.world), settings)
         return Drive(self.method, problem, settings, place, self.show)
+
+    def scorers(self, prompt: str) -> list[Scorer]:
+        """The judges, whose scores cost nothing of the budget."""
+        return [Scorer(self.suited(judge), prompt, Meter()) for judge in self.judges]
 
     def setting(self, prompt: str) -> Setting:
         """How the pipeline is called: chunk after chunk where method and pipeline do."""

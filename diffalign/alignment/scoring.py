@@ -118,10 +118,15 @@ class Scorer:
         return scores
 
     def probe(self, frames: int | None = None) -> None:
-        """Score one grey image, or video of so many ``frames``, so that a reward that cannot work
+        """Score two grey images, or videos of so many ``frames``, so that a reward that cannot work
         says so before any compute."""
-        shape = (1, 3, 64, 64) if frames is None else (1, frames, 3, 64, 64)
+        shape = (2, 3, 64, 64) if frames is None else (2, frames, 3, 64, 64)
         self._checked(torch.full(shape, 0.5))
+
+    def affords(self, scores: int) -> bool:
+        """Whether the budget holds so many more scores."""
+        limit = self.meter.budget.rewards
+        return limit is None or self.meter.rewards + scores <= limit
 
 
 @dataclass(slots=True)
@@ -162,7 +167,8 @@ class Ranking:
         return place == 0
 
     def _judged(self, candidate: Candidate) -> Candidate:
-        if candidate.others or not self.ties:
+        # one score is kept back for the final call
+        if candidate.others or not self.ties or not self.ties[0].affords(len(self.ties) + 1):
             return candidate
         scores = tuple(float(scorer(candidate.image[None])[0]) for scorer in self.ties)
         return replace(candidate, others=scores)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import diffalign as da
+from diffalign.alignment.problem import PipelineProblem
 from diffalign.core import BudgetExceeded
 from diffalign.core.seeds import seed_of
 from diffalign.drawing.png import read_settings
@@ -136,7 +137,7 @@ def test_an_interrupt_returns_the_best_so_far(pipe):
 
     def reward(images, prompts):
         calls.append(len(images))
-        if len(calls) == 4:  # the first is the grey image
+        if len(calls) == 4:  # the first is of the grey images
             raise KeyboardInterrupt
         return images.mean((1, 2, 3))
 
@@ -182,12 +183,12 @@ def test_a_stop_before_the_first_image_is_said(pipe):
     assert not da.active(pipe)
 
 
-def test_an_interrupt_among_drafts_runs_the_best_draft_in_full(pipe):
+def test_an_interrupt_among_drafts_runs_the_best_draft_in_full(pipe, tmp_path):
     calls = []
 
     def reward(images, prompts):
         calls.append(len(images))
-        if len(calls) == 4:  # the first is the grey image
+        if len(calls) == 4:  # the first is of the grey images
             raise KeyboardInterrupt
         return images.mean((1, 2, 3))
 
@@ -199,6 +200,74 @@ def test_an_interrupt_among_drafts_runs_the_best_draft_in_full(pipe):
     assert torch.equal(result.tensor, image)
     assert result.score == float(image.float().mean())
     assert result.first.score == result.score
+    assert [c.score for c in result.top] == [m.score for m in result.history] == [result.score]
+    assert "curve.png" in [path.name for path in result.save(tmp_path)]
+
+
+def test_an_interrupt_of_the_final_call_returns_the_image_that_was_found(pipe, monkeypatch):
+    def repeat(problem, lineage):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PipelineProblem, "repeat", repeat)
+    result = da.align(pipe, PROMPT, method="best-of-n:n=2", reward=brightness, **CALL)
+    assert result.end == "interrupted before the final call"
+    assert torch.equal(result.tensor, result.top[0].image)
+    assert result.score == result.top[0].score
+    assert not da.active(pipe)
+
+
+@pytest.mark.parametrize("when", ["prompt", "nowhere"])
+def test_a_stop_keeps_the_results_of_the_prompts_before(pipe, when):
+    """In the second prompt, before it has an image."""
+    seen = []
+    results = da.align(
+        pipe,
+        [PROMPT, "a photo of a dog", "a photo of a cat"],
+        method=da.BestOfN(1),
+        reward=brightness,
+        improved=lambda candidate: seen.append(candidate.score),
+        stop=lambda: when == "prompt" and len(seen) == 1,
+        **CALL,
+    )
+    assert [result.prompt for result in results][:1] == [PROMPT]
+    assert len(results) == (1 if when == "prompt" else 3)
+
+
+@pytest.mark.parametrize("answer", [float("nan"), RuntimeError("no words for it")])
+def test_a_judge_that_fails_on_the_result_costs_no_result(pipe, answer):
+    def judge(images, prompts):
+        if images.std() == 0:  # the grey images
+            return torch.zeros(len(images))
+        if isinstance(answer, Exception):
+            raise answer
+        return torch.full((len(images),), answer)
+
+    with pytest.warns(UserWarning, match="The judge judge was left out"):
+        result = da.align(
+            pipe,
+            PROMPT,
+            method="best-of-n:n=1",
+            reward=brightness,
+            judges=[judge, brightness],
+            **CALL,
+        )
+    assert result.judges == {"brightness": (result.score, result.score)}
+
+
+def test_a_tie_leaves_the_final_call_its_score(pipe):
+    def flat(images, prompts):
+        return torch.zeros(len(images))
+
+    result = da.align(
+        pipe,
+        PROMPT,
+        method="best-of-n",
+        reward=flat,
+        ties=[brightness],
+        budget=da.Budget(rewards=4),
+        **CALL,
+    )
+    assert result.ledger.rewards <= 4
 
 
 def test_an_error_leaves_the_pipeline_plain(pipe):
@@ -250,6 +319,9 @@ REFUSED = [
     ({"budget": da.Budget(nfe=2 * NFE - 1)}, rf"one image \({NFE} NFE"),
     ({"reward": lambda images, prompts: images}, "one score per image"),
     ({"reward": lambda images, prompts: images.mean((1, 2, 3)) * float("nan")}, "finite"),
+    ({"reward": lambda images, prompts: images.mean().reshape(1)}, "one score per image"),
+    ({"judges": [lambda images, prompts: images]}, "one score per image"),
+    ({"ties": [lambda images, prompts: images.mean((1, 2, 3)) / 0]}, "finite"),
     ({"latents": torch.zeros(1)}, "set by the sampler"),
 ]
 

@@ -20,6 +20,7 @@ LOOP_KEYED: Mapping[str, tuple[Any, str]] = {
     "control_guidance_start": (0.0, "a ControlNet's window"),
     "control_guidance_end": (1.0, "a ControlNet's window"),
     "denoising_end": (None, "an end before the last step; run(state, until=...) stops there"),
+    "cfg_trunc_ratio": (1.0, "an end of guidance; use a technique with stop=..."),
     "skip_guidance_layers": (None, "skip-layer guidance of the pipeline; use da.SkipLayerGuidance"),
     "callback_on_step_end": (None, "a callback with step numbers"),
     "callback": (None, "a callback with step numbers"),

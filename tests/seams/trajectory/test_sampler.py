@@ -200,6 +200,9 @@ def test_what_cannot_be_cut_is_refused():
     pipe = tiny_pipeline("StableDiffusion3Pipeline")
     with pytest.raises(da.UnsupportedModel, match="skip_guidance_layers"):
         PipelineSampler(pipe, prompt="a", skip_guidance_layers=[1])
+    pipe = tiny_pipeline("Lumina2Pipeline")
+    with pytest.raises(da.UnsupportedModel, match="an end of guidance"):
+        PipelineSampler(pipe, prompt="a", cfg_trunc_ratio=0.5)
     with pytest.raises(ValueError, match="set by the sampler"):
         PipelineSampler(pipe, prompt="a", generator=torch.Generator())
     sampler, noise = sampler_of(SD)
