@@ -580,12 +580,17 @@ def plot_digits(result: Result) -> dict[str, Image.Image]:
                 Curve(
                     name,
                     [(row["NFE"], row["distance"]) for row in rows],
-                    low=[row["distance"] - e for row, e in zip(rows, errors)],
+                    low=[
+                        max(row["distance"] - e, row["distance"] / 10)
+                        for row, e in zip(rows, errors)
+                    ],
                     high=[row["distance"] + e for row, e in zip(rows, errors)],
                 )
             )
         title = f"{group}: Fréchet distance to held-out digits, 2 standard errors"
-        pictures.append(line_chart(curves, title=title, x_label="NFE", y_label="distance", log="x"))
+        pictures.append(
+            line_chart(curves, title=title, x_label="NFE", y_label="distance", log="xy")
+        )
     return {"digits": stacked(pictures)}
 
 

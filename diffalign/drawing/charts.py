@@ -89,12 +89,12 @@ def line_chart(
     x_label: str = "",
     y_label: str = "",
     right_label: str = "",
-    log: Literal["", "x", "y"] = "",
+    log: Literal["", "x", "y", "xy"] = "",
     size: tuple[int, int] = (900, 480),
 ) -> Image.Image:
     """``curves`` over a shared x, as an RGB picture of ``size`` pixels.
 
-    ``log`` makes the x axis or the left axis logarithmic.
+    ``log`` makes the x axis, the left axis or both logarithmic.
 
     Raises: ValueError without points, or for a value at or below 0 on a logarithmic axis.
     """
@@ -115,10 +115,10 @@ def line_chart(
         ax.set_ylabel(right_label if side else y_label, color=INK)
         values = [y for curve in curves if curve.right is side for y in curve.values]
         if values:
-            ax.set_ylim(*_scaled(ax.yaxis, values, log == "y" and not side))
+            ax.set_ylim(*_scaled(ax.yaxis, values, "y" in log and not side))
     main.set_xlabel(x_label, color=INK)
     xs = [x for curve in curves for x, _ in curve.points]
-    main.set_xlim(*_scaled(main.xaxis, xs, log == "x"))
+    main.set_xlim(*_scaled(main.xaxis, xs, "x" in log))
     for i, curve in enumerate(curves):
         again, colour = divmod(i, len(COLOURS))
         _draw(axes[curve.right], curve, COLOURS[colour], *STYLES[again % len(STYLES)])
