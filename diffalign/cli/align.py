@@ -186,30 +186,13 @@ def say(
 
 
 def read_budget(text: str | None) -> Budget | None:
-    """``"nfe=400,seconds=20"`` -> a budget; None for none."""
-    from diffalign.core.budget import Budget
-    from diffalign.core.errors import nearest
+    """``"nfe=400,seconds=20"`` -> a budget; None for none. Raises: ``BadInput`` for another text."""
+    from diffalign.core.budget import read_budget as read
 
-    if text is None:
-        return None
-    names = {f.name: f.type for f in dataclasses.fields(Budget)}
-    limits: dict[str, float] = {}
-    for item in text.split(","):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or key not in names:
-            raise BadInput(
-                f"--budget: {item.strip()!r} is not one of {', '.join(names)} with a number, like "
-                f"nfe=400. Nearest: {nearest(key, names)}."
-            )
-        try:
-            number = float(value)
-        except ValueError as error:
-            raise BadInput(f"--budget: {key} must be a number; got {value!r}.") from error
-        if key != "seconds" and number != int(number):
-            raise BadInput(f"--budget: {key} must be a whole number; got {value!r}.")
-        limits[key] = number if key == "seconds" else int(number)
-    with checking():
-        return Budget(**limits)  # type: ignore[arg-type]
+    try:
+        return None if text is None else read(text)
+    except ValueError as error:
+        raise BadInput(f"--budget: {error}") from error
 
 
 @contextmanager

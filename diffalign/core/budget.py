@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from time import perf_counter
 
-from diffalign.core.errors import BudgetExceeded, Cancelled
+from diffalign.core.errors import BudgetExceeded, Cancelled, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,36 @@ class Budget:
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"Budget({name}=...) must be positive or None; got {value!r}.")
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
+                raise ValueError(
+                    f"Budget({name}=...) must be positive or None, and a finite number; got "
+                    f"{value!r}."
+                )
+
+
+def read_budget(text: str) -> Budget:
+    """``"nfe=400,seconds=20"`` -> a budget.
+
+    Raises: ValueError for unknown limits, with the nearest ones, and for bad numbers.
+    """
+    names = tuple(f.name for f in fields(Budget))
+    limits: dict[str, float] = {}
+    for item in text.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or key not in names:
+            raise ValueError(
+                f"{item.strip()!r} is not one of {', '.join(names)} with a number, like nfe=400. "
+                f"Nearest: {nearest(key, names)}."
+            )
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise ValueError(f"{key} must be a number; got {value!r}.") from error
+        if key != "seconds" and not number.is_integer():
+            raise ValueError(f"{key} must be a whole number; got {value!r}.")
+        limits[key] = number if key == "seconds" else int(number)
+    return Budget(**limits)  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)

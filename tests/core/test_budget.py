@@ -3,6 +3,7 @@
 import pytest
 
 from diffalign.core import Budget, BudgetExceeded, Cancelled, Meter
+from diffalign.core.budget import read_budget
 
 
 def counts(meter):
@@ -110,3 +111,26 @@ def test_evaluations_are_noted_even_after_the_time_is_over():
     meter.note(evaluations=8)
     assert meter.evaluations == outer.evaluations == 8
     assert counts(outer) == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("value", ["400", True, float("inf"), float("nan"), [4]])
+@pytest.mark.parametrize("name", ["nfe", "seconds"])
+def test_a_limit_is_a_finite_number(name, value):
+    with pytest.raises(ValueError, match=rf"Budget\({name}=...\) must be .* a finite number; got"):
+        Budget(**{name: value})
+
+
+def test_a_budget_is_read_from_its_text():
+    assert read_budget("nfe=400, seconds=1.5") == Budget(nfe=400, seconds=1.5)
+    assert read_budget("decodes=1e2").decodes == 100
+    for text, reason in (
+        ("nfe", "'nfe' is not one of nfe, rewards"),
+        ("second=3", "Nearest: seconds"),
+        ("nfe=many", "nfe must be a number; got 'many'"),
+        ("nfe=1.5", "nfe must be a whole number; got '1.5'"),
+        ("nfe=inf", "nfe must be a whole number; got 'inf'"),
+        ("nfe=nan", "nfe must be a whole number; got 'nan'"),
+        ("seconds=inf", r"Budget\(seconds=...\) must be positive"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            read_budget(text)
