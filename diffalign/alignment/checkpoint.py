@@ -22,27 +22,38 @@ RUN, STATE = "run.json", "state.pt"
 
 
 class Folder:
-    """The folder of one run; it appears when the run starts.
+    """The folder of one run; it appears with the first state, once nothing can refuse the run.
 
-    Raises: ValueError where another run's folder is given, with what differs.
+    Raises: ValueError where another run's folder is given, with what differs, and for a place where
+    no folder can be.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Json) -> None:
         self.path = Path(path)
-        file = self.path / RUN
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"folder={str(path)!r} is a file; give a folder.")
-        text = json.dumps(identity, indent=2, sort_keys=True, default=str)
-        if file.exists():
-            other, same = json.loads(file.read_text("utf-8")), json.loads(text)
-            keys = [key for key in {**other, **same} if other.get(key) != same.get(key)]
-            if keys:
-                raise ValueError(
-                    f"folder={str(path)!r} holds another run: {', '.join(sorted(keys))} differ. "
-                    "Give another folder, or the settings of that run to continue it."
-                )
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write(file, text.encode())
+        self.text = json.dumps(identity, indent=2, sort_keys=True, default=str)
+        place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not place.is_dir():
+            raise ValueError(f"folder={str(path)!r}: {str(place)!r} is a file; give a folder.")
+        if not os.access(place, os.W_OK):
+            raise ValueError(f"folder={str(path)!r} cannot be written; give another folder.")
+        if (self.path / RUN).exists():
+            self._compare(json.loads((self.path / RUN).read_text("utf-8")))
+
+    def _compare(self, other: Json) -> None:
+        same: Json = json.loads(self.text)
+        absent = sorted(same.keys() - other.keys() - {"clip"})
+        if absent:
+            raise ValueError(
+                f"folder={str(self.path)!r} holds a run of an earlier diffalign, which did not "
+                f"note {', '.join(absent)}: nobody can say whether this is the same run. Give "
+                "another folder."
+            )
+        keys = sorted(key for key in {**other, **same} if other.get(key) != same.get(key))
+        if keys:
+            raise ValueError(
+                f"folder={str(self.path)!r} holds another run: {', '.join(keys)} differ. Give "
+                "another folder, or the settings of that run to continue it."
+            )
 
     def load(self) -> dict[str, Any] | None:
         """What ``save`` wrote, None where the run has not come that far.
@@ -65,6 +76,9 @@ class Folder:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write the state; the file is always whole, the one before or this one."""
+        if not (self.path / RUN).exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.path / RUN, self.text.encode())
         part = self.path / f".{STATE}.{os.getpid()}.part"
         try:
             torch.save(dict(state), part)

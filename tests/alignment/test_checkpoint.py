@@ -37,15 +37,31 @@ def test_what_is_saved_comes_back(tmp_path):
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path):
-    Folder(tmp_path, {"prompt": "a dog", "method": {"name": "dts", "c": 2}})
+    Folder(tmp_path, {"prompt": "a dog", "method": {"name": "dts", "c": 2}}).save({})
     with pytest.raises(ValueError, match=r"holds another run: method differ"):
         Folder(tmp_path, {"prompt": "a dog", "method": {"name": "dts", "c": 3}})
 
 
-def test_a_file_in_place_of_the_folder(tmp_path):
+def test_a_folder_without_later_settings_is_refused_by_their_names(tmp_path):
+    Folder(tmp_path, {"prompt": "a dog"}).save({})
+    with pytest.raises(
+        ValueError, match=r"earlier diffalign, which did not note adapters, weights"
+    ):
+        Folder(tmp_path, {"prompt": "a dog", "weights": {}, "adapters": {}})
+
+
+def test_a_folder_appears_with_the_first_state(tmp_path):
+    folder = Folder(tmp_path / "runs" / "a", {})
+    assert not (tmp_path / "runs").exists()
+    folder.save({"seeds": 1})
+    assert sorted(p.name for p in folder.path.iterdir()) == [RUN, STATE]
+
+
+@pytest.mark.parametrize("name", ["run", "run/within"])
+def test_a_file_in_place_of_the_folder(tmp_path, name):
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match="is a file; give a folder"):
-        Folder(tmp_path / "run", {})
+        Folder(tmp_path / name, {})
 
 
 def test_a_torn_or_foreign_state_is_refused(tmp_path):
@@ -66,6 +82,7 @@ class Runs:
 
 def test_code_in_the_state_does_not_run(tmp_path):
     folder = Folder(tmp_path, {})
+    folder.save({})
     torch.save({"method": Runs()}, tmp_path / STATE)
     with pytest.raises(ValueError, match="cannot be read"):
         folder.load()
