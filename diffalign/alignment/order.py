@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -15,22 +14,24 @@ from torch import Tensor
 
 from diffalign.alignment.checkpoint import Folder
 from diffalign.alignment.driver import Drive, Status
+from diffalign.alignment.identity import marks_of, settings_of
 from diffalign.alignment.problem import PipelineProblem
 from diffalign.alignment.processes import World
 from diffalign.alignment.progress import Progress
 from diffalign.alignment.scoring import Fit, Ranking, Scorer, name_of
 from diffalign.alignment.setting import Setting
 from diffalign.core import Budget, BudgetExceeded, Meter, Technique, UnsupportedModel
-from diffalign.core.registry import KERNELS, METHODS, to_config
+from diffalign.core.registry import KERNELS, METHODS
 from diffalign.core.reward import Reward
 from diffalign.core.search import Candidate, Method
 from diffalign.core.seeds import seed_of
-from diffalign.core.types import Json, Keywords, Pipeline
-from diffalign.core.values import plain
+from diffalign.core.types import Keywords, Pipeline
 from diffalign.rewards import HeldOut
 from diffalign.rewards.video import for_videos
 from diffalign.rewards.weighted import load_sum
 from diffalign.seams.swap import original_class
+from diffalign.seams.trajectory.kernels import check_kernel
+from diffalign.seams.trajectory.sampler import PipelineSampler
 from diffalign.search.video.choice import extends
 
 AnyReward = Reward | str
@@ -76,8 +77,11 @@ class Order:
         _check(self.method, problem, self.budget)
         for judge in (scorer, *ranking.ties, *self.scorers(prompt)):
             judge.probe(self.frames)
-        settings = _settings(self.method, problem, scorer.reward)
-        place = None if folder is None else Folder(_own(folder, self.world), settings)
+        settings = settings_of(self.method, problem, scorer.reward)
+        place = None
+        if folder is not None:
+            marks = marks_of(self.pipe, self.reward, self.ties)
+            place = Folder(_own(folder, self.world), settings | marks)
         return Drive(self.method, problem, settings, place, self.show)
 
     def scorers(self, prompt: str) -> list[Scorer]:
@@ -204,6 +208,8 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
             f"{name} goes on until its budget ends; give one, like budget=da.Budget(nfe=400). One "
             f"image takes {problem.sampler.price()} NFE."
         )
+    if isinstance(problem.sampler, PipelineSampler):
+        check_kernel(problem.sampler.kernel, problem.sampler.grid)
     deterministic = problem.sampler.deterministic if method.branches else None
     if deterministic is not None:
         raise ValueError(f"{name} needs children that differ: {deterministic}")
@@ -222,36 +228,3 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
             f"The budget is too small: a search needs one image ({price} NFE, one decode, one "
             f"score) and the final call ({final} NFE, one decode, one score)."
         ) from error
-
-
-def _settings(method: Method[Any], problem: PipelineProblem, reward: Reward) -> Json:
-    """What the run is: a folder belongs to these settings, and images carry them."""
-    from diffalign import __version__
-
-    setting = problem.setting
-    return {
-        "diffalign": __version__,
-        "prompt": problem.prompt,
-        "base_seed": problem.seed,
-        "method": METHODS.to_config(method),
-        "reward": name_of(reward),
-        "techniques": [to_config(technique) for technique in setting.techniques],
-        "kernel": None if setting.kernel is None else repr(setting.kernel),
-        "pipeline": original_class(setting.pipe).__name__,
-        "scheduler": original_class(setting.pipe.scheduler).__name__,
-        "call": plain(_readable(setting.call)),
-    } | ({} if setting.clip is None else {"clip": _digest(setting.clip)})
-
-
-def _digest(clip: Tensor) -> str:
-    """What tells a clip from others."""
-    values = clip.detach().to("cpu", torch.float32).contiguous().numpy()
-    return hashlib.sha256(values.tobytes()).hexdigest()[:16]
-
-
-def _readable(call: Mapping[str, Any]) -> Json:
-    simple = (str, int, float, bool, type(None), list, tuple)
-    return {
-        name: value if isinstance(value, simple) else type(value).__name__
-        for name, value in call.items()
-    }

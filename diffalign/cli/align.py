@@ -186,7 +186,7 @@ def say(
 
 
 def read_budget(text: str | None) -> Budget | None:
-    """``"nfe=400,seconds=20"`` -> a budget; None for none. Raises: ``BadInput`` for another text."""
+    """``"nfe=400,seconds=20"`` -> a budget; None for none. Raises: ``BadInput``."""
     from diffalign.core.budget import read_budget as read
 
     try:

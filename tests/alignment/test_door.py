@@ -300,6 +300,72 @@ def test_a_run_continues_where_it_stopped(pipe, tmp_path):
     assert [m.score for m in again.history] == [m.score for m in whole.history]
 
 
+def shift_weights(pipe, monkeypatch):
+    weight = pipe.unet.conv_out.bias
+    monkeypatch.setattr(weight, "data", weight.data + 1.0)
+
+
+def shift_adapter(pipe, monkeypatch):
+    """A layer with an active adapter, as peft leaves it."""
+    layer = pipe.unet.conv_out
+    monkeypatch.setattr(layer, "lora_B", {"style": torch.nn.Identity()}, raising=False)
+    monkeypatch.setattr(layer, "active_adapters", ["style"], raising=False)
+    monkeypatch.setattr(layer, "scaling", {"style": 0.5}, raising=False)
+
+
+def shift_scheduler(pipe, monkeypatch):
+    config = {**pipe.scheduler.config, "rescale_betas_zero_snr": True}
+    monkeypatch.setattr(pipe, "scheduler", type(pipe.scheduler).from_config(config))
+
+
+def other_place():
+    def brightness(images, prompts):
+        return images.mean((1, 2, 3))
+
+    return brightness
+
+
+@pytest.mark.parametrize(
+    ("shift", "options", "names"),
+    [
+        (shift_weights, {}, "weights"),
+        (shift_adapter, {}, "adapters"),
+        (shift_scheduler, {}, "scheduler_config"),
+        (None, {"reward": other_place()}, "functions"),
+        (None, {"cross_attention_kwargs": {"scale": torch.tensor(0.5)}}, "call"),
+    ],
+)
+def test_a_folder_is_continued_by_the_same_run_only(
+    pipe, tmp_path, monkeypatch, shift, options, names
+):
+    same = {"cross_attention_kwargs": {"scale": torch.tensor(0.25)}}
+    given = {"method": "best-of-n:n=1", "reward": brightness, "folder": tmp_path, **same, **CALL}
+    da.align(pipe, PROMPT, **given)
+    if shift is not None:
+        shift(pipe, monkeypatch)
+    with pytest.raises(ValueError, match=f"holds another run: {names} differ"):
+        da.align(pipe, PROMPT, **{**given, **options})
+
+
+def test_a_refused_run_leaves_its_folder_to_the_next(pipe, tmp_path):
+    folder = tmp_path / "run"
+    given = {"method": "best-of-n:n=1", "reward": brightness, "folder": folder, **CALL}
+    with pytest.raises(da.UnsupportedModel, match="FlowSDE is for flow models"):
+        da.align(pipe, PROMPT, kernel="flow-sde", **given)
+    assert not folder.exists()
+    assert da.align(pipe, PROMPT, kernel="eta", **given).scored == 1
+
+
+def test_lambdas_are_told_apart_by_their_lines(pipe):
+    from diffalign.alignment.identity import marks_of
+
+    first = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    second = lambda images, prompts: images.sum((1, 2, 3))  # noqa: E731
+    (one,), (two,) = (marks_of(pipe, reward, ())["functions"] for reward in (first, second))
+    assert one.split(" in ")[0] == two.split(" in ")[0]
+    assert one != two
+
+
 def test_save_writes_pictures_and_numbers(pipe, tmp_path):
     result = da.align(pipe, PROMPT, method="best-of-n:n=3", reward=brightness, **CALL)
     names = sorted(path.name for path in result.save(tmp_path))
