@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,13 +13,23 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from diffalign.alignment.arguments import (
+    AnyKernel,
+    budget_of,
+    check_call,
+    check_run,
+    kernel_of,
+    prompts_of,
+    rewards_of,
+    seed_in,
+    techniques_of,
+)
 from diffalign.alignment.driver import Drive, Status
 from diffalign.alignment.forecast import Forecast, measure
 from diffalign.alignment.order import (
     AnyMethod,
     AnyReward,
     Order,
-    kernel_of,
     method_of,
     reward_of,
     target_of,
@@ -51,11 +62,11 @@ def align(
     *,
     method: AnyMethod,
     reward: AnyReward,
-    budget: Budget | None = None,
-    techniques: Sequence[Technique] = (),
-    judges: Sequence[AnyReward] = (),
-    ties: Sequence[AnyReward] = (),
-    kernel: Any = None,
+    budget: Budget | str | None = None,
+    techniques: Technique | str | Sequence[Technique | str] = (),
+    judges: AnyReward | Sequence[AnyReward] = (),
+    ties: AnyReward | Sequence[AnyReward] = (),
+    kernel: AnyKernel | None = None,
     batch: int | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
@@ -69,44 +80,50 @@ def align(
 
     ``method``: an object, or text like ``"best-of-n:n=8"``. ``reward``: a name, an object, or any
     function of images [B, 3, H, W] in [0, 1], or videos [B, T, 3, H, W], and prompts that gives
-    scores [B]. ``budget``: limits of a prompt's run; None for methods that end by themselves.
-    ``techniques`` act in every call. ``judges``: rewards that are reported and never optimised.
-    ``ties``: rewards that settle equal scores. ``kernel``: how steps draw noise, for methods that
-    branch, like ``da.Eta()``. ``batch``: images at once; four on a CPU and 16 elsewhere, halved
-    where memory ends. ``folder``: the run is saved after each step and continues from there.
-    ``show`` is called after each step, ``improved`` with each new best image, ``announce`` before
-    the first run, with its seconds and memory as one image measures them. ``stop`` is asked before
-    each evaluation, and a yes ends the run as Ctrl-C does. Other keywords go to the pipeline;
-    ``clip``, frames [F, 3, H, W] in [0, 1], is what a video goes on from. Ctrl-C returns the best.
-    A list of prompts gives one result each, with the whole budget each; Ctrl-C returns those so
-    far.
+    scores [B]. ``budget``: limits of a prompt's run, or text like ``"nfe=400"``; None for methods
+    that end by themselves. ``techniques`` act in every call. ``judges``: rewards that are reported
+    and never optimised. ``ties``: rewards that settle equal scores. ``kernel``: how steps draw
+    noise, for methods that branch, like ``da.Eta()``. ``batch``: images at once; four on a CPU and
+    16 elsewhere, halved where memory ends. ``folder``: the run is saved after each step and
+    continues from there. ``show`` is called after each step, ``improved`` with each new best image,
+    ``announce`` before the first run, with its seconds and memory as one image measures them.
+    ``stop`` is asked before each evaluation, and a yes ends the run as Ctrl-C does. Other keywords
+    go to the pipeline; ``clip``, frames [F, 3, H, W] in [0, 1], is what a video goes on from.
+    Several prompts give one result each, each with the whole budget. Ctrl-C returns what is there.
     Cost: the budget, one call for the result's image kept back from it; two grey images are scored.
     Raises: ValueError before anything runs, for what cannot work; ``UnsupportedModel`` for
     pipelines whose trajectories cannot be cut.
     """
+    texts = prompts_of(prompt)
+    check_run(batch, folder, show=show, improved=improved, announce=announce, stop=stop)
+    check_call(pipe, call, inspect.signature(align).parameters)
     order = Order(
         pipe=pipe,
         method=method_of(method),
         reward=target_of(reward_of(reward)),
-        budget=budget,
-        techniques=tuple(techniques),
-        judges=tuple(map(reward_of, judges)),
-        ties=tuple(map(reward_of, ties)),
+        budget=budget_of(budget),
+        techniques=techniques_of(techniques),
+        judges=rewards_of("judges", judges),
+        ties=rewards_of("ties", ties),
         kernel=kernel_of(kernel),
         batch=batch,
-        seed=seed,
+        seed=seed_in(seed),
         call=call,
         show=show,
         improved=improved,
         stop=stop,
     )
-    if announce is not None and prompt:
-        announce(measure(order, prompt if isinstance(prompt, str) else prompt[0]))
-    if isinstance(prompt, str):
-        return search(order, prompt, folder)
-    places = folders_of(folder, prompt)
+    if announce is not None:
+        announce(measure(order, texts[0]))
+    return search(order, prompt, folder) if isinstance(prompt, str) else _each(order, texts, folder)
+
+
+def _each(
+    order: Order, prompts: Sequence[str], folder: str | os.PathLike[str] | None
+) -> list[Result]:
+    """A result for each prompt; an interrupt returns those so far."""
     results: list[Result] = []
-    for text, place in zip(prompt, places, strict=True):
+    for text, place in zip(prompts, folders_of(folder, prompts), strict=True):
         try:
             results.append(search(order, text, place))
         except (KeyboardInterrupt, Cancelled):

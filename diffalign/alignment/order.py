@@ -21,7 +21,7 @@ from diffalign.alignment.progress import Progress
 from diffalign.alignment.scoring import Fit, Ranking, Scorer, name_of
 from diffalign.alignment.setting import Setting
 from diffalign.core import Budget, BudgetExceeded, Meter, Technique, UnsupportedModel
-from diffalign.core.registry import KERNELS, METHODS
+from diffalign.core.registry import METHODS
 from diffalign.core.reward import Reward
 from diffalign.core.search import Candidate, Method
 from diffalign.core.seeds import seed_of
@@ -30,7 +30,7 @@ from diffalign.rewards import HeldOut
 from diffalign.rewards.video import for_videos
 from diffalign.rewards.weighted import load_sum
 from diffalign.seams.swap import original_class
-from diffalign.seams.trajectory.kernels import check_kernel
+from diffalign.seams.trajectory.kernels import Eta, Kernel, check_kernel
 from diffalign.seams.trajectory.sampler import PipelineSampler
 from diffalign.search.video.choice import extends
 
@@ -49,7 +49,7 @@ class Order:
     techniques: tuple[Technique, ...]
     judges: tuple[Reward, ...]
     ties: tuple[Reward, ...]
-    kernel: Any
+    kernel: Kernel | None
     batch: int | None
     seed: int
     # further arguments of the pipeline, and ``clip``
@@ -90,24 +90,10 @@ class Order:
 
     def setting(self, prompt: str) -> Setting:
         """How the pipeline is called: chunk after chunk where method and pipeline do."""
-        clip, arguments = self.clip, self.arguments
-        setting = Setting(self.pipe, prompt, self.techniques, arguments, self.kernel)
-        cls, chunks = original_class(self.pipe), self.method.chunks
-        can = chunks != "never" and extends(cls)
-        if chunks == "can" and can:
-            try:
-                setting.sampler(Meter())
-                can = False
-            except UnsupportedModel:
-                pass
-        if clip is not None and not can:
-            who = cls if chunks != "never" else type(self.method)
-            raise ValueError(
-                "clip=... needs a pipeline and a method that go on from a clip; "
-                f"{who.__name__} does not. Use linear-search or tree-of-frames on a pipeline that "
-                "makes a video chunk after chunk."
-            )
-        return replace(setting, chunked=can, clip=clip)
+        setting = Setting(
+            self.pipe, prompt, self.techniques, self.arguments, self.kernel, clip=self.clip
+        )
+        return in_chunks(setting, self.method)
 
     @property
     def arguments(self) -> Keywords:
@@ -136,6 +122,46 @@ class Order:
     def suited(self, reward: Reward) -> Reward:
         """A reward of images as one of videos, where the pipeline makes those."""
         return reward if self.frames is None else for_videos(reward)
+
+
+def in_chunks(setting: Setting, method: Method[Any]) -> Setting:
+    """The setting, chunk after chunk where method and pipeline do.
+
+    Raises: ValueError for a clip where they do not.
+    """
+    cls = original_class(setting.pipe)
+    can = method.chunks != "never" and extends(cls)
+    if method.chunks == "can" and can:
+        try:
+            replace(setting, clip=None).sampler(Meter())
+            can = False
+        except UnsupportedModel:
+            pass
+    if setting.clip is not None and not can:
+        who = cls if method.chunks != "never" else type(method)
+        raise ValueError(
+            "clip=... needs a pipeline and a method that go on from a clip; "
+            f"{who.__name__} does not. Use linear-search or tree-of-frames on a pipeline that "
+            "makes a video chunk after chunk."
+        )
+    return replace(setting, chunked=can)
+
+
+def usual_kernel(setting: Setting, method: Method[Any]) -> str | None:
+    """The name of a kernel by which the method branches, where the scheduler draws no noise.
+
+    None where the method or the scheduler needs none, or where none can act.
+    """
+    if not method.branches or setting.kernel is not None:
+        return None
+    sampler = in_chunks(setting, method).sampler(Meter())
+    if not isinstance(sampler, PipelineSampler) or sampler.branches:
+        return None
+    try:
+        check_kernel(Eta(), sampler.grid)
+    except UnsupportedModel:
+        return None
+    return "eta"
 
 
 def frames_of(cls: type, call: Mapping[str, object]) -> int | None:
@@ -186,13 +212,6 @@ def target_of(reward: Reward) -> Reward:
             "judges=[...]."
         )
     return reward
-
-
-def kernel_of(kernel: Any) -> Any:
-    """A kernel, or the one of that text."""
-    if isinstance(kernel, str):
-        (kernel,) = KERNELS.make(kernel)
-    return kernel
 
 
 def _usual(pipe: Pipeline) -> int:

@@ -389,6 +389,32 @@ REFUSED = [
     ({"judges": [lambda images, prompts: images]}, "one score per image"),
     ({"ties": [lambda images, prompts: images.mean((1, 2, 3)) / 0]}, "finite"),
     ({"latents": torch.zeros(1)}, "set by the sampler"),
+    ({"generator": torch.Generator()}, r"align\(generator=...\) is set .*; give seed="),
+    ({"bugdet": da.Budget(nfe=80)}, "no argument 'bugdet'. Nearest: budget"),
+    ({"judge": ["emoji-clip"]}, "no argument 'judge'. Nearest: judges"),
+    ({"num_inference_step": 4}, "'num_inference_step'. Nearest: num_inference_steps"),
+    ({"num_images_per_prompt": 4}, "makes no more images: .* budget="),
+    ({"budget": 100}, "takes a budget like da.Budget.*; got 100"),
+    ({"budget": {"nfe": 100}}, "takes a budget like da.Budget.*'nfe': 100"),
+    ({"budget": "nfes=3"}, "Nearest: nfe"),
+    ({"kernel": 5}, "or a name: eta, flow-sde, native, vp-flow; got 5"),
+    ({"kernel": da.Eta}, r"got the class Eta. Write Eta\(\)"),
+    ({"kernel": "eta+eta"}, "must name one kernel; got 2"),
+    ({"judges": 5}, r"align\(judges=...\) takes names or rewards; got 5"),
+    ({"ties": "emoji-clap"}, "Unknown reward 'emoji-clap'"),
+    ({"techniques": 5}, "takes techniques like .* got 5"),
+    ({"techniques": "adaptive-guide"}, "Nearest: adaptive-guidance"),
+    *(({"batch": value}, "batch=...* at least 1, or None") for value in (0, -1, "4", True)),
+    *(({"seed": value}, "seed=...* must be an integer") for value in (None, 1.5, "1")),
+    ({"folder": ""}, "folder=...* is empty"),
+    ({"folder": 5}, "folder=...* takes the path"),
+    ({"show": 5}, "show=...* takes a function"),
+    *(({"prompt": value}, "a list of at least one text") for value in (None, 5, [], [5])),
+    *(({"num_inference_steps": value}, "integer of at least 1") for value in (0, "4", 4.0)),
+    *(
+        ({"guidance_scale": value}, "guidance_scale=...* must be a finite number")
+        for value in (float("nan"), "3", torch.tensor(float("inf")))
+    ),
 ]
 
 
@@ -398,9 +424,36 @@ def test_bad_input_is_refused_before_anything_runs(pipe, changes, text, monkeypa
         raise AssertionError("the model ran")
 
     monkeypatch.setattr(type(pipe.unet), "forward", forward)
-    options = {"method": "best-of-n:n=2", "reward": brightness, **CALL, **changes}
-    with pytest.raises((ValueError, TypeError), match=text):
-        da.align(pipe, PROMPT, **options)
+    options = {"method": "best-of-n:n=2", "reward": brightness, "prompt": PROMPT, **CALL, **changes}
+    with pytest.raises((ValueError, TypeError), match=text) as refusal:
+        da.align(pipe, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_one_name_is_a_list_of_one(pipe):
+    """And what has a text is read from it."""
+    options = {"method": "best-of-n:n=2", "reward": brightness, **CALL}
+    many = da.align(
+        pipe,
+        PROMPT,
+        budget=da.Budget(nfe=100),
+        techniques=[da.AdaptiveGuidance()],
+        judges=[brightness],
+        ties=["emoji-clip"],
+        **options,
+    )
+    for techniques in (da.AdaptiveGuidance(), "adaptive-guidance"):
+        one = da.align(
+            pipe,
+            PROMPT,
+            budget="nfe=100",
+            techniques=techniques,
+            judges=brightness,
+            ties="emoji-clip",
+            **options,
+        )
+        assert (one.seed, one.judges, one.settings) == (many.seed, many.judges, many.settings)
+        assert torch.equal(one.tensor, many.tensor)
 
 
 def test_a_budget_of_seconds_stops_the_search(pipe, monkeypatch):
