@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from diffalign.alignment.forecast import Forecast
     from diffalign.alignment.result import Result
     from diffalign.core.budget import Budget
-    from diffalign.core.types import Json
+    from diffalign.core.search import Candidate
+    from diffalign.core.technique import Technique
+    from diffalign.core.types import Json, Keywords, Pipeline
     from diffalign.generate.models import Model
 
 PANEL = "How to search"
@@ -41,8 +44,8 @@ Ties = Annotated[list[str] | None, _option("A score that settles equal ones.")]
 Kernel = Annotated[
     str | None,
     _option(
-        "Random steps for methods that branch: eta, flow-sde, vp-flow; the scheduler's own if left "
-        "out."
+        "Random steps for methods that branch: eta, flow-sde, vp-flow. The scheduler's own if left "
+        "out, and eta where that draws no noise."
     ),
 ]
 Resume = Annotated[bool, _option("Continue the run in --output.", "--resume")]
@@ -88,7 +91,15 @@ def align(
     if start is not None and not request.model.size:
         extra |= {"height": start.shape[2], "width": start.shape[3]}
     prompts = list(request.prompts)
-    with checking(), live(options.quiet or options.json) as line:
+    call = {**request.model.call, **extra, "clip": start}
+    quiet = options.quiet or options.json
+    with checking(), live(quiet) as line:
+        chosen = kernel or needed_kernel(request.model.pipe, prompts[0], method, techniques, call)
+        picture = LivePicture(options.output)
+        notes = [f"Best image so far: {picture.path}"]
+        if chosen != kernel:
+            name = method.partition(":")[0]
+            notes.append(f"Kernel: {chosen}, since {name} needs a sampler that draws noise")
         results = search(
             request.model.pipe,
             prompts if len(prompts) > 1 else prompts[0],
@@ -98,16 +109,17 @@ def align(
             techniques=techniques,
             judges=judge or (),
             ties=tie or (),
-            kernel=kernel,
+            kernel=chosen,
             batch=options.batch,
-            clip=start,
             seed=options.seed,
             folder=options.output,
             show=line,
-            announce=None if options.quiet or options.json else announce,
-            **request.model.call,
-            **extra,
+            improved=picture,
+            announce=None if quiet else partial(announce, notes),
+            **call,
         )
+    if len(prompts) > 1:
+        picture.remove()
     say(options, prompts, results, fps)
 
 
@@ -146,9 +158,47 @@ def video_call(model: Model, numbers: Mapping[str, int | None], fps: float) -> d
     return known
 
 
-def announce(forecast: Forecast) -> None:
-    """Say on standard error what the run will take."""
-    typer.echo(str(forecast), err=True)
+def needed_kernel(
+    pipe: Pipeline, prompt: str, method: str, techniques: Sequence[Technique], call: Keywords
+) -> str | None:
+    """The kernel of a method that branches, where the scheduler alone draws no noise."""
+    from diffalign.alignment.order import method_of, usual_kernel
+    from diffalign.alignment.setting import Setting
+
+    arguments = {name: value for name, value in call.items() if name != "clip"}
+    setting = Setting(pipe, prompt, tuple(techniques), arguments, clip=call["clip"])
+    return usual_kernel(setting, method_of(method))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LivePicture:
+    """The best image so far as a file, whole at any time; of a video the first frame."""
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        """Where it is: one file for all prompts, since they run one after the other."""
+        return self.folder / "image.png"
+
+    def __call__(self, candidate: Candidate) -> None:
+        """Write a better image."""
+        from diffalign.alignment.result import picture
+        from diffalign.drawing.png import save_png
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        image = candidate.image if candidate.image.ndim == 3 else candidate.image[0]
+        save_png(picture(image), self.path, {"score": candidate.score})
+
+    def remove(self) -> None:
+        """Leave the images of several prompts to their folders."""
+        self.path.unlink(missing_ok=True)
+
+
+def announce(notes: Sequence[str], forecast: Forecast) -> None:
+    """Say on standard error what the run will take, and notes on it."""
+    for line in (str(forecast), *notes):
+        typer.echo(line, err=True)
 
 
 def check_folder(place: Path, resume: bool) -> None:

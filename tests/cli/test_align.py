@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from PIL import Image
 
 from diffalign.core.registry import methods
 from diffalign.core.seeds import seed_of
+from diffalign.drawing.png import read_settings
 
 REWARD = "emoji-clip"
 SHORT = ("-s", 2, "--method", "best-of-n:n=2", "--reward", REWARD)
@@ -53,6 +55,8 @@ def test_several_prompts_have_a_folder_each(run, folder, tmp_path):
         (("--budget", "nfe"), "'nfe' is not one of nfe, rewards"),
         (("--budget", "nfe=many"), "nfe must be a number; got 'many'"),
         (("--budget", "nfe=1.5"), "nfe must be a whole number"),
+        (("--budget", "nfe=inf"), "--budget: nfe must be a whole number; got 'inf'"),
+        (("--budget", "seconds=nan"), "--budget: Budget(seconds=...) must be positive"),
         (("--budget", "nfe=0"), "must be positive"),
         (("--budget", "nfe=3"), "The budget is too small: a search needs one image (4 NFE"),
         (("--kernel", "etta"), "Unknown kernel 'etta'. Nearest: eta"),
@@ -66,6 +70,39 @@ def test_bad_input_is_one_line(run, folder, tmp_path, options, text):
     assert text in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_method_that_branches_gets_a_kernel_and_says_so(run, folder, tmp_path):
+    command = ("align", "a red apple", "-m", folder, "-s", 3, "--reward", REWARD)
+    command += ("--budget", "nfe=60", "--scheduler", "ddim", "--method", "dts-star:preset=small")
+    alone = run(*command, "-o", tmp_path / "a")
+    assert alone.exit_code == 0, alone.stderr
+    line = "Kernel: eta, since dts-star needs a sampler that draws noise"
+    assert line in alone.stderr.splitlines()
+    given = run(*command, "--kernel", "eta", "-o", tmp_path / "b")
+    assert "Kernel" not in given.stderr
+    one, other = (json.loads((tmp_path / n / "result.json").read_text()) for n in "ab")
+    assert one["kernel"] == "Eta(eta=1.0)"
+    for key in ("kernel", "moves", "score", "scored", "method"):
+        assert one[key] == other[key]
+
+
+def test_the_best_image_so_far_is_a_file(run, folder, tmp_path, monkeypatch):
+    from diffalign.alignment.result import Result, picture
+
+    place, images = tmp_path / "new", []
+
+    def save(result, *rest):
+        images.append((read_settings(place / "image.png"), Image.open(place / "image.png").copy()))
+        assert images[-1][1].tobytes() == picture(result.top[0].image).tobytes()
+        return []
+
+    monkeypatch.setattr(Result, "save", save)
+    result = run("align", "a red apple", "-m", folder, *SHORT, "-o", place)
+    assert result.exit_code == 0, result.stderr
+    assert f"Best image so far: {place / 'image.png'}" in result.stderr.splitlines()
+    assert images[0][0].keys() == {"score"}
+    assert sorted(p.name for p in place.iterdir()) == ["image.png", "run.json", "state.pt"]
 
 
 def test_a_prompt_is_needed(run, folder, tmp_path):
