@@ -29,8 +29,8 @@ AnyKernel = Kernel | str
 
 # arguments of the pipeline that a run sets -> what to give in their place
 SET: Mapping[str, str] = {
-    "generator": "give seed=...",
-    "latents": "noises follow from seed=...",
+    "generator": "pass an integer as seed= instead",
+    "latents": "noises follow from seed= and the method",
     "output_type": "the result has image, frames and tensor",
     "return_dict": "the result is the same for all pipelines",
 }
@@ -64,7 +64,7 @@ def kernel_of(kernel: AnyKernel | None) -> Kernel | None:
     if isinstance(kernel, type):
         raise TypeError(
             f"align(kernel=...) takes an object, {names}; got the class {kernel.__name__}. Write "
-            f"{kernel.__name__}()."
+            f"da.{kernel.__name__}()."
         )
     if kernel is not None and not callable(getattr(kernel, "coefficients", None)):
         raise TypeError(f"align(kernel=...) takes a kernel like da.Eta(), {names}; got {kernel!r}.")
