@@ -154,7 +154,8 @@ class Result:
         ``image.png`` carries the settings, ``result.json`` all numbers, ``curve.png`` the best
         score against NFE, ``before_after.png`` the first image beside the result, ``best.png`` the
         best candidates; ``tree.png`` and ``tree.svg`` of a tree, ``noise.pt`` of a found noise,
-        ``findings.pt`` of other tensors that the method found. Of a video also ``video.gif``,
+        ``drifts.pt`` of steps that a gradient led elsewhere (evaluation -> tensor), ``findings.pt``
+        of other tensors that the method found. Of a video also ``video.gif``,
         ``frames.png`` and, where PyAV is installed, ``video.mp4``, at ``rate`` frames a second;
         ``image.png`` is then its first frame.
         """
@@ -171,6 +172,7 @@ def data_of(result: Result) -> Json:
         "seed": result.seed,
         "moves": [asdict(move) for move in result.lineage.moves],
         "own_noise": result.noise is not None,
+        "drifts": [step for step, _ in result.lineage.drifts],
         "found_prompt": result.lineage.prompt,
         "ledger": asdict(result.ledger),
         **asdict(result.story),
@@ -229,6 +231,9 @@ def write(result: Result, place: Path, rate: float = RATE) -> list[Path]:
     if result.noise is not None:
         torch.save(result.noise, place / "noise.pt")
         files.append(place / "noise.pt")
+    if result.lineage.drifts:
+        torch.save(dict(result.lineage.drifts), place / "drifts.pt")
+        files.append(place / "drifts.pt")
     if result.findings:
         torch.save(dict(result.findings), place / "findings.pt")
         files.append(place / "findings.pt")

@@ -101,10 +101,18 @@ def finished(sampler: Sampler, lineage: Lineage) -> State:
     noise: Tensor | None = None if lineage.noise is None else lineage.noise[None]
     state = sampler.start([first.seed], noise)
     for move in others:
-        if move.step > state.step:
-            state = sampler.run(state, move.step)
+        state = _led(sampler, state, move.step, lineage)
         if move.back is not None:
             state = sampler.renoise(state, move.back, [move.seed])
         else:
             state = state.reseed([move.seed])
-    return state if state.finished else sampler.run(state)
+    return _led(sampler, state, state.count, lineage)
+
+
+def _led(sampler: Sampler, state: State, until: int, lineage: Lineage) -> State:
+    """The state at evaluation ``until``, led there by the drifts of its lineage."""
+    for step, drift in lineage.drifts:
+        if state.step <= step < until:
+            state = sampler.run(state, step) if step > state.step else state
+            state = sampler.run(state, step + 1, drift[None].to(state.latents.device))
+    return sampler.run(state, until) if until > state.step else state

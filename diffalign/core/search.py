@@ -61,16 +61,22 @@ class Lineage:
     shift: Shift | None = None
     # whether it is a video made chunk after chunk, each by a seed that follows from the first
     chunks: bool = False
+    # (evaluation, drift [...] on the CPU that was added to the mean of its step), in their order
+    drifts: tuple[tuple[int, Tensor], ...] = ()
 
     def then(self, step: int, seed: int, back: int | None = None) -> Lineage:
         """The lineage with one more random choice."""
         return replace(self, moves=(*self.moves, Move(step, seed, back)))
 
+    def drifted(self, step: int, drift: Tensor) -> Lineage:
+        """The lineage with one more step that ``drift`` [...] led elsewhere."""
+        return replace(self, drifts=(*self.drifts, (step, drift.detach().to("cpu", copy=True))))
+
     @property
     def seed(self) -> int | None:
         """The seed that alone makes the image in a plain call, None where there is none."""
         single = len(self.moves) == 1 and self.noise is None and self.shift is None
-        return self.moves[0].seed if single and not self.chunks else None
+        return self.moves[0].seed if single and not self.chunks and not self.drifts else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,13 +98,18 @@ class Steering:
         if particles.gradient is None or not std > 0.0:
             return replace(particles, state=problem.run(state, until))
         slope = self.tilt * self.temper(until, state.count) * std * std
-        state = problem.run(state, until, slope * particles.gradient)
+        drift = slope * particles.gradient
+        lineages = tuple(
+            lineage.drifted(state.step, row)
+            for lineage, row in zip(particles.lineages, drift, strict=True)
+        )
+        state = problem.run(state, until, drift)
         transition = state.transition
         if transition is None:
             raise UnsupportedModel("The sampler does not say how its last step drew the latents.")
         correction = transition.log_p(state.latents) - transition.log_q(state.latents)
         log_weights = particles.log_weights + correction.cpu().view_as(particles.log_weights)
-        return replace(particles, state=state, log_weights=log_weights)
+        return replace(particles, state=state, lineages=lineages, log_weights=log_weights)
 
     def weigh(self, problem: Problem, particles: Particles) -> Particles:
         """The particles weighted by the scores of their predicted images."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from diffalign.core import Info, Lineage, Method, Problem, State, Tensor, UnsupportedModel
+from diffalign.core import Info, Method, Problem, State, Tensor, UnsupportedModel
 from diffalign.core.option import option
 from diffalign.core.sampler import join
 from diffalign.search.particles import Particles, Potential, Steering, resampled
@@ -22,7 +22,6 @@ class Passes:
     particles: Particles | None = None
     # finished states, one entry a pass, with as many rows as it had particles
     endings: tuple[State, ...] = ()
-    lineages: tuple[Lineage, ...] = ()
     scores: tuple[float, ...] = ()
     # log weight of each finished particle; the mean of exp is the estimate of Z
     log_weights: tuple[float, ...] = ()
@@ -145,7 +144,6 @@ class SMC(Method[Passes]):
         result = Passes(
             None,
             (*state.endings, Batch.of(particles.state).state),
-            (*state.lineages, *particles.lineages),
             (*state.scores, *scores),
             (*state.log_weights, *total),
         )

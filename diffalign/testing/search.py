@@ -447,13 +447,21 @@ def replay(problem: PointProblem, lineage: Lineage) -> Tensor:
     sampler = replace(problem, meter=Meter()).sampler
     state = sampler.start([first.seed], noise)
     for move in others:
-        if move.step > state.step:
-            state = sampler.run(state, move.step)
+        state = _led(sampler, state, move.step, lineage)
         if move.back is None:
             state = state.reseed([move.seed])
         else:
             state = sampler.renoise(state, move.back, [move.seed])
-    return (state if state.finished else sampler.run(state)).latents[0]
+    return _led(sampler, state, state.count, lineage).latents[0]
+
+
+def _led(sampler: PointSampler, state: State, until: int, lineage: Lineage) -> State:
+    """The state at evaluation ``until``, step by step with the drifts of its lineage."""
+    drifts = dict(lineage.drifts)
+    while state.step < until:
+        drift = drifts.get(state.step)
+        state = sampler.run(state, state.step + 1, None if drift is None else drift[None])
+    return state
 
 
 def _mix(keys: np.ndarray) -> np.ndarray:

@@ -114,3 +114,52 @@ def test_an_interrupted_tree_goes_on_where_it_was(tmp_path):
     assert second.score == whole.score
     assert torch.equal(second.tensor, whole.tensor)
     assert second.tree.nodes == whole.tree.nodes
+
+
+def apart(images, prompts):
+    """A reward with a slope in every pixel."""
+    weights = torch.linspace(-1.0, 1.0, images[0].numel()).reshape(images[0].shape)
+    return (images * weights).flatten(1).sum(1)
+
+
+apart.differentiable = True
+
+
+def led(preset, tilt, folder=None, show=None):
+    return da.align(
+        tiny_pipeline("StableDiffusionPipeline", text=True),
+        "a red apple",
+        method=SMC(preset=preset, particles=2, tilt=tilt),
+        reward=apart,
+        budget=da.Budget(nfe=30),
+        kernel=da.Eta(),
+        folder=folder,
+        show=show,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        height=16,
+        width=16,
+    )
+
+
+@pytest.mark.parametrize("preset", ["tds", "das"])
+def test_the_image_that_a_gradient_led_to_is_the_result(preset, tmp_path):
+    """Found, made again by the final call, replayed, and found again after a kill."""
+    result = led(preset, 1000.0)
+    assert torch.allclose(result.tensor, result.top[0].image, atol=1e-4)
+    assert torch.equal(result.repeat()[0], result.tensor)
+    assert not torch.allclose(result.tensor, led(preset, 1e-3).tensor, atol=1e-2)
+    assert result.seed is None
+
+    def kill(status):
+        if status.step == 2:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        led(preset, 1000.0, tmp_path, kill)
+    resumed = led(preset, 1000.0, tmp_path)
+    assert torch.equal(resumed.tensor, result.tensor)
+    files = resumed.save(tmp_path / "saved")
+    drifts = torch.load(tmp_path / "saved" / "drifts.pt", weights_only=True)
+    assert tmp_path / "saved" / "drifts.pt" in files
+    assert list(drifts) == resumed.to_dict()["drifts"]

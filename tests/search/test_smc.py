@@ -9,7 +9,7 @@ from diffalign.core import Budget, Meter
 from diffalign.search import SMC, smc
 from diffalign.search import particles as module
 from diffalign.testing.mixtures import Chain, Exact, Mixture, binned, total_variation
-from diffalign.testing.search import solve, toy
+from diffalign.testing.search import PointProblem, replay, solve, toy
 
 TWO = Mixture.of([[-2.0], [1.5]], [0.4, 0.3], [0.7, 0.3])
 CHAIN = Chain.of_steps(6)
@@ -291,19 +291,30 @@ def test_same_seed_same_passes_and_step_changes_nothing():
     assert torch.equal(state.particles.log_weights, weights)
 
 
-def test_lineages_lead_to_the_images():
-    """The moves of every particle repeat its image."""
-    problem, _, state = one_pass(1, 6, every=1, threshold=1.0)
-    other = toy(TWO, reward, chain=CHAIN)
-    for row, lineage in enumerate(state.lineages):
-        first, *moves = lineage.moves
-        again = other.start([first.seed])
-        for move in moves:
-            if move.step > again.step:
-                again = other.run(again, move.step)
-            again = again.reseed([move.seed])
-        assert torch.equal(other.run(again).latents[0], state.endings[0].latents[row])
+@pytest.mark.parametrize("options", [{"every": 1}, {"preset": "tds"}, {"preset": "das"}], ids=str)
+def test_lineages_lead_to_the_images(options, monkeypatch):
+    """The moves and drifts of every particle repeat its image, through every resampling."""
+    lineages, finish = [], PointProblem.finish
+
+    def seen(problem, state, known):
+        lineages.extend(known)
+        return finish(problem, state, known)
+
+    monkeypatch.setattr(PointProblem, "finish", seen)
+    problem, _, state = one_pass(1, 6, threshold=1.0, tilt=3.0, **options)
+    for row, lineage in enumerate(lineages):
+        assert torch.equal(replay(problem, lineage), state.endings[0].latents[row])
+        steps = [step for step, _ in lineage.drifts]
+        assert steps == (list(range(5)) if "preset" in options else [])
+    assert len(lineages) == 6
+    assert len({lineage.moves[0].seed for lineage in lineages}) < 6
     assert problem.best.score == max(state.scores)
+
+
+def test_an_image_of_drifts_has_no_seed_that_alone_makes_it():
+    problem, _, _ = one_pass(1, 2, preset="tds", threshold=0.0)
+    assert len(problem.best.lineage.moves) == 1
+    assert problem.best.lineage.seed is None
 
 
 def test_samples_follow_the_weights():
