@@ -113,7 +113,7 @@ class Drive:
                 "rng": progress.rng.get_state(),
                 "seeds": progress.seeds,
                 "batch": progress.fit.size,
-                "sampling": (progress.sampling, progress.sampled),
+                "sampling": (progress.sampling, progress.looking),
                 "history": progress.history,
                 "ranking": (ranking.top, ranking.first, ranking.scored, ranking.equal),
                 "meter": {name: getattr(meter, name) for name in COUNTS},
@@ -130,7 +130,7 @@ class Drive:
         self.state, self.steps, self.log = saved["method"], saved["steps"], saved["log"]
         progress.rng.set_state(saved["rng"])
         progress.seeds, progress.fit.size = saved["seeds"], saved["batch"]
-        progress.sampling, progress.sampled = saved["sampling"]
+        progress.sampling, progress.looking = saved["sampling"]
         progress.history = saved["history"]
         ranking.top, ranking.first, ranking.scored, ranking.equal = saved["ranking"]
         for name, value in saved["meter"].items():

@@ -240,7 +240,7 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
     if reason is not None:
         raise ValueError(f"{name} cannot act here: {reason}")
     try:
-        problem.room(1)
+        problem.progress.room(1, problem.sampler.price(), 1)
     except BudgetExceeded as error:
         price, final = problem.sampler.price(), problem.progress.reserve
         raise ValueError(

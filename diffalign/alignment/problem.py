@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from diffalign.alignment.ascent import parts_of, slopes_of
 from diffalign.alignment.marks import look_in_parts, marks_in_parts
 from diffalign.alignment.parts import decode_in_parts, in_parts, run_in_parts, twist_in_parts
-from diffalign.alignment.progress import Progress
+from diffalign.alignment.progress import Pace, Progress
+from diffalign.alignment.scoring import BadScore, Fit, Ranking
 from diffalign.alignment.setting import Setting, finished
 from diffalign.core import Meter, State, Technique
 from diffalign.core.reward import Reward
@@ -57,6 +59,8 @@ class PipelineProblem:
         return [seed_of(self.prompt, number, self.seed) for number in numbers]
 
     def room(self, count: int, first: int = 0, last: int | None = None, scores: int = 1) -> int:
+        if self.meter.budget.seconds is not None and not self.progress.sampling.units:
+            _time(self)
         return self.progress.room(count, self.sampler.price(first, last), scores)
 
     def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
@@ -75,7 +79,8 @@ class PipelineProblem:
             self.meter.charge(rewards=len(images))
             return self.reward(images, [self.prompt] * len(images))
 
-        return twist_in_parts(self.sampler, self.progress.fit, state, reward)
+        with self.progress.timed():
+            return twist_in_parts(self.sampler, self.progress.fit, state, reward)
 
     def decode(self, state: State) -> Tensor:
         self.progress.use(self.sampler)
@@ -83,8 +88,9 @@ class PipelineProblem:
 
     def preview(self, state: State) -> Tensor:
         self.progress.use(self.sampler)
-        images = in_parts(self.progress.fit, state, self.sampler.preview)
-        return torch.cat([self.score(batch) for batch in images])
+        with self.progress.looked(len(state.latents)):
+            images = in_parts(self.progress.fit, state, self.sampler.preview)
+            return torch.cat([self.score(batch) for batch in images])
 
     def look(self, state: State, evaluations: int) -> State:
         self.progress.use(self.sampler)
@@ -93,7 +99,8 @@ class PipelineProblem:
 
     def marks(self, state: State, prompt: str, stage: Stage | None = None) -> Marks:
         self.progress.use(self.sampler)
-        return marks_in_parts(self.sampler, self.progress, state, prompt, stage)
+        with self.progress.looked(len(state.latents)):
+            return marks_in_parts(self.sampler, self.progress, state, prompt, stage)
 
     def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
         self.progress.use(self.sampler)
@@ -102,9 +109,10 @@ class PipelineProblem:
             raise ValueError(f"finish needs {rows} lineages, one per image; got {len(lineages)}.")
         parts = in_parts(self.progress.fit, state, self.sampler.decode)
         candidates: list[Candidate] = []
-        for images in parts:
-            known = lineages[len(candidates) : len(candidates) + len(images)]
-            candidates += _finished(self, images, self.score(images), known)
+        with self.progress.looked(rows):
+            for images in parts:
+                known = lineages[len(candidates) : len(candidates) + len(images)]
+                candidates += _finished(self, images, self.score(images), known)
         return candidates
 
     def score(self, images: Tensor) -> Tensor:
@@ -121,9 +129,10 @@ class PipelineProblem:
     ) -> Ascent:
         self.progress.use(self.sampler)
         leaf = noise.detach().clone().requires_grad_()
-        images = self.sampler.render(leaf, True, mode, clamp, seeds)
         pairs = parts_of(self.reward, self.prompt, parts)
-        slopes = slopes_of(images, leaf, self.progress.scorer, pairs)
+        with self.progress.timed():
+            images = self.sampler.render(leaf, True, mode, clamp, seeds)
+            slopes = slopes_of(images, leaf, self.progress.scorer, pairs)
         rows = [i for i, finite in enumerate(slopes.total.isfinite().tolist()) if finite]
         lineages = [Lineage((Move(0, seeds[i]),), noise[i].detach().clone()) for i in rows]
         return slopes.ascent(_finished(self, images[rows], slopes.total[rows], lineages))
@@ -140,9 +149,10 @@ class PipelineProblem:
         leaf = shift.values.detach().clone().requires_grad_()
         other = self.variant(shift=Shift(shift.tokens, leaf))
         self.progress.use(other.sampler)
-        images = other.sampler.render(noise, True, mode, clamp, seeds)
-        scores = self.progress.scorer.differentiable(images, self.reward)
-        (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+        with self.progress.timed():
+            images = other.sampler.render(noise, True, mode, clamp, seeds)
+            scores = self.progress.scorer.differentiable(images, self.reward)
+            (gradient,) = torch.autograd.grad(scores.sum(), leaf)
         return scores.detach().to("cpu", torch.float64), gradient
 
     def variant(
@@ -164,6 +174,28 @@ class PipelineProblem:
             return variant.repeat(replace(lineage, shift=None))
         self.progress.use(self.sampler)
         return self.sampler.decode(finished(self.sampler, lineage))
+
+
+def _time(problem: PipelineProblem) -> None:
+    """Find out what an evaluation, a decode and a score take.
+
+    They are made for one image, on a meter of its own: of the budget only seconds are used.
+    """
+    progress = problem.progress
+    meter = Meter(stop=progress.meter.stop)
+    scorer = replace(progress.scorer, meter=meter)
+    trial = Progress(meter, Ranking(), scorer, Fit(1), torch.Generator())
+    other = PipelineProblem(problem.setting, problem.prompt, problem.seed, trial)
+    progress.use(None)
+    try:
+        other.run(other.start([0]), 1)
+        trial.sampling = Pace()  # the first evaluation warms up
+        state = other.run(other.start([0]), 1)
+        with suppress(BadScore):
+            other.preview(state)
+    finally:
+        trial.use(None)
+    progress.sampling, progress.looking = trial.sampling, trial.looking
 
 
 def _finished(

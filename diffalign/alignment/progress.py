@@ -27,6 +27,24 @@ class Moment:
 
 
 @dataclass(slots=True)
+class Pace:
+    """How long one kind of work takes, by all of it so far."""
+
+    seconds: float = 0.0
+    units: int = 0
+
+    def add(self, seconds: float, units: int) -> None:
+        """Count work that was done."""
+        self.seconds += seconds
+        self.units += units
+
+    @property
+    def each(self) -> float:
+        """Seconds of one unit, 0 before the first."""
+        return self.seconds / self.units if self.units else 0.0
+
+
+@dataclass(slots=True)
 class Progress:
     """Counters, the best images, and the one sampler that is open."""
 
@@ -41,9 +59,9 @@ class Progress:
     world: World = field(default_factory=World)
     # rows of the final call
     reserve: int = 0
-    # seconds in the sampler and denoiser rows there, to foresee what further rows take
-    sampling: float = 0.0
-    sampled: int = 0
+    # what denoiser rows take, and what decoding and scoring an image takes
+    sampling: Pace = field(default_factory=Pace)
+    looking: Pace = field(default_factory=Pace)
     open: AnySampler | None = None
     # called with the newest best image
     improved: Callable[[Candidate], None] | None = None
@@ -64,8 +82,15 @@ class Progress:
         """Around work of the sampler: its seconds and rows say what further rows take."""
         before, start = self.meter.rows, perf_counter()
         yield
-        self.sampling += perf_counter() - start
-        self.sampled += self.meter.rows - before
+        self.sampling.add(perf_counter() - start, self.meter.rows - before)
+
+    @contextmanager
+    def looked(self, images: int) -> Iterator[None]:
+        """Around decoding and scoring of so many images: their seconds say what further ones
+        take."""
+        start = perf_counter()
+        yield
+        self.looking.add(perf_counter() - start, images)
 
     def numbers(self, count: int) -> list[int]:
         """Numbers of the next images; those of other processes lie between."""
@@ -97,21 +122,24 @@ class Progress:
         ]
         fits = [count]
         fits += [(limit - spent) // each for limit, spent, each in shares if limit and each]
+        time = ""
         if budget.seconds is not None:
-            fits.append(self._in_time(budget.seconds - meter.seconds, price))
+            fits.append(self._in_time(budget.seconds - meter.seconds, count, price, scores))
+            time = f" and {meter.seconds:.1f} s"
         if min(fits) < 1:
             raise BudgetExceeded(
                 f"The budget {_text(budget)} is used up: one more image takes {price} NFE, and "
-                f"{self.reserve} are kept for the final call; {meter.rows} are spent."
+                f"{self.reserve} are kept for the final call; {meter.rows}{time} are spent."
             )
         return min(fits)
 
-    def _in_time(self, left: float, price: int) -> int:
-        """Images of ``price`` rows that fit into ``left`` seconds beside the final call."""
-        if not self.sampled:
-            return int(left > 0)
-        row = self.sampling / self.sampled
-        return int(max(0.0, left - self.reserve * row) / max(price * row, 1e-9))
+    def _in_time(self, left: float, count: int, price: int, scores: int) -> int:
+        """How many of ``count`` images fit into ``left`` seconds beside the final call."""
+        left -= self.reserve * self.sampling.each + self.looking.each
+        each = price * self.sampling.each + scores * self.looking.each
+        if left <= 0:
+            return 0
+        return min(count, int(left / each)) if each else count
 
 
 def _text(budget: Budget) -> str:

@@ -19,7 +19,7 @@ class Budget:
     nfe: int | None = None
     # images scored by rewards
     rewards: int | None = None
-    # wall time
+    # wall time; a search times two evaluations, a decode and a score first, which no count holds
     seconds: float | None = None
     # images decoded from latents
     decodes: int | None = None

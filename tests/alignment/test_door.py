@@ -466,9 +466,47 @@ def test_a_budget_of_seconds_stops_the_search(pipe, monkeypatch):
     for module in ("diffalign.core.budget", "diffalign.alignment.progress"):
         monkeypatch.setattr(f"{module}.perf_counter", lambda: now[0])
     options = {"method": da.BestOfN(batch=1), "reward": slow, **CALL}
-    result = da.align(pipe, PROMPT, budget=da.Budget(seconds=4.5), **options)
+    result = da.align(pipe, PROMPT, budget=da.Budget(seconds=6.5), **options)
     assert result.end.startswith("budget")
-    assert result.scored in (4, 5)
+    # of six scores one is a probe, one is timed, and one is the final call's
+    assert result.scored == 3
+    assert result.ledger.seconds <= 6.5
+    assert (result.ledger.nfe, result.ledger.rewards) == (4 * NFE, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "images"),
+    [(da.BestOfN(batch=8), 8), (da.SMC(particles=8), 8), (da.DraftCommit(commits=3), 3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_first_round_in_a_budget_of_seconds_is_a_whole_one(pipe, method, images):
+    """Time enough for all that is asked for; the first whole image ends the run."""
+    finished = []
+    result = da.align(
+        pipe,
+        PROMPT,
+        method=method,
+        reward=brightness,
+        budget=da.Budget(seconds=1000.0),
+        improved=finished.append,
+        show=lambda status: None,
+        stop=lambda: bool(finished),
+        eta=1.0 if method.branches else 0.0,
+        **CALL,
+    )
+    assert result.scored == images
+
+
+def test_seconds_that_are_ample_change_nothing(pipe):
+    def run(**limits):
+        method = da.BestOfN(batch=3)
+        budget = da.Budget(nfe=6 * NFE, **limits)
+        return da.align(pipe, PROMPT, method=method, reward=brightness, budget=budget, **CALL)
+
+    plain, timed = run(), run(seconds=1000.0)
+    assert torch.equal(timed.tensor, plain.tensor)
+    assert timed.ledger.nfe == plain.ledger.nfe
+    assert timed.scored == plain.scored == 5
 
 
 def test_running_out_of_budget_before_one_image_says_so(pipe):
