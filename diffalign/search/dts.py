@@ -20,7 +20,8 @@ Preset = Literal["auto", "paper", "small", "spread"]
 RULES = {"paper": Rule(2.0, 0.8), "small": Rule(1.0, 0.5), "spread": Rule(2.0, 0.3, 0.2)}
 """Widening of each preset; under "paper" the first 36 rollouts are plain samples."""
 SMALL = 100
-"""A budget below so many trajectories is small: ``preset="auto"`` then widens slowly."""
+"""A budget below so many trajectories, or of seconds alone, is small: ``preset="auto"`` then widens
+slowly."""
 FREE = 64
 """Visits of finished images in a row, after which a new one is drawn whatever the rule says."""
 
@@ -64,9 +65,7 @@ class TreeSearch(Method[Grown]):
         """How wide the tree grows, with the preset that fits the budget."""
         name: str = self.preset
         if name == "auto":
-            limit = problem.meter.budget.nfe
-            large = limit is None or limit >= SMALL * problem.sampler.price()
-            name = "paper" if large else self.slow
+            name = "paper" if _ample(problem) else self.slow
         preset = RULES[name]
         return Rule(
             preset.width if self.width is None else self.width,
@@ -211,6 +210,16 @@ class DTSStar(TreeSearch):
             return value + self.explore * math.sqrt(total / work.visits[child])
 
         return max(work.children[index], key=bound)
+
+
+def _ample(problem: Problem) -> bool:
+    """Whether the budget holds ``SMALL`` trajectories; seconds alone do not say so."""
+    budget = problem.meter.budget
+    limits = [budget.rewards, budget.decodes]
+    if budget.nfe is not None:
+        limits.append(budget.nfe // problem.sampler.price())
+    counts = [limit for limit in limits if limit is not None]
+    return min(counts) >= SMALL if counts else budget.seconds is None
 
 
 def _rollout(tree: Grown, place: int, seed: int) -> Rollout:

@@ -130,10 +130,20 @@ def test_rollouts_cost_what_is_left():
 
 
 def test_preset_follows_the_budget():
+    budgets = [
+        (Budget(nfe=999), False),
+        (Budget(nfe=1000), True),
+        (Budget(), True),
+        (Budget(rewards=20), False),
+        (Budget(nfe=10**6, rewards=100, decodes=100), True),
+        (Budget(nfe=10**6, decodes=99), False),
+        (Budget(seconds=1e6), False),
+        (Budget(nfe=1000, seconds=60.0), True),
+    ]
     for cls, small in ((DTS, "spread"), (DTSStar, "small")):
-        for nfe, name in ((999, small), (1000, "paper"), (None, "paper")):
-            problem = toy(TWO, reward, chain=CHAIN, budget=Meter(Budget(nfe=nfe)))
-            assert cls().init(problem).rule == RULES[name]
+        for budget, ample in budgets:
+            problem = toy(TWO, reward, chain=CHAIN, budget=Meter(budget))
+            assert cls().init(problem).rule == RULES["paper" if ample else small]
             assert cls(preset="small").init(problem).rule == RULES["small"]
             rule = cls(width=3.0, epsilon_uniform=0.5).init(problem).rule
             assert (rule.width, rule.growth, rule.uniform) == (3.0, RULES[name].growth, 0.5)
