@@ -97,13 +97,10 @@ class PromptSearch(Method[Pool]):
             return self._first(problem, state)
         over = self.rounds is not None and state.rounds >= self.rounds
         children, dropped = ([], 0) if over else self._children(problem, state)
-        if not children:
+        prompts, draws = self._round(problem, state, children)
+        if not prompts:
             return self._compare(problem, state)
-        prompts = list(dict.fromkeys((*state.parents, problem.prompt, *children)))
-        images = sum(sizes(len(prompts), self.draws, self.halving)) + 2 * self.final
-        if problem.room(images) < images:
-            return self._compare(problem, state)
-        entries = contest(problem, prompts, self.draws, self.halving)
+        entries = contest(problem, prompts, draws, self.halving)
         rounds = state.rounds + 1
         parents = tuple(entry.prompt for entry in entries[: self.keep])
         if self.strategy == "climb":
@@ -113,7 +110,7 @@ class PromptSearch(Method[Pool]):
             uniform = float(torch.rand((), generator=problem.rng))
             heat = self.heat * state.spread * share
             parents = (_annealed(state, problem.prompt, entries, heat, uniform),)
-        known = (*state.known, *children)
+        known = (*state.known, *(text for text in prompts if text not in state.known))
         later = replace(state, entries=entries, parents=parents, known=known, rounds=rounds)
         original = next(entry for entry in entries if entry.prompt == problem.prompt)
         values = {
@@ -127,8 +124,36 @@ class PromptSearch(Method[Pool]):
     def finished(self, state: Pool) -> bool:
         return state.winner is not None
 
+    def _round(
+        self, problem: Problem, state: Pool, children: Sequence[str]
+    ) -> tuple[list[str], int]:
+        """Prompts of a round and its noises, none where what is left is for the comparison.
+
+        The first round has fewer of both where the budget holds no whole one.
+        """
+        number, draws, final = len(children), self.draws, self.final
+        room = None
+        while number:
+            prompts = list(dict.fromkeys((*state.parents, problem.prompt, *children[:number])))
+            images = sum(sizes(len(prompts), draws, self.halving)) + 2 * final
+            room = problem.room(images) if room is None else room
+            if images <= room:
+                return prompts, draws
+            if state.rounds or number == draws == final == 1:
+                break
+            if final >= max(number, draws):
+                final -= 1
+            elif number >= draws:
+                number -= 1
+            else:
+                draws -= 1
+        return [], 0
+
     def _first(self, problem: Problem, state: Pool) -> tuple[Pool, Info]:
-        scores = draw(problem, problem.prompt, problem.seeds(problem.room(self.draws)))
+        # the original and a wording, once in the first round and once in the comparison
+        rest = 2 + 2
+        count = min(self.draws, max(problem.room(self.draws + rest) - rest, 1))
+        scores = draw(problem, problem.prompt, problem.seeds(count))
         entry = Entry(problem.prompt, tuple(scores))
         pool = replace(state, entries=(entry,), known=(entry.prompt,), spread=pstdev(scores))
         return pool, Info("the original prompt", {"original": entry.mean})
@@ -173,7 +198,8 @@ class PromptSearch(Method[Pool]):
         original, champion = problem.prompt, state.entries[0].prompt
         count = 0 if champion == original else problem.room(2 * self.final) // 2
         if count == 0:
-            return replace(state, winner=original), Info("no wording is better", {"gain": 0.0})
+            tried = "is better" if champion == original and state.rounds else "could be compared"
+            return replace(state, winner=original), Info(f"no wording {tried}", {"gain": 0.0})
         seeds = problem.seeds(count)
         scores = [draw(problem, prompt, seeds) for prompt in (original, champion)]
         gains = [after - before for before, after in zip(*scores, strict=True)]

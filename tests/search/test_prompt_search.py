@@ -270,6 +270,18 @@ def test_the_comparison_keeps_its_share_of_the_budget():
     assert state.gain != 0.0
 
 
+@pytest.mark.parametrize(("images", "prompts"), [(18, 5), (15, 4), (9, 3), (5, 2)])
+def test_a_small_budget_shrinks_the_first_round(images, prompts):
+    """18 images hold 2 + (5 + 3) + 2 x 4; with less, wordings are tried and compared all the
+    same."""
+    problem = make(nfe=2 * (images + 1), reserve=1)
+    state, infos = solve(problem, PromptSearch())
+    assert state.rounds == 1
+    assert infos[1].values["prompts"] == prompts
+    assert images - 1 <= problem.meter.rewards <= images
+    assert state.entries[0].prompt == PROMPT or state.gain != 0.0
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_equal_seeds_give_equal_prompts(strategy):
     runs = []
