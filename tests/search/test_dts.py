@@ -143,10 +143,11 @@ def test_preset_follows_the_budget():
     for cls, small in ((DTS, "spread"), (DTSStar, "small")):
         for budget, ample in budgets:
             problem = toy(TWO, reward, chain=CHAIN, budget=Meter(budget))
-            assert cls().init(problem).rule == RULES["paper" if ample else small]
+            preset = RULES["paper" if ample else small]
+            assert cls().init(problem).rule == preset
             assert cls(preset="small").init(problem).rule == RULES["small"]
             rule = cls(width=3.0, epsilon_uniform=0.5).init(problem).rule
-            assert (rule.width, rule.growth, rule.uniform) == (3.0, RULES[name].growth, 0.5)
+            assert (rule.width, rule.growth, rule.uniform) == (3.0, preset.growth, 0.5)
 
 
 def test_lineages_lead_to_the_images():
