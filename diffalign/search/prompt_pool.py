@@ -28,6 +28,27 @@ class Entry:
         return len(self.scores), self.mean
 
 
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Where a search over prompts stands."""
+
+    # of the last round, best first
+    entries: tuple[Entry, ...] = ()
+    # prompts that go on, and the best one of the last round
+    parents: tuple[str, ...] = ()
+    best: str = ""
+    # every prompt that was ever drawn
+    known: tuple[str, ...] = ()
+    rounds: int = 0
+    # standard deviation of the original's scores: the unit of annealing
+    spread: float = 0.0
+    # the found prompt, None before the final comparison
+    winner: str | None = None
+    # mean gain over the original on fresh noises, and its standard error
+    gain: float = 0.0
+    error: float = 0.0
+
+
 def draw(problem: Problem, prompt: str, seeds: Sequence[int]) -> list[float]:
     """Scores of images of ``prompt``, judged by the problem's own prompt."""
     variant = problem if prompt == problem.prompt else problem.variant(prompt=prompt)
@@ -44,6 +65,16 @@ def sizes(prompts: int, draws: int, halving: bool) -> list[int]:
         better = 1 + math.ceil((numbers[-1] - 1) / 2)
         numbers.append(better if halving else prompts)
     return numbers
+
+
+def smaller(children: int, draws: int, final: int) -> tuple[int, int, int]:
+    """A round with one less of what there is most of: wordings, noises, noises of the comparison.
+
+    At least one of the three must be above 1.
+    """
+    if final >= max(children, draws):
+        return children, draws, final - 1
+    return (children - 1, draws, final) if children >= draws else (children, draws - 1, final)
 
 
 def contest(

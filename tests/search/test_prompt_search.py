@@ -246,6 +246,25 @@ def test_annealing_ends_cold():
     assert chosen.scores[0] >= now.scores[0] or len(chosen.scores) > 1
 
 
+def test_annealing_keeps_the_best_in_the_pool():
+    """A step downhill, taken for certain at a huge temperature, does not lose the best wording."""
+    good = f"{PROMPT}, sharp focus"
+    answers = iter([good, f"{PROMPT}, x", f"{PROMPT}, y", f"{PROMPT}, z"])
+
+    def rewriter(original, best, worst, count):
+        return [next(answers)]
+
+    options = {"strategy": "anneal", "heat": 1e9, "children": 1, "rounds": 4}
+    method = PromptSearch(rewriter=rewriter, draws=4, halving=False, **options)
+    problem = make(model=lambda text: Mixture.of([[float(hits(text))]], 1e-6))
+    state, infos = solve(problem, method)
+    assert state.winner == good
+    assert state.parents != (good,)
+    assert [int(info.values["prompts"]) for info in infos[1:5]] == [2, 3, 4, 4]
+    with pytest.raises(ValueError, match=r"draws=1\) must be at least 2"):
+        PromptSearch(strategy="anneal", draws=1)
+
+
 def test_crossing_keeps_every_fact():
     problem = make()
     method = PromptSearch(strategy="genetic", rounds=5, children=6)
@@ -304,6 +323,13 @@ def test_text_and_configuration():
     assert config["rewriter"] == "function"
     with pytest.raises(ValueError, match="rewriter"):
         written(METHODS, PromptSearch(rewriter=mine))
+
+
+@pytest.mark.parametrize("answer", [None, "a red apple", [1, 2], 5], ids=str)
+def test_a_rewriter_that_returns_no_texts(answer):
+    method = PromptSearch(rewriter=lambda original, best, worst, count: answer)
+    with pytest.raises(TypeError, match=r"rewriter=\.\.\.\) must return a list of texts; got"):
+        solve(make(), method)
 
 
 def test_a_rewriter_that_is_none():
