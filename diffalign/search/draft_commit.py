@@ -234,6 +234,9 @@ class DraftCommit(Method[Drafts]):
         return DraftProblem(cheap, problem, self.commits)
 
     def refuses(self, problem: Problem) -> str | None:
+        gradient = getattr(problem.reward, "differentiable", False)
+        if self.method.needs_gradient and not gradient:
+            return f"inner={self.inner!r} needs a reward with gradient, and this one has none."
         drafts = self.drafts(problem)
         if drafts.sampler.count != problem.sampler.count and problem.sampler.branches:
             return (

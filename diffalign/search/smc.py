@@ -93,7 +93,7 @@ class SMC(Method[Passes]):
             )
 
     def refuses(self, problem: Problem) -> str | None:
-        if self.gradient and not problem.reward.differentiable:
+        if self.gradient and not getattr(problem.reward, "differentiable", False):
             return f"preset {self.preset} needs a reward with gradient; preset fk needs none."
         if self.gradient:
             try:

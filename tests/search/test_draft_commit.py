@@ -164,6 +164,12 @@ def test_it_ends_as_its_inner_method_does():
     assert not DraftCommit().ends
 
 
+def test_an_inner_method_of_gradients_needs_one(plane):
+    problem = plane(differentiable=False, **ODE)
+    with pytest.raises(ValueError, match="inner='reno' needs a reward with gradient"):
+        solve(problem, DraftCommit(inner="reno"))
+
+
 def test_nothing_fits(plane):
     problem = plane(nfe=9, **ODE)
     infos = solve(problem, DraftCommit(BestOfN(), steps=4))[1]

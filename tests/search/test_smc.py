@@ -336,6 +336,9 @@ def test_bad_input():
     blind = toy(TWO, reward, chain=6, differentiable=False)
     with pytest.raises(ValueError, match="preset das needs a reward with gradient"):
         solve(blind, SMC(preset="das"))
+    blind.reward = lambda images, prompts: images.mean((1, 2, 3))
+    with pytest.raises(ValueError, match="preset tds needs a reward with gradient"):
+        solve(blind, SMC(preset="tds"))
     with pytest.raises(ValueError, match=r"potential='max'\) is for preset='fk'"):
         SMC(preset="tds", potential="max")
     with pytest.raises(ValueError, match="every"):
