@@ -20,7 +20,7 @@ from diffalign.alignment.processes import World
 from diffalign.alignment.progress import Progress
 from diffalign.alignment.scoring import Fit, Ranking, Scorer, name_of
 from diffalign.alignment.setting import Setting
-from diffalign.core import Budget, BudgetExceeded, Meter, Technique, UnsupportedModel
+from diffalign.core import Budget, Meter, Technique, UnsupportedModel
 from diffalign.core.registry import METHODS
 from diffalign.core.reward import Reward
 from diffalign.core.search import Candidate, Method
@@ -239,11 +239,16 @@ def _check(method: Method[Any], problem: PipelineProblem, budget: Budget | None)
     reason = method.refuses(problem)
     if reason is not None:
         raise ValueError(f"{name} cannot act here: {reason}")
-    try:
-        problem.progress.room(1, problem.sampler.price(), 1)
-    except BudgetExceeded as error:
-        price, final = problem.sampler.price(), problem.progress.reserve
+    least, limits = method.least(problem), problem.meter.budget
+    needs = {
+        "nfe": least.rows + problem.progress.reserve,
+        "decodes": least.decodes + 1,
+        "rewards": least.scores + 1,
+        "backward": least.backward,
+    }
+    if any((limit := getattr(limits, key)) is not None and limit < needs[key] for key in needs):
+        need = ", ".join(f"{key}={number}" for key, number in needs.items() if number)
         raise ValueError(
-            f"The budget is too small: a search needs one image ({price} NFE, one decode, one "
-            f"score) and the final call ({final} NFE, one decode, one score)."
-        ) from error
+            f"The budget is too small: {name} needs at least {need}, the final call included. One "
+            f"image takes {problem.sampler.price()} NFE."
+        )

@@ -123,6 +123,26 @@ class Marks:
 
 
 @dataclass(frozen=True, slots=True)
+class Least:
+    """What the smallest result of a method takes, the final call left out."""
+
+    # denoiser rows
+    rows: int
+    decodes: int = 1
+    scores: int = 1
+    # backward passes, in rows
+    backward: int = 0
+
+    def __add__(self, other: Least) -> Least:
+        return Least(
+            self.rows + other.rows,
+            self.decodes + other.decodes,
+            self.scores + other.scores,
+            self.backward + other.backward,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Info:
     """What a step of a method did, for the progress line and the history."""
 
@@ -339,6 +359,10 @@ class Method(ABC, Generic[S]):
     def refuses(self, problem: Problem) -> str | None:
         """Why it cannot act on this problem, None when it can; asked before any compute."""
         return None
+
+    def least(self, problem: Problem) -> Least:
+        """What its smallest result takes; a budget of less is refused before any compute."""
+        return Least(problem.sampler.price())
 
     def repeat_price(self, problem: Problem) -> int:
         """Largest number of denoiser rows that making one of its images again takes."""

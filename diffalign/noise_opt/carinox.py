@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from diffalign.core.option import option
-from diffalign.core.search import Candidate, Info, Problem
+from diffalign.core.search import Candidate, Info, Least, Problem
 from diffalign.noise_opt.climber import Climber
 from diffalign.noise_opt.loop import Climb, Slope
 from diffalign.noise_opt.norm import clipped
+from diffalign.rewards.weighted import parts_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class CARINOX(Climber):
     @property
     def total(self) -> int | None:
         return self.starts * self.iterations
+
+    def least(self, problem: Problem) -> Least:
+        least = super().least(problem)
+        parts = len(parts_of(problem.reward, problem.prompt)) if least.backward else 1
+        return replace(least, scores=parts, backward=parts * least.backward)
 
     def look(self, problem: Problem, state: Climb, point: Tensor) -> Slope:
         ascent = self.ascent(problem, state, point, parts=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.core.errors import warn_once
 from diffalign.core.option import option
-from diffalign.core.search import Ascent, Info, Lineage, Move, Problem
+from diffalign.core.search import Ascent, Info, Least, Lineage, Move, Problem
 from diffalign.noise_opt.loop import Climb, NoiseMethod, Slope
 from diffalign.noise_opt.norm import chi_gradient, usual_rate
 from diffalign.noise_opt.normality import log_p_gradient
@@ -70,6 +70,13 @@ class Climber(NoiseMethod):
                 "explode. Fewer steps, gradient='skip' or the method find do without them.",
             )
         return None
+
+    def least(self, problem: Problem) -> Least:
+        sampler = problem.sampler
+        if self.iterations == 1:
+            return Least(sampler.price())
+        last = sampler.count - 1 if self.gradient in ("skip", "residual") else 0
+        return Least(sampler.price(), backward=sampler.price(last))
 
     def begin(self, problem: Problem, state: Climb) -> Climb:
         (seed,) = problem.seeds(1)

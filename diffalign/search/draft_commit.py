@@ -19,6 +19,7 @@ from diffalign.core.search import (
     ByChunks,
     Candidate,
     Info,
+    Least,
     Lineage,
     Marks,
     Method,
@@ -246,6 +247,10 @@ class DraftCommit(Method[Drafts]):
         if drafts.sampler.price() > problem.sampler.price():
             return f"a draft takes {drafts.sampler.price()} NFE, more than a full image."
         return self.method.refuses(drafts)
+
+    def least(self, problem: Problem) -> Least:
+        full = Least(self.commits * problem.sampler.price(), self.commits, self.commits)
+        return self.method.least(self.drafts(problem)) + full
 
     def init(self, problem: Problem) -> Drafts:
         return Drafts()

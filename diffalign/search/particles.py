@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from diffalign.core import BudgetExceeded, Lineage, Move, Problem, State, Tensor, UnsupportedModel
+from diffalign.core.search import Least
 from diffalign.search.weights import Scheme, ancestors, effective_size, log_mean_exp
 
 Potential = Literal["diff", "max", "sum"]
@@ -71,16 +72,29 @@ class Steering:
         share: float = (1.0 + self.tempering) ** (100.0 * step / count) - 1.0
         return min(share, 1.0)
 
+    def least(self, problem: Problem) -> Least:
+        """What one particle takes."""
+        price, scores = problem.sampler.price(), -(-problem.sampler.count // self.every)
+        if not self.gradient:
+            return Least(price, scores, scores)
+        twice = 2 * -(-(scores + 1) // 2)
+        return Least(2 * price, twice, twice, price)
+
     def start(self, problem: Problem, particles: int, populations: int) -> Particles:
         """As many particles as the budget lets run to the end."""
-        scores = -(-problem.sampler.count // self.every)
-        images = particles * populations
+        least, images = self.least(problem), particles * populations
         if self.gradient:  # each evaluation twice
-            images = problem.room(2 * images, scores=-(-(scores + 1) // 2)) // 2
+            images = problem.room(2 * images, scores=least.scores // 2) // 2
+            limit, spent = problem.meter.budget.backward, problem.meter.backward
+            if limit is not None:
+                images = min(images, (limit - spent) // least.backward)
             if images < 1:
-                raise BudgetExceeded("The budget holds no particle: a gradient doubles its price.")
+                raise BudgetExceeded(
+                    "The budget holds no particle: with a gradient one takes "
+                    f"{least.rows} NFE and {least.backward} backward passes."
+                )
         else:
-            images = problem.room(images, scores=scores)
+            images = problem.room(images, scores=least.scores)
         size = min(particles, images)
         shape = (images // size, size)
         seeds = problem.seeds(shape[0] * size)

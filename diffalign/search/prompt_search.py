@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from diffalign.core.option import option
-from diffalign.core.search import Info, Method, Problem
+from diffalign.core.search import Info, Least, Method, Problem
 from diffalign.search.prompt_author import Author
 from diffalign.search.prompt_pool import Entry, Pool, contest, draw, sizes, smaller
 from diffalign.search.rewriters import LanguageModel, Rewriter, Rules
@@ -88,6 +88,10 @@ class PromptSearch(Method[Pool]):
     def fewest(self) -> int:
         """Images of the original that the search begins with, at least."""
         return 2 if self.strategy == "anneal" else 1
+
+    def least(self, problem: Problem) -> Least:
+        images = self.fewest + COMPARED
+        return Least(images * problem.sampler.price(), images, images)
 
     def init(self, problem: Problem) -> Pool:
         return Pool(parents=(problem.prompt,), best=problem.prompt)

@@ -10,6 +10,7 @@ import torch
 from diffalign.core import Info, Method, Problem, State, Tensor, UnsupportedModel
 from diffalign.core.option import option
 from diffalign.core.sampler import join
+from diffalign.core.search import Least
 from diffalign.search.particles import Particles, Potential, Steering, resampled
 from diffalign.search.tree import Batch
 from diffalign.search.weights import Scheme, Weighted, effective_size, log_mean_exp
@@ -101,6 +102,9 @@ class SMC(Method[Passes]):
             except UnsupportedModel as error:
                 return f"preset {self.preset} needs a step whose noise is known. {error}"
         return None
+
+    def least(self, problem: Problem) -> Least:
+        return self.steering(problem.sampler.count).least(problem)
 
     def init(self, problem: Problem) -> Passes:
         return Passes()

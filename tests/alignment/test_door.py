@@ -382,7 +382,19 @@ REFUSED = [
     ({"reward": "emoji-clap"}, "Unknown reward 'emoji-clap'. Nearest: emoji-clip"),
     ({"reward": 5}, "takes a name, a reward, or a function"),
     ({"method": "best-of-n", "budget": None}, "goes on until its budget ends"),
-    ({"budget": da.Budget(nfe=2 * NFE - 1)}, rf"one image \({NFE} NFE"),
+    (
+        {"budget": da.Budget(nfe=2 * NFE - 1)},
+        rf"BestOfN needs at least nfe={2 * NFE}, .* One image takes {NFE} NFE",
+    ),
+    ({"method": da.SMC(), "budget": da.Budget(decodes=4), "eta": 1.0}, "SMC needs .* decodes=5"),
+    (
+        {"method": da.PromptSearch(), "budget": da.Budget(nfe=6 * NFE - 1)},
+        f"PromptSearch needs at least nfe={6 * NFE}, decodes=6",
+    ),
+    (
+        {"method": da.DraftCommit(), "budget": da.Budget(nfe=3 * NFE)},
+        f"DraftCommit needs at least nfe={3 * NFE + NFE // 2}",
+    ),
     ({"reward": lambda images, prompts: images}, "one score per image"),
     ({"reward": lambda images, prompts: images.mean((1, 2, 3)) * float("nan")}, "finite"),
     ({"reward": lambda images, prompts: images.mean().reshape(1)}, "one score per image"),

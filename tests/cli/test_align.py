@@ -58,7 +58,7 @@ def test_several_prompts_have_a_folder_each(run, folder, tmp_path):
         (("--budget", "nfe=inf"), "--budget: nfe must be a whole number; got 'inf'"),
         (("--budget", "seconds=nan"), "--budget: Budget(seconds=...) must be positive"),
         (("--budget", "nfe=0"), "must be positive"),
-        (("--budget", "nfe=3"), "The budget is too small: a search needs one image (4 NFE"),
+        (("--budget", "nfe=3"), "The budget is too small: BestOfN needs at least nfe=8"),
         (("--kernel", "etta"), "Unknown kernel 'etta'. Nearest: eta"),
         (("--resume",), "there is no run in"),
     ],

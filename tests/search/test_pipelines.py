@@ -163,3 +163,35 @@ def test_the_image_that_a_gradient_led_to_is_the_result(preset, tmp_path):
     drifts = torch.load(tmp_path / "saved" / "drifts.pt", weights_only=True)
     assert tmp_path / "saved" / "drifts.pt" in files
     assert list(drifts) == resumed.to_dict()["drifts"]
+
+
+REFUSED = [
+    (SMC(preset="tds"), {"nfe": 17}, "SMC needs at least nfe=18, decodes="),
+    (SMC(preset="tds"), {"nfe": 400, "backward": 5}, "backward=6"),
+    (da.ReNO(), {"nfe": 400, "backward": 1}, "ReNO needs at least nfe=12, .*backward=6"),
+]
+
+
+@pytest.mark.parametrize(("method", "limits", "text"), REFUSED, ids=str)
+def test_a_budget_below_the_smallest_result_is_refused(method, limits, text):
+    with pytest.raises(ValueError, match=f"The budget is too small: .*{text}"):
+        gradients(method, **limits)
+
+
+def test_the_smallest_budget_gives_a_result():
+    result = gradients(SMC(preset="tds"), nfe=18, backward=6, decodes=9, rewards=9)
+    assert result.scored == 1
+    assert (result.ledger.nfe, result.ledger.backward) == (18, 6)
+
+
+def gradients(method, **limits):
+    return da.align(
+        mixture_pipeline(TWO),
+        "a point",
+        method=method,
+        reward=StripeReward(reward),
+        budget=da.Budget(**limits),
+        kernel=da.Eta(),
+        num_inference_steps=6,
+        guidance_scale=1.0,
+    )
