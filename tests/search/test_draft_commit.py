@@ -165,7 +165,8 @@ def test_it_ends_as_its_inner_method_does():
 
 
 def test_an_inner_method_of_gradients_needs_one(plane):
-    problem = plane(differentiable=False, **ODE)
+    problem = plane(**ODE)
+    problem.reward = lambda images, prompts: images.mean((1, 2, 3))
     with pytest.raises(ValueError, match="inner='reno' needs a reward with gradient"):
         solve(problem, DraftCommit(inner="reno"))
 

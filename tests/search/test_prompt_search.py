@@ -254,7 +254,7 @@ def test_annealing_keeps_the_best_in_the_pool():
     def rewriter(original, best, worst, count):
         return [next(answers)]
 
-    options = {"strategy": "anneal", "heat": 1e9, "children": 1, "rounds": 4}
+    options = {"strategy": "anneal", "heat": 1e30, "children": 1, "rounds": 4}
     method = PromptSearch(rewriter=rewriter, draws=4, halving=False, **options)
     problem = make(model=lambda text: Mixture.of([[float(hits(text))]], 1e-6))
     state, infos = solve(problem, method)
@@ -297,8 +297,10 @@ def test_a_small_budget_shrinks_the_first_round(images, prompts):
     state, infos = solve(problem, PromptSearch())
     assert state.rounds == 1
     assert infos[1].values["prompts"] == prompts
-    assert images - 1 <= problem.meter.rewards <= images
-    assert state.entries[0].prompt == PROMPT or state.gain != 0.0
+    assert problem.meter.rewards <= images
+    if state.best != PROMPT:
+        assert state.gain != 0.0
+        assert problem.meter.rewards >= images - 1
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
