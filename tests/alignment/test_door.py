@@ -488,7 +488,7 @@ def test_a_budget_of_seconds_stops_the_search(pipe, monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "images"),
-    [(da.BestOfN(batch=8), 8), (da.SMC(particles=8), 8), (da.DraftCommit(commits=3), 3)],
+    [(da.BestOfN(batch=8), 8), (da.SMC(particles=8), 8), (da.DraftCommit("best-of-n:n=4"), 1)],
     ids=lambda value: type(value).__name__,
 )
 def test_the_first_round_in_a_budget_of_seconds_is_a_whole_one(pipe, method, images):
@@ -501,8 +501,8 @@ def test_the_first_round_in_a_budget_of_seconds_is_a_whole_one(pipe, method, ima
         reward=brightness,
         budget=da.Budget(seconds=1000.0),
         improved=finished.append,
-        show=lambda status: None,
         stop=lambda: bool(finished),
+        batch=8,
         eta=1.0 if method.branches else 0.0,
         **CALL,
     )
