@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -33,6 +34,8 @@ class PipelineProblem:
         self.setting, self.prompt, self.seed = setting, prompt, seed
         self.progress, self.draft = progress, draft
         self.sampler = setting.sampler(progress.meter)
+        # the newest variants, asked for again at each step of some methods
+        self._variants: deque[Self] = deque(maxlen=8)
 
     @property
     def reward(self) -> Reward:
@@ -165,7 +168,14 @@ class PipelineProblem:
     ) -> Self:
         setting = self.setting.other(techniques, call, prompt, cache, shift)
         draft = self.draft or techniques is not None or bool(call) or cache is not None
-        return type(self)(setting, self.prompt, self.seed, self.progress, draft)
+        same = (v for v in self._variants if v.draft == draft and v.setting == setting)
+        known = next(same, None) if shift is None else None
+        if known is not None:
+            return known
+        variant = type(self)(setting, self.prompt, self.seed, self.progress, draft)
+        if shift is None:
+            self._variants.append(variant)
+        return variant
 
     def repeat(self, lineage: Lineage) -> Tensor:
         """The image [1, 3, H, W] of a lineage, made alone from the beginning."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import UnsupportedModel
@@ -18,6 +20,19 @@ FUSED = re.compile(r"\.to_(qkv|kv|added_qkv)\.")
 ADAPTER = re.compile(r"\.lora_\w+\.")
 WRAPPERS = ("_orig_mod", "module")
 
+# id of a model whose weights do not change meanwhile -> its hash; None outside ``remembered``
+_KNOWN: ContextVar[dict[int, str] | None] = ContextVar("diffalign_hashes", default=None)
+
+
+@contextmanager
+def remembered(hashes: dict[int, str]) -> Iterator[None]:
+    """Within the block no model is hashed twice; ``hashes`` keeps them from block to block."""
+    token = _KNOWN.set(hashes)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
 
 def model_hash(module: Module) -> str:
     """Hash of a denoiser's class, shapes and the first values of every tensor, 16 hex digits.
@@ -27,10 +42,19 @@ def model_hash(module: Module) -> str:
     Cost: a few bytes of each tensor, so it is cheap for billions of parameters.
     Raises: ``UnsupportedModel`` where the weights are not in memory (sequential offload).
     """
-    import torch
-
     for name in WRAPPERS:
         module = getattr(module, name, module)
+    known = _KNOWN.get()
+    if known is None:
+        return _hashed(module)
+    if id(module) not in known:
+        known[id(module)] = _hashed(module)
+    return known[id(module)]
+
+
+def _hashed(module: Module) -> str:
+    import torch
+
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, tensor in _weights(module):
         if tensor.is_meta:

@@ -8,6 +8,7 @@ import torch
 
 import diffalign as da
 from diffalign.alignment.problem import PipelineProblem
+from diffalign.alignment.setting import Setting
 from diffalign.core import BudgetExceeded
 from diffalign.core.seeds import seed_of
 from diffalign.drawing.png import read_settings
@@ -81,6 +82,20 @@ def test_techniques_act_in_the_run_and_in_the_final_call(pipe):
     assert torch.equal(result.tensor, image)
     assert not torch.equal(image, plain(pipe, result.seed))
     assert result.ledger.nfe < 3 * NFE
+
+
+def test_drafts_share_one_sampler(pipe, monkeypatch):
+    made = []
+    before = Setting.sampler
+
+    def sampler(setting, meter):
+        made.append(setting.call["num_inference_steps"])
+        return before(setting, meter)
+
+    monkeypatch.setattr(Setting, "sampler", sampler)
+    method = da.DraftCommit(inner=da.BestOfN(6, batch=2), steps=1)
+    da.align(pipe, PROMPT, method=method, reward=brightness, **CALL)
+    assert made.count(1) == 1
 
 
 def test_replay_repeats_the_image(pipe):

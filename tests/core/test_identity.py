@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffalign.core import UnsupportedModel
-from diffalign.core.identity import model_hash
+from diffalign.core.identity import model_hash, remembered
 
 
 class Net(nn.Module):
@@ -100,3 +100,17 @@ def test_an_adapter_counts_only_when_it_changes_the_model():
 def test_weights_that_are_not_in_memory_are_refused():
     with pytest.raises(UnsupportedModel, match=r"Net cannot be recognised: first\.bias"):
         model_hash(Net().to("meta"))
+
+
+def test_within_the_block_a_model_is_read_once():
+    net, hashes = Net(), {}
+    first = model_hash(net)
+    with remembered(hashes):
+        assert model_hash(net) == first
+        with torch.no_grad():
+            net.first.weight.add_(1.0)
+        assert model_hash(net) == first
+        assert model_hash(Other()) == model_hash(Other()) != first
+    assert model_hash(net) != first
+    with remembered(hashes):
+        assert model_hash(net) == first

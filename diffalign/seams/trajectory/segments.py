@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.core import SessionError
+from diffalign.core.identity import remembered
 from diffalign.core.types import Keywords, Pipeline
 from diffalign.core.words import Shift
 from diffalign.seams.swap import original_class
@@ -26,6 +27,7 @@ class Segments:
     def __init__(self, pipe: Pipeline, options: Keywords, shift: Shift | None = None) -> None:
         self.pipe, self.call, self.shift = pipe, Call(pipe, options), shift
         self.texts = Texts()
+        self._hashes: dict[int, str] = {}
         if shift is not None:
             check_shift(pipe, self.call.bound.values.get("prompt"), shift)
         self._grid: Grid | None = None
@@ -51,7 +53,7 @@ class Segments:
 
     @contextmanager
     def within(self, window: Window) -> Iterator[None]:
-        """The pipeline shows that part of the schedule and encodes no text twice.
+        """The pipeline shows that part of the schedule, encodes no text and hashes no model twice.
 
         Raises: ``SessionError`` where the pipeline's scheduler is of another class by now.
         """
@@ -64,6 +66,7 @@ class Segments:
             )
         with ExitStack() as stack:
             stack.enter_context(known(self.pipe, self._device))
+            stack.enter_context(remembered(self._hashes))
             if self.shift is None or not self.shift.values.requires_grad:
                 stack.enter_context(self.texts.remembered(self.pipe))
             if self.shift is not None:
