@@ -84,14 +84,19 @@ def _adapters(part: Any) -> list[list[object]]:
 
 
 def _place(reward: Reward) -> object:
-    """Where a function is written; of other rewards their name, of a sum its parts."""
+    """What tells a function from others; of other rewards their name, of a sum its parts."""
     if isinstance(reward, Weighted):
         return [[weight, _place(getattr(part, "reward", part))] for weight, part in reward.parts]
     if not isinstance(reward, FunctionType):
         return name_of(reward)
-    place = f"{reward.__module__}:{reward.__qualname__}"
-    anonymous = reward.__name__ == "<lambda>"
-    return f"{place} in line {reward.__code__.co_firstlineno}" if anonymous else place
+    code = reward.__code__
+    # the module is left out: a script is another one when it is imported
+    plain_values = (
+        value for value in code.co_consts if isinstance(value, int | float | str | tuple)
+    )
+    constants = [value for value in plain_values if value != reward.__doc__]
+    digest = hashlib.sha256(code.co_code + repr((code.co_names, constants)).encode())
+    return f"{reward.__qualname__} {digest.hexdigest()[:16]}"
 
 
 def _digest(tensor: Tensor) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import diffalign as da
+from diffalign.alignment.identity import marks_of
 from diffalign.alignment.problem import PipelineProblem
 from diffalign.alignment.setting import Setting
 from diffalign.core import BudgetExceeded
@@ -371,14 +372,17 @@ def test_a_refused_run_leaves_its_folder_to_the_next(pipe, tmp_path):
     assert da.align(pipe, PROMPT, kernel="eta", **given).scored == 1
 
 
-def test_lambdas_are_told_apart_by_their_lines(pipe):
-    from diffalign.alignment.identity import marks_of
+def test_functions_are_told_apart_by_what_they_do(pipe):
+    def mark(text, module):
+        names = {"__name__": module}
+        exec(text, names)
+        (found,) = marks_of(pipe, names["reward"], ())["functions"]
+        return found
 
-    first = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
-    second = lambda images, prompts: images.sum((1, 2, 3))  # noqa: E731
-    (one,), (two,) = (marks_of(pipe, reward, ())["functions"] for reward in (first, second))
-    assert one.split(" in ")[0] == two.split(" in ")[0]
-    assert one != two
+    first = "reward = lambda images, prompts: images.mean((1, 2, 3))"
+    assert mark(first, "__main__") == mark(first, "script")
+    assert mark(first.replace("mean", "sum"), "script") != mark(first, "script")
+    assert mark(first.replace("3", "2"), "script") != mark(first, "script")
 
 
 def test_save_writes_pictures_and_numbers(pipe, tmp_path):

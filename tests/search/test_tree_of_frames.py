@@ -246,8 +246,10 @@ class Made(list):
             if len(self) == 9:  # between two batches of the second level
                 os.kill(os.getpid(), signal.SIGKILL)
 
+GOAL = 3.0
+
 def near(videos, prompts):
-    return -((numbers_of(videos).sum(1) - 3.0) ** 2)
+    return -((numbers_of(videos).sum(1) - GOAL) ** 2)
 
 search_chain("tree-of-frames", near, Law(made=Made()), batch=2, folder=Path(sys.argv[1]))
 """
