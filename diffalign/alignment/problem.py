@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,9 @@ class PipelineProblem:
     def __init__(
         self, setting: Setting, prompt: str, seed: int, progress: Progress, draft: bool = False
     ) -> None:
-        self.setting, self.prompt, self.seed = setting, prompt, seed
-        self.progress, self.draft = progress, draft
-        self.sampler = setting.sampler(progress.meter)
-        # the newest variants, asked for again at each step of some methods
-        self._variants: deque[Self] = deque(maxlen=8)
+        self.setting, self.prompt, self.seed, self.draft = setting, prompt, seed, draft
+        self.progress, self.sampler = progress, setting.sampler(progress.meter)
+        self._variants: deque[PipelineProblem] = deque(maxlen=8)
 
     @property
     def reward(self) -> Reward:
@@ -165,17 +163,10 @@ class PipelineProblem:
         prompt: str | None = None,
         cache: float | None = None,
         shift: Shift | None = None,
-    ) -> Self:
-        setting = self.setting.other(techniques, call, prompt, cache, shift)
+    ) -> PipelineProblem:
         draft = self.draft or techniques is not None or bool(call) or cache is not None
-        same = (v for v in self._variants if v.draft == draft and v.setting == setting)
-        known = next(same, None) if shift is None else None
-        if known is not None:
-            return known
-        variant = type(self)(setting, self.prompt, self.seed, self.progress, draft)
-        if shift is None:
-            self._variants.append(variant)
-        return variant
+        other = self.setting.other(techniques, call, prompt, cache, shift)
+        return _variant(self, other, draft)
 
     def repeat(self, lineage: Lineage) -> Tensor:
         """The image [1, 3, H, W] of a lineage, made alone from the beginning."""
@@ -206,6 +197,19 @@ def _time(problem: PipelineProblem) -> None:
     finally:
         trial.use(None)
     progress.sampling, progress.looking = trial.sampling, trial.looking
+
+
+def _variant(problem: PipelineProblem, setting: Setting, draft: bool) -> PipelineProblem:
+    """A problem of another setting; without a shift of its own the one that was made for it before,
+    since some methods ask at each step."""
+    reuse = setting.shift is problem.setting.shift
+    same = (v for v in problem._variants if v.draft == draft and v.setting == setting)
+    known = next(same, None) if reuse else None
+    if known is None:
+        known = type(problem)(setting, problem.prompt, problem.seed, problem.progress, draft)
+        if reuse:
+            problem._variants.append(known)
+    return known
 
 
 def _finished(
