@@ -170,8 +170,9 @@ def _final(drive: Drive, best: Candidate) -> Candidate:
     except KeyboardInterrupt:
         drive.end = "interrupted before the final call"
         return best
-    found = problem.progress.ranking.best
-    if best is found and abs(score - best.score) > FAR * max(1.0, abs(best.score)):
+    if best is problem.progress.ranking.best and abs(score - best.score) > FAR * max(
+        1.0, abs(best.score)
+    ):
         warn_once(
             f"The image of the final call has the score {score:.4g}, and the search found "
             f"{best.score:.4g}. Was the pipeline changed meanwhile?"

@@ -203,13 +203,13 @@ def _variant(problem: PipelineProblem, setting: Setting, draft: bool) -> Pipelin
     """A problem of another setting; without a shift of its own the one that was made for it before,
     since some methods ask at each step."""
     reuse = setting.shift is problem.setting.shift
-    same = (v for v in problem._variants if v.draft == draft and v.setting == setting)
-    known = next(same, None) if reuse else None
-    if known is None:
-        known = type(problem)(setting, problem.prompt, problem.seed, problem.progress, draft)
+    matches = (v for v in problem._variants if v.draft == draft and v.setting == setting)
+    variant = next(matches, None) if reuse else None
+    if variant is None:
+        variant = type(problem)(setting, problem.prompt, problem.seed, problem.progress, draft)
         if reuse:
-            problem._variants.append(known)
-    return known
+            problem._variants.append(variant)
+    return variant
 
 
 def _finished(

@@ -44,12 +44,12 @@ def model_hash(module: Module) -> str:
     """
     for name in WRAPPERS:
         module = getattr(module, name, module)
-    known = _KNOWN.get()
-    if known is None:
+    hashes = _KNOWN.get()
+    if hashes is None:
         return _hashed(module)
-    if id(module) not in known:
-        known[id(module)] = _hashed(module)
-    return known[id(module)]
+    if id(module) not in hashes:
+        hashes[id(module)] = _hashed(module)
+    return hashes[id(module)]
 
 
 def _hashed(module: Module) -> str:

@@ -13,8 +13,8 @@ import torch
 @functools.cache
 def precision() -> torch.dtype:
     """bf16 or fp32; bf16 where torch cannot say what the processor has."""
-    asked = getattr(torch.cpu, "get_capabilities", None)
-    abilities = {"bf16": True} if asked is None else asked()
+    reader = getattr(torch.cpu, "get_capabilities", None)
+    abilities = {"bf16": True} if reader is None else reader()
     fast = any(has for name, has in abilities.items() if "bf16" in name)
     return torch.bfloat16 if fast else torch.float32
 
