@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from time import perf_counter
+from typing import Any
 
 from diffalign.core.errors import BudgetExceeded, Cancelled, nearest
 
@@ -43,7 +44,7 @@ def read_budget(text: str) -> Budget:
     Raises: ValueError for unknown limits, with the nearest ones, and for bad numbers.
     """
     names = tuple(f.name for f in fields(Budget))
-    limits: dict[str, float] = {}
+    limits: dict[str, Any] = {}
     for item in text.split(","):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in names:
@@ -58,7 +59,7 @@ def read_budget(text: str) -> Budget:
         if key != "seconds" and not number.is_integer():
             raise ValueError(f"{key} must be a whole number; got {value!r}.")
         limits[key] = number if key == "seconds" else int(number)
-    return Budget(**limits)  # type: ignore[arg-type]
+    return Budget(**limits)
 
 
 @dataclass(slots=True)
