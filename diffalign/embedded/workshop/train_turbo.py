@@ -8,7 +8,9 @@ that a cell takes one of two objects and not their mean. From update ``--matchin
 joins: distribution matching (Yin et al., "One-step Diffusion with Distribution Matching
 Distillation", 2023, arXiv:2311.18828, equations 7 and 8). A second denoiser follows what the
 student draws, and the student moves from where that one would clean its pictures to where the
-guided teacher would.
+guided teacher would. It sees pictures of one step, and of the last of two to four steps, where the
+student begins at points that it came to by itself (Yin et al., "Improved Distribution Matching
+Distillation for Fast Image Synthesis", 2024, arXiv:2405.14867, section 4.5).
 
 The student is the teacher plus a low-rank difference of every linear and convolution layer, a LoRA
 (Hu et al., 2021, arXiv:2106.09685) in the format of diffusers. ``--export`` writes the averaged
@@ -247,8 +249,8 @@ class TurboTrainer:
     ``options`` needs seed, batch, rank, rate, updates, decay_from, decay, first (share of a batch
     at the noisiest point), matching (update at which distribution matching begins), weight (of
     matching beside the distance to the end), match_scale (guidance of its teacher), matched
-    (pictures of a batch that it sees, noisiest first), ahead (updates that the follower has
-    before) and follower (its rate).
+    (pictures of a batch that it sees, noisiest first), steps (pictures that it sees beside them,
+    of later steps), ahead (updates that the follower has before) and follower (its rate).
     """
 
     def __init__(self, options: argparse.Namespace, pipe: Pipeline, bank: Bank) -> None:
@@ -270,12 +272,19 @@ class TurboTrainer:
         places[: round(self.options.first * size)] = 0
         noisy, ends = self.bank.points[rows, places].float(), self.bank.points[rows, -1].float()
         context, steps = self.teacher.context(self.bank.ids[rows]), self.bank.steps[places]
+        matching = self.done >= self.options.matching
+        if matching:
+            later = self.later(generator)
+            noisy, steps, context = (
+                torch.cat(pair) for pair in zip((noisy, steps, context), later, strict=True)
+            )
         clean = self.clean(self.student, noisy, steps, context)
-        cells = (clean - ends).square().sum(1)
+        cells = (clean[:size] - ends).square().sum(1)
         distances = ((cells + HUBER**2).sqrt() - HUBER).mean((1, 2))
         loss, values = distances.mean(), {}
-        outputs, words = clean[: self.options.matched], context[: self.options.matched]
-        if self.done >= self.options.matching:
+        seen = [*range(min(self.options.matched, size)), *range(size, len(clean))]
+        outputs, words = clean[seen], context[seen]
+        if matching:
             push = self.push(outputs.detach(), words, generator)
             values["push"] = float(push.square().mean().sqrt())
             loss = loss + self.options.weight * (outputs * push).mean()
@@ -288,6 +297,27 @@ class TurboTrainer:
         distances = distances.detach()
         first = float(distances[places == 0].mean())
         return {"loss": float(distances.mean()), "first": first, "norm": norm} | values
+
+    @torch.no_grad()
+    def later(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Points before the second to fourth of four steps, as the student comes to them from new
+        noise, with their steps and text states; ``options.steps`` of them."""
+        count, levels = self.options.steps, self.bank.steps[:: max(1, len(self.bank.steps) // 4)]
+        rows = torch.randint(len(self.bank.ids), (count,), generator=generator)
+        context = self.teacher.context(self.bank.ids[rows])
+        places = torch.randint(1, len(levels), (count,), generator=generator)
+        points = torch.randn(count, *self.bank.points.shape[2:], generator=generator)
+        for place in range(len(levels) - 1):
+            on = places > place
+            if not on.any():
+                continue
+            steps = levels[place].repeat(int(on.sum()))
+            signal, noise = self.teacher.levels(steps)
+            clean = self.clean(self.student, points[on], steps, context[on])
+            spread = (points[on] - signal * clean) / noise
+            signal, noise = self.teacher.levels(levels[place + 1].repeat(len(steps)))
+            points[on] = signal * clean + noise * spread
+        return points, levels[places], context
 
     def clean(
         self, unet: UNet2DConditionModel, noisy: Tensor, steps: Tensor, context: Tensor
@@ -370,17 +400,18 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--pipeline", type=Path, required=True, help="folder of the teacher")
     add("--scale", type=float, default=3.0, help="guidance scale of the teacher")
-    add("--pairs", type=int, default=16_384, help="ways in the bank")
-    add("--batch", type=int, default=16)
-    add("--rank", type=int, default=32, help="of the difference")
+    add("--pairs", type=int, default=12_288, help="ways in the bank")
+    add("--batch", type=int, default=12)
+    add("--rank", type=int, default=64, help="of the difference")
     add("--rate", type=float, default=1e-3)
     add("--updates", type=int, default=8_000)
     add("--decay-from", type=int, default=6_000, help="update at which the rate begins to fall")
     add("--decay", type=float, default=0.998, help="of the averaged factors, per update")
-    add("--first", type=float, default=0.5, help="share of a batch at the noisiest point")
+    add("--first", type=float, default=2 / 3, help="share of a batch at the noisiest point")
     add("--matching", type=int, default=4_000, help="update at which matching begins")
     add("--match-scale", type=float, default=2.0, help="guidance scale of the teacher in matching")
-    add("--matched", type=int, default=10, help="pictures of a batch that matching sees")
+    add("--matched", type=int, default=8, help="pictures of a batch that matching sees")
+    add("--steps", type=int, default=4, help="pictures of later steps that it sees beside them")
     add("--ahead", type=int, default=200, help="updates that the follower has before matching")
     add("--weight", type=float, default=3.0, help="of matching beside the distance to the ends")
     add("--follower", type=float, default=3e-4, help="learning rate of the follower")

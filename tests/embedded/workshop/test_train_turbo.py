@@ -18,6 +18,7 @@ from diffalign.embedded.load import FOLDER, load
 from diffalign.embedded.workshop import train_turbo
 from diffalign.embedded.workshop.train_denoiser import scheduler
 from diffalign.embedded.workshop.train_turbo import Bank, LowRank, Teacher, TurboTrainer, fill
+from diffalign.embedded.workshop.training import step_generator
 
 SHAPE = (16, 8, 8)
 
@@ -210,3 +211,34 @@ def test_a_run_that_is_taken_up_repeats_the_bits(pipe, bank, tmp_path):
     assert again.step() == losses[2]
     for ours, theirs in zip(again.low.average, whole.low.average, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_points_of_later_steps_are_those_of_the_students_own_way(pipe, bank, tmp_path):
+    trainer = TurboTrainer(options_of(tmp_path, steps=5), pipe, Bank.load(bank))
+    # the noise is the third draw
+    generator = step_generator(0, 0, 0)
+    rows = torch.randint(3, (5,), generator=generator)
+    torch.randint(1, 2, (5,), generator=generator)
+    noise = torch.randn(5, *SHAPE, generator=generator)
+    points, steps, _ = trainer.later(step_generator(0, 0, 0))
+    assert steps.tolist() == [499] * 5
+    other = copy.deepcopy(pipe)
+    other.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+
+    def keep(pipe, step, timestep, values):
+        seen.append(values["latents"])
+        return {}
+
+    seen = []
+    with torch.no_grad():
+        other(
+            prompt_embeds=trainer.teacher.context(trainer.bank.ids[rows]).float(),
+            latents=noise,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            output_type="latent",
+            callback_on_step_end=keep,
+        )
+    error = (points - seen[0]).square().mean().sqrt()
+    assert error < 0.05 * seen[0].std()
