@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 import os
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from diffalign.alignment.order import AnyReward, reward_of
 from diffalign.core.budget import Budget, read_budget
-from diffalign.core.errors import nearest
 from diffalign.core.registry import KERNELS, parse
 from diffalign.core.reward import Reward
 from diffalign.core.technique import Technique
@@ -21,7 +19,7 @@ from diffalign.core.types import Pipeline
 from diffalign.seams.guiders_in import as_technique
 from diffalign.seams.plan import described
 from diffalign.seams.swap import original_class
-from diffalign.seams.trajectory.call import COPIES
+from diffalign.seams.trajectory.call import COPIES, check_names, names_of
 from diffalign.seams.trajectory.kernels import Kernel
 from diffalign.search.video.choice import expander_class, extends
 
@@ -34,8 +32,6 @@ SET: Mapping[str, str] = {
     "output_type": "the result has image, frames and tensor",
     "return_dict": "the result is the same for all pipelines",
 }
-# taken by pipelines through their **kwargs
-BESIDE = ("callback", "callback_steps")
 
 
 def budget_of(budget: Budget | str | None) -> Budget | None:
@@ -138,14 +134,8 @@ def check_call(pipe: Pipeline, call: Mapping[str, object], known: Iterable[str])
     """Raise for arguments of the pipeline that it does not have, that a run sets, or that are no
     numbers. ``known``: names of ``align`` itself."""
     cls = original_class(pipe)
-    names = _names(cls)
+    check_names(f"align(...) and {cls.__name__}", _names(cls), call, known)
     for name, value in call.items():
-        # modular pipelines name none of their arguments
-        if "prompt" in names and name not in names and name not in BESIDE:
-            near = nearest(name, {*names, *known})
-            raise TypeError(
-                f"align(...) and {cls.__name__} have no argument {name!r}. Nearest: {near}."
-            )
         if name in SET and value is not None:
             raise ValueError(f"align({name}=...) is set by the sampler; {SET[name]}.")
         if name in COPIES and value is not None and value != 1:
@@ -165,9 +155,7 @@ def _names(cls: type) -> set[str]:
     functions = [base.__call__ for base in {cls, described(cls)}]  # type: ignore[operator]
     if extends(cls):
         functions.append(expander_class(cls).__init__)
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
-    return {p.name for p in parameters if p.kind in kinds} - {"self", "pipe"} | {"clip"}
+    return names_of(*functions) - {"pipe"} | {"clip"}
 
 
 def _counts(value: object) -> bool:

@@ -314,23 +314,30 @@ def _searched(plan: Plan, items: Sequence[Item]) -> Iterator[Unit]:
 
 
 def search_order(plan: Plan) -> Order:
-    """The order of a plan's search. The processes of a run search alone, each its own prompts."""
-    from diffalign.alignment.order import Order, method_of, reward_of
+    """The order of a plan's search. The processes of a run search alone, each its own prompts.
+
+    A method that branches has the kernel that it needs where the scheduler draws no noise.
+    """
+    from diffalign.alignment.arguments import kernel_of
+    from diffalign.alignment.order import Order, method_of, reward_of, usual_kernel
     from diffalign.alignment.processes import World
+    from diffalign.alignment.setting import Setting
 
     assert plan.search is not None
+    method, model = method_of(plan.search.method), plan.model
+    setting = Setting(model.pipe, plan.benchmark.items[0].prompt, plan.techniques, model.call)
     return Order(
-        pipe=plan.model.pipe,
-        method=method_of(plan.search.method),
+        pipe=model.pipe,
+        method=method,
         reward=reward_of(plan.search.reward),
         budget=plan.search.budget,
         techniques=plan.techniques,
         judges=(),
         ties=(),
-        kernel=None,
+        kernel=kernel_of(usual_kernel(setting, method)),
         batch=None,
         seed=plan.seed,
-        call=plan.model.call,
+        call=model.call,
         world=World(),
     )
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from diffalign.drawing.png import read_settings
 from diffalign.eval.benchmarks import geneval
 
 
@@ -62,6 +63,16 @@ def test_one_command_or_three_are_the_same(run, judged, prompts, tmp_path):
     again = run("eval", *common, "-o", tmp_path / "whole")
     assert again.exit_code == 0
     assert files(tmp_path / "whole") == whole_files
+
+
+@pytest.mark.slow
+def test_a_search_that_branches_gets_its_kernel(run, judged, prompts, tmp_path):
+    command = (prompts, "-s", 3, "--samples", 1, "--limit", 1, "--scheduler", "ddim")
+    command += ("--align", "dts-star:preset=small", "--budget", "nfe=60", "--reward", "brightness")
+    result = run("eval", *command, "-o", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    (picture,) = (tmp_path / "run" / "images").rglob("*.png")
+    assert read_settings(picture)["kernel"] == "Eta(eta=1.0)"
 
 
 @pytest.mark.slow

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.core import UnsupportedModel
+from diffalign.core.errors import nearest
 from diffalign.core.types import Keywords, Pipeline
 from diffalign.families import Family, family_of
-from diffalign.seams.plan import Arguments, bind
+from diffalign.seams.plan import Arguments, bind, described
 from diffalign.seams.swap import original_class
 from diffalign.seams.trajectory.schedule import one_or_all
 
@@ -26,6 +28,8 @@ LOOP_KEYED: Mapping[str, tuple[Any, str]] = {
     "callback": (None, "a callback with step numbers"),
 }
 COPIES = ("num_images_per_prompt", "num_videos_per_prompt")
+# taken by pipelines through their **kwargs
+BESIDE = ("callback", "callback_steps")
 # schedulers whose trajectory cannot be cut or repeated -> why
 UNCUT = {
     "DPMSolverSDEScheduler": (
@@ -35,11 +39,33 @@ UNCUT = {
 }
 
 
+def names_of(*functions: Callable[..., Any]) -> set[str]:
+    """Names of the arguments of functions, without ``self`` and what ``**kwargs`` takes."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+    return {p.name for p in parameters if p.kind in kinds} - {"self"}
+
+
+def check_names(who: str, names: set[str], call: Iterable[str], known: Iterable[str] = ()) -> None:
+    """Raise TypeError for the first argument of a call that is not among a pipeline's ``names``.
+
+    ``known``: names that may be meant beside them.
+    """
+    # modular pipelines name none of their arguments
+    if "prompt" not in names:
+        return
+    for name in call:
+        if name not in names and name not in BESIDE:
+            near = nearest(name, {*names, *known})
+            raise TypeError(f"{who} have no argument {name!r}. Nearest: {near}.")
+
+
 class Call:
     """Arguments of a pipeline that trajectories share.
 
     Raises: ``UnsupportedModel`` where the pipeline takes no start latents, and for arguments that
-    follow the position in the loop; ValueError for arguments that the sampler sets.
+    follow the position in the loop; ValueError for arguments that the sampler sets, TypeError for
+    those that the pipeline does not have.
     """
 
     def __init__(self, pipe: Pipeline, options: Keywords) -> None:
@@ -47,6 +73,8 @@ class Call:
         # number of images -> embeddings with a row for each
         self._repeated: dict[int, Keywords] = {}
         cls = original_class(pipe)
+        calls = [base.__call__ for base in {cls, described(cls)}]  # type: ignore[operator]
+        check_names(f"PipelineSampler(...) and {cls.__name__}", names_of(*calls), options)
         self.family: Family = family_of(cls)
         self.bound: Arguments = bind(cls, pipe, (), options)
         values = self.bound.values

@@ -205,6 +205,9 @@ def test_what_cannot_be_cut_is_refused():
         PipelineSampler(pipe, prompt="a", cfg_trunc_ratio=0.5)
     with pytest.raises(ValueError, match="set by the sampler"):
         PipelineSampler(pipe, prompt="a", generator=torch.Generator())
+    # a pipeline of old takes any word, and drops those that it does not know
+    with pytest.raises(TypeError, match="Nearest: num_inference_steps"):
+        PipelineSampler(tiny_pipeline(SD), prompt="a", num_inference_step=3)
     sampler, noise = sampler_of(SD)
     with pytest.raises(ValueError, match="for 1 seeds"):
         sampler.start([1], noise)
