@@ -100,3 +100,5 @@ embedded: $(READY)
 	$(TRAIN).trajectories --pipeline runs/models/emoji --out runs/evaluator/train.pt
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --trajectories runs/evaluator/train.pt --resume
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --export runs/models/emoji-evaluator
+	$(TRAIN).train_turbo --pipeline runs/models/emoji-2 --out runs/emoji-turbo --resume
+	$(TRAIN).train_turbo --pipeline runs/models/emoji-2 --out runs/emoji-turbo --export runs/models/emoji-turbo

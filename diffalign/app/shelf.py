@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffalign.core.technique import Technique
 from diffalign.core.types import Keywords
-from diffalign.embedded.load import MODELS, folder_of, load
+from diffalign.embedded.load import MODELS, load, pipelines
 from diffalign.generate import schedulers
 from diffalign.generate.models import Blueprint, Model, Setting, open_model
 from diffalign.generate.verdicts import Detector
@@ -22,11 +22,6 @@ from diffalign.seams.plan import context_of, resolve
 
 USUAL = "emoji"
 """The model that the page starts with."""
-
-
-def embedded() -> tuple[str, ...]:
-    """The embedded pipelines that are installed."""
-    return tuple(n for n in MODELS if (folder_of(n) / "model_index.json").is_file())
 
 
 def models_in(entry: str) -> tuple[str, ...]:
@@ -132,7 +127,7 @@ class Shelf:
             REWARDS.get(name.partition(":")[0])
         self.rewards = tuple(dict.fromkeys((*rewards_here(), *rewards)))
         others = [name for entry in allow for name in models_in(entry)]
-        self.names = tuple(dict.fromkeys((*embedded(), *others)))
+        self.names = tuple(dict.fromkeys((*pipelines(), *others)))
         self.most = most
         self._open: OrderedDict[str, Open] = OrderedDict()
         self._lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import nearest
-from diffalign.core.types import Pipeline
+from diffalign.core.types import Json, Pipeline
 
 if TYPE_CHECKING:
     from diffalign.embedded.nets.audit import AuditJudge
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["MODELS", "Available", "available", "load"]
 
 FOLDER = Path(__file__).parent / "models"
+INDEX = "model_index.json"
 
 
 @contextmanager
@@ -52,6 +54,12 @@ def pipeline_in(folder: Path) -> Pipeline:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _turbo(folder: Path) -> Pipeline:
+    from diffalign.embedded.adapter import adapted
+
+    return adapted(load(MODELS["emoji-turbo"].base), folder)
 
 
 def _judge(folder: Path) -> Judge:
@@ -92,6 +100,8 @@ class Entry:
     defaults: Mapping[str, float] = field(default_factory=dict)
     # of a pipeline: the detector that judges its images
     judge: str = ""
+    # of an adapter: the embedded pipeline that it changes
+    base: str = ""
 
 
 MODELS: dict[str, Entry] = {
@@ -108,6 +118,14 @@ MODELS: dict[str, Entry] = {
         pipeline_in,
         {"steps": 20, "scale": 3.0},
         "emoji-judge",
+    ),
+    "emoji-turbo": Entry(
+        "emoji-turbo",
+        "emoji-2 in one to four steps without guidance, an adapter of its denoiser",
+        _turbo,
+        {"steps": 4, "scale": 1.0},
+        "emoji-judge",
+        base="emoji-2",
     ),
     "emoji-dit": Entry(
         "emoji-dit",
@@ -169,6 +187,28 @@ def available() -> tuple[Available, ...]:
 def folder_of(name: str) -> Path:
     """Where the files of an embedded model are, or would be."""
     return FOLDER / MODELS[name].folder
+
+
+def pipelines() -> tuple[str, ...]:
+    """The embedded pipelines that are installed."""
+    return tuple(
+        name
+        for name, entry in MODELS.items()
+        if folder_of(name).is_dir() and (folder_of(entry.base or name) / INDEX).is_file()
+    )
+
+
+def index_of(name: str) -> Json:
+    """The model index of an embedded pipeline; that of an adapter is its base's with its scheduler.
+
+    Raises: OSError and ValueError for an index that cannot be read.
+    """
+    base = MODELS[name].base
+    index: Json = json.loads((folder_of(base or name) / INDEX).read_text("utf-8"))
+    if base:
+        settings = folder_of(name) / "scheduler" / "scheduler_config.json"
+        index["scheduler"] = ["diffusers", json.loads(settings.read_text("utf-8"))["_class_name"]]
+    return index
 
 
 def load(name: str) -> Any:

@@ -313,21 +313,20 @@ def place(device: str, dtype: str | None) -> tuple[str, str]:
 
 def _index(name: str) -> tuple[Literal["embedded", "folder", "hub"], str, Json]:
     """Kind, source and model index of ``name``; touches the network for a hub id only."""
-    from diffalign.embedded.load import MODELS, folder_of
+    from diffalign.embedded.load import MODELS, folder_of, pipelines
 
-    pipelines = [n for n in MODELS if (folder_of(n) / "model_index.json").is_file()]
     if name in MODELS:
         folder = folder_of(name)
         if not folder.is_dir():
             raise ValueError(
                 f"the embedded model {name!r} is not installed; `diffalign models` lists what is."
             )
-        if name not in pipelines:
+        if name not in pipelines():
             raise ValueError(
                 f"{name!r} does not make images; a model is "
-                f"{', '.join(pipelines) or 'a folder or a hub id'}."
+                f"{', '.join(pipelines()) or 'a folder or a hub id'}."
             )
-        return "embedded", str(folder), _read(folder)
+        return "embedded", str(folder), _read(folder, name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -337,7 +336,7 @@ def _index(name: str) -> tuple[Literal["embedded", "folder", "hub"], str, Json]:
             )
         return "folder", str(folder), _read(folder)
     if not HUB_ID.fullmatch(name):
-        near = nearest(name, pipelines or MODELS)
+        near = nearest(name, pipelines() or MODELS)
         raise ValueError(
             f"unknown model {name!r}: no embedded model and no folder. Nearest embedded names: "
             f"{near}. A hub id is owner/name."
@@ -345,9 +344,13 @@ def _index(name: str) -> tuple[Literal["embedded", "folder", "hub"], str, Json]:
     return "hub", name, _hub_index(name)
 
 
-def _read(folder: Path) -> Json:
-    """The model index of a folder."""
+def _read(folder: Path, embedded: str | None = None) -> Json:
+    """The model index of a folder; ``embedded``: the name of the embedded model in it."""
+    from diffalign.embedded.load import index_of
+
     try:
+        if embedded is not None:
+            return index_of(embedded)
         index: Json = json.loads((folder / "model_index.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"the model index of {str(folder)!r} cannot be read: {error}") from error

@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffalign.core.types import Json, Pipeline
+from diffalign.embedded.adapter import adapted
 from diffalign.embedded.load import load, pipeline_in
-from diffalign.embedded.workshop.adapter import adapted
 from diffalign.embedded.workshop.train_denoiser import STATE, export
 from diffalign.embedded.workshop.training import saved_state
 from diffalign.generate.samples import samples

@@ -10,7 +10,8 @@ Distillation", 2023, arXiv:2311.18828, equations 7 and 8). A second denoiser fol
 student draws, and the student moves from where that one would clean its pictures to where the
 guided teacher would. It sees pictures of one step, and of the last of two to four steps, where the
 student begins at points that it came to by itself (Yin et al., "Improved Distribution Matching
-Distillation for Fast Image Synthesis", 2024, arXiv:2405.14867, section 4.5).
+Distillation for Fast Image Synthesis", 2024, arXiv:2405.14867, section 4.5). A third
+loss is a reward: the student's pictures, noised, are to show their captions to ``emoji-evaluator``.
 
 The student is the teacher plus a low-rank difference of every linear and convolution layer, a LoRA
 (Hu et al., 2021, arXiv:2106.09685) in the format of diffusers. ``--export`` writes the averaged
@@ -31,8 +32,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from diffalign.core.types import Pipeline
-from diffalign.embedded.load import pipeline_in
-from diffalign.embedded.workshop.adapter import sampler
+from diffalign.embedded.adapter import sampler
+from diffalign.embedded.load import load, pipeline_in
+from diffalign.embedded.nets.evaluator import word_mask
 from diffalign.embedded.workshop.precision import precision
 from diffalign.embedded.workshop.training import (
     STATE,
@@ -248,9 +250,10 @@ class TurboTrainer:
 
     ``options`` needs seed, batch, rank, rate, updates, decay_from, decay, first (share of a batch
     at the noisiest point), matching (update at which distribution matching begins), weight (of
-    matching beside the distance to the end), match_scale (guidance of its teacher), matched
-    (pictures of a batch that it sees, noisiest first), steps (pictures that it sees beside them,
-    of later steps), ahead (updates that the follower has before) and follower (its rate).
+    matching), hold (weight of the distance to the ends beside it), match_scale (guidance of its
+    teacher), matched (pictures of a batch that it sees, noisiest first), steps (pictures that it
+    sees beside them, of later steps), reward (weight of the evaluator's loss), ahead (updates that
+    the follower has before) and follower (its rate).
     """
 
     def __init__(self, options: argparse.Namespace, pipe: Pipeline, bank: Bank) -> None:
@@ -261,6 +264,8 @@ class TurboTrainer:
         self.follower = copy.deepcopy(pipe.unet).requires_grad_(True)
         self.follower.set_attn_processor(AttnProcessor())
         self.flat = FlatAdam([self.follower])
+        self.evaluator = load("emoji-evaluator")
+        self.reader = load("emoji").text_encoder.requires_grad_(False)
         self.done = 0
 
     def step(self) -> dict[str, float]:
@@ -271,23 +276,28 @@ class TurboTrainer:
         places = torch.randint(1, len(self.bank.steps), (size,), generator=generator)
         places[: round(self.options.first * size)] = 0
         noisy, ends = self.bank.points[rows, places].float(), self.bank.points[rows, -1].float()
-        context, steps = self.teacher.context(self.bank.ids[rows]), self.bank.steps[places]
+        ids, steps = self.bank.ids[rows], self.bank.steps[places]
         matching = self.done >= self.options.matching
         if matching:
             later = self.later(generator)
-            noisy, steps, context = (
-                torch.cat(pair) for pair in zip((noisy, steps, context), later, strict=True)
+            noisy, steps, ids = (
+                torch.cat(pair) for pair in zip((noisy, steps, ids), later, strict=True)
             )
+        context = self.teacher.context(ids)
         clean = self.clean(self.student, noisy, steps, context)
         cells = (clean[:size] - ends).square().sum(1)
         distances = ((cells + HUBER**2).sqrt() - HUBER).mean((1, 2))
-        loss, values = distances.mean(), {}
+        loss, values = distances.mean() * (self.options.hold if matching else 1.0), {}
         seen = [*range(min(self.options.matched, size)), *range(size, len(clean))]
         outputs, words = clean[seen], context[seen]
         if matching:
             push = self.push(outputs.detach(), words, generator)
             values["push"] = float(push.square().mean().sqrt())
             loss = loss + self.options.weight * (outputs * push).mean()
+        if matching and self.options.reward:
+            doubt = self.doubt(outputs, ids[seen], generator)
+            values["doubt"] = float(doubt.detach())
+            loss = loss + self.options.reward * doubt
         torch.autograd.backward(loss)
         decay = min(self.options.decay, (1 + self.done) / (10 + self.done))
         norm = self.low.step(self.rate(), decay)
@@ -301,10 +311,12 @@ class TurboTrainer:
     @torch.no_grad()
     def later(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Points before the second to fourth of four steps, as the student comes to them from new
-        noise, with their steps and text states; ``options.steps`` of them."""
+        noise and new noise after each step, with their steps and token ids; ``options.steps`` of
+        them."""
         count, levels = self.options.steps, self.bank.steps[:: max(1, len(self.bank.steps) // 4)]
         rows = torch.randint(len(self.bank.ids), (count,), generator=generator)
-        context = self.teacher.context(self.bank.ids[rows])
+        ids = self.bank.ids[rows]
+        context = self.teacher.context(ids)
         places = torch.randint(1, len(levels), (count,), generator=generator)
         points = torch.randn(count, *self.bank.points.shape[2:], generator=generator)
         for place in range(len(levels) - 1):
@@ -312,12 +324,11 @@ class TurboTrainer:
             if not on.any():
                 continue
             steps = levels[place].repeat(int(on.sum()))
-            signal, noise = self.teacher.levels(steps)
             clean = self.clean(self.student, points[on], steps, context[on])
-            spread = (points[on] - signal * clean) / noise
             signal, noise = self.teacher.levels(levels[place + 1].repeat(len(steps)))
-            points[on] = signal * clean + noise * spread
-        return points, levels[places], context
+            fresh = torch.randn(clean.shape, generator=generator)
+            points[on] = signal * clean + noise * fresh
+        return points, levels[places], ids
 
     def clean(
         self, unet: UNet2DConditionModel, noisy: Tensor, steps: Tensor, context: Tensor
@@ -340,6 +351,18 @@ class TurboTrainer:
             follower = self.clean(self.follower, noisy, steps, context)
         scale = (clean - teacher).abs().mean((1, 2, 3), keepdim=True)
         return (follower - teacher) / scale
+
+    def doubt(self, clean: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean surprise of the evaluator that pictures [B, C, 8, 8] show their captions, at one
+        noise each; differentiable in the pictures."""
+        steps = torch.randint(20, 701, (len(clean),), generator=generator)
+        signal, noise = self.teacher.levels(steps)
+        noisy = signal * clean + noise * torch.randn(clean.shape, generator=generator)
+        with torch.no_grad():
+            words = self.reader(ids.long()).last_hidden_state
+        levels = (noise / signal).flatten()
+        logits: Tensor = self.evaluator(noisy, levels, words, word_mask(ids.long()))
+        return nn.functional.softplus(-logits).mean()
 
     def follow(self, clean: Tensor, context: Tensor, generator: torch.Generator) -> float:
         """One update of the follower on pictures of the student; returns its v-loss."""
@@ -404,16 +427,18 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=12)
     add("--rank", type=int, default=64, help="of the difference")
     add("--rate", type=float, default=1e-3)
-    add("--updates", type=int, default=8_000)
-    add("--decay-from", type=int, default=6_000, help="update at which the rate begins to fall")
+    add("--updates", type=int, default=6_000)
+    add("--decay-from", type=int, default=4_800, help="update at which the rate begins to fall")
     add("--decay", type=float, default=0.998, help="of the averaged factors, per update")
     add("--first", type=float, default=2 / 3, help="share of a batch at the noisiest point")
-    add("--matching", type=int, default=4_000, help="update at which matching begins")
+    add("--matching", type=int, default=2_000, help="update at which matching begins")
     add("--match-scale", type=float, default=2.0, help="guidance scale of the teacher in matching")
     add("--matched", type=int, default=8, help="pictures of a batch that matching sees")
     add("--steps", type=int, default=4, help="pictures of later steps that it sees beside them")
     add("--ahead", type=int, default=200, help="updates that the follower has before matching")
-    add("--weight", type=float, default=3.0, help="of matching beside the distance to the ends")
+    add("--weight", type=float, default=3.0, help="of matching")
+    add("--hold", type=float, default=0.1, help="weight of the distance to the ends beside it")
+    add("--reward", type=float, default=0.4, help="weight of the evaluator's surprise, 0 for none")
     add("--follower", type=float, default=3e-4, help="learning rate of the follower")
     return result
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import nn
 
-from diffalign.embedded.load import FOLDER, load
-from diffalign.embedded.workshop.adapter import FILE, adapted, fuse
+from diffalign.embedded.adapter import FILE, adapted, fuse
+from diffalign.embedded.load import FOLDER, folder_of, load, pipelines
+from diffalign.embedded.workshop.score import score
 from diffalign.embedded.workshop.train_turbo import LowRank, export
 from diffalign.embedded.workshop.training import save_state
+from diffalign.generate.models import Blueprint
+from diffalign.tasks.geneval.verdict import prompts
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
 
@@ -51,7 +54,7 @@ def test_plain_diffusers_loads_the_same_model(tmp_path: Path) -> None:
     export(tmp_path / "state.pt", FOLDER / "emoji-2", tmp_path / "out", 2, averaged=False)
     plain, ours, before = (load("emoji-2") for _ in range(3))
     plain.load_lora_weights(tmp_path / "out")
-    plain.scheduler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    plain.scheduler = LCMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     adapted(ours, tmp_path / "out")
     images = [
         pipe("a photo of a cat", generator=torch.Generator().manual_seed(1), **CALL).images
@@ -60,6 +63,24 @@ def test_plain_diffusers_loads_the_same_model(tmp_path: Path) -> None:
     assert torch.allclose(images[0], images[1], atol=1e-4)
     assert (images[1] - images[2]).abs().max() > 0.05
     assert float(ours.scheduler.final_alpha_cumprod) == 1.0
+
+
+@pytest.mark.slow
+def test_emoji_turbo_draws_what_is_asked_in_one_step() -> None:
+    pipe = load("emoji-turbo")
+    assert isinstance(pipe, StableDiffusionPipeline)
+    records = [dict(record) for record in prompts() if record["tag"] == "single_object"][:16]
+    _, correct = score(pipe, records, scale=1.0, steps=1, seed=5)
+    assert sum(correct) >= 12
+
+
+def test_the_commands_know_an_adapter_as_a_pipeline() -> None:
+    assert "emoji-turbo" in pipelines()
+    blueprint = Blueprint.named("emoji-turbo")
+    assert (blueprint.cls, blueprint.scheduler) == (StableDiffusionPipeline, "LCMScheduler")
+    assert blueprint.defaults == {"steps": 4, "scale": 1.0}
+    size = sum(path.stat().st_size for path in folder_of("emoji-turbo").rglob("*.safetensors"))
+    assert size <= 12e6
 
 
 def test_a_folder_without_state(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import LCMScheduler
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -18,15 +18,15 @@ FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers gives to an adapter."""
 
 
-def sampler(scheduler: Scheduler) -> DDIMScheduler:
-    """The scheduler of a model that goes to the end in every step."""
-    return DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=True)
+def sampler(scheduler: Scheduler) -> LCMScheduler:
+    """The scheduler of a model that goes to the end in every step, and back by new noise."""
+    return LCMScheduler.from_config(scheduler.config, set_alpha_to_one=True)
 
 
 def adapted(pipe: Pipeline, folder: Path) -> Pipeline:
     """The pipeline with the difference and the scheduler of a folder, in place."""
     fuse(pipe.unet, folder / FILE)
-    pipe.register_modules(scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"))
+    pipe.register_modules(scheduler=LCMScheduler.from_pretrained(folder / "scheduler"))
     return pipe
 
 
