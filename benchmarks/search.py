@@ -7,8 +7,7 @@ A run is anytime: the image that it would have returned after 100, 200, ... NFE 
 run. Best-of-N runs on to twice the NFE of the others, so that a method that needs half as many
 shows. The reward that is optimised is ``emoji-clip``; whether the image is right is said by the
 judge and by the audit judge, which no method sees; ``emoji-clip`` learnt from verdicts of the audit
-judge on other prompts, never from the judge. Finished runs are kept in ``--work`` and not repeated;
-``results/search-runs.tar.gz`` holds those of a table that is being made, to unpack there.
+judge on other prompts, never from the judge. Finished runs are kept in ``--work`` and not repeated.
 """
 
 from __future__ import annotations
