@@ -210,7 +210,17 @@ CLICK = """text => [...document.querySelectorAll("button")]
     .find(button => button.innerText.trim() === text && button.offsetParent).click()"""
 
 
-def test_two_visitors_see_their_own_and_a_stop_frees_the_line(visitor):
+def test_two_visitors_see_their_own_and_a_stop_frees_the_line(visitor, monkeypatch):
+    from diffalign.app.desk import Run
+
+    check = Run.check
+
+    def slow(run):
+        run.stopped.wait(0.3)
+        check(run)
+
+    # no machine is so fast that the long run ends before it is stopped
+    monkeypatch.setattr(Run, "check", slow)
     long = '?tab=compare&steps=100&techniques=["s2-guidance","pag","seg","apg"]&prompt=mine'
     with visitor(long) as mine, visitor("?tab=compare&steps=1&prompt=yours") as yours:
         press(mine, "Draw")
