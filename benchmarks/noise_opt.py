@@ -36,6 +36,8 @@ from diffalign.generate.verdicts import verdicts
 from diffalign.noise_opt.normality import Normality
 from diffalign.tasks.geneval.verdict import prompts
 
+# a result of its own for a model of few steps
+RESULTS = {"emoji-turbo": "noise_opt_turbo"}
 FRESH = 50
 FRESH_WAYS = ("find", "random-search")
 COLUMNS = {
@@ -249,7 +251,13 @@ def main() -> None:
     rows, odds = table(ids, options)
     if not rows:
         parser.error("--finished: no prompt has a run of every method")
-    save("noise_opt", rows, options, COLUMNS, {"chance of FIND's gain": odds})
+    save(
+        RESULTS.get(options.model, "noise_opt"),
+        rows,
+        options,
+        COLUMNS,
+        {"chance of FIND's gain": odds},
+    )
 
 
 if __name__ == "__main__":

@@ -290,10 +290,12 @@ def noise_opt(result: Result) -> str:
         "each part of the reward needs a backward pass.",
         "find": f"find: {images} updates of four images.",
     }
+    skips = any("skip" in row["method"] for row in result.rows)
     paragraphs = [
-        f"ReNO renders {images} images, random search four times as many; with skip only the last "
-        "step is differentiated exactly. emoji-aware is optimised; emoji-judge is one of its "
-        "parts, and the audit judge only looks.",
+        f"ReNO renders {images} images, random search four times as many"
+        + ("; with skip only the last step is differentiated exactly" if skips else "")
+        + ". emoji-aware is optimised; emoji-judge is one of its parts, and the audit judge only "
+        "looks.",
         " ".join(shares[row["method"]] for row in result.rows if row["method"] in shares),
     ]
     if odds is not None:
@@ -611,6 +613,7 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "guarantee": guarantee,
     "policy": policy,
     "noise_opt": noise_opt,
+    "noise_opt_turbo": noise_opt,
     "video": video,
     "ratings": ratings,
     "found_prompts": found_prompts,
