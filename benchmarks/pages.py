@@ -306,7 +306,7 @@ def noise_opt(result: Result) -> str:
     return page(
         result,
         f"Noise optimisation on {options['model']}: {result.rows[0]['n']} GenEval prompts, "
-        f"{options['steps']} steps, scale {options['scale']:g}",
+        f"{options['steps']} step{'s' if options['steps'] > 1 else ''}, scale {options['scale']:g}",
         *paragraphs,
     )
 
