@@ -17,7 +17,6 @@ from diffalign.core.reward import Reward
 from diffalign.core.technique import Technique
 from diffalign.core.types import Pipeline
 from diffalign.seams.guiders_in import as_technique
-from diffalign.seams.plan import described
 from diffalign.seams.swap import original_class
 from diffalign.seams.trajectory.call import COPIES, check_names, names_of
 from diffalign.seams.trajectory.kernels import Kernel
@@ -152,10 +151,8 @@ def check_call(pipe: Pipeline, call: Mapping[str, object], known: Iterable[str])
 
 def _names(cls: type) -> set[str]:
     """Named arguments of a pipeline's call, and of the chunks of a video."""
-    functions = [base.__call__ for base in {cls, described(cls)}]  # type: ignore[operator]
-    if extends(cls):
-        functions.append(expander_class(cls).__init__)
-    return names_of(*functions) - {"pipe"} | {"clip"}
+    chunks = (expander_class(cls).__init__,) if extends(cls) else ()
+    return names_of(cls, *chunks) - {"pipe"} | {"clip"}
 
 
 def _counts(value: object) -> bool:

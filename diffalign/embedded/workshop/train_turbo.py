@@ -288,14 +288,14 @@ class TurboTrainer:
         cells = (clean[:size] - ends).square().sum(1)
         distances = ((cells + HUBER**2).sqrt() - HUBER).mean((1, 2))
         loss, values = distances.mean() * (self.options.hold if matching else 1.0), {}
-        seen = [*range(min(self.options.matched, size)), *range(size, len(clean))]
-        outputs, words = clean[seen], context[seen]
+        picks = [*range(min(self.options.matched, size)), *range(size, len(clean))]
+        outputs, words = clean[picks], context[picks]
         if matching:
             push = self.push(outputs.detach(), words, generator)
             values["push"] = float(push.square().mean().sqrt())
             loss = loss + self.options.weight * (outputs * push).mean()
         if matching and self.options.reward:
-            doubt = self.doubt(outputs, ids[seen], generator)
+            doubt = self.doubt(outputs, ids[picks], generator)
             values["doubt"] = float(doubt.detach())
             loss = loss + self.options.reward * doubt
         torch.autograd.backward(loss)

@@ -39,10 +39,11 @@ UNCUT = {
 }
 
 
-def names_of(*functions: Callable[..., Any]) -> set[str]:
-    """Names of the arguments of functions, without ``self`` and what ``**kwargs`` takes."""
+def names_of(cls: type, *others: Callable[..., Any]) -> set[str]:
+    """Named arguments of a pipeline's call, and of other functions."""
+    calls = [base.__call__ for base in {cls, described(cls)}]  # type: ignore[operator]
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+    parameters = [p for f in (*calls, *others) for p in inspect.signature(f).parameters.values()]
     return {p.name for p in parameters if p.kind in kinds} - {"self"}
 
 
@@ -73,8 +74,7 @@ class Call:
         # number of images -> embeddings with a row for each
         self._repeated: dict[int, Keywords] = {}
         cls = original_class(pipe)
-        calls = [base.__call__ for base in {cls, described(cls)}]  # type: ignore[operator]
-        check_names(f"PipelineSampler(...) and {cls.__name__}", names_of(*calls), options)
+        check_names(f"PipelineSampler(...) and {cls.__name__}", names_of(cls), options)
         self.family: Family = family_of(cls)
         self.bound: Arguments = bind(cls, pipe, (), options)
         values = self.bound.values
