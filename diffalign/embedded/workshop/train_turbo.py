@@ -10,8 +10,8 @@ Distillation", 2023, arXiv:2311.18828, equations 7 and 8). A second denoiser fol
 student draws, and the student moves from where that one would clean its pictures to where the
 guided teacher would. It sees pictures of one step, and of the last of two to four steps, where the
 student begins at points that it came to by itself (Yin et al., "Improved Distribution Matching
-Distillation for Fast Image Synthesis", 2024, arXiv:2405.14867, section 4.5). A third
-loss is a reward: the student's pictures, noised, are to show their captions to ``emoji-evaluator``.
+Distillation for Fast Image Synthesis", 2024, arXiv:2405.14867, section 4.5). A third loss is a
+reward: the student's pictures, noised, are to show their captions to ``emoji-evaluator``.
 
 The student is the teacher plus a low-rank difference of every linear and convolution layer, a LoRA
 (Hu et al., 2021, arXiv:2106.09685) in the format of diffusers. ``--export`` writes the averaged
