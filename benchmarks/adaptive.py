@@ -28,7 +28,7 @@ CANDIDATES = (
 
 
 def main() -> None:
-    parser = model_options(__doc__, runs_folder="runs/evidence", steps=20, threads=1)
+    parser = model_options(__doc__, runs_folder="runs/evidence", threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     (pipe, judge), clip = on_model(options), da.rewards.load("emoji-clip")

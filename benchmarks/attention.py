@@ -25,7 +25,7 @@ from diffalign.eval.evidence import Config, Measured, compare
 
 def main() -> None:
     folders = {"runs_folder": "runs/attention", "evidence_folder": "runs/evidence"}
-    parser = model_options(__doc__, **folders, steps=20, threads=1, rounds=5)
+    parser = model_options(__doc__, **folders, threads=1, rounds=5)
     parser.add_argument("--only", choices=("negation", "cost", "pladis"))
     parser.add_argument("--quick", action="store_true", help="cost: time a few of the blocks")
     options = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
         if options.only == "negation":
             return
         runs: dict[tuple[float, float], Measured] = {}
-        for cfg in (1.0, scale, 2.0, 3.0):
+        for cfg in dict.fromkeys((1.0, scale, 2.0, 3.0)):
             for strength in (0.0, 0.5, 1.0, 2.0) if cfg in (1.0, scale) else (0.0,):
                 name = f"CFG {cfg:g}" + (f" PLADIS {strength:g}" if strength else "")
                 tools = (da.CFG(cfg), da.PLADIS(strength)) if strength else (da.CFG(cfg),)

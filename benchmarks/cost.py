@@ -98,7 +98,7 @@ SCALES = {"plain 2 rows": None, "plain 1 row": 1.0}
 
 
 def main() -> None:
-    options = model_options(__doc__, runs=9, batch=16, steps=20).parse_args()
+    options = model_options(__doc__, runs=9, batch=16).parse_args()
     torch.set_num_threads(1)
     pipe, _ = on_model(options)
     pipe.set_progress_bar_config(disable=True)

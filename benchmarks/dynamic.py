@@ -100,7 +100,7 @@ def shares(values: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = model_options(__doc__, runs_folder="runs/evidence", steps=20, threads=1)
+    parser = model_options(__doc__, runs_folder="runs/evidence", threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge = on_model(options)

@@ -163,9 +163,7 @@ def policy(pipe: Any, judge: Any, options: Any, bar: Progress) -> list[Row]:
 
 
 def main() -> None:
-    parser = model_options(
-        __doc__, steps=20, images=400, loss=0.02, splits=100, trial=16, threads=1
-    )
+    parser = model_options(__doc__, images=400, loss=0.02, splits=100, trial=16, threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge = on_model(options)

@@ -110,7 +110,7 @@ def holm(values: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     # the scale of every rule is the best of plain CFG
-    parser = model_options(__doc__, runs_folder="runs/evidence", steps=20, threads=1)
+    parser = model_options(__doc__, runs_folder="runs/evidence", threads=1)
     parser.add_argument(
         "--only", default="*", help="pattern of row names: make only these images and write nothing"
     )

@@ -32,7 +32,7 @@ from diffalign.eval.statistics import interval
 from diffalign.generate.samples import Job, samples
 from diffalign.tasks.geneval.verdict import keep, prompts
 
-SAMPLES, BATCH, STEPS = 2, 16, 20
+SAMPLES, BATCH = 2, 16
 # CFG at this scale has its strength measured all the same, to check the measure
 CHECKED = 3.0
 COLUMNS = UNITS | {
@@ -51,14 +51,14 @@ class Way:
     """One way to negate. ``cfg``: guidance scale, 1 is none; ``nag``: NAG's scale, 1 is none;
     ``negative``: CFG has the negative prompt.
 
-    ``always``: NAG acts at every step, not only in the window that its preset has for this family
-    of models.
+    ``steps``: those of the model if None. ``always``: NAG acts at every step, not only in the
+    window that its preset has for this family of models.
     """
 
     cfg: float = 1.0
     nag: float = 1.0
     negative: bool = False
-    steps: int = STEPS
+    steps: int | None = None
     always: bool = False
 
     @property
@@ -77,7 +77,7 @@ class Way:
         parts += ["negative"] if self.negative else [f"NAG {self.nag:g}"] if self.nag != 1 else []
         parts += ["at every step"] if self.always else []
         return " ".join(parts or ["nothing"]) + (
-            "" if self.steps == STEPS else f", {self.steps} steps"
+            "" if self.steps is None else f", {self.steps} steps"
         )
 
 
@@ -215,7 +215,7 @@ def collect(
     missing = [case for case in cases if case.place not in done]
     for start in range(0, len(missing), BATCH):
         batch = missing[start : start + BATCH]
-        records, images = recorded(pipe, judge, way, batch)
+        records, images = recorded(pipe, judge, way, batch, options.steps)
         for case, image in zip(batch, images, strict=True):
             to_pil_image(image).save(folder / f"{case.prompt_id}-{case.sample}.png")
         with path.open("a") as lines:
@@ -225,8 +225,10 @@ def collect(
     return [done[case.place] for case in cases]
 
 
-def recorded(pipe: Any, judge: Any, way: Way, batch: list[Case]) -> tuple[list[Record], Tensor]:
-    """Records and images of one batch of cases."""
+def recorded(
+    pipe: Any, judge: Any, way: Way, batch: list[Case], steps: int
+) -> tuple[list[Record], Tensor]:
+    """Records and images of one batch of cases; ``steps``: where ``way`` names none."""
     texts = [case.text for case in batch]
     techniques: list[Any] = [da.CFG(way.cfg)] if way.cfg != 1 else []
     if way.nag != 1:
@@ -236,7 +238,7 @@ def recorded(pipe: Any, judge: Any, way: Way, batch: list[Case]) -> tuple[list[R
         Job(str(prompts()[c.prompt_id]["prompt"]), seed_of(*c.place), f"{c.prompt_id}-{c.sample}")
         for c in batch
     ]
-    call: dict[str, Any] = {"num_inference_steps": way.steps, "guidance_scale": way.cfg}
+    call: dict[str, Any] = {"num_inference_steps": way.steps or steps, "guidance_scale": way.cfg}
     if way.negative:
         call["negative_prompt"] = texts
     with Calls(pipe) as calls:
@@ -352,9 +354,11 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
     nags = (
         [Way(nag=s) for s in (3.0, 5.0, 9.0)]
         + [Way(nag=s, always=True) for s in (3.0, 5.0)]
-        + [Way(scale, nag=s) for s in (3.0, 5.0)]
+        + [Way(scale, nag=s) for s in (3.0, 5.0) if scale != 1]
     )
-    others = [Way(), Way(scale), *(Way(s, negative=True) for s in (scale, 2.0, 3.0, 5.0))]
+    # a model without guidance has no scale of its own
+    scales = sorted({scale, 2.0, 3.0, 5.0} - {1.0})
+    others = list(dict.fromkeys([Way(), Way(scale), *(Way(s, negative=True) for s in scales)]))
     ways: dict[str, list[Way]] = {}
     for kind, mine in cases.items():
         ways[kind] = list(others)
@@ -368,7 +372,7 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
         for way in nags:
             strength = round(mean(results[kind, way], "strength"), 2)
             equal = Way(strength, negative=True)
-            short = Way(strength, negative=True, steps=STEPS // 2)
+            short = Way(strength, negative=True, steps=options.steps // 2)
             for extra in (equal, short) if way.cfg == 1 and not way.always else (equal,):
                 results[kind, extra] = collect(pipe, judge, extra, mine, kind, options, bar)
                 ways[kind] += [extra] if extra not in ways[kind] else []

@@ -123,7 +123,7 @@ def negation(result: Result) -> str:
         result,
         "What was negated is gone, the other object is kept: "
         f"{facts['object images']} images for objects, {facts['colour images']} for colours; "
-        f"emoji, {result.options['steps']} steps",
+        f"{model_of(result)}, {result.options['steps']} steps",
         advice.negation(result),
         "![Share by effective strength](negation.png)",
         "![The same noise under four ways](negation-images.png)",
@@ -506,14 +506,16 @@ def negation_groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     nag = [row for row in rows if row["method"].startswith("NAG")]
     negative = [row for row in rows if "negative" in row["method"]]
     plain = [row for row in rows if row["method"].startswith("CFG")]
-    return {
-        "NAG, 20 NFE": [row for row in nag if "every" not in row["method"]],
+    once = min(row["NFE"] for row in rows)
+    groups = {
+        f"NAG, {once:g} NFE": [row for row in nag if "every" not in row["method"]],
         "NAG at every step": [row for row in nag if "every" in row["method"]],
-        "negative prompt, 40 NFE": [row for row in negative if "," not in row["method"]],
-        "negative prompt, 20 NFE": [row for row in negative if "," in row["method"]],
-        "CFG with NAG, 40 NFE": [row for row in plain if "NAG" in row["method"]],
+        f"negative prompt, {2 * once:g} NFE": [r for r in negative if "," not in r["method"]],
+        f"negative prompt, {once:g} NFE": [row for row in negative if "," in row["method"]],
+        f"CFG with NAG, {2 * once:g} NFE": [row for row in plain if "NAG" in row["method"]],
         "CFG, nothing negated": [row for row in plain if len(row["method"].split()) == 2],
     }
+    return {label: group for label, group in groups.items() if group}
 
 
 def plot_negation(result: Result) -> dict[str, Image.Image]:

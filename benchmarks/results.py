@@ -93,15 +93,14 @@ def command_line(text: str, **defaults: str | int | float) -> ArgumentParser:
     return parser
 
 
-USUAL = {"emoji": 1.5, "emoji-2": 3.0}
-"""Embedded models and the best guidance scale of each one's sweep."""
-
-
 def model_options(text: str, **defaults: str | int | float) -> ArgumentParser:
-    """``command_line`` for benchmarks that run on any of the embedded models, at its best scale if
-    none is given."""
+    """``command_line`` for benchmarks that run on any of the embedded models, with its usual steps
+    at its best scale if none are given."""
+    from diffalign.embedded.load import pipelines
+
     parser = command_line(text, **defaults)
-    parser.add_argument("--model", default="emoji", choices=list(USUAL))
+    parser.add_argument("--model", default="emoji", choices=pipelines())
+    parser.add_argument("--steps", type=int, help="the model's usual number if left out")
     parser.add_argument("--scale", type=float, help="the model's best if left out")
     return parser
 
@@ -112,7 +111,9 @@ def on_model(options: Namespace) -> tuple[Any, Any]:
     from diffalign.embedded.load import MODELS, load
 
     name = options.model
-    options.scale = USUAL[name] if options.scale is None else options.scale
+    for key, usual in MODELS[name].defaults.items():
+        if getattr(options, key) is None:
+            setattr(options, key, usual)
     if name != "emoji":
         options.output = str(Path(options.output) / name)
         for key in ("runs_folder", "evidence_folder"):

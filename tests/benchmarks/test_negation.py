@@ -19,7 +19,7 @@ def test_strength_of_plain_guidance_is_its_scale(negation, tmp_path):
     pipe, judge, options = (
         load("emoji"),
         load("emoji-judge"),
-        argparse.Namespace(runs_folder=str(tmp_path)),
+        argparse.Namespace(runs_folder=str(tmp_path), steps=3),
     )
     cases = negation.objects()[:2]
     with Progress(disable=True) as bar:
