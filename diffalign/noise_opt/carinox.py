@@ -34,7 +34,7 @@ class CARINOX(Climber):
     Cost: starts x iterations trajectories, each with a backward pass for each part (about two more;
     three when it is checkpointed), one decode and one score of each part.
     Raises: ValueError for rewards without gradient, and where the gradient vanishes or explodes on
-    its way to the noise.
+    its way to the noise from every start; a start where it does is left with a warning.
     """
 
     starts: int = option(5, "start noises", low=1)
@@ -84,7 +84,7 @@ class CARINOX(Climber):
         starts, share = state.starts + 1, -(-self.starts // problem.processes)
         if starts >= share:
             return replace(state, starts=starts, ended=True)
-        return Climb(starts=starts, choice=state.choice, value=state.value)
+        return Climb(starts=starts, lost=state.lost, choice=state.choice, value=state.value)
 
     def best(self, problem: Problem, state: Climb) -> Candidate | None:
         return problem.best if self.variant == "paper" else state.choice

@@ -87,6 +87,7 @@ class Climber(NoiseMethod):
             seed=seed,
             rate=rate,
             starts=state.starts,
+            lost=state.lost,
             choice=state.choice,
             value=state.value,
         )
@@ -103,7 +104,7 @@ class Climber(NoiseMethod):
         return total
 
     def ascent(self, problem: Problem, state: Climb, noise: Tensor, parts: bool = False) -> Ascent:
-        """One image with its gradients. Raises: ValueError where they do not reach the noise."""
+        """One image with its gradients. Raises: LostGradient where they do not reach the noise."""
         ascent = problem.ascend(
             noise, [state.seed], parts=parts, mode=self.gradient, clamp=self.clamp
         )
@@ -119,7 +120,10 @@ class Climber(NoiseMethod):
         return replace(state, point=point + state.rate * update, moments=moments)
 
     def step(self, problem: Problem, state: Climb) -> tuple[Climb, Info]:
-        after, info = super().step(problem, state)
+        try:
+            after, info = super().step(problem, state)
+        except LostGradient as error:
+            return self._left(problem, state, error)
         if after.iteration == STALL and after.first is not None and "score" in info.values:
             change = abs(info.values["score"] - after.first)
             if change < 0.01 * abs(after.first):
@@ -128,6 +132,15 @@ class Climber(NoiseMethod):
                     "less than 1%. A larger rate, clip=None or regulariser=0 moves more.",
                 )
         return after, info
+
+    def _left(self, problem: Problem, state: Climb, error: LostGradient) -> tuple[Climb, Info]:
+        """The next start. Raises: the error where no start had a gradient."""
+        lost = state.lost + 1
+        after = self.over(problem, replace(state, lost=lost))
+        if after.ended and lost > state.starts:
+            raise error
+        warn_once(f"{error} This start ends; the best image so far is kept.")
+        return after, Info("a gradient that does not reach the noise", {"lost": lost})
 
     def close(self, problem: Problem, state: Climb, point: Tensor) -> tuple[Climb, Info]:
         """The last image needs no gradient."""
@@ -142,8 +155,12 @@ class Climber(NoiseMethod):
         return f"iteration {state.iteration} of {self.iterations}"
 
 
+class LostGradient(ValueError):
+    """The gradient vanishes or explodes between the image and the start noise."""
+
+
 def check_gain(name: str, count: int, ascent: Ascent) -> None:
-    """Raise ValueError where the chain carries gradients to the noise far too weakly or strongly.
+    """Raise LostGradient where the chain carries gradients to the noise far too weakly or strongly.
 
     The measure is ``|gradient in the noise| / |gradient in the image|`` along the reward's own
     gradient; a reward that is flat at the image says nothing.
@@ -152,7 +169,7 @@ def check_gain(name: str, count: int, ascent: Ascent) -> None:
     for gain in ascent.gains.flatten().tolist():
         if gain < low or gain > high:
             what = "vanishes" if gain < low else "explodes"
-            raise ValueError(
+            raise LostGradient(
                 f"{name}: the gradient {what} over {count} evaluations: in the noise it is "
                 f"{gain:.1e} times as large as in the image, expected [{low:g}, {high:g}]. Use "
                 "fewer steps, gradient='skip' or 'residual', a method without gradients such as "

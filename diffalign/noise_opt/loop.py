@@ -38,6 +38,8 @@ class Climb:
     failures: int = 0
     # starts that are over
     starts: int = 0
+    # and of them those whose gradient did not reach the noise
+    lost: int = 0
     # the score with which this start began
     first: float | None = None
     # the image that the method chooses where that is not the one of the best score, and its value

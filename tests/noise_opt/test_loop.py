@@ -85,6 +85,42 @@ def test_a_gradient_that_does_not_arrive_is_refused(plain, factor, word):
     solve(problem, ReNO(iterations=3, force=True))
 
 
+class Steep:
+    """A model whose image moves far too much with the noise in the evaluations of these numbers."""
+
+    size = 16
+
+    def __init__(self, *numbers):
+        self.numbers, self.count = numbers, 0
+
+    def clean(self, x, alpha, s):
+        self.count += 1
+        return (1e5 if self.count in self.numbers else 1.0) * x
+
+
+@pytest.mark.parametrize(("steep", "lost"), [((1,), 1), ((5,), 1), ((1, 2), 2)])
+def test_a_start_whose_gradient_is_lost_gives_way_to_the_next(plain, steep, lost):
+    problem = plain([(1.0, lambda points: points.sum(1))])
+    problem.sampler.model = Steep(*steep)
+    with pytest.warns(UserWarning, match="explodes over 1 evaluations.*This start ends"):
+        state, infos = solve(problem, CARINOX(starts=3, iterations=4, rate=0.1))
+    assert state.ended
+    assert state.lost == lost
+    assert [info.values["lost"] for info in infos if "lost" in info.values] == [*range(1, lost + 1)]
+    assert problem.meter.rows == lost + 4 * (3 - lost)
+
+
+def test_a_gradient_that_is_lost_from_every_start_is_refused(plain):
+    problem = plain([(1.0, lambda points: points.sum(1))])
+    problem.sampler.model = Steep(1, 2)
+    with (
+        pytest.warns(UserWarning, match="This start ends"),
+        pytest.raises(ValueError, match="expl"),
+    ):
+        solve(problem, CARINOX(starts=2, iterations=4))
+    assert problem.meter.rows == 2
+
+
 def test_a_flat_reward_is_no_vanished_gradient(plain):
     problem = plain(lambda points: 0 * points.sum(1))
     solve(problem, ReNO(iterations=3))
