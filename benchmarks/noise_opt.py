@@ -39,7 +39,7 @@ from diffalign.tasks.geneval.verdict import prompts
 # a result of its own for a model of few steps
 RESULTS = {"emoji-turbo": "noise_opt_turbo"}
 FRESH = 50
-FRESH_WAYS = ("find", "random-search")
+FRESH_WAYS = ("find", "find, rate .05", "random-search")
 COLUMNS = {
     "n": "prompts",
     "NFE": "mean denoiser rows of a run, the final call included",
@@ -56,8 +56,20 @@ COLUMNS = {
     "to random, seconds": "difference of the reward to random search at equal seconds",
     "to random, images": "difference of the reward to random search at equal images",
     "audit to random": "difference of the audit judge's share at equal seconds",
+    "audit to ReNO": "difference of the audit judge's share of results to ReNO's",
     "fresh": "mean reward of 50 fresh draws, of FIND's law or of normal noise",
+    "fresh to normal": "difference of that to normal noise",
+    "chance": "probability of as high a difference if the sign of each prompt's were a coin's",
 }
+
+
+# of emoji-aware, each of which costs CARINOX a backward pass of its own
+PARTS = 4
+
+
+def equal_starts(images: int) -> int:
+    """Starts of CARINOX, one update each, that need the backward passes of ReNO."""
+    return max(round((images - 1) / PARTS), 1)
 
 
 def ways(images: int) -> dict[str, Callable[[], Method[Any]]]:
@@ -71,8 +83,12 @@ def ways(images: int) -> dict[str, Callable[[], Method[Any]]]:
         "reno, DNO": lambda: da.ReNO(iterations=images, normality=0.1),
         "reno, free": lambda: da.ReNO(iterations=images, clip=None, regulariser=0.0),
         "carinox": lambda: da.CARINOX(starts=3, iterations=max(images // 3, 1)),
-        "carinox, VJPs": lambda: da.CARINOX(starts=2, iterations=max(images // 8, 2)),
+        # as many backward passes as ReNO; starts, iterations and rate are the best of eight choices
+        # on those prompts
+        "carinox, VJPs": lambda: da.CARINOX(starts=equal_starts(images), iterations=2, rate=5.0),
         "find": lambda: da.FIND(iterations=images, batch=4, rate=4e-3, draws=4),
+        # the best of ten choices there
+        "find, rate .05": lambda: da.FIND(iterations=images, batch=4, rate=0.05, draws=4),
     }
 
 
@@ -173,8 +189,10 @@ def at(record: dict[str, Any], key: str, limit: float) -> dict[str, Any]:
     return dict(reached[-1] if reached else record["points"][0])
 
 
-def row_of(name: str, records: list[Any], base: list[Any], ids: Sequence[int]) -> Row:
-    """The table's row of one way."""
+def row_of(
+    name: str, records: list[Any], base: list[Any], reno: list[Any] | None, ids: Sequence[int]
+) -> Row:
+    """The table's row of one way, beside random search (``base``) and ReNO."""
     tags = strata(ids)
 
     def mean(values: Sequence[float]) -> Estimate:
@@ -193,6 +211,8 @@ def row_of(name: str, records: list[Any], base: list[Any], ids: Sequence[int]) -
         return sum(values) / len(values) if values else None
 
     draws = [record["fresh"] for record in records if record["fresh"] is not None]
+    to_normal = [a - b["fresh"] for a, b in zip(draws, base)] if records is not base else []
+    theirs = [] if reno is None else [float(record["points"][-1]["audit"]) for record in reno]
     return {
         "method": name,
         "n": len(ids),
@@ -210,7 +230,12 @@ def row_of(name: str, records: list[Any], base: list[Any], ids: Sequence[int]) -
         "to random, seconds": gain("seconds", "reward"),
         "to random, images": gain("images", "reward"),
         "audit to random": gain("seconds", "audit"),
+        "audit to ReNO": mean([float(end["audit"]) - x for (_, end), x in zip(ends, theirs)])
+        if theirs
+        else None,
         "fresh": mean(draws) if draws else None,
+        "fresh to normal": mean(to_normal) if to_normal else None,
+        "chance": chance(to_normal) if to_normal else None,
     }
 
 
@@ -221,19 +246,15 @@ def chance(differences: Sequence[float], flips: int = 20_000) -> float:
     return float((1 + ((signs * values).mean(1) >= values.mean()).sum()) / (1 + flips))
 
 
-def table(ids: Sequence[int], options: Namespace) -> tuple[list[Row], float | None]:
-    """The rows of the finished prompts, and how likely FIND's gain in fresh draws is by chance."""
+def table(ids: Sequence[int], options: Namespace) -> list[Row]:
+    """The rows of the prompts that every way has finished."""
     files = {n: {i: file_of(n, i, options) for i in ids} for n in options.methods}
     ids = [i for i in ids if all(files[name][i].exists() for name in options.methods)]
     if not ids:
-        return [], None
+        return []
     records = {n: [json.loads(files[n][i].read_text()) for i in ids] for n in options.methods}
-    base = records["random-search"]
-    rows = [row_of(name, runs, base, ids) for name, runs in records.items()]
-    if "find" not in records:
-        return rows, None
-    pairs = zip(records["find"], base, strict=True)
-    return rows, chance([ours["fresh"] - theirs["fresh"] for ours, theirs in pairs])
+    base, reno = records["random-search"], records.get("reno")
+    return [row_of(name, runs, base, reno, ids) for name, runs in records.items()]
 
 
 def main() -> None:
@@ -250,16 +271,10 @@ def main() -> None:
     if not options.finished:
         with Progress() as bar:
             run_all(ids, options, bar)
-    rows, odds = table(ids, options)
+    rows = table(ids, options)
     if not rows:
         parser.error("--finished: no prompt has a run of every method")
-    save(
-        RESULTS.get(options.model, "noise_opt"),
-        rows,
-        options,
-        COLUMNS,
-        {"chance of FIND's gain": odds},
-    )
+    save(RESULTS.get(options.model, "noise_opt"), rows, options, COLUMNS)
 
 
 if __name__ == "__main__":

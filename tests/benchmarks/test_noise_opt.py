@@ -33,12 +33,13 @@ def test_the_best_image_after_so_much_work(bench):
 def test_a_row_compares_at_equal_work(bench):
     """A run of 60 NFE and 2 seconds that ends at .45, beside random search's .4 and .1."""
     ours = record(points=[POINTS[0], POINTS[1] | {"reward": 0.45}], nfe=60, seconds=2.0)
-    row = bench.row_of("reno", [ours, ours], [record(), record()], [0, 1])
+    row = bench.row_of("reno", [ours, ours], [record(), record()], [ours, record()], [0, 1])
     assert row["to random, NFE"].value == pytest.approx(0.05)
     assert row["to random, seconds"].value == pytest.approx(0.35)
     assert row["gain"].value == pytest.approx(0.35)
     assert (row["judge"].value, row["audit"].value, row["audit gain"].value) == (1.0, 0.0, 0.0)
     assert row["fresh"] is None
+    assert row["audit to ReNO"].value == pytest.approx(-0.5)
 
 
 def test_a_single_prompt_is_no_stratum(bench):
@@ -63,12 +64,22 @@ def test_only_prompts_that_every_method_has_count(bench, tmp_path):
     options = Namespace(
         work=tmp_path, model="emoji-2", images=4, steps=10, methods=["random-search", "find"]
     )
-    assert bench.table([0, 1], options) == ([], None)
+    assert bench.table([0, 1], options) == []
     for name, prompt_id, fresh in (("random-search", 0, 0.2), ("find", 0, 0.3), ("find", 1, 0.9)):
         file = bench.file_of(name, prompt_id, options)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(bench.json.dumps(record(fresh=fresh)))
-    rows, odds = bench.table([0, 1], options)
+    rows = bench.table([0, 1], options)
     assert [(row["method"], row["n"]) for row in rows] == [("random-search", 1), ("find", 1)]
     assert rows[1]["fresh"].value == pytest.approx(0.3)
-    assert odds == pytest.approx(0.5, abs=0.02)
+    assert rows[1]["fresh to normal"].value == pytest.approx(0.1)
+    assert rows[1]["chance"] == pytest.approx(0.5, abs=0.02)
+    assert rows[0]["chance"] is None
+    assert rows[0]["audit to ReNO"] is None
+
+
+def test_carinox_needs_the_backward_passes_of_reno(bench):
+    """30 images are 29 backward passes; four for each of seven starts."""
+    assert bench.equal_starts(30) == 7
+    assert bench.equal_starts(16) == 4
+    assert bench.equal_starts(2) == 1
