@@ -39,7 +39,7 @@ from diffalign.tasks.geneval.verdict import prompts
 # a result of its own for a model of few steps
 RESULTS = {"emoji-turbo": "noise_opt_turbo"}
 FRESH = 50
-FRESH_WAYS = ("find", "find, rate .05", "random-search")
+FRESH_WAYS = ("find", "find, tuned", "random-search")
 COLUMNS = {
     "n": "prompts",
     "NFE": "mean denoiser rows of a run, the final call included",
@@ -88,7 +88,7 @@ def ways(images: int) -> dict[str, Callable[[], Method[Any]]]:
         "carinox, VJPs": lambda: da.CARINOX(starts=equal_starts(images), iterations=2, rate=5.0),
         "find": lambda: da.FIND(iterations=images, batch=4, rate=4e-3, draws=4),
         # the best of ten choices there
-        "find, rate .05": lambda: da.FIND(iterations=images, batch=4, rate=0.05, draws=4),
+        "find, tuned": lambda: da.FIND(iterations=images, batch=8, rate=0.05, draws=4),
     }
 
 

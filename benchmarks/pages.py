@@ -288,7 +288,8 @@ def noise_opt(result: Result) -> str:
         "carinox": f"carinox: {images} images from three starts.",
         "carinox, VJPs": "carinox, VJPs: one update of each start, as many backward passes as "
         "ReNO: each part of the reward needs one.",
-        "find": f"find: {images} updates of four images.",
+        "find": f"find: {images} updates of four images at rate .004.",
+        "find, tuned": "find, tuned: updates of eight images at rate .05.",
     }
     skips = any("skip" in row["method"] for row in result.rows)
     paragraphs = [
@@ -297,8 +298,8 @@ def noise_opt(result: Result) -> str:
         + ". emoji-aware is optimised; emoji-judge is one of its parts, and the audit judge only "
         "looks.",
         " ".join(shares[row["method"]] for row in result.rows if row["method"] in shares),
-        "Rates of 5 and .05, and the starts of CARINOX at equal backward passes, were chosen on 18 "
-        "tuning prompts of emoji-turbo.",
+        "The rate of 5, the starts of CARINOX at equal backward passes and the updates of find, "
+        "tuned, were chosen on 18 tuning prompts of emoji-turbo.",
     ]
     return page(
         result,
