@@ -221,6 +221,13 @@ class Sampler(Protocol):
         """
         ...
 
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The start noise [B, ...] that the seeds draw: with it ``start`` makes the same states.
+
+        Raises: ``UnsupportedModel`` for a pipeline that cannot be given it.
+        """
+        ...
+
     def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
         """The state before the first step, one image per seed.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffalign.core.errors import warn_once
 from diffalign.core.option import option
-from diffalign.core.search import Info, Lineage, Move, Problem
+from diffalign.core.search import ByChunks, Info, Lineage, Move, Problem
 from diffalign.noise_opt.calibration import calibrate
 from diffalign.noise_opt.loop import Climb, NoiseMethod, Slope
 from diffalign.noise_opt.policy import FLOOR, NoisePolicy, policy_gradient
@@ -62,11 +62,15 @@ class FIND(NoiseMethod):
             )
 
     @property
+    def chunks(self) -> ByChunks:
+        return "can"
+
+    @property
     def total(self) -> int | None:
         return self.iterations * self.batch + self.draws
 
     def begin(self, problem: Problem, state: Climb) -> Climb:
-        noise = problem.start([0]).latents[0].float()
+        noise = problem.sampler.noise([0])[0].float()
         return Climb(torch.stack([torch.zeros_like(noise), torch.ones_like(noise)]), rate=self.rate)
 
     def closes(self, problem: Problem, state: Climb) -> bool:
@@ -111,7 +115,7 @@ class FIND(NoiseMethod):
     ) -> tuple[Tensor, Tensor]:
         """Noise [B, ...] from the law and the scores [B] of its images, float64."""
         seeds = problem.seeds(count)
-        noise = policy.shifted(problem.start(seeds).latents.float(), project)
+        noise = policy.shifted(problem.sampler.noise(seeds).float(), project)
         lineages = [Lineage((Move(0, seed),), row) for seed, row in zip(seeds, noise)]
         candidates = problem.finish(problem.run(problem.start(seeds, noise)), lineages)
         scores = [candidate.score for candidate in candidates]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffalign.core.option import option
-from diffalign.core.search import Info, Lineage, Method, Move, Problem
+from diffalign.core.search import ByChunks, Info, Lineage, Method, Move, Problem
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class RandomSearch(Method[int]):
     @property
     def ends(self) -> bool:
         return True
+
+    @property
+    def chunks(self) -> ByChunks:
+        return "can"
 
     @property
     def total(self) -> int | None:

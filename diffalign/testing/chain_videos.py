@@ -49,11 +49,9 @@ class Law:
     # chunk of every frame that was made, in order
     made: list[int] = field(default_factory=list)
 
-    def frame(self, before: float, seed: int, evaluations: int) -> float:
+    def frame(self, before: float, noise: float, evaluations: int) -> float:
         """The number behind ``before``."""
-        rng = torch.Generator().manual_seed(seed)
-        drawn = float(torch.randn((), generator=rng, dtype=torch.float64))
-        return self.carry * before + self.spread * drawn + self.error / evaluations
+        return self.carry * before + self.spread * noise + self.error / evaluations
 
 
 class ChainExpander:
@@ -77,6 +75,11 @@ class ChainExpander:
     ) -> None:
         pass
 
+    def noise(self, chunk: int, seed: int) -> Tensor:
+        """The z of a chunk, [1, 1, 1, 1]."""
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randn((), generator=rng, dtype=torch.float64).view(1, 1, 1, 1)
+
     def price(self, chunk: int, first: int = 0, last: int | None = None) -> Price:
         """A row for each evaluation."""
         rows = len(range(self.count)[first:last])
@@ -99,7 +102,8 @@ class ChainExpander:
 
     def _number(self, branch: Branch) -> float:
         last = float(branch.prefix.pieces[-1]) if branch.prefix else 0.0
-        return self.law.frame(last, branch.seed, self.count)
+        noise = self.noise(branch.chunk, branch.seed) if branch.latents is None else branch.latents
+        return self.law.frame(last, float(noise), self.count)
 
     def preview(self, branches: Sequence[Branch], step: int) -> list[tuple[Branch, Tensor]]:
         """The number as it will be, drawn towards zero by what is left of the evaluations."""

@@ -111,6 +111,10 @@ class PointSampler:
         """Standard deviation of the noise of an evaluation."""
         return self.chain.std(step)
 
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The start noise that the seeds draw."""
+        return self.start(seeds).latents
+
     def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
         """States before the first evaluation; noise is drawn by the seeds where none is given."""
         keys, drawn = _normals(_mix(np.array(seeds, dtype=np.uint64)), self.model.size)

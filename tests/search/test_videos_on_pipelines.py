@@ -154,3 +154,37 @@ def test_the_memory_of_a_tree_is_that_of_linear_search(pipe):
             run(pipe, method, **options)
         peaks.append(peak.more)
     assert peaks[1] <= 1.3 * peaks[0]
+
+
+@pytest.mark.parametrize("method", ["find:iterations=2,batch=2,draws=2", "random-search:noises=3"])
+def test_start_noise_of_all_chunks_is_searched(pipe, method):
+    """The noise of the result makes its video again in one plain call, which is another sum."""
+    result = run(pipe, method)
+    assert result.scored == (6 if method.startswith("find") else 3)
+    assert result.tensor.shape == (17, 3, 32, 32)
+    assert torch.equal(
+        torch.tensor(result.score), change(result.tensor[None], [PROMPT])[0].double()
+    )
+    if method.startswith("find"):
+        law = da.NoisePolicy.of(result.findings)
+        assert law.mean.shape == result.noise.shape
+        again = pipe(PROMPT, latents=result.noise[None], output_type="pt", **call()).frames[0]
+        assert torch.allclose(again.float(), result.tensor, atol=1e-4)
+
+
+def test_noise_of_chunks_is_that_of_their_seeds(pipe):
+    """Given what the seeds draw, videos are bit for bit those of the seeds, each its own; noise of
+    another shape is refused."""
+    from diffalign.core import Meter
+    from diffalign.search.video.choice import expander_of
+    from diffalign.search.video.sampler import ChunkSampler
+
+    with ChunkSampler(expander_of(pipe, (), Meter(), prompt=PROMPT, **call())) as sampler:
+        noise = sampler.noise([5, 6])
+        own = sampler.decode(sampler.run(sampler.start([5, 6])))
+        given = sampler.decode(sampler.run(sampler.start([5, 6], noise)))
+        assert torch.equal(own, given)
+        other = sampler.decode(sampler.run(sampler.start([5], noise[1:])))
+        assert torch.allclose(other[0], own[1], atol=1e-4)
+        with pytest.raises(ValueError, match=r"start\(noise=...\) must be \[1, 4, 5"):
+            sampler.start([5], noise[:1, :, :3])

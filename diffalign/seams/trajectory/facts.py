@@ -46,6 +46,10 @@ class Facts:
         """The noise levels of a trajectory."""
         return self.segments.grid
 
+    def noise(self, seeds: Sequence[int]) -> torch.Tensor:
+        """The start noise [B, ...] that the pipeline draws by the seeds."""
+        return self.segments.draw(seeds)[0]
+
     @property
     def dtype(self) -> torch.dtype:
         """Of start noise."""

@@ -14,7 +14,7 @@ from diffalign.core import Meter, UnsupportedModel
 from diffalign.core.types import Keywords, Pipeline
 from diffalign.seams.session import active
 from diffalign.seams.swap import original_class
-from diffalign.search.video.base import PipelineExpander, generators_of
+from diffalign.search.video.base import PipelineExpander
 from diffalign.search.video.expander import Branch, Prefix, Price
 
 
@@ -83,6 +83,10 @@ class AnyFlowFAR(PipelineExpander):
         height, width = (self.values[name] // scale for name in ("height", "width"))
         return config.in_channels, self.sizes[chunk], height, width
 
+    def noise(self, chunk: int, seed: int) -> Tensor:
+        shape = [size for size in self.piece_shape(chunk) if size is not None]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
     def make(self, branches: Sequence[Branch]) -> list[Tensor]:
         step = branches[0].step
         output = self._run(branches, _schedule(self.values, self.count, step, None) if step else {})
@@ -113,7 +117,9 @@ class AnyFlowFAR(PipelineExpander):
     def _run(self, branches: Sequence[Branch], options: Keywords) -> Tensor:
         """Latents [B, C, T, h, w] of the prefixes with the chunk behind them."""
         chunk = branches[0].chunk
-        noise = torch.stack([self._start(b, g) for b, g in zip(branches, generators_of(branches))])
+        noise = torch.stack(
+            [self.noise(chunk, b.seed) if b.latents is None else b.latents for b in branches]
+        )
         prefixes = [_joined(branch.prefix, like) for branch, like in zip(branches, noise)]
         # a first chunk stands behind one without frames, see above
         sizes = [*([0] if chunk == 0 else []), *self.sizes[: chunk + 1]]
@@ -121,13 +127,6 @@ class AnyFlowFAR(PipelineExpander):
         with self.running(), _last_memory(self.pipe, len(sizes) - 2):
             output: Tensor = self.pipe(**arguments | options)[0]
         return output
-
-    def _start(self, branch: Branch, generator: torch.Generator) -> Tensor:
-        """Latents [C, T, h, w] of the chunk where it begins or goes on."""
-        if branch.latents is not None:
-            return branch.latents
-        shape = [size for size in self.piece_shape(branch.chunk) if size is not None]
-        return torch.randn(shape, generator=generator)
 
     def _arguments(self, sizes: Sequence[int], prefix: Tensor, noise: Tensor) -> Keywords:
         """Of a call that keeps ``prefix`` [B, C, T, h, w] and makes ``noise`` a chunk behind it."""

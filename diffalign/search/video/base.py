@@ -38,6 +38,13 @@ class PipelineExpander(ChunkCall, ABC):
         """Whether ``preview`` works."""
         return False
 
+    def noise(self, chunk: int, seed: int) -> Tensor:
+        """Start noise [C, T, h, w] of a chunk by its seed."""
+        raise UnsupportedModel(
+            f"{original_class(self.pipe).__name__} draws the noise of each chunk itself, so start "
+            "noise cannot be chosen for it. Search with LinearSearch or TreeOfFrames."
+        )
+
     @abstractmethod
     def price(self, chunk: int, first: int = 0, last: int | None = None) -> Price:
         """What evaluations of one chunk of one video cost at most."""

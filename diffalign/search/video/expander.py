@@ -100,6 +100,13 @@ class Expander(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
+    def noise(self, chunk: int, seed: int) -> Tensor:
+        """Start noise [C, T, h, w] of a chunk by its seed, which ``Branch.latents`` may be instead.
+
+        Raises: ``UnsupportedModel`` where a call cannot be given it.
+        """
+        ...
+
     def price(self, chunk: int, first: int = 0, last: int | None = None) -> Price:
         """What evaluations ``first`` to ``last`` (None: all) of chunk ``chunk`` cost at most, for
         one video. It is known before any compute."""

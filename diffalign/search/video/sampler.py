@@ -79,7 +79,7 @@ class ChunkSampler(Without):
 
     branches = True
     deterministic: str | None = None
-    # of start noise, which a search cannot give here
+    # of start noise
     dtype = torch.float32
 
     def __init__(self, expander: Expander, clip: Tensor | None = None) -> None:
@@ -142,15 +142,25 @@ class ChunkSampler(Without):
         """Denoiser rows of one video between two evaluations of its first chunk."""
         return self.expander.price(self.first, first, last).rows
 
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Start noise [B, C, T, h, w] of all chunks, as the seeds draw it one after another."""
+        rng, pieces = generator_states(seeds), []
+        for chunk in range(self.first, len(self.ends)):
+            numbers, rng = _drawn(rng)
+            pieces.append(torch.stack([self.expander.noise(chunk, number) for number in numbers]))
+        return torch.cat(pieces, 2)
+
     def start(self, seeds: Sequence[int], noise: Tensor | None = None) -> State:
-        """Videos before their first chunk, or right behind the clip."""
-        if noise is not None:
-            self._refuse("it draws the noise of each chunk itself")
+        """Videos before their first chunk, or right behind the clip; ``noise``: of all chunks."""
+        if noise is None:
+            noise = torch.empty(len(seeds), 0)
+        elif noise.shape != (shape := (len(seeds), *self.noise(seeds[:1]).shape[1:])):
+            raise ValueError(f"start(noise=...) must be {list(shape)}; got {list(noise.shape)}.")
         if self.clip is not None and self._prefix is None:
             self._prefix = self.expander.encode(self.clip)
         branches = tuple(Branch(self._prefix, 0, number) for number in range(len(seeds)))
         rng = generator_states(seeds)
-        return State(torch.empty(len(seeds), 0), 0, self.count, rng, Chunks(branches))
+        return State(noise, 0, self.count, rng, Chunks(branches))
 
     def run(self, state: State, until: int | None = None, drift: Tensor | None = None) -> State:
         """Continue until there are so many chunks, None for all."""
@@ -158,10 +168,10 @@ class ChunkSampler(Without):
         if not state.step < last <= self.count or drift is not None:
             raise ValueError(f"run(until={until}) must be in ({state.step}, {self.count}].")
         for step in range(state.step, last):
-            seeds, rng = _drawn(state.rng)
-            branches = [replace(b, seed=seed) for b, seed in zip(_chunks(state).branches, seeds)]
+            branches, rng = _next(self, state)
             prefixes = self.expander.expand(branches)
-            _check_siblings(branches, prefixes)
+            if not state.latents.numel():
+                _check_siblings(branches, prefixes)
             chunks = Chunks(tuple(Branch(prefix, 0) for prefix in prefixes))
             state = State(state.latents, step + 1, self.count, rng, chunks)
         return state
@@ -174,8 +184,7 @@ class ChunkSampler(Without):
         """
         if state.step or evaluations not in self.looks:
             self._refuse(f"it cannot look ahead at evaluation {evaluations} of a first chunk")
-        seeds, _ = _drawn(state.rng)
-        branches = [replace(b, seed=seed) for b, seed in zip(_chunks(state).branches, seeds)]
+        branches, _ = _next(self, state)
         pairs = self.expander.preview(branches, evaluations)
         chunks = Chunks(tuple(branch for branch, _ in pairs))
         return replace(state, scheduler=chunks, x0=torch.stack([frames for _, frames in pairs]))
@@ -215,6 +224,19 @@ def _chunks(state: State) -> Chunks:
     if not isinstance(state.scheduler, Chunks):
         raise TypeError("A state of another sampler was given; videos by chunks have their own.")
     return state.scheduler
+
+
+def _next(sampler: ChunkSampler, state: State) -> tuple[list[Branch], tuple[Tensor, ...]]:
+    """The next chunk of each video, by its seed or from its part of the noise that was given; the
+    generators afterwards."""
+    seeds, rng = _drawn(state.rng)
+    branches = [replace(b, seed=seed) for b, seed in zip(_chunks(state).branches, seeds)]
+    if state.latents.numel():
+        first, noise = sampler.first, sampler.expander.noise
+        sizes = [noise(chunk, 0).shape[1] for chunk in range(first, first + state.step + 1)]
+        parts = state.latents[:, :, sum(sizes[:-1]) : sum(sizes)]
+        branches = [replace(b, latents=part) for b, part in zip(branches, parts, strict=True)]
+    return branches, rng
 
 
 def _drawn(states: Sequence[Tensor]) -> tuple[list[int], tuple[Tensor, ...]]:

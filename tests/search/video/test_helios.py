@@ -117,3 +117,8 @@ def test_techniques_need_a_family(helios, call):
 
     with pytest.raises(UnsupportedModel, match="HeliosPipeline is not supported: it denoises"):
         expander_of(helios, [da.CFG()], **call)
+
+
+def test_start_noise_cannot_be_chosen(helios, call):
+    with pytest.raises(UnsupportedModel, match="HeliosPipeline draws the noise of each chunk its"):
+        expander_of(helios, **call).noise(0, 1)
