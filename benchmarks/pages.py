@@ -271,7 +271,7 @@ def video(result: Result) -> str:
 
 def _tree_note(row: Row) -> str:
     """Whether a tree keeps the score of linear search at a third of its rows, half its seconds."""
-    difference, name = row["to linear search"], row["method"]
+    difference, name = row["to beside"], row["method"]
     score = "reaches" if difference.value >= 0 else "does not reach"
     rows = "at most" if row["share of rows"] <= 1 / 3 else "more than"
     seconds = "at most" if row["share of seconds"] <= 1 / 2 else "more than"

@@ -1,4 +1,5 @@
-"""What does a search over chunks buy? Whole videos and trees of chunks on the same sentences.
+"""What do a search over chunks, and techniques in each of them, buy? Whole videos and trees of
+chunks on the same sentences.
 
     python benchmarks/video.py [--model FOLDER] [--prompts 60] [--seeds 2] [--ways NAME ...]
 
@@ -17,6 +18,7 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +37,39 @@ from diffalign.embedded.world.stories import reading
 from diffalign.eval.statistics import interval
 
 BASE = "linear search, 20"
-WAYS: dict[str, str] = {
-    "one sample": "linear-search:n=1",
-    "linear search, 5": "linear-search:n=5",
-    "linear search, 10": "linear-search:n=10",
-    BASE: "linear-search:n=20",
-    "tree 3-1, keep 1": "tree-of-frames:branch=(3,1),keep=(1),splitter=whole",
-    "tree 6-2-1, keep 2": "tree-of-frames:branch=(6,2,1),keep=(2),splitter=whole",
-    "tree 6-3-3-3, keep 2": "tree-of-frames:branch=(6,3),keep=(2),splitter=whole",
-    "tree 12-2-1, keep 3": "tree-of-frames:branch=(12,2,1),keep=(3),splitter=whole",
-    "drafts of 10": "draft-commit:method=linear-search:n=10,steps=4,commits=2",
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to make a video."""
+
+    method: str = "linear-search:n=1"
+    techniques: tuple[da.Technique, ...] = ()
+    # guidance scale, None for that of the command line
+    scale: float | None = None
+    # the way that it stands beside
+    beside: str = BASE
+
+
+WAYS: dict[str, Way] = {
+    "one sample": Way(),
+    "linear search, 5": Way("linear-search:n=5"),
+    "linear search, 10": Way("linear-search:n=10"),
+    BASE: Way("linear-search:n=20"),
+    "tree 3-1, keep 1": Way("tree-of-frames:branch=(3,1),keep=(1),splitter=whole"),
+    "tree 6-2-1, keep 2": Way("tree-of-frames:branch=(6,2,1),keep=(2),splitter=whole"),
+    "tree 6-3-3-3, keep 2": Way("tree-of-frames:branch=(6,3),keep=(2),splitter=whole"),
+    "tree 12-2-1, keep 3": Way("tree-of-frames:branch=(12,2,1),keep=(3),splitter=whole"),
+    "drafts of 10": Way("draft-commit:method=linear-search:n=10,steps=4,commits=2"),
+    "find, 20": Way("find:iterations=4,batch=4,draws=4,rate=0.05"),
+    "no guidance": Way(scale=1.0, beside="one sample"),
+    "NAG, no guidance": Way(
+        techniques=(da.NAG(5.0, negative_prompt=""),), scale=1.0, beside="no guidance"
+    ),
+    "AdaptiveGuidance": Way(techniques=(da.AdaptiveGuidance(),), beside="one sample"),
+    "S2": Way(techniques=(da.S2Guidance(),), beside="one sample"),
 }
-"""Name -> method."""
+"""Every way by its name; a way stands behind the one that it is compared with."""
 
 COLUMNS = {
     "rows": "denoiser rows of a search, mean",
@@ -54,9 +77,11 @@ COLUMNS = {
     "likeness": "how much of the sentence the clip shows, which is what is optimised",
     "judge": "share of right clips by the judge that the reward asks",
     "audit": "the same by the judge that shares nothing with it",
-    "to linear search": f"difference of the likeness to {BASE}",
-    "share of rows": f"rows against {BASE}",
-    "share of seconds": f"seconds against {BASE}",
+    "beside": "the way that it is compared with",
+    "to beside": "difference of the likeness to that way",
+    "audit to beside": "difference of the audit judge's share to that way",
+    "share of rows": "rows against that way",
+    "share of seconds": "seconds against that way",
     **dict.fromkeys(CATEGORIES, "right clips of this category, audit judge"),
 }
 
@@ -74,7 +99,7 @@ class Likeness:
         return torch.tensor(self.judge.likenesses(videos, [reading(text) for text in prompts]))
 
 
-def run(method: str, pipe: Any, prompt: str, seed: int, options: Namespace) -> dict[str, Any]:
+def run(way: Way, pipe: Any, prompt: str, seed: int, options: Namespace) -> dict[str, Any]:
     """One search as data."""
     reward = Likeness()
     start = time.process_time()
@@ -82,8 +107,9 @@ def run(method: str, pipe: Any, prompt: str, seed: int, options: Namespace) -> d
     result = da.align(
         pipe,
         prompt,
-        method=method,
+        method=way.method,
         reward=reward,
+        techniques=way.techniques,
         seed=seed,
         batch=8,
         show=lambda status: spent.append((time.process_time() - start, status.nfe)),
@@ -91,7 +117,7 @@ def run(method: str, pipe: Any, prompt: str, seed: int, options: Namespace) -> d
         width=SIZE,
         num_frames=FRAMES,
         num_inference_steps=options.steps,
-        guidance_scale=options.scale,
+        guidance_scale=options.scale if way.scale is None else way.scale,
         max_sequence_length=LENGTH,
     )
     seconds, rows = spent[-1]
@@ -130,7 +156,7 @@ def row_of(
     base: Sequence[Sequence[dict[str, Any]]],
     tags: Sequence[str],
 ) -> Row:
-    """The row of one way; ``tags``: the category of each prompt."""
+    """The row of one way beside another; ``tags``: the category of each prompt."""
 
     def means(key: str, source: Sequence[Sequence[dict[str, Any]]] = table) -> list[float]:
         return [statistics.fmean(float(record[key]) for record in group) for group in source]
@@ -147,8 +173,10 @@ def row_of(
         "seconds": middle(table),
         **{key: estimate(means(key), tags) for key in ("likeness", "judge", "audit")},
     }
-    pairs = zip(means("likeness"), means("likeness", base), strict=True)
-    row["to linear search"] = estimate([a - b for a, b in pairs], tags)
+    row["beside"] = WAYS[name].beside
+    for column, key in (("to beside", "likeness"), ("audit to beside", "audit")):
+        pairs = zip(means(key), means(key, base), strict=True)
+        row[column] = estimate([a - b for a, b in pairs], tags)
     row["share of rows"] = row["rows"] / statistics.fmean(means("rows", base))
     row["share of seconds"] = row["seconds"] / middle(base)
     audit = means("audit")
@@ -167,9 +195,10 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = pipeline_in(Path(options.model))
     tags = [tag for _, tag in sentences(options.prompts // len(CATEGORIES))]
+    wanted = {other for name in options.ways for other in (name, WAYS[name].beside)}
     with Progress() as bar:
-        base = runs(BASE, pipe, options, bar)
-        rows = [row_of(name, runs(name, pipe, options, bar), base, tags) for name in options.ways]
+        tables = {name: runs(name, pipe, options, bar) for name in WAYS if name in wanted}
+    rows = [row_of(n, tables[n], tables[WAYS[n].beside], tags) for n in WAYS if n in options.ways]
     save("video", rows, options, COLUMNS, {"prompts": len(tags)})
 
 

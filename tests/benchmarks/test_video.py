@@ -33,7 +33,7 @@ LINEAR = [
 
 
 def test_a_row_by_hand(video):
-    row = video.row_of("tree 6", TREE, LINEAR, TAGS)
+    row = video.row_of("tree 6-2-1, keep 2", TREE, LINEAR, TAGS)
     assert row["rows"] == pytest.approx(20)
     # the median of 1, 2, 3 and 9, and that of 10, 15, 20 and 25
     assert row["seconds"] == pytest.approx(2.5)
@@ -41,7 +41,10 @@ def test_a_row_by_hand(video):
     assert row["share of rows"] == pytest.approx(0.2)
     assert row["likeness"].value == pytest.approx(0.75)
     assert row["judge"].value == pytest.approx(0.75)
-    assert row["to linear search"].value == pytest.approx((-0.2 + 0.1) / 2)
+    assert row["beside"] == video.BASE
+    assert row["to beside"].value == pytest.approx((-0.2 + 0.1) / 2)
+    # shares of 1 and 0 against 1 and 1
+    assert row["audit to beside"].value == pytest.approx(-0.5)
     assert (row["object"], row["motion"]) == (1.0, 0.0)
     assert set(row) <= {"method", *video.COLUMNS}
 
@@ -54,12 +57,12 @@ def test_the_page_says_what_the_rows_do(video):
     where = dict.fromkeys(names, "x") | {"versions": {"torch": "2", "diffusers": "0"}}
     options = {"model": "a/emoji-video", "seeds": 2, "steps": 10, "scale": 3.0}
     rows = [video.row_of(video.BASE, LINEAR, LINEAR, TAGS)]
-    rows += [video.row_of("tree 6", TREE, LINEAR, TAGS)]
+    rows += [video.row_of("tree 6-2-1, keep 2", TREE, LINEAR, TAGS)]
     text = page(Result(rows, video.COLUMNS, {"prompts": 2}, options, where))
     assert "# Videos of emoji-video: 2 sentences x 2, 10 steps a chunk, scale 3" in text
     assert (
-        "tree 6: does not reach the mean likeness of linear search with 20, with at most a third "
-        "of its rows and at most half of its seconds." in text
+        "tree 6-2-1, keep 2: does not reach the mean likeness of linear search with 20, with at "
+        "most a third of its rows and at most half of its seconds." in text
     )
 
 
