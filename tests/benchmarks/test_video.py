@@ -74,3 +74,11 @@ def test_the_reward_reads_the_sentence(video):
     true, false = (float(video.Likeness()(v, [clip.caption])) for v in (frames, still))
     assert true > 0.9
     assert false < 0.6
+
+
+def test_every_way_can_be_read(video):
+    from diffalign.alignment.order import method_of
+
+    for way in video.WAYS.values():
+        assert method_of(way.method).chunks != "never"
+        assert way.beside in video.WAYS
