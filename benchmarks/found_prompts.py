@@ -25,10 +25,10 @@ from results import Estimate, Row, command_line, save, strata
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.eval.evidence import stratified
+from diffalign.eval.evidence import stratified, tag_of
 from diffalign.eval.statistics import interval
 from diffalign.generate.verdicts import verdicts
-from diffalign.tasks.geneval.verdict import prompts
+from diffalign.tasks.geneval.verdict import TAGS, prompts
 
 CALL = {"num_inference_steps": 10, "guidance_scale": 3.0}
 WAYS = ("pez, text", "pez, image", "sage")
@@ -41,6 +41,7 @@ COLUMNS = {
     "failures": "share of images of the found words, on fresh seeds, that are confirmed failures",
     "chance": "share of images of random words that are, at the NFE of the search",
     "difference": "difference of found to planted, or of failures to chance",
+    **dict.fromkeys(TAGS, "share found, or of failures, among the prompts of this category"),
 }
 
 
@@ -116,7 +117,14 @@ def row_of(way: str, records: list[Any]) -> Row:
         else:
             row[key] = Estimate.of(interval(values, tags))
     differences = [record[ours] - record[theirs] for record in records]
-    return row | {"difference": Estimate.of(interval(differences, tags))}
+    row["difference"] = Estimate.of(interval(differences, tags))
+    names = [tag_of(record["prompt_id"]) for record in records]
+    return row | {
+        name: float(
+            np.mean([r[ours] for r, tag in zip(records, names, strict=True) if tag == name])
+        )
+        for name in dict.fromkeys(names)
+    }
 
 
 def main() -> None:
