@@ -1,5 +1,5 @@
 """Train the denoiser of ``emoji-video``: ``python -m diffalign.embedded.workshop.train_video --out
-FOLDER --teacher FOLDER [--resume] [--vae FOLDER --export FOLDER]``.
+FOLDER --teacher FOLDER [--resume] [--from FOLDER --done N] [--vae FOLDER --export FOLDER]``.
 
 Flow matching (Lipman et al., "Flow Matching for Generative Modeling", 2022, arXiv:2210.02747) chunk
 by chunk, each chunk behind clean ones as in FAR (Gu, Mao and Shou, "Long-Context Autoregressive
@@ -24,9 +24,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import AnyFlowFARPipeline, AutoencoderKLWan
+from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, AutoencoderKLWan
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import UMT5EncoderModel
 
 from diffalign.embedded.workshop import noisy_stories, training, video_parts
 from diffalign.embedded.workshop.averaged import AveragedTrainer, weights
@@ -63,6 +64,16 @@ def curriculum(share: float) -> dict[str, float]:
     }
 
 
+def take(folder: Path, model: AnyFlowFARTransformer3DModel, text: UMT5EncoderModel) -> None:
+    """Give both the weights of a pipeline folder."""
+    parts = {
+        "transformer": (model, AnyFlowFARTransformer3DModel),
+        "text_encoder": (text, UMT5EncoderModel),
+    }
+    for name, (part, cls) in parts.items():
+        part.load_state_dict(cls.from_pretrained(folder / name).float().state_dict())
+
+
 class VideoTrainer(AveragedTrainer):
     """The state of a run; ``options`` are those of ``parser``."""
 
@@ -74,10 +85,13 @@ class VideoTrainer(AveragedTrainer):
             )
         self.model = video_parts.transformer(options.seed, options.width, options.layers)
         self.text = video_parts.text_encoder(options.seed + 1).train()
+        if options.source is not None:
+            take(options.source, self.model, self.text)
         self.tokenizer = video_parts.tokenizer()
         self.teacher = teacher(options.teacher)
         self.captions = CaptionNoise()
         super().__init__(options, FlatAdam([self.model, self.text]))
+        self.done = options.done
 
     def sizes(self) -> tuple[int, int]:
         """Clips and pictures of the next step: at first pictures alone, twice as many."""
@@ -206,6 +220,8 @@ def parser() -> argparse.ArgumentParser:
     result = training.parser(__doc__, seed=71, save=250)
     add = result.add_argument
     add("--teacher", type=Path, required=True, help="folder of the autoencoder of emoji")
+    add("--from", dest="source", type=Path, help="pipeline folder whose weights are the first")
+    add("--done", type=int, default=0, help="with --from: updates that those weights have seen")
     add("--vae", type=Path, help="with --export: folder of the autoencoder of clips")
     add("--width", type=int, default=160, help="channels of a token")
     add("--layers", type=int, default=6, help="blocks of the transformer")

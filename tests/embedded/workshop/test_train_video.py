@@ -233,6 +233,20 @@ def test_resume_repeats_the_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_a_folder(
+    pipe: AnyFlowFARPipeline, tmp_path: Path
+) -> None:
+    video_parts.save(pipe, tmp_path / "pipe")
+    arguments = ("--width", "32", "--layers", "2", "--from", str(tmp_path / "pipe"), "--done", "7")
+    run = VideoTrainer(options(tmp_path, *arguments))  # type: ignore[arg-type]
+    assert run.done == 7
+    for mine, theirs in ((run.model, pipe.transformer), (run.text, pipe.text_encoder)):
+        for (name, ours), other in zip(
+            mine.state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
+            assert torch.equal(ours.float(), other.half().float().to(ours.dtype).float()), name
+
+
 def test_plain_diffusers_runs_the_folder(tmp_path: Path) -> None:
     """Trained, saved, loaded without our code: 13 frames, and chunk by chunk the same."""
     run = VideoTrainer(options(tmp_path))  # type: ignore[arg-type]
