@@ -189,11 +189,12 @@ def _time(problem: PipelineProblem) -> None:
     other = PipelineProblem(problem.setting, problem.prompt, problem.seed, trial)
     progress.use(None)
     try:
-        other.run(other.start([0]), 1)
-        trial.sampling = Pace()  # the first evaluation warms up
-        state = other.run(other.start([0]), 1)
-        with suppress(BadScore):
-            other.preview(state)
+        for _ in range(2):
+            # the first evaluation, decode and score warm up
+            trial.sampling, trial.looking = Pace(), Pace()
+            state = other.run(other.start([0]), 1)
+            with suppress(BadScore):
+                other.preview(state)
     finally:
         trial.use(None)
     progress.sampling, progress.looking = trial.sampling, trial.looking

@@ -122,14 +122,17 @@ class Progress:
         ]
         fits = [count]
         fits += [(limit - spent) // each for limit, spent, each in shares if limit and each]
-        time = ""
+        takes, kept, spent = f"{price} NFE", f"{self.reserve} NFE", f"{meter.rows} NFE"
         if budget.seconds is not None:
             fits.append(self._in_time(budget.seconds - meter.seconds, count, price, scores))
-            time = f" and {meter.seconds:.1f} s"
+            each, look = self.sampling.each, self.looking.each
+            takes += f" and about {price * each + scores * look:.1f} s"
+            kept += f" and {self.reserve * each + look:.1f} s"
+            spent += f" and {meter.seconds:.1f} s"
         if min(fits) < 1:
             raise BudgetExceeded(
-                f"The budget {_text(budget)} is used up: one more image takes {price} NFE, and "
-                f"{self.reserve} are kept for the final call; {meter.rows}{time} are spent."
+                f"The budget {_text(budget)} has no room for one more image: it takes {takes}, "
+                f"{kept} are kept for the final call, and {spent} are spent."
             )
         return min(fits)
 

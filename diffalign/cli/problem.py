@@ -11,6 +11,8 @@ from typing import ParamSpec
 
 import typer
 
+from diffalign.core.errors import BudgetExceeded
+
 P = ParamSpec("P")
 
 
@@ -76,6 +78,9 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 function(*args, **kwargs)
         except BadInput as error:
             complain(error)
+            raise typer.Exit(2) from error
+        except BudgetExceeded as error:
+            complain(f"{error} Give a larger --budget.")
             raise typer.Exit(2) from error
         except ValueError as error:
             if not _refused(error):

@@ -72,6 +72,16 @@ def test_bad_input_is_one_line(run, folder, tmp_path, options, text):
     assert not (tmp_path / "new").exists()
 
 
+def test_too_few_seconds_for_one_image_are_one_line(run, folder, tmp_path):
+    """Nobody knows before an image was timed."""
+    command = ("align", "a red apple", "-m", folder, "-o", tmp_path / "new", *SHORT)
+    result = run(*command, "--budget", "seconds=0.001", "--quiet")
+    assert result.exit_code == 2
+    assert "diffalign: error: The budget seconds=0.001 has no room for one more im" in result.stderr
+    assert result.stderr.strip().endswith("Give a larger --budget.")
+    assert "Traceback" not in result.stderr
+
+
 def test_a_method_that_branches_gets_a_kernel_and_says_so(run, folder, tmp_path):
     command = ("align", "a red apple", "-m", folder, "-s", 3, "--reward", REWARD)
     command += ("--budget", "nfe=60", "--scheduler", "ddim", "--method", "dts-star:preset=small")
