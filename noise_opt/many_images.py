@@ -7,14 +7,14 @@ import torch
 
 import diffalign as da
 
-pipe = da.load("emoji-2")
-prompt, call = "a photo of two bananas", {"num_inference_steps": 3, "guidance_scale": 3.0}
+pipe = da.load("emoji-turbo")
+prompt, call = "a photo of three cups", {"num_inference_steps": 1, "guidance_scale": 1.0}
 result = da.align(
-    pipe, prompt, method=da.FIND(iterations=80, batch=8, rate=4e-3), reward="emoji-clip", **call
+    pipe, prompt, method=da.FIND(iterations=30, batch=8, rate=0.05), reward="emoji-aware", **call
 )
 print(result)
 
-reward, seeds = da.rewards.load("emoji-clip"), range(100, 108)
+reward, seeds = da.rewards.load("emoji-aware"), range(100, 108)
 laws = {
     "learned": da.NoisePolicy.of(result.findings),
     "normal": da.NoisePolicy(torch.zeros_like(result.noise), torch.ones_like(result.noise)),
