@@ -83,6 +83,8 @@ class VideoTrainer(AveragedTrainer):
                 "batch, pictures: expected at least 1 of each, got "
                 f"{options.batch} and {options.pictures}"
             )
+        if options.done and options.source is None:
+            raise ValueError(f"done: expected --from beside it, got {options.done} alone")
         self.model = video_parts.transformer(options.seed, options.width, options.layers)
         self.text = video_parts.text_encoder(options.seed + 1).train()
         if options.source is not None:

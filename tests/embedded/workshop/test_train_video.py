@@ -238,6 +238,8 @@ def test_a_run_begins_with_the_weights_of_a_folder(
 ) -> None:
     video_parts.save(pipe, tmp_path / "pipe")
     arguments = ("--width", "32", "--layers", "2", "--from", str(tmp_path / "pipe"), "--done", "7")
+    with pytest.raises(ValueError, match="done: expected --from beside it, got 7 alone"):
+        VideoTrainer(options(tmp_path, "--done", "7"))  # type: ignore[arg-type]
     run = VideoTrainer(options(tmp_path, *arguments))  # type: ignore[arg-type]
     assert run.done == 7
     for mine, theirs in ((run.model, pipe.transformer), (run.text, pipe.text_encoder)):
