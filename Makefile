@@ -72,33 +72,33 @@ newest oldest:
 TRAIN := $(PY) -m diffalign.embedded.workshop
 embedded: $(READY)
 	$(TRAIN).train_vae --out runs/vae --resume
-	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --updates 14000 --decay-from 14000 --curriculum 7000 --resume
-	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --export runs/models/emoji
-	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji-2 --from runs/models/emoji --captions noisy --mix relations --top 0.25 \
+	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/first --updates 14000 --decay-from 14000 --curriculum 7000 --resume
+	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/first --export runs/models/first
+	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --from runs/models/first --captions noisy --mix relations --top 0.25 \
 	  --lesson 2000 --seed 13 --rate 1e-3 --updates 6400 --decay-from 4800 --decay 0.999 --save 800 --resume
-	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji-2 --export runs/models/emoji-2
+	$(TRAIN).train_denoiser --vae runs/vae/vae --out runs/emoji --export runs/models/emoji
 	$(TRAIN).train_judge --out runs/judge --vae runs/vae/vae --updates 1600 --vae-updates 900 --resume
 	$(TRAIN).train_judge --out runs/judge --vae runs/vae/vae --export runs/models/emoji-judge
 	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --updates 2400 --vae-updates 500 --resume
 	$(TRAIN).train_judge --model emoji-judge-audit --seed 22 --out runs/audit --vae runs/vae/vae --export runs/models/emoji-judge-audit
 	$(TRAIN).train_code --out runs/code --updates 16000 --rate 2e-3 --every 8 --resume
 	$(TRAIN).train_code --out runs/code --export runs/code/vae
-	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/emoji --out runs/emoji-dit --batch 8 --rate 1.2e-3 --updates 24000 \
+	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/first --out runs/emoji-dit --batch 8 --rate 1.2e-3 --updates 24000 \
 	  --decay-from 17000 --curriculum 13000 --lesson 12000 18000 --pairs 1 --decay 0.998 --resume
-	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/emoji --out runs/emoji-dit --export runs/models/emoji-dit
+	$(TRAIN).train_flow --vae runs/code/vae --text runs/models/first --out runs/emoji-dit --export runs/models/emoji-dit
 	$(TRAIN).train_judge --edition second --from runs/models/emoji-judge --out runs/judge-2 --vae runs/code/vae --seed 61 \
 	  --batch 8 --rate 0.6 --updates 2400 --vae-updates 800 --resume
 	$(TRAIN).train_judge --edition second --out runs/judge-2 --export runs/models/emoji-judge-2
-	$(TRAIN).samples --pipeline runs/models/emoji --out runs/samples.pt --prompts 250 --scale 1.0
+	$(TRAIN).samples --pipeline runs/models/first --out runs/samples.pt --prompts 250 --scale 1.0
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples.pt \
 	  --pairs 24 --spoilt 8 --updates 4100 --vae-updates 1500 --sample-updates 250 --resume
-	$(TRAIN).samples --pipeline runs/models/emoji-2 --out runs/samples-2.pt --mix hard --prompts 240 --seed 80
-	$(TRAIN).samples --pipeline runs/models/emoji-2 --out runs/samples-3.pt --mix relations --steps 10 --prompts 160 --seed 82
+	$(TRAIN).samples --pipeline runs/models/emoji --out runs/samples-2.pt --mix hard --prompts 240 --seed 80
+	$(TRAIN).samples --pipeline runs/models/emoji --out runs/samples-3.pt --mix relations --steps 10 --prompts 160 --seed 82
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples-2.pt runs/samples-3.pt \
 	  --pairs 24 --spoilt 8 --groups 6 --updates 4100 --vae-updates 1500 --sample-updates 250 --drill-updates 1000 --last-updates 300 --resume
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --export runs/models/emoji-clip
 	$(TRAIN).trajectories --pipeline runs/models/emoji --out runs/evaluator/train.pt
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --trajectories runs/evaluator/train.pt --resume
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --export runs/models/emoji-evaluator
-	$(TRAIN).train_turbo --pipeline runs/models/emoji-2 --out runs/emoji-turbo --resume
-	$(TRAIN).train_turbo --pipeline runs/models/emoji-2 --out runs/emoji-turbo --export runs/models/emoji-turbo
+	$(TRAIN).train_turbo --pipeline runs/models/emoji --out runs/emoji-turbo --resume
+	$(TRAIN).train_turbo --pipeline runs/models/emoji --out runs/emoji-turbo --export runs/models/emoji-turbo

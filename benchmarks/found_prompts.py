@@ -128,7 +128,7 @@ def row_of(way: str, records: list[Any]) -> Row:
 
 
 def main() -> None:
-    parser = command_line(__doc__, prompts=12, seeds=4, model="emoji-2", work="build/found_prompts")
+    parser = command_line(__doc__, prompts=12, seeds=4, model="emoji", work="build/found_prompts")
     parser.add_argument("--methods", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--finished", action="store_true", help="run nothing")
     options = parser.parse_args()

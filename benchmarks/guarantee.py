@@ -1,6 +1,6 @@
 """Does a promised threshold keep its promise, and is a searched policy worth its search?
 
-    python benchmarks/guarantee.py [--model emoji-2] [--images 400] [--loss 0.02] [--splits 100]
+    python benchmarks/guarantee.py [--model emoji] [--images 400] [--loss 0.02] [--splits 100]
 
 The promise: every candidate's images are made once; then, over and over, half of the images at
 random calibrate a threshold with ``diffalign.calibration.guarantee``, and its loss is read on the

@@ -259,7 +259,7 @@ def table(ids: Sequence[int], options: Namespace) -> list[Row]:
 
 def main() -> None:
     parser = command_line(
-        __doc__, prompts=12, images=30, steps=10, scale=3.0, model="emoji-2", work="build/noise_opt"
+        __doc__, prompts=12, images=30, steps=10, scale=3.0, model="emoji", work="build/noise_opt"
     )
     parser.add_argument("--methods", nargs="*", default=list(ways(1)), choices=list(ways(1)))
     parser.add_argument("--finished", action="store_true", help="run nothing")

@@ -111,7 +111,7 @@ def geneval(result: Result) -> str:
     facts, options = result.facts, result.options
     return page(
         result,
-        f"emoji on GenEval: {facts['prompts']} prompts x {facts['samples']}, CFG "
+        f"{model_of(result)} on GenEval: {facts['prompts']} prompts x {facts['samples']}, CFG "
         f"{options['scale']:g}, {options['steps']} steps, {facts['seconds per image']:.2f} s per "
         "image",
     )

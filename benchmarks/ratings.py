@@ -1,6 +1,6 @@
 """Which reward says what the audit judge will say? CARINOX's weights for the embedded world.
 
-    python benchmarks/ratings.py [--model emoji-2] [--prompts 48] [--images 4] [--output ...]
+    python benchmarks/ratings.py [--model emoji] [--prompts 48] [--images 4] [--output ...]
 
 Images of tuning prompts, the unit score of each part of ``emoji-aware``, and whether
 ``emoji-judge-audit`` calls the image right. A part's weight is its Pearson correlation with that,
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = command_line(__doc__, prompts=48, images=4, steps=20, scale=3.0, model="emoji-2")
+    parser = command_line(__doc__, prompts=48, images=4, steps=20, scale=3.0, model="emoji")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipe = da.load(options.model)

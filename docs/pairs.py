@@ -60,9 +60,9 @@ def plain_and(
 
 
 def first_and_best(title: str, prompt: str) -> Pair:
-    """The first image of a search on ``emoji-2`` and its result."""
+    """The first image of a search on ``emoji`` and its result."""
     result = da.align(
-        da.load("emoji-2"),
+        da.load("emoji"),
         prompt,
         method=da.BestOfN(6),
         reward="emoji-clip",

@@ -41,7 +41,7 @@ class Show:
     code: str
     # of both images
     scale: float = 3.0
-    model: str = "emoji-2"
+    model: str = "emoji"
     # the technique of the plain side, "" for the pipeline's own guidance
     plain: str = ""
     plain_name: str = "plain guidance"
@@ -55,18 +55,18 @@ class Show:
 
 SHOWS = {
     "cfg": Show("da.CFG(3.0)", plain="da.CFG(1.0)", plain_name="no guidance"),
-    "adaptive-guidance": Show("da.AdaptiveGuidance()", 1.5, "emoji", saves=True),
-    "linear-ag": Show("da.LinearAG()", 1.5, "emoji", saves=True),
+    "adaptive-guidance": Show("da.AdaptiveGuidance()", saves=True),
+    "linear-ag": Show("da.LinearAG()", saves=True),
     "interval-cfg": Show("da.IntervalCFG(stop=0.5)", saves=True),
     "scheduled-cfg": Show('da.ScheduledCFG(shape="inverse-linear")', 5.0),
-    "apg": Show("da.APG()", 5.0, "emoji"),
-    "rescaled-cfg": Show("da.RescaledCFG()", 5.0, "emoji"),
-    "magnitude-aware": Show("da.MagnitudeAware()", 5.0, "emoji"),
+    "apg": Show("da.APG()", 5.0),
+    "rescaled-cfg": Show("da.RescaledCFG()", 5.0),
+    "magnitude-aware": Show("da.MagnitudeAware()", 5.0),
     "tcfg": Show("da.TCFG()"),
     "beta-cfg": Show("da.BetaCFG(gamma=0.0)"),
     "cfg-plus-plus": Show("da.CFGPlusPlus(0.6)"),
     "fdg": Show("da.FDG(3.0, high=5.0)"),
-    "dynamic-cfg": Show('da.DynamicCFG(evaluators=("emoji-alignment",))', 1.5, "emoji"),
+    "dynamic-cfg": Show('da.DynamicCFG(evaluators=("emoji-alignment",))'),
     "s2-guidance": Show("da.S2Guidance()"),
     "skip-layer-guidance": Show("da.SkipLayerGuidance(layers=(1,))"),
     "pag": Show("da.PAG()"),
@@ -78,7 +78,6 @@ SHOWS = {
     "nag": Show(
         'da.NAG(5.0, negative_prompt="a photo of a cake", sigma=(0.0, float("inf")))',
         1.0,
-        "emoji",
         plain_name="no guidance",
         negates=86,
     ),

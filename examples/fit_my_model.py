@@ -19,14 +19,14 @@ import torch
 import diffalign as da
 from diffalign.calibration.adaptive import calibrate_adaptive_guidance
 
-pipe = da.load("emoji-2")
+pipe = da.load("emoji")
 things = ("apple", "clock", "car", "dog", "cup", "banana")
 prompts = [f"a photo of a {colour} {thing}" for colour in ("red", "blue") for thing in things]
 calibration = calibrate_adaptive_guidance(
     pipe, prompts, scale=3.0, steps=20, saving=0.25, space="x0", batch=12
 )
 print(f"threshold {calibration.threshold:.3f} saves a quarter on {len(prompts)} prompts")
-presets = calibration.preset("emoji-2, twelve prompts")
+presets = calibration.preset("emoji, twelve prompts")
 Path("presets.json").write_text(json.dumps(presets, indent=2))
 
 technique = da.AdaptiveGuidance(threshold=calibration.threshold, space="x0")

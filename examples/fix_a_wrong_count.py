@@ -14,7 +14,7 @@ It prints:
 import diffalign as da
 from diffalign.tasks.geneval.verdict import parse_prompt, verdict
 
-pipe, judge = da.load("emoji-2"), da.load("emoji-judge")
+pipe, judge = da.load("emoji"), da.load("emoji-judge")
 prompt = "a photo of two clocks"
 result = da.align(
     pipe,

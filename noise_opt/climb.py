@@ -5,7 +5,7 @@ Run: python noise_opt/climb.py
 
 import diffalign as da
 
-pipe = da.load("emoji-2")
+pipe = da.load("emoji")
 # two rewards; CARINOX clips the gradient of each, ReNO follows their weighted sum
 reward = da.rewards.Weighted({"emoji-clip": 1.0, "emoji-judge": 0.02})
 methods = {

@@ -7,7 +7,7 @@ import torch
 
 import diffalign as da
 
-pipe, call = da.load("emoji-2"), {"num_inference_steps": 10, "guidance_scale": 3.0}
+pipe, call = da.load("emoji"), {"num_inference_steps": 10, "guidance_scale": 3.0}
 secret = "a photo of a blue car"
 rng = torch.Generator().manual_seed(1)
 pipe(secret, generator=rng, **call).images[0].save("describe_original.png")

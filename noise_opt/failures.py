@@ -8,7 +8,7 @@ Run: python noise_opt/failures.py
 
 import diffalign as da
 
-pipe = da.load("emoji-2")
+pipe = da.load("emoji")
 methods = {
     "latent": da.SAGE(search="latent", iterations=12, confirmations=6),
     "prompt": da.SAGE(search="prompt", rounds=1, seeds=2, candidates=3, beam=2, confirmations=6),

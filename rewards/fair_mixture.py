@@ -7,7 +7,7 @@ import torch
 
 import diffalign as da
 
-pipe, prompt = da.load("emoji-2"), "a photo of a red apple and a green clock"
+pipe, prompt = da.load("emoji"), "a photo of a red apple and a green clock"
 # 16 usual images say how far each reward's scores spread; 32 or more are better
 usual = [
     pipe(prompt, num_inference_steps=10, guidance_scale=1.5, output_type="pt",

@@ -5,7 +5,7 @@ Run: python search/best_of_budget.py
 
 import diffalign as da
 
-pipe = da.load("emoji-2")
+pipe = da.load("emoji")
 methods = {
     # fresh noise each time; what the others have to beat
     "draws": da.BestOfN(),

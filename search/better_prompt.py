@@ -5,7 +5,7 @@ Run: python search/better_prompt.py
 
 import diffalign as da
 
-pipe = da.load("emoji-2")
+pipe = da.load("emoji")
 # rules write the wordings; rewriter="path/to/a/model" asks a local language model, a function of
 # yours is asked as rewriter(original, best, worst, count)
 method = da.PromptSearch(strategy="evolve", rewriter="rules", rounds=2, children=3, final=3)

@@ -5,7 +5,7 @@ Run: python search/cheaper_best_of_n.py
 
 import diffalign as da
 
-pipe = da.load("emoji-2")
+pipe = da.load("emoji")
 methods = {
     "full": da.BestOfN(8),
     # eight images of 8 steps, then the best one again with all 20

@@ -62,7 +62,7 @@ def test_prompts_come_in_turns_of_their_tags(bench):
 
 def test_only_prompts_that_every_method_has_count(bench, tmp_path):
     options = Namespace(
-        work=tmp_path, model="emoji-2", images=4, steps=10, methods=["random-search", "find"]
+        work=tmp_path, model="emoji", images=4, steps=10, methods=["random-search", "find"]
     )
     assert bench.table([0, 1], options) == []
     for name, prompt_id, fresh in (("random-search", 0, 0.2), ("find", 0, 0.3), ("find", 1, 0.9)):

@@ -46,13 +46,13 @@ def test_the_difference_by_hand(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_plain_diffusers_loads_the_same_model(tmp_path: Path) -> None:
     """An exported run, by peft as layers of their own: the sums are made in another order."""
-    network = load("emoji-2").unet
+    network = load("emoji").unet
     low = LowRank(copy.deepcopy(network), network, 2, seed=1)
     for up in low.up:
         up.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
     save_state(tmp_path / "state.pt", {"trainer": {"low": low.state()}})
-    export(tmp_path / "state.pt", FOLDER / "emoji-2", tmp_path / "out", 2, averaged=False)
-    plain, ours, before = (load("emoji-2") for _ in range(3))
+    export(tmp_path / "state.pt", FOLDER / "emoji", tmp_path / "out", 2, averaged=False)
+    plain, ours, before = (load("emoji") for _ in range(3))
     plain.load_lora_weights(tmp_path / "out")
     plain.scheduler = LCMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     adapted(ours, tmp_path / "out")
@@ -85,4 +85,4 @@ def test_the_commands_know_an_adapter_as_a_pipeline() -> None:
 
 def test_a_folder_without_state(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state: expected a training state"):
-        export(tmp_path / "state.pt", FOLDER / "emoji-2", tmp_path / "out", 2)
+        export(tmp_path / "state.pt", FOLDER / "emoji", tmp_path / "out", 2)

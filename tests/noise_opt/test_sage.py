@@ -103,7 +103,7 @@ def test_templates():
 
 @pytest.fixture(scope="module")
 def pipe():
-    return da.load("emoji-2")
+    return da.load("emoji")
 
 
 CALL = {"num_inference_steps": 4, "guidance_scale": 3.0}

@@ -32,7 +32,7 @@ MIXES: dict[str, dict[str, float]] = {
     "hard": {"colour": 0.08, "two": 0.14, "count": 0.2, "position": 0.32, "two_coloured": 0.26},
     "relations": {"position": 0.65, "two_coloured": 0.35},
 }
-"""Mixtures of prompts: the world's, those that ``emoji-2`` often gets wrong, and the two kinds of
+"""Mixtures of prompts: the world's, those that ``emoji`` often gets wrong, and the two kinds of
 these that a reward confuses."""
 
 

@@ -10,7 +10,7 @@ embedding must also tell where each class is: a caption can then hold a relation
 places, and a binding as a sum of class-and-colour pairs. Five phases: renderings; round trips
 through the autoencoder of ``emoji`` and objects spoilt in its latent space; generated pictures of
 ``emoji`` with verdicts of the *second* judge, ranked within their prompt; a drill in places, on
-renderings of two objects whose relation is mostly turned round; pictures of ``emoji-2``, where the
+renderings of two objects whose relation is mostly turned round; pictures of ``emoji``, where the
 highest score of a prompt also has to be a right picture's, and the caption with the opposite
 relation below its own. The first judge is never used, so that it can measure what this reward is
 worth. ``--from FOLDER`` goes on from exported weights, with a fresh optimiser and fresh readers of

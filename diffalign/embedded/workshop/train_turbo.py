@@ -399,7 +399,7 @@ def run(options: argparse.Namespace) -> None:
     fill(Teacher(pipe, options.scale), options.out / "bank", options.pairs, options.seed)
     trainer = TurboTrainer(options, pipe, Bank.load(options.out / "bank"))
     header = {
-        "model": "emoji-2 in few steps",
+        "model": "emoji in few steps",
         **{key: str(value) for key, value in vars(options).items()},
     }
     course = Course(

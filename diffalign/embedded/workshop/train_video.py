@@ -14,6 +14,8 @@ Video Modeling with Next-Frame Prediction", 2025, arXiv:2503.19325): ``diffusers
 - Captions leave facts out or get them wrong, and one in ten is empty, so that guidance matters.
 - A share ``--top`` of the levels is above ``TOP``, where it is not settled yet what is where: there
   a caption is news.
+- From ``--lesson``'s first update to its last an update has ``--pairs`` of ``direction_pairs`` as
+  well, as far as their second key picture: without them all directions stay one word.
 
 One process, one thread, products in ``precision()``.
 """
@@ -29,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
-from diffalign.embedded.workshop import noisy_stories, training, video_parts
+from diffalign.embedded.workshop import direction_pairs, noisy_stories, training, video_parts
 from diffalign.embedded.workshop.averaged import AveragedTrainer, weights
 from diffalign.embedded.workshop.noisy_captions import CaptionNoise
 from diffalign.embedded.workshop.precision import precision
@@ -52,6 +54,10 @@ EASY: dict[str, float] = {"still": 0.35, "colour": 0.25, "moving": 0.3, "moving_
 
 BLUR = 0.3
 TOP = 0.85
+LESSON_TOP = 0.5
+"""Share of a lesson's noise levels above ``TOP``."""
+LESSON_KEYS = 2
+"""Key pictures of a lesson's clips: what a word means shows in the first two."""
 
 
 def curriculum(share: float) -> dict[str, float]:
@@ -109,16 +115,34 @@ class VideoTrainer(AveragedTrainer):
         clips, captions = noisy_stories.told(world, self.captions, seed, size)
         empty = torch.rand(size, generator=generator) < 0.1
         captions = ["" if none else text for text, none in zip(captions, empty, strict=True)]
-        ids = self.tokenizer(
-            captions, padding="max_length", max_length=LENGTH, return_tensors="pt"
-        ).input_ids
+        ids = self.ids(captions)
         # a word that is not known must say nothing
         hidden = (torch.rand(ids.shape, generator=generator) < 0.02) & (ids > video_parts.END)
         return clips, ids.masked_fill(hidden, video_parts.UNKNOWN)
 
-    def levels(self, size: int, chunks: int, generator: torch.Generator) -> Tensor:
-        """Noise levels [B, chunks], each column stratified over the batch."""
-        rest = size - round(self.options.top * size)
+    def ids(self, captions: list[str]) -> Tensor:
+        """Token ids [B, LENGTH] of captions."""
+        options = {"padding": "max_length", "max_length": LENGTH, "return_tensors": "pt"}
+        ids: Tensor = self.tokenizer(captions, **options).input_ids
+        return ids
+
+    def lesson(self) -> list[Clip]:
+        """The next step's pairs of clips: in the plain grammar at first, later as in the world, and
+        then with events too; none outside ``options.lesson``."""
+        first, last = self.options.lesson
+        place = (self.done - first) / max(1, last - first)
+        if not 0 <= place < 1:
+            return []
+        seed = step_seed(self.options.seed, 1, self.done)
+        late = min(1.0, max(0.0, (place - 0.6) / 0.2))
+        return direction_pairs.pairs(seed, self.options.pairs, 1 - 0.4 * late, 0.3 * late)
+
+    def levels(
+        self, size: int, chunks: int, generator: torch.Generator, top: float | None = None
+    ) -> Tensor:
+        """Noise levels [B, chunks], each column stratified over the batch; ``top``: share of them
+        above ``TOP``, by default that of the options."""
+        rest = size - round((self.options.top if top is None else top) * size)
         columns = []
         for _ in range(chunks):
             column = torch.cat(
@@ -131,23 +155,26 @@ class VideoTrainer(AveragedTrainer):
         return torch.stack(columns, 1)
 
     def errors(
-        self, latents: Tensor, ids: Tensor, generator: torch.Generator
+        self, latents: Tensor, ids: Tensor, generator: torch.Generator, paired: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Squared errors of the predictions for each chunk of latents [B, F, C, 8, 8], and the
-        noise levels: both [B, F]."""
-        size, chunks = latents.shape[:2]
-        levels = self.levels(size, chunks, generator)
-        level = levels[..., None, None, None]
-        noise = torch.randn(latents.shape, generator=generator)
-        context = latents[:, :-1]
+        noise levels: both [B, F]. ``paired``: two rows after one another share all noise."""
+        twice = 2 if paired else 1
+        size, (chunks, *shape) = len(latents) // twice, latents.shape[1:]
+        levels = self.levels(size, chunks, generator, LESSON_TOP if paired else None)
+        noise = torch.randn((size, chunks, *shape), generator=generator)
         blur = BLUR * torch.rand((size, 1, 1, 1, 1), generator=generator)
-        context = context + blur * torch.randn(context.shape, generator=generator)
+        blur = blur * torch.randn((size, chunks - 1, *shape), generator=generator)
         # the pipeline fills the text up to any length: by default 512, or the caller's
         extra = (FULL - LENGTH) * torch.randint(2, (size,), generator=generator)
+        levels, noise, blur, extra = (
+            part.repeat_interleave(twice, 0) for part in (levels, noise, blur, extra)
+        )
+        level = levels[..., None, None, None]
         answer = velocities(
             self.model,
             ((1 - level) * latents + level * noise).to(precision()),
-            context.to(precision()),
+            (latents[:, :-1] + blur).to(precision()),
             levels,
             video_parts.features(self.text, ids),
             extra,
@@ -168,6 +195,10 @@ class VideoTrainer(AveragedTrainer):
         if pictures:
             latents = key_latents(self.teacher, clips[films:], count=1)
             parts.append(self.errors(latents, ids[films:], generator))
+        if pairs := self.lesson():
+            latents = key_latents(self.teacher, pairs, count=LESSON_KEYS)
+            ids = self.ids([clip.caption for clip in pairs])
+            parts.append(self.errors(latents, ids, generator, paired=True))
         total = torch.cat([errors.flatten() for errors, _ in parts])
         torch.autograd.backward(total.mean())
         norm = self.update()
@@ -177,6 +208,8 @@ class VideoTrainer(AveragedTrainer):
         result = {"loss": float(values.mean()), "norm": norm, "first": float(first.mean())}
         if films:
             result["later"] = float(parts[0][0].detach()[:, 1:].mean())
+        if pairs:
+            result["lesson"] = float(parts[-1][0].detach()[:, 1].mean())
         if len(high):
             result["top"] = float(high.mean())
         return result
@@ -240,6 +273,14 @@ def parser() -> argparse.ArgumentParser:
         default=(5_000, 8_000),
         help="first update that is not only about one object, and that of the full mixture",
     )
+    add(
+        "--lesson",
+        type=int,
+        nargs=2,
+        default=(0, 0),
+        help="first update with pairs of clips that differ in a word, and the first without again",
+    )
+    add("--pairs", type=int, default=6, help="such pairs of an update")
     add("--mean", type=float, default=0.6, help="mean of the noise levels' logit")
     add("--top", type=float, default=0.25, help="share of a batch at the highest noise levels")
     add("--decay", type=float, default=0.9985, help="of the averaged weights, per update")

@@ -6,18 +6,25 @@ here: that of a key picture is what the teacher, the autoencoder of ``emoji``, m
 denoiser can be trained before, after or beside this. The decoder draws all 13 pictures from the
 four latents, with Gaussian noise of up to ``NOISE`` deviations, and so learns how things go from
 one key picture to the next; the encoder reads the latents from the pictures. Both are trained in
-one run and do not touch each other. One process, one thread, products in ``precision()``.
+one run and do not touch each other.
+
+For the first ``--alone`` updates the decoder draws single pictures: what a glyph looks like is the
+hard part, and a picture costs a twentieth of a clip. It starts as one that shows every key picture
+four times, so the clips that follow have only the ways between them to teach. Most clips end with
+their second key picture. One process, one thread, products in ``precision()``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderTiny
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,12 +38,18 @@ from diffalign.embedded.workshop.training import (
     step_generator,
     step_seed,
 )
-from diffalign.embedded.world.clips import EVERY, FRAMES, KEYS, Clip, ClipWorld
+from diffalign.embedded.world.clips import EVERY, KEYS, Clip, ClipWorld
+from diffalign.embedded.world.scenes import World
 
 NOISE = 0.5
 MIX = {"still": 0.05, "colour": 0.15, "moving": 0.2, "moving_coloured": 0.25, "moving_and": 0.15,
        "beside": 0.1, "before": 0.1}  # fmt: skip
 """Mostly motion, much of it coloured."""
+PICTURES = {"three": 0.4, "two_coloured": 0.25, "two": 0.15, "colour": 0.2}
+"""Scenes of single pictures."""
+WHOLE = 4
+"""Every so many-th update on clips shows them to their end, the others to the second key picture.
+"""
 
 
 def teacher(folder: Path) -> AutoencoderTiny:
@@ -79,11 +92,52 @@ def drawing(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return result
 
 
+@torch.no_grad()
+def repeat_pictures(vae: AutoencoderKLWan) -> None:
+    """Make the decoder one that looks at no earlier picture: convolutions along time are zero but
+    for their last slice, and pictures between two key pictures are the second one."""
+    for module in vae.decoder.modules():
+        if isinstance(module, WanCausalConv3d):
+            module.weight[:, :, :-1] = 0
+    for block in vae.decoder.up_blocks:
+        for resample in block.upsamplers or ():
+            if hasattr(resample, "time_conv"):
+                weight = resample.time_conv.weight
+                identity = torch.eye(weight.shape[1], dtype=weight.dtype)
+                weight[:, :, -1, 0, 0] = torch.cat([identity, identity])
+                resample.time_conv.bias.zero_()
+
+
+@contextmanager
+def one_picture(vae: AutoencoderKLWan) -> Iterator[None]:
+    """Within, the decoder draws first pictures only: its convolutions use the last slice of their
+    weights, since behind it there would be zeros. The same to rounding, at a third of the cost."""
+
+    def flat(module: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        weight = module.weight[:, :, -1]
+        padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
+        return F.conv2d(x[:, :, 0], weight, module.bias, padding=padding).unsqueeze(2)
+
+    modules = [
+        part
+        for part in (vae.post_quant_conv, *vae.decoder.modules())
+        if isinstance(part, WanCausalConv3d)
+    ]
+    for module in modules:
+        module.forward = flat.__get__(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
 class VideoVaeTrainer(PartsTrainer):
     """The state of a run; ``options`` are those of ``parser``."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.vae = video_parts.autoencoder(options.seed)
+        repeat_pictures(self.vae)
         self.teacher = teacher(options.teacher)
         vae = self.vae
         vae.quant_conv.requires_grad_(False)
@@ -92,25 +146,48 @@ class VideoVaeTrainer(PartsTrainer):
             name: FlatAdam(part, betas=(0.9, 0.95), decay=0.0) for name, part in modules.items()
         }
         vae.quant_conv.to(precision())
-        super().__init__(options, parts, hold=0.4, longest=0.998)
-        self.world = ClipWorld(dict(MIX))
+        super().__init__(options, parts, hold=0.7, longest=0.998)
+        self.world, self.scenes = ClipWorld(dict(MIX)), World(dict(PICTURES))
 
-    def step(self) -> dict[str, float]:
-        """One update of the decoder, and of the encoder at every ``options.every``-th."""
+    def pictures(self, generator: torch.Generator) -> Tensor:
+        """The decoder's error on single pictures."""
         seed = step_seed(self.options.seed, 0, self.done)
-        generator = step_generator(self.options.seed, 0, self.done)
-        clips = list(self.world.clips(seed, self.options.batch))
-        frames = np.concatenate([clip.pictures() for clip in clips])
-        pictures = pixels(frames, precision())
-        target = pictures.reshape(len(clips), FRAMES, *pictures.shape[1:]).transpose(1, 2)
-        latents = key_latents(self.teacher, clips).transpose(1, 2)
-        sigma = NOISE * torch.rand((len(clips), 1, 1, 1, 1), generator=generator)
+        images, _, _ = self.scenes.arrays(seed, self.options.pictures)
+        target = pixels(images, precision())
+        with torch.no_grad():
+            latents = self.teacher.encoder(target).float()
+        with one_picture(self.vae):
+            return self.error(latents.unsqueeze(2), target.unsqueeze(2), generator)
+
+    def error(self, latents: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        """Squared error of what the decoder draws from noisy latents [B, C, T, h, w]; its gradient
+        and that of the absolute error are left in the weights."""
+        sigma = NOISE * torch.rand((len(latents), 1, 1, 1, 1), generator=generator)
         noisy = latents + sigma * torch.randn(latents.shape, generator=generator)
         difference = drawing(self.vae, noisy.to(precision())).float() - target.float()
         mse = difference.square().mean()
         torch.autograd.backward(mse + 0.2 * difference.abs().mean())
+        return mse.detach()
+
+    def step(self) -> dict[str, float]:
+        """One update of the decoder, and on clips of the encoder at every ``options.every``-th."""
+        generator = step_generator(self.options.seed, 0, self.done)
+        if self.done < self.options.alone:
+            values = {"mse": self.pictures(generator).item()}
+            self.update("decoder")
+            self.done += 1
+            return values
+        whole = self.done % WHOLE == 0
+        keys, size = (KEYS, self.options.batch // 2) if whole else (2, self.options.batch)
+        seed = step_seed(self.options.seed, 1, self.done)
+        clips = list(self.world.clips(seed, max(1, size)))
+        count = 1 + EVERY * (keys - 1)
+        frames = np.stack([clip.shot(i)[0] for clip in clips for i in range(count)])
+        pictures = pixels(frames, precision())
+        target = pictures.reshape(len(clips), count, *pictures.shape[1:]).transpose(1, 2)
+        latents = key_latents(self.teacher, clips, keys).transpose(1, 2)
+        values = {"mse": self.error(latents, target, generator).item()}
         self.update("decoder")
-        values = {"mse": mse.item()}
         if self.done % self.options.every == 0:
             moments = self.vae._encode(target.contiguous())
             reading = F.mse_loss(moments.chunk(2, 1)[0].float(), latents)
@@ -131,9 +208,11 @@ def parser() -> argparse.ArgumentParser:
     result = training.parser(__doc__, seed=61, save=100)
     add = result.add_argument
     add("--teacher", type=Path, required=True, help="folder of the autoencoder of emoji")
-    add("--batch", type=int, default=2, help="clips of an update")
+    add("--batch", type=int, default=4, help="clips of an update, half of them where they are whole")
+    add("--pictures", type=int, default=24, help="pictures of an update without clips")
+    add("--alone", type=int, default=4_000, help="updates without clips")
     add("--rate", type=float, default=1.5e-3, help="largest learning rate")
-    add("--updates", type=int, default=6_000)
+    add("--updates", type=int, default=9_000)
     add("--every", type=int, default=4, help="updates of the decoder for one of the encoder")
     return result
 

@@ -138,7 +138,7 @@ def autoencoder(seed: int) -> AutoencoderKLWan:
             base_dim=16,
             decoder_base_dim=24,
             z_dim=CHANNELS,
-            dim_mult=[1, 2, 2],
+            dim_mult=[1, 2, 3],
             num_res_blocks=1,
             temperal_downsample=[True, True],
             latents_mean=[0.0] * CHANNELS,

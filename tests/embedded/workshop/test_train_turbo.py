@@ -151,7 +151,7 @@ def test_the_sum_stands_in_the_network_and_ranks_stay_small():
 
 def options_of(out: Path, **others: object) -> argparse.Namespace:
     options = train_turbo.parser().parse_args(
-        ["--pipeline", str(FOLDER / "emoji-2"), "--out", str(out)]
+        ["--pipeline", str(FOLDER / "emoji"), "--out", str(out)]
     )
     small = {"pairs": 3, "batch": 2, "rank": 2, "updates": 3, "save": 2, "matching": 1, "ahead": 1}
     vars(options).update(small | others)
@@ -160,7 +160,7 @@ def options_of(out: Path, **others: object) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def pipe():
-    return load("emoji-2")
+    return load("emoji")
 
 
 @pytest.fixture(scope="module")
