@@ -208,7 +208,9 @@ def parser() -> argparse.ArgumentParser:
     result = training.parser(__doc__, seed=61, save=100)
     add = result.add_argument
     add("--teacher", type=Path, required=True, help="folder of the autoencoder of emoji")
-    add("--batch", type=int, default=4, help="clips of an update, half of them where they are whole")
+    add(
+        "--batch", type=int, default=4, help="clips of an update, half of them where they are whole"
+    )
     add("--pictures", type=int, default=24, help="pictures of an update without clips")
     add("--alone", type=int, default=4_000, help="updates without clips")
     add("--rate", type=float, default=1.5e-3, help="largest learning rate")
