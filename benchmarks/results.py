@@ -99,7 +99,7 @@ def model_options(text: str, **defaults: str | int | float) -> ArgumentParser:
     from diffalign.embedded.load import pipelines
 
     parser = command_line(text, **defaults)
-    parser.add_argument("--model", default="emoji", choices=pipelines())
+    parser.add_argument("--model", default="emoji", choices=pipelines(videos=False))
     parser.add_argument("--steps", type=int, help="the model's usual number if left out")
     parser.add_argument("--scale", type=float, help="the model's best if left out")
     return parser

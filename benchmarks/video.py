@@ -1,13 +1,13 @@
 """What do a search over chunks, and techniques in each of them, buy? Whole videos and trees of
 chunks on the same sentences.
 
-    python benchmarks/video.py [--model FOLDER] [--prompts 60] [--seeds 2] [--ways NAME ...]
+    python benchmarks/video.py [--model emoji-video] [--prompts 60] [--seeds 2] [--ways NAME ...]
 
-The reward is how much of its sentence a clip shows by the boxes of ``emoji-judge``; whether the
-clip is right is also said by ``emoji-judge-audit``, which no method sees. Compute is counted in
-rows of the denoiser, each a chunk or the context of one, and in processor seconds, both up to the
-end of the search: the final call that repeats the winner is left out. Finished runs are kept in
-``--work`` and not repeated.
+The reward is ``emoji-story``, how much of its sentence a clip shows by the boxes of
+``emoji-judge``; whether the clip is right is also said by ``emoji-judge-audit``, which no method
+sees. Compute is counted in rows of the denoiser, each a chunk or the context of one, and in
+processor seconds, both up to the end of the search: the final call that repeats the winner is left
+out. Finished runs are kept in ``--work`` and not repeated.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from results import Estimate, Row, command_line, save
 from rich.progress import Progress
 
 import diffalign as da
-from diffalign.embedded.load import pipeline_in
-from diffalign.embedded.nets.video_judge import VideoJudge
+from diffalign.embedded.load import MODELS, pipeline_in
 from diffalign.embedded.workshop.score_video import CATEGORIES, sentences
 from diffalign.embedded.workshop.video_parts import LENGTH
 from diffalign.embedded.world.clips import FRAMES
 from diffalign.embedded.world.scenes import SIZE
 from diffalign.embedded.world.stories import reading
 from diffalign.eval.statistics import interval
+from diffalign.rewards.emoji_story import EmojiStory
 
 BASE = "linear search, 20"
 
@@ -86,22 +86,9 @@ COLUMNS = {
 }
 
 
-class Likeness:
-    """The reward: how much of its sentence each video [B, T, 3, H, W] shows."""
-
-    name, differentiable = "likeness", False
-
-    def __init__(self) -> None:
-        self.judge = VideoJudge(da.load("emoji-judge"))
-
-    def __call__(self, videos: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        videos = videos[:, None] if videos.ndim == 4 else videos
-        return torch.tensor(self.judge.likenesses(videos, [reading(text) for text in prompts]))
-
-
 def run(way: Way, pipe: Any, prompt: str, seed: int, options: Namespace) -> dict[str, Any]:
     """One search as data."""
-    reward = Likeness()
+    reward, audit = EmojiStory(), EmojiStory("emoji-judge-audit")
     start = time.process_time()
     spent: list[tuple[float, int]] = []
     result = da.align(
@@ -122,11 +109,10 @@ def run(way: Way, pipe: Any, prompt: str, seed: int, options: Namespace) -> dict
     )
     seconds, rows = spent[-1]
     video, story = result.tensor[None].float(), reading(prompt)
-    judges = {
-        "judge": reward.judge,
-        "audit": VideoJudge(da.load("emoji-judge-audit")),
+    right = {
+        name: judge.verdicts(video, [story])[0].right
+        for name, judge in (("judge", reward.judge), ("audit", audit.judge))
     }
-    right = {name: judge.verdicts(video, [story])[0].right for name, judge in judges.items()}
     return {"rows": rows, "seconds": seconds, "likeness": float(result.score)} | right
 
 
@@ -187,13 +173,14 @@ def row_of(
 
 def main() -> None:
     parser = command_line(__doc__, prompts=60, seeds=2, steps=10, scale=3.0, work="build/video")
-    parser.add_argument("--model", required=True, help="folder of a pipeline of clips")
+    parser.add_argument("--model", default="emoji-video", help="a name, or a folder of a pipeline")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
     if options.prompts % len(CATEGORIES) or options.prompts < 1 or options.seeds < 1:
         parser.error(f"--prompts: expected a multiple of {len(CATEGORIES)}; --seeds: at least 1")
     torch.set_num_threads(1)
-    pipe = pipeline_in(Path(options.model))
+    name = options.model
+    pipe = da.load(name) if name in MODELS else pipeline_in(Path(name))
     tags = [tag for _, tag in sentences(options.prompts // len(CATEGORIES))]
     wanted = {other for name in options.ways for other in (name, WAYS[name].beside)}
     with Progress() as bar:

@@ -228,7 +228,9 @@ def form(shelf: Shelf) -> Form:
         show_progress="hidden",
         api_visibility="private",
     )
-    fields = Form(prompt, method, reward, kernel, nfe, techniques, controls, sampling(shelf))
+    fields = Form(
+        prompt, method, reward, kernel, nfe, techniques, controls, sampling(shelf, videos=True)
+    )
     fields.sampling.follow(shelf, {}, None)
     return fields
 

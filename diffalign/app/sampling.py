@@ -89,11 +89,14 @@ def opened_of(shelf: Shelf, name: str) -> Open:
         raise refusal(error) from error
 
 
-def sampling(shelf: Shelf, steps: int | None = None, scale: float | None = None) -> Sampling:
-    """Draw the fields here; steps and scale are those of the first model, or as given."""
+def sampling(
+    shelf: Shelf, steps: int | None = None, scale: float | None = None, *, videos: bool = False
+) -> Sampling:
+    """Draw the fields here; steps and scale are those of the first model, or as given. ``videos``:
+    models that are known to make videos are offered too."""
     usual = MODELS[USUAL].defaults
     with gr.Row():
-        model = gr.Dropdown(list(shelf.names), value=USUAL, label="Model", min_width=140)
+        model = gr.Dropdown(shelf.offered(videos), value=USUAL, label="Model", min_width=140)
         seed = gr.Number(0, precision=0, minimum=0, maximum=SEED, label="Seed", min_width=110)
         dice = gr.Button("New seed", size="sm", min_width=100, scale=0, elem_classes=["beside"])
     with gr.Row():

@@ -96,12 +96,15 @@ class Entry:
     description: str
     # from the folder's path to the loaded model
     loader: Callable[[Path], object]
-    # of a pipeline: steps and guidance scale of a run that names none
+    # of a pipeline: steps and guidance scale of a run that names none, and further arguments of a
+    # call where those of its class are others
     defaults: Mapping[str, float] = field(default_factory=dict)
     # of a pipeline: the detector that judges its images
     judge: str = ""
     # of an adapter: the embedded pipeline that it changes
     base: str = ""
+    # whether a pipeline makes videos
+    videos: bool = False
 
 
 MODELS: dict[str, Entry] = {
@@ -126,6 +129,21 @@ MODELS: dict[str, Entry] = {
         pipeline_in,
         {"steps": 20, "scale": 2.5},
         "emoji-judge-2",
+    ),
+    "emoji-video": Entry(
+        "emoji-video",
+        "text to clips of 13 frames in four chunks, 64 x 64: AnyFlowFARPipeline, 10 steps a chunk",
+        pipeline_in,
+        {
+            "steps": 10,
+            "scale": 3.0,
+            "height": 64,
+            "width": 64,
+            "num_frames": 13,
+            "max_sequence_length": 24,
+        },
+        "emoji-judge",
+        videos=True,
     ),
     "emoji-judge": Entry(
         "emoji-judge",
@@ -182,12 +200,14 @@ def folder_of(name: str) -> Path:
     return FOLDER / MODELS[name].folder
 
 
-def pipelines() -> tuple[str, ...]:
-    """The embedded pipelines that are installed."""
+def pipelines(*, videos: bool = True) -> tuple[str, ...]:
+    """The embedded pipelines that are installed; ``videos``: also those that make videos."""
     return tuple(
         name
         for name, entry in MODELS.items()
-        if folder_of(name).is_dir() and (folder_of(entry.base or name) / INDEX).is_file()
+        if folder_of(name).is_dir()
+        and (folder_of(entry.base or name) / INDEX).is_file()
+        and (videos or not entry.videos)
     )
 
 

@@ -27,6 +27,8 @@ from diffalign.search.video.choice import extends
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Media = Literal["images", "videos", "continued videos"]
 """Images only, videos too, or also videos of pipelines that need a clip to begin with."""
+LENGTHS = {"num_frames", "max_sequence_length"}
+"""Arguments of a call that embedded models set beside steps, scale and size."""
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -146,7 +148,7 @@ class Blueprint:
     family: Family
     # class name
     scheduler: str
-    # steps and scale of an embedded model, and height and width where the pipeline's are others
+    # steps and scale of an embedded model, and further arguments where the pipeline's are others
     defaults: dict[str, float]
 
     @classmethod
@@ -246,7 +248,9 @@ class Blueprint:
         size = setting.size or self.size
         if size is not None:
             arguments["height"], arguments["width"] = size
-        return arguments
+        return arguments | {
+            name: int(self.defaults[name]) for name in LENGTHS & self.defaults.keys()
+        }
 
     def load(self, dtype: str, device: str) -> Pipeline:
         """The pipeline, its own progress bar off. ``dtype``: name of a torch dtype."""

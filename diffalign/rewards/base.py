@@ -124,6 +124,7 @@ REWARDS: Registry[Reward] = Registry(
             ("emoji-numbers", "emoji_readers:EmojiNumbers"),
             ("emoji-aware", "emoji_readers:EmojiAware"),
             ("emoji-failure", "failure:EmojiFailure"),
+            ("emoji-story", "emoji_story:EmojiStory"),
             ("clip", "clip_score:ClipScore"),
             ("hps-v2", "hps:HPSv2"),
             ("hps-v2-1", "hps:HPSv21"),

@@ -17,7 +17,7 @@ def folder(tmp_path):
 
 
 def test_embedded_models_are_on_the_list_and_others_where_they_are_named(folder):
-    assert Shelf().names == ("emoji", "emoji-turbo", "emoji-dit")
+    assert Shelf().names == ("emoji", "emoji-turbo", "emoji-dit", "emoji-video")
     shelf = Shelf(allow=[str(folder), "owner/name"])
     assert shelf.names[4:] == (str(folder / "mine"), "owner/name")
     assert models_in(str(folder / "mine")) == (str(folder / "mine"),)

@@ -345,7 +345,7 @@ def test_candidates_come_from_the_preset_of_the_model():
     facts |= {"scale_source": "call", "steps": 20}
     context = Context(**facts, module=pipe.unet)
     known = DynamicCFG(evaluators=("test-small",)).resolve(context)
-    assert known.candidates == (1.0, 1.25, 1.5, 2.0, 3.0)
+    assert known.candidates == (1.0, 2.0, 2.5, 3.0, 5.0)
     assert "emoji" in context.sources["candidates"]
     context = Context(**facts)
     other = DynamicCFG(evaluators=("test-small",)).resolve(context)

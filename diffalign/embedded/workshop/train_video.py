@@ -54,7 +54,7 @@ EASY: dict[str, float] = {"still": 0.35, "colour": 0.25, "moving": 0.3, "moving_
 
 BLUR = 0.3
 TOP = 0.85
-LESSON_TOP = 0.5
+LESSON_TOP = 0.7
 """Share of a lesson's noise levels above ``TOP``."""
 LESSON_KEYS = 2
 """Key pictures of a lesson's clips: what a word means shows in the first two."""
@@ -134,7 +134,7 @@ class VideoTrainer(AveragedTrainer):
         if not 0 <= place < 1:
             return []
         seed = step_seed(self.options.seed, 1, self.done)
-        late = min(1.0, max(0.0, (place - 0.6) / 0.2))
+        late = min(1.0, max(0.0, (place - 0.75) / 0.1))
         return direction_pairs.pairs(seed, self.options.pairs, 1 - 0.4 * late, 0.3 * late)
 
     def levels(
