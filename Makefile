@@ -102,3 +102,8 @@ embedded: $(READY)
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --export runs/models/emoji-evaluator
 	$(TRAIN).train_turbo --pipeline runs/models/emoji --out runs/emoji-turbo --resume
 	$(TRAIN).train_turbo --pipeline runs/models/emoji --out runs/emoji-turbo --export runs/models/emoji-turbo
+	$(TRAIN).train_video_vae --teacher runs/vae/vae --out runs/video-vae --updates 12000 --resume
+	$(TRAIN).train_video_vae --teacher runs/vae/vae --out runs/video-vae --export runs/video-vae/vae
+	$(TRAIN).train_video --teacher runs/vae/vae --out runs/emoji-video --updates 13500 --alone 2000 --decay-from 11000 --curriculum 2500 4000 \
+	  --rate 1.2e-3 --decay 0.998 --lesson 7800 11000 --pairs 12 --pictures 8 --resume
+	$(TRAIN).train_video --teacher runs/vae/vae --out runs/emoji-video --vae runs/video-vae/vae --export runs/models/emoji-video

@@ -38,7 +38,7 @@ for name, techniques in ways.items():
         images = pipe(
             prompts,
             num_inference_steps=20,
-            guidance_scale=1.5,
+            guidance_scale=3.0,
             generator=noise,
             output_type="pt",
         ).images

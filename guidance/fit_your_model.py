@@ -1,7 +1,7 @@
 """Fewer evaluations by a policy that is fitted to one model: LinearAG.
 
 A policy belongs to one model, scheduler, number of steps, scale and size. ``emoji`` ships two, for
-scale 1.5 and 20 or 50 steps, which ``da.LinearAG()`` finds. Run: python guidance/fit_your_model.py
+scale 3 and 20 or 50 steps, which ``da.LinearAG()`` finds. Run: python guidance/fit_your_model.py
 """
 
 import torch

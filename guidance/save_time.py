@@ -21,7 +21,7 @@ for name, technique in techniques.items():
         image = pipe(
             "a photo of a red apple and a green clock",
             num_inference_steps=20,
-            guidance_scale=1.5,
+            guidance_scale=3.0,
             generator=generator,
         ).images[0]
     print(session.report())

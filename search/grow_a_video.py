@@ -5,11 +5,8 @@ Run: python search/grow_a_video.py
 
 import diffalign as da
 from diffalign.drawing.video import save_gif
-from diffalign.testing import tiny_pipeline
 
-# Random weights, for a CPU and a minute: what counts here is the cost. For videos worth looking at
-# put diffusers' AnyFlowFARPipeline.from_pretrained(...) here, and its own sizes and steps below.
-pipe = tiny_pipeline("AnyFlowFARPipeline", text=True)
+pipe = da.load("emoji-video")
 pipe.set_progress_bar_config(disable=True)
 methods = {
     "linear": da.LinearSearch(6),
@@ -19,14 +16,17 @@ methods = {
 for name, method in methods.items():
     result = da.align(
         pipe,
-        "a dog moving left",
+        "a photo of a dog moving left and a red apple",
         method=method,
-        reward="frames:reward=redness",
-        judges=("flicker", "motion-smoothness"),
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        height=32,
-        width=32,
+        # what is optimised is never the judge
+        reward="emoji-story",
+        judges=("emoji-story:judge=emoji-judge-audit",),
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        num_frames=13,
+        height=64,
+        width=64,
+        max_sequence_length=24,
     )
     print(name, result)
     save_gif(result.frames, f"grow_a_video_{name}.gif")

@@ -41,7 +41,7 @@ def forms(shelf):
 def test_the_first_state_of_each_tab_is_an_order(forms):
     order = forms["compare"].order(values_of(forms["compare"]))
     assert order.columns == (("adaptive-guidance", (da.AdaptiveGuidance(),)),)
-    assert order.settings == Settings("emoji", 1.5, 20, 0)
+    assert order.settings == Settings("emoji", 3.0, 20, 0)
     assert forms["align"].order(values_of(forms["align"])).method == da.BestOfN()
     nag = forms["negative"].order(values_of(forms["negative"])).nag
     assert nag == da.NAG(negative_prompt="a photo of a red apple")

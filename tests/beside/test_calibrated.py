@@ -109,7 +109,7 @@ def test_a_fitted_policy_holds_for_the_same_model(change):
         pipe(
             "two dogs",
             num_inference_steps=20,
-            guidance_scale=1.5,
+            guidance_scale=3.0,
             generator=rng,
             output_type="latent",
         )

@@ -141,10 +141,6 @@ def folder_of_a_reader(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_of_a_page_run(page, reader):
-    if "my-videos" in page.read_text("utf-8"):
-        from diffalign.testing.tiny import tiny_pipeline
-
-        tiny_pipeline("AnyFlowFARPipeline", text=True).save_pretrained("my-videos")
     for words in commands(page):
         if "ray" in words and importlib.util.find_spec("ray") is None:
             result = CliRunner().invoke(cli.app, smaller(words)[1:])

@@ -272,8 +272,8 @@ def test_shipped_policies_are_found_and_cost_what_the_paper_says(emoji, steps, n
     """Half the steps alternate between two evaluations and one, the rest take one: 5 + 20 and 13 +
     50."""
     named, report = sample(emoji, LinearAG(policy=f"emoji-{steps}"), steps)
-    assert (report.nfe, report.resolved["linear-ag"]["scale"][0]) == (nfe, 1.5)
-    found, report = sample(emoji, LinearAG(), steps, guidance_scale=1.5)
+    assert (report.nfe, report.resolved["linear-ag"]["scale"][0]) == (nfe, 3.0)
+    found, report = sample(emoji, LinearAG(), steps, guidance_scale=3.0)
     assert report.nfe == nfe
     assert report.resolved["linear-ag"]["policy"] == (f"emoji-{steps}", "shipped")
     assert torch.equal(named, found)
@@ -284,11 +284,11 @@ def test_shipped_policies_are_found_and_cost_what_the_paper_says(emoji, steps, n
 def test_a_shipped_policy_estimates_and_does_not_only_leave_out(emoji):
     """Nearer to plain guidance than as many guided steps at the start without the estimates, and
     those nearer than none."""
-    full, _ = sample(emoji, da.CFG(1.5), 20)
+    full, _ = sample(emoji, da.CFG(3.0), 20)
     ours, _ = sample(emoji, LinearAG(policy="emoji-20"), 20)
     none, _ = sample(emoji, da.CFG(1.0), 20)
     half, _ = sample(
-        emoji, da.IntervalCFG(1.5, stop=0.25), 20
+        emoji, da.IntervalCFG(3.0, stop=0.25), 20
     )  # 25 evaluations as well: the first five steps guided
     assert (ours - full).norm() < (half - full).norm() < (none - full).norm()
 

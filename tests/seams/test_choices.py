@@ -41,7 +41,7 @@ def test_fast_is_adaptive_guidance_with_the_models_own_threshold():
         pipe(
             "a photo of a cat",
             num_inference_steps=20,
-            guidance_scale=1.5,
+            guidance_scale=3.0,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
         )

@@ -9,7 +9,9 @@ too (by the caller). In the sum of their gradients all cancels that is not about
 
 - A quarter of the pairs go two ways from one place, across and down or up: the second chunk tells
   the words apart, which is learnt within 700 updates.
-- The others go opposite ways from mirrored places: the first chunk does, which takes longer.
+- The others start apart: the first chunk does, which takes longer, since a direction leaves open
+  where along the edge. So at first they start in the middle of an edge and go through the middle,
+  and later they go opposite ways from any places that mirror each other.
 - Pairs of events are two objects whose roles in the sentence are exchanged.
 """
 
@@ -31,8 +33,8 @@ from diffalign.embedded.world.stories import (
 )
 
 OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up"}
-MIRRORED = 0.75
-"""Share of pairs that go opposite ways."""
+APART = 0.75
+"""Share of pairs that start apart."""
 HALF = (SIZE - CELL) // 2
 """An object that goes right or down starts before this corner, one that goes left or up behind."""
 
@@ -53,8 +55,15 @@ Telling = tuple[str, Story, tuple[Actor, ...]]
 """Kind, story and actors of a clip."""
 
 
-def _moving(rng: random.Random) -> list[Telling]:
-    """One object that goes two ways from one place, or opposite ways from mirrored places."""
+def _edge(word: str) -> tuple[int, int]:
+    """Where an object starts that goes through the middle from one edge towards the other."""
+    x, y = (HALF * (1 - sign) for sign in DIRECTIONS[word])
+    return x, y
+
+
+def _moving(rng: random.Random, wide: float) -> list[Telling]:
+    """One object that goes two ways from one place, or different ways from places of their own;
+    ``wide``: the probability that those are any that mirror each other, else they are edges."""
     last = SIZE - CELL
     # from the middle there is no room for a whole way
     steps = [step for step in range(0, last + 1, GRID) if step != HALF]
@@ -64,10 +73,14 @@ def _moving(rng: random.Random) -> list[Telling]:
     words = _open((x, y))
     rng.shuffle(words)
     places = [(x, y), (x, y)]
-    if rng.random() < MIRRORED:
+    apart = rng.random() < APART
+    if apart and rng.random() < wide:
         across = DIRECTIONS[words[0]][0] != 0
         words[1] = OPPOSITES[words[0]]
         places[1] = (last - x, y) if across else (x, last - y)
+    elif apart:
+        words = rng.sample(list(DIRECTIONS), 2)
+        places = [_edge(word) for word in words]
     roles = [replace(story.roles[0], motion=word) for word in words]
     return [
         (kind, replace(story, roles=(role,)), (Actor(role, place),))
@@ -85,14 +98,17 @@ def _met(rng: random.Random) -> list[Telling]:
     return [(kind, story, (first, second)), (kind, turned, actors)]
 
 
-def pairs(seed: int, count: int, plain: float, events: float = 0.0) -> list[Clip]:
+def pairs(
+    seed: int, count: int, plain: float, events: float = 0.0, wide: float = 1.0
+) -> list[Clip]:
     """``count`` pairs of clips, the clips of a pair one after the other.
 
     ``plain``: share of pairs in the plain grammar, the others are worded freely, both alike.
-    ``events``: share of pairs about the order of events. The same arguments give the same clips.
-    ValueError unless both are in [0, 1].
+    ``events``: share of pairs about the order of events. ``wide``: of those that start apart, the
+    share that starts anywhere and not in the middle of an edge. The same arguments give the same
+    clips. ValueError unless all three are in [0, 1].
     """
-    for name, share in (("plain", plain), ("events", events)):
+    for name, share in (("plain", plain), ("events", events), ("wide", wide)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}: expected a share in [0, 1], got {share}; pass e.g. 0.5")
     rng = random.Random(seed + 49_979_687)
@@ -100,7 +116,7 @@ def pairs(seed: int, count: int, plain: float, events: float = 0.0) -> list[Clip
     for _ in range(count):
         wording = rng.random() if rng.random() >= plain else None
         background = FIRST.background(rng)
-        told = _met(rng) if rng.random() < events else _moving(rng)
+        told = _met(rng) if rng.random() < events else _moving(rng, wide)
         for kind, story, actors in told:
             text = telling(story)
             if wording is not None:

@@ -15,7 +15,7 @@ Video Modeling with Next-Frame Prediction", 2025, arXiv:2503.19325): ``diffusers
 - A share ``--top`` of the levels is above ``TOP``, where it is not settled yet what is where: there
   a caption is news.
 - From ``--lesson``'s first update to its last an update has ``--pairs`` of ``direction_pairs`` as
-  well, as far as their second key picture: without them all directions stay one word.
+  well: without them all directions stay one word.
 
 One process, one thread, products in ``precision()``.
 """
@@ -56,8 +56,9 @@ BLUR = 0.3
 TOP = 0.85
 LESSON_TOP = 0.7
 """Share of a lesson's noise levels above ``TOP``."""
-LESSON_KEYS = 2
-"""Key pictures of a lesson's clips: what a word means shows in the first two."""
+SECOND = 4
+"""Every so many-th update a lesson's clips go as far as their second key picture, else they are
+first pictures: what a word means shows in these two, and the second one is learnt sooner."""
 
 
 def curriculum(share: float) -> dict[str, float]:
@@ -127,15 +128,15 @@ class VideoTrainer(AveragedTrainer):
         return ids
 
     def lesson(self) -> list[Clip]:
-        """The next step's pairs of clips: in the plain grammar at first, later as in the world, and
-        then with events too; none outside ``options.lesson``."""
+        """The next step's pairs of clips: in the plain grammar and from the edges at first, later as
+        in the world and with events too; none outside ``options.lesson``."""
         first, last = self.options.lesson
         place = (self.done - first) / max(1, last - first)
         if not 0 <= place < 1:
             return []
         seed = step_seed(self.options.seed, 1, self.done)
         late = min(1.0, max(0.0, (place - 0.75) / 0.1))
-        return direction_pairs.pairs(seed, self.options.pairs, 1 - 0.4 * late, 0.3 * late)
+        return direction_pairs.pairs(seed, self.options.pairs, 1 - 0.4 * late, 0.3 * late, late)
 
     def levels(
         self, size: int, chunks: int, generator: torch.Generator, top: float | None = None
@@ -196,7 +197,8 @@ class VideoTrainer(AveragedTrainer):
             latents = key_latents(self.teacher, clips[films:], count=1)
             parts.append(self.errors(latents, ids[films:], generator))
         if pairs := self.lesson():
-            latents = key_latents(self.teacher, pairs, count=LESSON_KEYS)
+            keys = 1 if self.done % SECOND else 2
+            latents = key_latents(self.teacher, pairs, count=keys)
             ids = self.ids([clip.caption for clip in pairs])
             parts.append(self.errors(latents, ids, generator, paired=True))
         total = torch.cat([errors.flatten() for errors, _ in parts])
@@ -209,7 +211,7 @@ class VideoTrainer(AveragedTrainer):
         if films:
             result["later"] = float(parts[0][0].detach()[:, 1:].mean())
         if pairs:
-            result["lesson"] = float(parts[-1][0].detach()[:, 1].mean())
+            result[f"lesson{keys}"] = float(parts[-1][0].detach()[:, -1].mean())
         if len(high):
             result["top"] = float(high.mean())
         return result

@@ -1,5 +1,5 @@
 """Train the autoencoder of ``emoji-video``: ``python -m diffalign.embedded.workshop.train_video_vae
---out FOLDER --teacher FOLDER [--resume] [--export FOLDER]``.
+--out FOLDER --teacher FOLDER [--resume] [--export FOLDER] [--from FOLDER --parts encoder]``.
 
 A diffusers ``AutoencoderKLWan``, 13 x 64 x 64 pixels to 4 x 8 x 8 latents. Its latent is not learnt
 here: that of a key picture is what the teacher, the autoencoder of ``emoji``, makes of it. So the
@@ -8,10 +8,12 @@ four latents, with Gaussian noise of up to ``NOISE`` deviations, and so learns h
 one key picture to the next; the encoder reads the latents from the pictures. Both are trained in
 one run and do not touch each other.
 
-For the first ``--alone`` updates the decoder draws single pictures: what a glyph looks like is the
-hard part, and a picture costs a twentieth of a clip. It starts as one that shows every key picture
-four times, so the clips that follow have only the ways between them to teach. Most clips end with
-their second key picture. One process, one thread, products in ``precision()``.
+Both begin as ones that look at key pictures alone: the encoder leaves the others out, the decoder
+shows each key picture four times. For the first ``--alone`` updates they learn from single
+pictures: what a glyph looks like is the hard part, and a picture costs a twentieth of a clip. Then
+the encoder is done, since a latent is that of its key picture, and the decoder has only the ways
+between key pictures to learn. Most clips end with their second key picture. One process, one
+thread, products in ``precision()``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderTiny
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    unpatchify,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +53,7 @@ MIX = {"still": 0.05, "colour": 0.15, "moving": 0.2, "moving_coloured": 0.25, "m
 """Mostly motion, much of it coloured."""
 PICTURES = {"three": 0.4, "two_coloured": 0.25, "two": 0.15, "colour": 0.2}
 """Scenes of single pictures."""
+PARTS = ("decoder", "encoder")
 WHOLE = 4
 """Every so many-th update on clips shows them to their end, the others to the second key picture.
 """
@@ -93,24 +100,23 @@ def drawing(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def repeat_pictures(vae: AutoencoderKLWan) -> None:
-    """Make the decoder one that looks at no earlier picture: convolutions along time are zero but
-    for their last slice, and pictures between two key pictures are the second one."""
-    for module in vae.decoder.modules():
+def look_at_key_pictures(vae: AutoencoderKLWan) -> None:
+    """Make it one that looks at no earlier picture: convolutions along time are zero but for their
+    last slice. The encoder leaves out all but the key pictures; of the decoder, pictures between
+    two of them are the second one."""
+    for module in vae.modules():
         if isinstance(module, WanCausalConv3d):
             module.weight[:, :, :-1] = 0
-    for block in vae.decoder.up_blocks:
-        for resample in block.upsamplers or ():
-            if hasattr(resample, "time_conv"):
-                weight = resample.time_conv.weight
-                identity = torch.eye(weight.shape[1], dtype=weight.dtype)
-                weight[:, :, -1, 0, 0] = torch.cat([identity, identity])
-                resample.time_conv.bias.zero_()
+        if isinstance(module, WanResample) and hasattr(module, "time_conv"):
+            weight = module.time_conv.weight
+            identity = torch.eye(weight.shape[1], dtype=weight.dtype)
+            weight[:, :, -1, 0, 0] = identity.repeat(len(weight) // weight.shape[1], 1)
+            module.time_conv.bias.zero_()
 
 
 @contextmanager
 def one_picture(vae: AutoencoderKLWan) -> Iterator[None]:
-    """Within, the decoder draws first pictures only: its convolutions use the last slice of their
+    """Within, first pictures only are read and drawn: convolutions use the last slice of their
     weights, since behind it there would be zeros. The same to rounding, at a third of the cost."""
 
     def flat(module: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -118,11 +124,7 @@ def one_picture(vae: AutoencoderKLWan) -> Iterator[None]:
         padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
         return F.conv2d(x[:, :, 0], weight, module.bias, padding=padding).unsqueeze(2)
 
-    modules = [
-        part
-        for part in (vae.post_quant_conv, *vae.decoder.modules())
-        if isinstance(part, WanCausalConv3d)
-    ]
+    modules = [part for part in vae.modules() if isinstance(part, WanCausalConv3d)]
     for module in modules:
         module.forward = flat.__get__(module)
     try:
@@ -137,7 +139,9 @@ class VideoVaeTrainer(PartsTrainer):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.vae = video_parts.autoencoder(options.seed)
-        repeat_pictures(self.vae)
+        look_at_key_pictures(self.vae)
+        if options.source is not None:
+            self._take(AutoencoderKLWan.from_pretrained(options.source), options.parts)
         self.teacher = teacher(options.teacher)
         vae = self.vae
         vae.quant_conv.requires_grad_(False)
@@ -145,19 +149,40 @@ class VideoVaeTrainer(PartsTrainer):
         parts = {
             name: FlatAdam(part, betas=(0.9, 0.95), decay=0.0) for name, part in modules.items()
         }
+        if options.parts == ["encoder"] and options.alone < options.updates:
+            raise ValueError(
+                "parts: an encoder learns from pictures alone; expected --alone of at least "
+                f"--updates, {options.updates}, got {options.alone}"
+            )
         vae.quant_conv.to(precision())
         super().__init__(options, parts, hold=0.7, longest=0.998)
         self.world, self.scenes = ClipWorld(dict(MIX)), World(dict(PICTURES))
 
-    def pictures(self, generator: torch.Generator) -> Tensor:
-        """The decoder's error on single pictures."""
+    def _take(self, vae: AutoencoderKLWan, learning: list[str]) -> None:
+        """Give the parts that are not to learn the weights of ``vae``."""
+        kept = [part for part in PARTS if part not in learning]
+        for name in kept + ["post_quant_conv"] * ("decoder" in kept):
+            self.vae.get_submodule(name).load_state_dict(vae.get_submodule(name).state_dict())
+
+    def pictures(self, generator: torch.Generator) -> dict[str, float]:
+        """Updates on single pictures; returns the errors."""
         seed = step_seed(self.options.seed, 0, self.done)
         images, _, _ = self.scenes.arrays(seed, self.options.pictures)
         target = pixels(images, precision())
+        values = {}
         with torch.no_grad():
-            latents = self.teacher.encoder(target).float()
+            latents = self.teacher.encoder(target).float().unsqueeze(2)
         with one_picture(self.vae):
-            return self.error(latents.unsqueeze(2), target.unsqueeze(2), generator)
+            if "decoder" in self.options.parts:
+                values["mse"] = self.error(latents, target.unsqueeze(2), generator).item()
+                self.update("decoder")
+            if "encoder" in self.options.parts:
+                moments = self.vae._encode(target.unsqueeze(2))
+                reading = F.mse_loss(moments.chunk(2, 1)[0].float(), latents)
+                torch.autograd.backward(reading)
+                self.update("encoder")
+                values["reading"] = reading.item()
+        return values
 
     def error(self, latents: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Squared error of what the decoder draws from noisy latents [B, C, T, h, w]; its gradient
@@ -170,11 +195,10 @@ class VideoVaeTrainer(PartsTrainer):
         return mse.detach()
 
     def step(self) -> dict[str, float]:
-        """One update of the decoder, and on clips of the encoder at every ``options.every``-th."""
+        """One update on pictures, or later one of the decoder on clips."""
         generator = step_generator(self.options.seed, 0, self.done)
         if self.done < self.options.alone:
-            values = {"mse": self.pictures(generator).item()}
-            self.update("decoder")
+            values = self.pictures(generator)
             self.done += 1
             return values
         whole = self.done % WHOLE == 0
@@ -188,12 +212,6 @@ class VideoVaeTrainer(PartsTrainer):
         latents = key_latents(self.teacher, clips, keys).transpose(1, 2)
         values = {"mse": self.error(latents, target, generator).item()}
         self.update("decoder")
-        if self.done % self.options.every == 0:
-            moments = self.vae._encode(target.contiguous())
-            reading = F.mse_loss(moments.chunk(2, 1)[0].float(), latents)
-            torch.autograd.backward(reading)
-            self.update("encoder")
-            values["reading"] = reading.item()
         self.done += 1
         return values
 
@@ -214,8 +232,11 @@ def parser() -> argparse.ArgumentParser:
     add("--pictures", type=int, default=24, help="pictures of an update without clips")
     add("--alone", type=int, default=4_000, help="updates without clips")
     add("--rate", type=float, default=1.5e-3, help="largest learning rate")
-    add("--updates", type=int, default=9_000)
-    add("--every", type=int, default=4, help="updates of the decoder for one of the encoder")
+    add("--updates", type=int, default=12_000)
+    add(
+        "--from", dest="source", type=Path, help="autoencoder that the parts not named are taken of"
+    )
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is to learn")
     return result
 
 
