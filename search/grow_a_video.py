@@ -21,7 +21,7 @@ for name, method in methods.items():
         # what is optimised is never the judge
         reward="emoji-story",
         judges=("emoji-story:judge=emoji-judge-audit",),
-        num_inference_steps=10,
+        num_inference_steps=6,
         guidance_scale=3.0,
         num_frames=13,
         height=64,

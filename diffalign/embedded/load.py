@@ -132,10 +132,10 @@ MODELS: dict[str, Entry] = {
     ),
     "emoji-video": Entry(
         "emoji-video",
-        "text to clips of 13 frames in four chunks, 64 x 64: AnyFlowFARPipeline, 10 steps a chunk",
+        "text to clips of 13 frames in four chunks, 64 x 64: AnyFlowFARPipeline, 6 steps a chunk",
         pipeline_in,
         {
-            "steps": 10,
+            "steps": 6,
             "scale": 3.0,
             "height": 64,
             "width": 64,
