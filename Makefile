@@ -98,7 +98,7 @@ embedded: $(READY)
 	  --pairs 24 --spoilt 8 --groups 6 --updates 4100 --vae-updates 1500 --sample-updates 250 --drill-updates 1000 --last-updates 300 --resume
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --export runs/models/emoji-clip
 	$(TRAIN).trajectories --pipeline runs/models/emoji --out runs/evaluator/train.pt
-	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --trajectories runs/evaluator/train.pt --resume
+	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --trajectories runs/evaluator/train.pt --updates 2000 --from 700 --resume
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --export runs/models/emoji-evaluator
 	$(TRAIN).train_turbo --pipeline runs/models/emoji --out runs/emoji-turbo --resume
 	$(TRAIN).train_turbo --pipeline runs/models/emoji --out runs/emoji-turbo --export runs/models/emoji-turbo
