@@ -27,8 +27,6 @@ from diffalign.search.video.choice import extends
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Media = Literal["images", "videos", "continued videos"]
 """Images only, videos too, or also videos of pipelines that need a clip to begin with."""
-LENGTHS = {"num_frames", "max_sequence_length"}
-"""Arguments of a call that embedded models set beside steps, scale and size."""
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -221,12 +219,6 @@ class Blueprint:
                     option, f"{self.cls.__name__} takes no {argument}; leave the option out."
                 )
 
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width of an embedded model whose pipeline does not know them."""
-        sides = self.defaults.get("height"), self.defaults.get("width")
-        return (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
-
     def default(self, option: str, argument: str) -> Any:
         """The model's own value of an option, which the pipeline calls ``argument``."""
         return self.defaults.get(option) or self.parameters[argument].default
@@ -245,12 +237,11 @@ class Blueprint:
             arguments["negative_prompt"] = setting.negative_prompt
         elif self.family.needs_negative and self.scale(scale) != 1.0:
             arguments["negative_prompt"] = ""
-        size = setting.size or self.size
-        if size is not None:
-            arguments["height"], arguments["width"] = size
-        return arguments | {
-            name: int(self.defaults[name]) for name in LENGTHS & self.defaults.keys()
-        }
+        known = self.defaults.items()
+        arguments |= {key: int(value) for key, value in known if key not in ("steps", "scale")}
+        if setting.size is not None:
+            arguments["height"], arguments["width"] = setting.size
+        return arguments
 
     def load(self, dtype: str, device: str) -> Pipeline:
         """The pipeline, its own progress bar off. ``dtype``: name of a torch dtype."""

@@ -165,8 +165,8 @@ def test_embedded_defaults(run, emoji, tmp_path):
     assert (data["model"], data["steps"], data["scale"], data["columns"][0]["label"]) == (
         "emoji",
         20,
-        1.5,
-        "CFG 1.5",
+        3.0,
+        "CFG 3",
     )
 
 

@@ -1,5 +1,5 @@
-"""The shipped model of clips: plain diffusers runs it, it shows what is asked, and it goes on from a
-clip that its own encoder reads."""
+"""The shipped model of clips: plain diffusers runs it, it shows what is asked, and it goes on from
+a clip that its own encoder reads."""
 
 from typing import Any
 

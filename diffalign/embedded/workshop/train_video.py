@@ -128,8 +128,8 @@ class VideoTrainer(AveragedTrainer):
         return ids
 
     def lesson(self) -> list[Clip]:
-        """The next step's pairs of clips: in the plain grammar and from the edges at first, later as
-        in the world and with events too; none outside ``options.lesson``."""
+        """The next step's pairs of clips: plain sentences and starts at edges at first, later as in
+        the world and with events too; none outside ``options.lesson``."""
         first, last = self.options.lesson
         place = (self.done - first) / max(1, last - first)
         if not 0 <= place < 1:
