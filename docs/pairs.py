@@ -80,8 +80,8 @@ def pairs() -> list[Pair]:
         plain_and(
             "The same image for less",
             "a photo of an apple and a banana",
-            4,
-            1.5,
+            1,
+            3.0,
             ("plain guidance", "LinearAG"),
             da.LinearAG(),
         ),

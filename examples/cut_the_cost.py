@@ -7,7 +7,7 @@ evaluations by a combination of earlier ones, which was fitted to this model.
 It prints:
 
     plain guidance: 40 evaluations per image, 5 of 8 right
-    AdaptiveGuidance: 29 evaluations per image, 5 of 8 right
+    AdaptiveGuidance: 25.75 evaluations per image, 5 of 8 right
     LinearAG: 25 evaluations per image, 5 of 8 right
 """
 

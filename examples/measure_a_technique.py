@@ -6,9 +6,9 @@ few: the interval says how little they tell. For a claim leave ``--limit`` out.
 
 It prints:
 
-    emoji: adaptive-guidance: 0.833 right, 29.875 evaluations per image
-    emoji: plain: 0.833 right, 40 evaluations per image
-    difference +0.000, 95% interval from +0.000 to +0.000
+    emoji: adaptive-guidance: 0.667 right, 26.25 evaluations per image
+    emoji: plain: 0.583 right, 40 evaluations per image
+    difference +0.083, 95% interval from +0.000 to +0.167
 """
 
 import json

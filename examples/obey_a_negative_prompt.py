@@ -8,7 +8,7 @@ It prints:
 
     the pipeline, scale 1: 20 evaluations per image, 0 of 12 obeyed
     its guidance, scale 3: 40 evaluations per image, 4 of 12 obeyed
-    NAG, scale 1: 20 evaluations per image, 4 of 12 obeyed
+    NAG, scale 1: 20 evaluations per image, 3 of 12 obeyed
 """
 
 import torch

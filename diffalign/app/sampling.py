@@ -96,7 +96,7 @@ def sampling(
     models that are known to make videos are offered too."""
     usual = MODELS[USUAL].defaults
     with gr.Row():
-        model = gr.Dropdown(shelf.offered(videos), value=USUAL, label="Model", min_width=140)
+        model = gr.Dropdown(shelf.offered(videos=videos), value=USUAL, label="Model", min_width=140)
         seed = gr.Number(0, precision=0, minimum=0, maximum=SEED, label="Seed", min_width=110)
         dice = gr.Button("New seed", size="sm", min_width=100, scale=0, elem_classes=["beside"])
     with gr.Row():

@@ -132,7 +132,7 @@ class Shelf:
         self._open: OrderedDict[str, Open] = OrderedDict()
         self._lock = threading.Lock()
 
-    def offered(self, videos: bool) -> list[str]:
+    def offered(self, *, videos: bool) -> list[str]:
         """The names of a tab; one of images leaves out what is known to make videos."""
         hidden = {name for name, entry in MODELS.items() if entry.videos and not videos}
         return [name for name in self.names if name not in hidden]

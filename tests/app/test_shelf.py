@@ -23,6 +23,12 @@ def test_embedded_models_are_on_the_list_and_others_where_they_are_named(folder)
     assert models_in(str(folder / "mine")) == (str(folder / "mine"),)
 
 
+def test_tabs_of_images_do_not_offer_a_model_of_videos():
+    shelf = Shelf(allow=["owner/name"])
+    assert shelf.offered(videos=True) == list(shelf.names)
+    assert shelf.offered(videos=False) == [n for n in shelf.names if n != "emoji-video"]
+
+
 @pytest.mark.parametrize("entry", ["nothing", "a/b/c", "/no/such/folder"])
 def test_an_entry_is_a_folder_or_a_hub_id(entry):
     with pytest.raises(ValueError, match="no folder here and no hub id"):

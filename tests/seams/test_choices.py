@@ -46,7 +46,7 @@ def test_fast_is_adaptive_guidance_with_the_models_own_threshold():
             output_type="latent",
         )
     resolved = session.report().resolved["adaptive-guidance"]
-    assert (resolved["space"][0], resolved["threshold"][0]) == ("x0", 0.96)
+    assert (resolved["space"][0], resolved["threshold"][0]) == ("x0", 0.95)
     assert "benchmarks/adaptive.py" in resolved["threshold"][1]
     assert 21 <= session.report().nfe < 40
 
