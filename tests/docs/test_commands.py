@@ -1,7 +1,6 @@
 """Every command of every page runs, in an empty folder, after those that stand above it; smaller,
 where a page asks for much."""
 
-import importlib
 import importlib.util
 import json
 import re
@@ -99,22 +98,12 @@ def make(words):
     subprocess.run([*words, "-n", "-C", str(ROOT)], check=True, stdout=subprocess.DEVNULL)
 
 
-def module(words):
-    """A training takes hours: here its options are read, and what its files are is looked up."""
-    assert words[1] == "-m"
-    options = importlib.import_module(words[2]).parser().parse_args(words[3:])
-    for value in vars(options).values():
-        if isinstance(value, Path) and value != options.out:
-            assert (ROOT / value).is_dir(), value
-
-
 PROGRAMS = {
     "diffalign": diffalign,
     "torchrun": in_processes,
     "accelerate": in_processes,
     "pip": install,
     "make": make,
-    "python": module,
 }
 
 
