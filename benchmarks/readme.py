@@ -238,7 +238,15 @@ def pruning() -> str:
 
 def catalogue() -> str:
     """The table of ``guidance/README.md``: every technique of guidance and attention."""
-    heads = ["technique", "paper", "cost", "score against best CFG", "NFE", "on `emoji`, first revision", "test"]
+    heads = [
+        "technique",
+        "paper",
+        "cost",
+        "score against best CFG",
+        "NFE",
+        "on `emoji`, first revision",
+        "test",
+    ]
     return table(heads, [row_of(name) for name in listed("guidance")])
 
 
