@@ -73,6 +73,8 @@ SHOWS = {
     "seg": Show("da.SEG()"),
     "auto-guidance": Show(
         'da.AutoGuidance(weak=da.load("emoji").unet)',
+        1.0,
+        "emoji-turbo",
         note="No weaker version of a model ships; the call shows the form only.",
     ),
     "nag": Show(

@@ -46,11 +46,12 @@ def quiet() -> Iterator[None]:
 
 
 def pipeline_in(folder: Path) -> Pipeline:
-    """The pipeline of a folder in fp32 on the CPU, of the class that its index names."""
+    """The pipeline of a folder in fp32 on the CPU, of the class that its index names. The global
+    generator stays as it was, though AnyFlow-FAR's denoiser draws from it when it is made."""
     import torch
     from diffusers import DiffusionPipeline
 
-    with quiet():
+    with quiet(), torch.random.fork_rng(devices=[]):
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

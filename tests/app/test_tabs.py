@@ -317,8 +317,8 @@ def test_an_evaluation_its_python_and_its_commands_agree(evaluation, shelf, run,
     files = [place / name / "results.json" for name in ("evaluated/report", "outputs/report")]
     one, other = (json.loads(file.read_text())["results"] for file in files)
     assert one == other
-    means = [f"{result['mean_of_tags']['mean']:.3f}" for result in one.values()]
-    assert [row[1] for row in finding.rows] == means
+    means = {name: f"{result['mean_of_tags']['mean']:.3f}" for name, result in one.items()}
+    assert {row[0]: row[1] for row in finding.rows} == means
 
 
 def test_a_stopped_evaluation_ends_within_a_run_of_the_model(evaluation, shelf, run):

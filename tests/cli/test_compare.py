@@ -196,7 +196,7 @@ def test_demo_runs_one_official_prompt_of_each_category(emoji, run, tmp_path):
     data = json.loads(result.stdout)
     official = {entry["prompt"]: entry["tag"] for entry in prompts()}
     assert [official[i["prompt"]] for i in data["images"]] == 2 * list(TAGS)
-    assert [c["label"] for c in data["columns"]] == ["CFG 1.5", "adaptive-guidance"]
+    assert [c["label"] for c in data["columns"]] == ["CFG 3", "adaptive-guidance"]
     assert data["steps"] == 20
     assert all(c["judged"] == 6 for c in data["columns"])
     assert (tmp_path / "compare.png").exists()
