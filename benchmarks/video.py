@@ -60,6 +60,7 @@ WAYS: dict[str, Way] = {
     "tree 6-2-1, keep 2": Way("tree-of-frames:branch=(6,2,1),keep=(2),splitter=whole"),
     "tree 6-3-3-3, keep 2": Way("tree-of-frames:branch=(6,3),keep=(2),splitter=whole"),
     "tree 12-2-1, keep 3": Way("tree-of-frames:branch=(12,2,1),keep=(3),splitter=whole"),
+    "tree 12-1, keep 6-3": Way("tree-of-frames:branch=(12,1),keep=(6,3),splitter=whole"),
     "drafts of 10": Way('draft-commit:inner="linear-search:n=10",steps=3,commits=2'),
     "find, 20": Way("find:iterations=4,batch=4,draws=4,rate=0.05"),
     "no guidance": Way(scale=1.0, beside="one sample"),
