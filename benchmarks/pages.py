@@ -271,13 +271,16 @@ def video(result: Result) -> str:
 
 def _tree_note(row: Row) -> str:
     """Whether a tree keeps the score of linear search at a third of its rows, half its seconds."""
-    difference, name = row["to beside"], row["method"]
-    score = "reaches" if difference.value >= 0 else "does not reach"
+    name = row["method"]
+    score, right = (
+        "reaches" if row[column].value >= 0 else "does not reach"
+        for column in ("to beside", "audit to beside")
+    )
     rows = "at most" if row["share of rows"] <= 1 / 3 else "more than"
     seconds = "at most" if row["share of seconds"] <= 1 / 2 else "more than"
     return (
-        f"{name}: {score} the mean likeness of linear search with 20, with {rows} a third of its "
-        f"rows and {seconds} half of its seconds."
+        f"{name}: {score} the mean likeness of linear search with 20 and {right} its share of right "
+        f"clips by the audit judge, with {rows} a third of its rows and {seconds} half of its seconds."
     )
 
 
