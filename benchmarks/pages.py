@@ -279,8 +279,9 @@ def _tree_note(row: Row) -> str:
     rows = "at most" if row["share of rows"] <= 1 / 3 else "more than"
     seconds = "at most" if row["share of seconds"] <= 1 / 2 else "more than"
     return (
-        f"{name}: {score} the mean likeness of linear search with 20 and {right} its share of right "
-        f"clips by the audit judge, with {rows} a third of its rows and {seconds} half of its seconds."
+        f"{name}: {score} the mean likeness of linear search with 20 and {right} its share of "
+        f"right clips by the audit judge, with {rows} a third of its rows and {seconds} half of "
+        "its seconds."
     )
 
 

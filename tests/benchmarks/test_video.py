@@ -58,9 +58,9 @@ def test_the_page_says_what_the_rows_do(video):
     text = page(Result(rows, video.COLUMNS, {"prompts": 2}, options, where))
     assert "# Videos of emoji-video: 2 sentences x 2, 10 steps a chunk, scale 3" in text
     assert (
-        "tree 6-2-1, keep 2: does not reach the mean likeness of linear search with 20 and does not "
-        "reach its share of right clips by the audit judge, with at most a third of its rows and at "
-        "most half of its seconds." in text
+        "tree 6-2-1, keep 2: does not reach the mean likeness of linear search with 20 and does "
+        "not reach its share of right clips by the audit judge, with at most a third of its rows "
+        "and at most half of its seconds." in text
     )
 
 
