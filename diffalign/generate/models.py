@@ -237,8 +237,8 @@ class Blueprint:
             arguments["negative_prompt"] = setting.negative_prompt
         elif self.family.needs_negative and self.scale(scale) != 1.0:
             arguments["negative_prompt"] = ""
-        known = self.defaults.items()
-        arguments |= {key: int(value) for key, value in known if key not in ("steps", "scale")}
+        usual = self.defaults.items()
+        arguments |= {key: int(value) for key, value in usual if key not in ("steps", "scale")}
         if setting.size is not None:
             arguments["height"], arguments["width"] = setting.size
         return arguments

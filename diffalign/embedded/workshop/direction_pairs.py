@@ -93,9 +93,9 @@ def _met(rng: random.Random) -> list[Telling]:
     kind = rng.choice(EVENTS)
     story = drawn(rng, kind)
     first, second = staged(rng, story)
-    turned = replace(story, roles=story.roles[::-1])
+    reverse = replace(story, roles=story.roles[::-1])
     actors = (replace(first, role=second.role), replace(second, role=first.role))
-    return [(kind, story, (first, second)), (kind, turned, actors)]
+    return [(kind, story, (first, second)), (kind, reverse, actors)]
 
 
 def pairs(
@@ -116,8 +116,8 @@ def pairs(
     for _ in range(count):
         wording = rng.random() if rng.random() >= plain else None
         background = FIRST.background(rng)
-        told = _met(rng) if rng.random() < events else _moving(rng, wide)
-        for kind, story, actors in told:
+        pair = _met(rng) if rng.random() < events else _moving(rng, wide)
+        for kind, story, actors in pair:
             text = telling(story)
             if wording is not None:
                 text = retelling(random.Random(wording), story)

@@ -160,8 +160,8 @@ class VideoVaeTrainer(PartsTrainer):
 
     def _take(self, vae: AutoencoderKLWan, learning: list[str]) -> None:
         """Give the parts that are not to learn the weights of ``vae``."""
-        kept = [part for part in PARTS if part not in learning]
-        for name in kept + ["post_quant_conv"] * ("decoder" in kept):
+        others = [part for part in PARTS if part not in learning]
+        for name in others + ["post_quant_conv"] * ("decoder" in others):
             self.vae.get_submodule(name).load_state_dict(vae.get_submodule(name).state_dict())
 
     def pictures(self, generator: torch.Generator) -> dict[str, float]:

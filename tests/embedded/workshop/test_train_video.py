@@ -2,6 +2,7 @@
 captions lose one fact, runs resume to the bit, and plain diffusers runs the folder."""
 
 import random
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -216,7 +217,7 @@ def test_captions_are_noisy_and_clips_are_not(clips: list[Clip]) -> None:
     assert 130 <= faults <= 220
 
 
-def options(tmp_path: Path, *arguments: str) -> object:
+def options(tmp_path: Path, *arguments: str) -> Namespace:
     small = ["--width", "32", "--layers", "1", "--batch", "2", "--pictures", "1", "--alone", "1"]
     places = ["--out", str(tmp_path), "--teacher", str(TEACHER)]
     return train_video.parser().parse_args([*places, *small, *arguments])
@@ -224,11 +225,11 @@ def options(tmp_path: Path, *arguments: str) -> object:
 
 @pytest.mark.slow
 def test_resume_repeats_the_bits(tmp_path: Path) -> None:
-    straight, first = (VideoTrainer(options(tmp_path)) for _ in range(2))  # type: ignore[arg-type]
+    straight, first = (VideoTrainer(options(tmp_path)) for _ in range(2))
     values = [straight.step() for _ in range(4)]
     for _ in range(2):
         first.step()
-    second = VideoTrainer(options(tmp_path))  # type: ignore[arg-type]
+    second = VideoTrainer(options(tmp_path))
     second.load(first.state())
     assert [second.step() for _ in range(2)] == values[2:]
 
@@ -240,8 +241,8 @@ def test_a_run_begins_with_the_weights_of_a_folder(
     video_parts.save(pipe, tmp_path / "pipe")
     arguments = ("--width", "32", "--layers", "2", "--from", str(tmp_path / "pipe"), "--done", "7")
     with pytest.raises(ValueError, match="done: expected --from beside it, got 7 alone"):
-        VideoTrainer(options(tmp_path, "--done", "7"))  # type: ignore[arg-type]
-    run = VideoTrainer(options(tmp_path, *arguments))  # type: ignore[arg-type]
+        VideoTrainer(options(tmp_path, "--done", "7"))
+    run = VideoTrainer(options(tmp_path, *arguments))
     assert run.done == 7
     for mine, theirs in ((run.model, pipe.transformer), (run.text, pipe.text_encoder)):
         for (name, ours), other in zip(
@@ -252,12 +253,12 @@ def test_a_run_begins_with_the_weights_of_a_folder(
 
 def test_plain_diffusers_runs_the_folder(tmp_path: Path) -> None:
     """Trained, saved, loaded without our code: 13 frames, and chunk by chunk the same."""
-    run = VideoTrainer(options(tmp_path))  # type: ignore[arg-type]
+    run = VideoTrainer(options(tmp_path))
     run.step()
     save_state(tmp_path / "state.pt", {"trainer": run.state(), "seconds": 1.0})
     video_parts.autoencoder(4).save_pretrained(tmp_path / "vae")
     settings = options(tmp_path, "--vae", str(tmp_path / "vae"))
-    made = train_video.export(settings, tmp_path / "model")  # type: ignore[arg-type]
+    made = train_video.export(settings, tmp_path / "model")
     pipe = AnyFlowFARPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
     for ours, theirs in zip(
@@ -287,12 +288,12 @@ def test_plain_diffusers_runs_the_folder(tmp_path: Path) -> None:
 
 def test_an_update_needs_clips_and_pictures(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch, pictures: expected at least 1 of each, got 2 and"):
-        VideoTrainer(options(tmp_path, "--pictures", "0"))  # type: ignore[arg-type]
+        VideoTrainer(options(tmp_path, "--pictures", "0"))
 
 
 def test_export_needs_a_state(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state: expected a training state at"):
-        train_video.export(options(tmp_path), None)  # type: ignore[arg-type]
+        train_video.export(options(tmp_path), None)
 
 
 def vae_trainer(tmp_path: Path) -> VideoVaeTrainer:
@@ -435,7 +436,7 @@ def test_shares_of_a_lesson_are_checked(share: float) -> None:
 
 @pytest.mark.slow
 def test_a_lesson_shares_noise_within_its_pairs(tmp_path: Path) -> None:
-    run = VideoTrainer(options(tmp_path, "--lesson", "0", "1", "--pairs", "2"))  # type: ignore[arg-type]
+    run = VideoTrainer(options(tmp_path, "--lesson", "0", "1", "--pairs", "2"))
     latents = torch.zeros(4, 2, 16, 8, 8)
     ids = run.ids(["a photo of a dog moving left"] * 4)
     generator = torch.Generator().manual_seed(2)
@@ -505,7 +506,7 @@ def test_the_curriculum_ends_in_the_mixture_of_the_world() -> None:
 
 
 def test_levels_are_stratified_and_a_quarter_is_high(tmp_path: Path) -> None:
-    run = VideoTrainer(options(tmp_path))  # type: ignore[arg-type]
+    run = VideoTrainer(options(tmp_path))
     levels = run.levels(16, 4, torch.Generator().manual_seed(1))
     assert levels.shape == (16, 4)
     assert bool((levels > 0).all() & (levels < 1).all())
