@@ -1,13 +1,16 @@
 """Does a guidance weight chosen per image and step beat a fixed one? Candidates chosen on 100
 prompts, confirmed on the evidence set.
 
-    python benchmarks/dynamic.py [--runs-folder runs/evidence] [--scale 1.5]
+    python benchmarks/dynamic.py [--model emoji] [--runs-folder runs/evidence] [--scale 3]
 
-DynamicCFG with the latent evaluator ("emoji-alignment") and with emoji-clip through the decoder,
-beside CFG at the best fixed scale. Quality: GenEval's verdict by emoji-judge, which neither
-evaluator has seen; differences are paired by prompt and seed with a 95% bootstrap interval. Cost:
-seconds of processor time against CFG, paired, 16 images a call. Everything is resumable: finished
-prompts are read from the folder. The plot shows which weights were chosen at each step.
+DynamicCFG with the evaluator of latents ("emoji-alignment"), with emoji-clip through the decoder,
+with one of fidelity, and with all three, beside CFG at the best fixed scale and beside CFG at the
+mean of its own choices. Nobody has rated pictures of this world, so emoji-clip, which prefers whole
+pictures to spoilt ones as well, stands for preference. Quality: GenEval's verdict by emoji-judge,
+which no evaluator has seen; differences are paired by prompt and seed with a 95% bootstrap
+interval. Cost: seconds of processor time against CFG, paired, 16 images a call. Everything is
+resumable: finished prompts are read from the folder. The plot shows which weights the evaluator of
+latents chose at each step.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,20 +32,47 @@ from diffalign.eval.evidence import Config, Measured, compare, evidence_prompts,
 from diffalign.generate.samples import Job, samples
 from diffalign.tasks.geneval.verdict import prompts
 
-WIDE = (1.0, 1.25, 1.5, 2.0, 3.0)
-SETTINGS = (
-    (WIDE, 0.0),
-    ((1.25, 1.5, 2.0), 0.0),
-    ((1.5, 2.0, 3.0), 0.0),
-    (WIDE, 0.3),
-)  # candidates, first progress with a choice
 LATENT, DECODED = "emoji-alignment", "reward:emoji-clip"
+
+
+class Fidelity:
+    """An evaluator of pictures without their prompt: how much of the denoised latents comes back
+    when they are decoded and encoded again. What the autoencoder cannot draw does not."""
+
+    sees: Literal["x0", "next"] = "x0"
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+
+    def __repr__(self) -> str:
+        return "fidelity"
+
+    @torch.no_grad()
+    def score(self, latents: torch.Tensor, sigma: float, rows: Sequence[int]) -> torch.Tensor:
+        images = self.vae.decode(latents, return_dict=False)[0].clamp(-1, 1)
+        again = self.vae.encode(images, return_dict=False)[0]
+        return -(again - latents).square().flatten(1).mean(1)
+
+
+def candidates_of(scale: float) -> list[tuple[tuple[float, ...], float]]:
+    """The settings to choose from, around the best fixed scale: candidates, and the first progress
+    with a choice."""
+    less, little, more = (round(scale * f, 2) for f in (2 / 3, 5 / 6, 5 / 3))
+    wide = (1.0, less, little, scale, more)
+    return [
+        (wide, 0.0),
+        ((less, little, scale), 0.0),
+        ((little, scale, more), 0.0),
+        (wide, 0.3),
+    ]
 
 
 COLUMNS = UNITS | {
     "processor time / CFG": "ratio of processor seconds",
     "wall / CFG": "ratio of wall seconds",
     "vs CFG": "difference of score",
+    "vs its mean": "difference of score to CFG at the mean of the chosen weights",
+    "mean weight": "mean of the chosen weights",
 }
 
 
@@ -106,47 +137,67 @@ def main() -> None:
     pipe, judge = on_model(options)
     steps, scale = options.steps, options.scale
 
-    def dynamic(candidates: tuple[float, ...], start: float, evaluator: str) -> Config:
-        name = (
-            f"Dynamic {evaluator.removeprefix('reward:')} {' '.join(f'{w:g}' for w in candidates)}"
-            + f" from {start:g}" * (start > 0)
-        )
-        return Config(
-            name,
-            (da.DynamicCFG(scale, candidates=candidates, evaluators=(evaluator,), start=start),),
-            steps=steps,
-        )
+    settings = candidates_of(scale)
+    evaluators = {
+        "alignment": (LATENT,),
+        "emoji-clip": (DECODED,),
+        "fidelity": (Fidelity(pipe.vae),),
+        "all three": (LATENT, DECODED, Fidelity(pipe.vae)),
+    }
+
+    def dynamic(setting: tuple[tuple[float, ...], float], kind: str) -> Config:
+        values, start = setting
+        name = f"Dynamic {kind} {' '.join(f'{w:g}' for w in values)}"
+        name += f" from {start:g}" * (start > 0)
+        rule = da.DynamicCFG(scale, candidates=values, evaluators=evaluators[kind], start=start)
+        return Config(name, (rule,), steps=steps)
+
+    def constant(value: float) -> Config:
+        return Config(f"CFG {value:g}", (da.CFG(value),), steps=steps)
 
     with Progress() as bar:
 
         def run(config: Config, kind: str) -> Measured:
             return images(bar, pipe, judge, config, options.runs_folder, kind)
 
-        cfg = Config(f"CFG {scale:g}", (da.CFG(scale),), steps=steps)
-        base = run(cfg, "tuning")
-        tuned = [run(dynamic(*setting, LATENT), "tuning") for setting in SETTINGS]
-        best = SETTINGS[max(range(len(SETTINGS)), key=lambda i: compare(tuned[i], base).mean)]
-        plain = run(cfg, "evidence")
-        configs = [dynamic(*best, evaluator) for evaluator in (LATENT, DECODED)]
-        ours = [run(config, "evidence") for config in configs]
+        base = run(constant(scale), "tuning")
+        tuned = [run(dynamic(setting, "alignment"), "tuning") for setting in settings]
+        best = settings[max(range(len(settings)), key=lambda i: compare(tuned[i], base).mean)]
+        plain = run(constant(scale), "evidence")
+        configs = {kind: dynamic(best, kind) for kind in evaluators}
+        ours = {kind: run(config, "evidence") for kind, config in configs.items()}
+        folder = Path(options.runs_folder)
+        values = {
+            kind: np.array(
+                weights(pipe, config.techniques[0], folder / f"dynamic-{kind}.json", steps=steps)
+            )
+            for kind, config in configs.items()
+        }
+        means = {
+            kind: run(constant(round(float(values[kind].mean()), 2)), "evidence")
+            for kind in evaluators
+        }
 
-    latent = configs[0].techniques[0]
-    file = Path(options.runs_folder) / "dynamic-weights.json"
-    values = np.array(weights(pipe, latent, file, steps=steps))
     ratios = {
-        config.name: cost(pipe, cfg.techniques[0], config.techniques[0], steps=steps, runs=runs)
-        for config, runs in zip(configs, (9, 3), strict=True)
+        kind: cost(
+            pipe, plain.config.techniques[0], configs[kind].techniques[0], steps=steps, runs=3
+        )
+        for kind in evaluators
     }
     rows = [row("tuning", m, base) for m in (base, *tuned)]
-    rows += [row("evidence", m, plain, ratios.get(m.config.name)) for m in (plain, *ours)]
+    rows.append(row("evidence", plain, plain))
+    for kind, mine in ours.items():
+        rows.append(row("evidence", mine, plain, ratios[kind]))
+        rows[-1]["vs its mean"] = Estimate.of(compare(mine, means[kind]))
+        rows[-1]["mean weight"] = float(values[kind].mean())
     facts = {
         "plain": plain.config.name,
-        "latent": ours[0].config.name,
-        "decoded": ours[1].config.name,
+        "latent": ours["alignment"].config.name,
+        "decoded": ours["emoji-clip"].config.name,
         "candidates": list(best[0]),
         "start": best[1],
-        "latent vs decoded": Estimate.of(compare(*ours)),
-        "weights": shares(values),
+        "latent vs decoded": Estimate.of(compare(ours["alignment"], ours["emoji-clip"])),
+        "weights": shares(values["alignment"]),
     }
     save("dynamic", rows, options, COLUMNS, facts)
 

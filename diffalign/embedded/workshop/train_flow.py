@@ -5,7 +5,8 @@ An ``SD3Transformer2DModel`` over the codes (``workshop.codes``) of aligned scen
 second edition, 16 x 16 tokens, by flow matching (Lipman et al., "Flow Matching for Generative
 Modeling", 2022, arXiv:2210.02747; noise levels as in Esser et al., "Scaling Rectified Flow
 Transformers for High-Resolution Image Synthesis", 2024, arXiv:2403.03206, equation 19). Its text
-tower is that of an ``emoji`` pipeline and stays as it is. Captions leave facts out or get them
+tower is that of an ``emoji`` pipeline and stays as it is. ``--from`` goes on from the weights and
+the tower of an export. Captions leave facts out or get them
 wrong (``workshop.noisy_captions``), so that the model needs guidance. Early batches hold mostly
 single objects. ``--export`` writes the averaged weights of a saved state as a
 ``StableDiffusion3Pipeline`` folder in fp16. Cost: one thread, about two hours.
@@ -154,6 +155,9 @@ class FlowTrainer(AveragedTrainer):
         self.text, self.vocab = text, vocab
         width = text.config.hidden_size + flow_parts.EXTRA
         self.model = build(options.seed, width, options.width, options.layers)
+        if options.source is not None:
+            first = SD3Transformer2DModel.from_pretrained(options.source / "transformer")
+            self.model.load_state_dict(first.float().state_dict())
         self.model.set_attn_processor(PlainJointAttention())
         self.positions = self.model.pos_embed.pos_embed.clone()
         self.captions = CaptionNoise()
@@ -254,12 +258,24 @@ class FlowTrainer(AveragedTrainer):
         embedding.pos_embed = table.reshape(self.positions.shape)
 
 
+def texts(options: argparse.Namespace) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+    """The frozen text tower, in the form that Stable Diffusion 3 reads, and its tokenizer: those of
+    the export in ``options.source``, or else made of the pipeline in ``options.text``."""
+    if options.source is None:
+        tower, folder = flow_parts.tower(options.text), options.text
+    else:
+        folder = options.source
+        tower = CLIPTextModelWithProjection.from_pretrained(
+            folder / "text_encoder", dtype=torch.float32
+        )
+    return tower.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+
 def run(options: argparse.Namespace) -> None:
     """Train until ``options.updates``; a state every ``options.save`` updates."""
     torch.set_num_threads(1)
-    text = flow_parts.tower(options.text)
-    vocab = CLIPTokenizer.from_pretrained(options.text / "tokenizer").get_vocab()
-    trainer = FlowTrainer(options, text, vocab)
+    text, tokenizer = texts(options)
+    trainer = FlowTrainer(options, text, tokenizer.get_vocab())
     header = {"model": "emoji-dit", **{key: str(value) for key, value in vars(options).items()}}
     course = Course(
         end=options.updates, samples=options.batch, save=options.save, window=50, early=0
@@ -273,10 +289,11 @@ def export(
     """The pipeline of the state in ``options.out`` in fp32; with ``out`` also written there as fp16
     safetensors. ``averaged`` chooses the averaged weights.
 
-    ``options`` needs out, vae, text, width and layers, as in training. ValueError without a state.
+    ``options`` needs out, vae, text, source, width and layers, as in training. ValueError without a
+    state.
     """
     vector = weights(options.out / STATE, averaged=averaged)
-    encoder = flow_parts.tower(options.text)
+    encoder, tokenizer = texts(options)
     text = encoder.config.hidden_size + flow_parts.EXTRA
     model = build(0, text, options.width, options.layers)
     FlatAdam([model]).write(vector)
@@ -284,7 +301,7 @@ def export(
         model.eval(),
         AutoencoderTiny.from_pretrained(options.vae),
         encoder,
-        CLIPTokenizer.from_pretrained(options.text / "tokenizer"),
+        tokenizer,
     )
     if out is not None:
         flow_parts.save(pipe, out)
@@ -296,7 +313,11 @@ def parser() -> argparse.ArgumentParser:
     result = training.parser(__doc__, seed=31, save=250)
     add = result.add_argument
     add("--vae", type=Path, required=True, help="folder of the second edition's autoencoder")
-    add("--text", type=Path, required=True, help="pipeline folder with the text tower")
+    first = result.add_mutually_exclusive_group(required=True)
+    first.add_argument("--text", type=Path, help="pipeline folder with the text tower")
+    first.add_argument(
+        "--from", dest="source", type=Path, help="export of this script to go on from"
+    )
     add("--width", type=int, default=192, help="channels of a token")
     add("--layers", type=int, default=6, help="blocks of the transformer")
     add("--batch", type=int, default=16)

@@ -222,6 +222,28 @@ def test_an_exported_folder_is_a_plain_pipeline(tokenizer: CLIPTokenizer, tmp_pa
     assert image.shape == (128, 128, 3)
 
 
+def test_a_run_goes_on_from_an_export(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    """With its weights and its text; ``--text`` and ``--from`` exclude each other."""
+    run = trainer(tokenizer, tmp_path)
+    run.step()
+    save_state(tmp_path / "state.pt", {"trainer": run.state()})
+    train_code.build(3).save_pretrained(tmp_path / "vae")
+    folder = tmp_path / "folder"
+    train_flow.export(options(tmp_path), folder)  # type: ignore[arg-type]
+    line = f"--out {tmp_path} --vae {tmp_path / 'vae'} --from {folder} --width 16 --layers 2"
+    chosen = train_flow.parser().parse_args([*line.split(), "--batch", "4"])
+    text, words = train_flow.texts(chosen)
+    assert words.get_vocab() == tokenizer.get_vocab()
+    before, after = (
+        flow_parts.features(tower, ids(tokenizer, PROMPTS))
+        for tower in (flow_parts.tower(EMOJI), text)
+    )
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-2)
+    assert torch.equal(FlowTrainer(chosen, text, tokenizer.get_vocab()).ema, run.ema.half().float())
+    with pytest.raises(SystemExit):
+        train_flow.parser().parse_args("--vae a --out b --text c --from d".split())
+
+
 def test_a_missing_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state: expected a training state"):
         train_flow.export(options(tmp_path), None)  # type: ignore[arg-type]
