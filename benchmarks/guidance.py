@@ -1,7 +1,7 @@
 """Which guidance helps on an embedded model, and what does it cost? Every rule on the evidence set
 beside its three baselines.
 
-    python benchmarks/guidance.py [--model emoji] [--runs-folder runs/evidence] [--only "CFG*"]
+    python benchmarks/guidance.py [--model emoji] [--few] [--runs-folder DIR] [--only "CFG*"]
 
 Baselines: CFG at the same scale, the best of a CFG sweep, and plain CFG at equal NFE (fewer or more
 steps, within 10%). Verdicts by emoji-judge; differences are paired by prompt and seed with 95%
@@ -23,7 +23,7 @@ import diffalign as da
 from diffalign.core.registry import name_of
 from diffalign.eval.evidence import Config, Measured, compare
 
-SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
+SWEEP = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5)
 STEPS = (10, 15, 25, 30)
 
 
@@ -64,9 +64,11 @@ def entries(scale: float, steps: int) -> list[Entry]:
     ]
     once: list[tuple[str, Any]] = [
         *((f"first {p}%", da.IntervalCFG(scale, stop=p / 100)) for p in (25, 50, 75)),
-        ("AG x0 0.96", da.AdaptiveGuidance(scale, threshold=0.96, space="x0")),
+        ("AG x0 0.95", da.AdaptiveGuidance(scale, threshold=0.95, space="x0")),
         ("AG eps 0.991", da.AdaptiveGuidance(scale, threshold=0.991, space="eps")),
         ("LinearAG", da.LinearAG()),
+        ("CFG-Zero*", da.CFGZeroStar(scale)),
+        ("CFG-Zero*, no still step", da.CFGZeroStar(scale, zero_steps=0)),
         ("dynamic, latent evaluator", da.DynamicCFG(scale, evaluators=("emoji-alignment",))),
         ("CFG++ .6", da.CFGPlusPlus(0.6)),
         ("CFG++ .8", da.CFGPlusPlus(0.8)),
@@ -94,6 +96,16 @@ def entries(scale: float, steps: int) -> list[Entry]:
     ]
 
 
+def few(scale: float) -> tuple[str, ...]:
+    """Patterns of the rows that matter, for a model whose images cost more."""
+    strongly = f"{strong(scale):g}"
+    plain = [f"CFG {s:g}" for s in (1.0, 2.0, scale, strong(scale))]
+    once = ("CFG*, 15 steps", "first 50%", "AG x0*", "CFG-Zero*")
+    both = [f"{name} {scale:g}" for name in ("S2", "skip-layer", "cosine")]
+    repairs = [f"{name} {strongly}" for name in ("interval*", "APG", "rescaled", "TCFG")]
+    return (*plain, *once, *both, *repairs)
+
+
 LAYER = 1
 """The one block that skip-layer guidance leaves out: the second of the U-Net's, from its first
 third."""
@@ -114,14 +126,17 @@ def main() -> None:
     parser.add_argument(
         "--only", default="*", help="pattern of row names: make only these images and write nothing"
     )
+    parser.add_argument("--few", action="store_true", help="the rows that matter alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge = on_model(options)
     clip = da.rewards.load("emoji-clip")
+    patterns = few(options.scale) if options.few else ("*",)
     selection = [
         entry
         for entry in entries(options.scale, options.steps)
         if fnmatch.fnmatch(entry.config.name, options.only)
+        and any(fnmatch.fnmatch(entry.config.name, pattern) for pattern in patterns)
     ]
     runs: dict[str, Measured] = {}
     with Progress() as bar:
@@ -135,7 +150,8 @@ def main() -> None:
     selection = [entry for entry in selection if entry.config.name in runs]
     if options.only != "*":
         return
-    best = max((runs[f"CFG {s:g}"] for s in SWEEP), key=lambda m: m.score().mean)
+    sweep = [runs[name] for s in SWEEP if (name := f"CFG {s:g}") in runs]
+    best = max(sweep, key=lambda m: m.score().mean)
     rows = compared(selection, runs, best)
     facts = {"best": best.config.name, "comparisons": len(rows) - 1, "prompts": 200, "seeds": 2}
     save("guidance", rows, options, COLUMNS, facts)
