@@ -32,6 +32,9 @@ SET: Mapping[str, str] = {
     "return_dict": "the result is the same for all pipelines",
 }
 
+# arguments that count something
+WHOLE = ("num_inference_steps", "num_frames", "chunks", "overlap", "height", "width")
+
 
 def budget_of(budget: Budget | str | None) -> Budget | None:
     """A budget, or the one of a text such as ``"nfe=400"``."""
@@ -143,7 +146,7 @@ def check_call(pipe: Pipeline, call: Mapping[str, object], known: Iterable[str])
                 "budget=... or method lets it, and result.top holds the best. Leave it out; for "
                 "results of their own give a list of prompts."
             )
-        if name == "num_inference_steps" and value is not None and not _counts(value):
+        if name in WHOLE and value is not None and not _counts(value):
             raise ValueError(f"align({name}=...) must be an integer of at least 1; got {value!r}.")
         if not _finite(name, value):
             raise ValueError(f"align({name}=...) must be a finite number; got {value!r}.")

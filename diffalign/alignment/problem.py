@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.alignment.ascent import parts_of, slopes_of
-from diffalign.alignment.marks import look_in_parts, marks_in_parts
+from diffalign.alignment.marks import Marker, look_in_parts, marks_in_parts
 from diffalign.alignment.parts import decode_in_parts, in_parts, run_in_parts, twist_in_parts
 from diffalign.alignment.progress import Pace, Progress
 from diffalign.alignment.scoring import BadScore, Fit, Ranking
@@ -103,17 +103,24 @@ class PipelineProblem:
         with self.progress.looked(len(state.latents)):
             return marks_in_parts(self.sampler, self.progress, state, prompt, stage)
 
-    def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
+    def finish(
+        self, state: State, lineages: Sequence[Lineage], *, parts: bool = False
+    ) -> list[Candidate]:
         self.progress.use(self.sampler)
         rows = len(state.latents)
         if len(lineages) != rows:
             raise ValueError(f"finish needs {rows} lineages, one per image; got {len(lineages)}.")
-        parts = in_parts(self.progress.fit, state, self.sampler.decode)
+        marker = Marker.of(self.progress.scorer, self.prompt, None) if parts else None
+        batches = in_parts(self.progress.fit, state, self.sampler.decode)
         candidates: list[Candidate] = []
         with self.progress.looked(rows):
-            for images in parts:
+            for images in batches:
                 known = lineages[len(candidates) : len(candidates) + len(images)]
-                candidates += _finished(self, images, self.score(images), known)
+                if marker is None:
+                    candidates += _finished(self, images, self.score(images), known)
+                else:
+                    marks = marker(images)
+                    candidates += _finished(self, images, marks.sums, known, marks.scores)
         return candidates
 
     def score(self, images: Tensor) -> Tensor:
@@ -214,14 +221,24 @@ def _variant(problem: PipelineProblem, setting: Setting, draft: bool) -> Pipelin
 
 
 def _finished(
-    problem: PipelineProblem, images: Tensor, scores: Tensor, lineages: Sequence[Lineage]
+    problem: PipelineProblem,
+    images: Tensor,
+    scores: Tensor,
+    lineages: Sequence[Lineage],
+    parts: Tensor | None = None,
 ) -> list[Candidate]:
-    """Finished images with their scores; remembered unless they are drafts."""
+    """Finished images with their scores, and those of the reward's parts [R, B]; remembered unless
+    they are drafts."""
     setting, dtype = problem.setting, problem.sampler.dtype
     pictures = images.detach().to("cpu", torch.float32)
+    columns = [()] * len(images) if parts is None else map(tuple, parts.T.tolist())
     candidates = [
-        Candidate(score, picture.clone(), setting.known(lineage, problem.prompt, dtype))
-        for score, picture, lineage in zip(scores.tolist(), pictures, lineages, strict=True)
+        Candidate(
+            score, picture.clone(), setting.known(lineage, problem.prompt, dtype), parts=column
+        )
+        for score, picture, lineage, column in zip(
+            scores.tolist(), pictures, lineages, columns, strict=True
+        )
     ]
     for candidate in () if problem.draft else candidates:
         problem.progress.remember(candidate)

@@ -93,7 +93,7 @@ def align(
     prompts = list(request.prompts)
     call = {**request.model.call, **extra, "clip": start}
     quiet = options.quiet or options.json
-    with checking(), live(quiet) as line:
+    with checking(), resumable(options.output), live(quiet) as line:
         chosen = kernel or needed_kernel(request.model.pipe, prompts[0], method, techniques, call)
         picture = LivePicture(options.output)
         notes = [f"Best image so far: {picture.path}"]
@@ -121,6 +121,19 @@ def align(
     if len(prompts) > 1:
         picture.remove()
     say(options, prompts, results, fps)
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Inside, Ctrl-C before the first whole image says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not any(folder.rglob("state.pt")):
+            raise
+        raise KeyboardInterrupt(
+            "no image was finished yet; the same command with --resume goes on"
+        ) from None
 
 
 def read_clip(path: Path) -> Tensor:

@@ -90,6 +90,8 @@ class Candidate:
     lineage: Lineage
     # by the rewards that settle ties, in their order; empty until a tie asks for them
     others: tuple[float, ...] = ()
+    # of each part of the reward, where the method asked for them
+    parts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,11 @@ class Marks:
     scores: Tensor
     # [B, 3, H, W] in [0, 1], the last frame of each video
     frames: Tensor
+
+    @property
+    def sums(self) -> Tensor:
+        """Weighted sums [B] of the parts' scores."""
+        return self.scores.new_tensor(self.weights) @ self.scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +279,11 @@ class Problem(Protocol):
         """
         ...
 
-    def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
-        """Decode and score finished states; the best is remembered."""
+    def finish(
+        self, state: State, lineages: Sequence[Lineage], *, parts: bool = False
+    ) -> list[Candidate]:
+        """Decode and score finished states; the best is remembered. ``parts``: the candidates hold
+        the score of each part of the reward too."""
         ...
 
     def score(self, images: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def _even(frame: Image.Image, width: int, height: int) -> Image.Image:
 def _check(frames: Frames, rate: float) -> None:
     if not frames:
         raise ValueError("A video needs at least one frame; got none.")
-    if not 0 < rate <= 240:
+    if not isinstance(rate, int | float) or not 0 < rate <= 240:
         raise ValueError(f"rate must be in (0, 240] frames a second; got {rate!r}.")
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) > 1:

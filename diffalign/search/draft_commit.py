@@ -104,9 +104,11 @@ class DraftProblem:
         """Scores of drafts as far as they are."""
         return self.cheap.marks(state, prompt, stage)
 
-    def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
+    def finish(
+        self, state: State, lineages: Sequence[Lineage], *, parts: bool = False
+    ) -> list[Candidate]:
         """Decode and score drafts; they are remembered here only."""
-        drafts = self.cheap.finish(state, lineages)
+        drafts = self.cheap.finish(state, lineages, parts=parts)
         self.drafts += drafts
         return drafts
 

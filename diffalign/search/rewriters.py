@@ -87,6 +87,8 @@ class LanguageModel:
     tokens: int = 48
     # option that names the model, for errors
     option: str = "rewriter"
+    # what it may be beside a model, for errors
+    others: str = "'rules'"
     loaded: Any = field(default=None, init=False, repr=False)
 
     def __call__(
@@ -136,8 +138,8 @@ class LanguageModel:
                 )
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"{self.option}={self.model!r} must be 'rules', or a local text-generation "
-                    f"model: a folder, or a name in the local cache ({error})."
+                    f"{self.option}={self.model!r} must be {self.others}, or a local "
+                    f"text-generation model: a folder, or a name in the local cache ({error})."
                 ) from error
         loaded: tuple[Any, Any] = self.loaded
         return loaded

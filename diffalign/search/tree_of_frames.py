@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
+
 from diffalign.core.errors import BudgetExceeded
 from diffalign.core.option import option
-from diffalign.core.search import ByChunks, Candidate, Info, Method, Problem, Tree
+from diffalign.core.search import ByChunks, Candidate, Info, Method, Problem, Stage, Tree
+from diffalign.rewards.base import BaseReward
 from diffalign.rewards.weighted import parts_of
-from diffalign.search.branching import affordable, ranked, summary
-from diffalign.search.video.choosing import Chooser, Mix, finish, prune, sums
+from diffalign.search.branching import ranked, summary
+from diffalign.search.video.choosing import Chooser, Mix, finish, prune
 from diffalign.search.video.front import Front, Round, children, roots, twigs_of, valued
 from diffalign.search.video.sampler import ChunkSampler
 from diffalign.search.video.stages import Splitter, splitter_of, stage_at, stage_prompts
@@ -26,10 +28,11 @@ class TreeOfFrames(Method[Front]):
     others from fresh noise. If there are more than ``keep``, they are decoded and scored against
     the text of their stage, which ``splitter`` makes of the prompt: what is there at first, what
     happens, how it ends. The whole videos that remain are scored against the prompt. Several
-    rewards (``rewards.Weighted``) are mixed by their weighted ranks, so none outweighs the others
-    by its scale; ``mix="scores"`` adds the scores. ``early``: evaluations of the first chunk after
-    which the worse half is dropped by what the model predicts there. Numbers for a level that is
-    not named are the last ones. ``keep=0`` with ``branch=(N, 1)`` is ``LinearSearch``.
+    rewards (``rewards.Weighted``) are mixed by their weighted ranks, among whole videos too, so
+    none outweighs the others by its scale; ``mix="scores"`` adds the scores. ``early``: evaluations
+    of the first chunk after which the worse half is dropped by what the model predicts there.
+    Numbers for a level that is not named are the last ones. ``keep=0`` with ``branch=(N, 1)`` is
+    ``LinearSearch``, which adds the scores of several rewards.
 
     Paper: Liu et al. 2025, arXiv:2503.18942 (Video-T1, Tree-of-Frames).
     Differs from the paper: its published code never uses the text of the last stage, lets siblings
@@ -101,15 +104,15 @@ class TreeOfFrames(Method[Front]):
                 "pipeline that goes on from a chunk, such as AnyFlowFARPipeline."
             )
         if self.early and not set(self.early) <= set(sampler.looks):
-            known = f"1 to {sampler.looks[-1]}" if sampler.looks else "none"
+            known = f"{sampler.looks[0]} to {sampler.looks[-1]}" if sampler.looks else "none"
             return f"early={self.early} must be evaluations of the first chunk ({known} here)."
         try:
-            stage_prompts(self.split, problem.prompt)
+            texts = stage_prompts(self.split, problem.prompt)
         except ValueError as error:
             return str(error)
         sizes = self.sizes(sampler.count)
         levels = [k for k, size in enumerate(sizes) if size > self.width(k, size)]
-        return _too_short(problem, sampler, levels)
+        return _too_short(problem, sampler, levels) or _unreadable(problem, sampler, texts, levels)
 
     def init(self, problem: Problem) -> Front:
         return Front(stage_prompts(self.split, problem.prompt))
@@ -134,10 +137,10 @@ class TreeOfFrames(Method[Front]):
         if keep < len(rows):
             marks = chooser.marks(round_.states, stage_at(level, count))
             fresh, rows = (
-                valued(fresh, sums(marks), marks.frames),
+                valued(fresh, marks.sums.tolist(), marks.frames),
                 ranked(chooser.keys(marks), keep),
             )
-            info = summary(f"{info.text}, {keep} stay", sums(marks))
+            info = summary(f"{info.text}, {keep} stay", marks.sums.tolist())
         places = range(len(twigs), len(twigs) + len(fresh))
         front = replace(state, twigs=(*twigs, *fresh))
         survivors = replace(round_, places=tuple(places)).select(rows)
@@ -151,11 +154,14 @@ class TreeOfFrames(Method[Front]):
     def _size(self, problem: Problem, state: Front, level: int) -> int:
         """Videos of this level: all that are wanted, or as many as the budget lets end."""
         beams = 1 if state.states is None else len(state.places)
-        number = beams * self.branch[min(level, len(self.branch) - 1)]
-        size = affordable(problem, number, level, level + 1, self.width(level, number))
-        while level == 0 and self.early and size > 1 and not _fits(self, problem, size):
-            size -= 1
-        return size
+        fits, fails = 0, beams * self.branch[min(level, len(self.branch) - 1)] + 1
+        while fits + 1 < fails:
+            size = (fits + fails) // 2
+            if _fits(self, problem, level, size):
+                fits = size
+            else:
+                fails = size
+        return fits
 
     def finished(self, state: Front) -> bool:
         return self.trees is not None and state.trees >= self.trees
@@ -182,17 +188,49 @@ def _too_short(problem: Problem, sampler: ChunkSampler, levels: Sequence[int]) -
     return None
 
 
-def _fits(method: TreeOfFrames, problem: Problem, size: int) -> bool:
-    """Whether the budget lets so many first chunks be dropped early, and the rest end."""
-    sampler, rows, first, keep = problem.sampler, 0, 0, method.width(0, size)
+def _unreadable(
+    problem: Problem, sampler: ChunkSampler, texts: Mapping[Stage, str], levels: Sequence[int]
+) -> str | None:
+    """Why a reward cannot score a stage, found out on a grey video; None where it can."""
+    choices = dict.fromkeys((stage_at(k, sampler.count), sampler.frames(k + 1)) for k in levels)
+    for stage, frames in choices:
+        video = torch.full((1, frames, 3, 64, 64), 0.5)
+        for _, part in parts_of(problem.reward, problem.prompt):
+            reward = part.at(stage) if isinstance(part, BaseReward) else part
+            try:
+                if frames >= getattr(part, "least", 1):
+                    reward(video, [texts[stage]])
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                return (
+                    f"the reward cannot score {frames} frames against the text of the {stage} "
+                    f"stage, {texts[stage]!r}: {error} Give another splitter, or keep all at that "
+                    "level (keep=0)."
+                )
+    return None
+
+
+def _fits(method: TreeOfFrames, problem: Problem, level: int, size: int) -> bool:
+    """Whether the budget lets so many videos of a level be made and chosen from, and those that
+    stay end."""
+    sampler, keep = problem.sampler, method.width(level, size)
     assert isinstance(sampler, ChunkSampler)
-    for evaluation in method.early:
+    rows = scores = first = 0
+    for evaluation in method.early if level == 0 else ():
+        if size <= keep:
+            break
         rows += size * sampler.look_price(first, evaluation)
+        scores += size
         # a preview may be one evaluation ahead of where the chunk goes on
         size, first = max(-(-size // 2), keep), evaluation - 1
-    rows += size * sampler.look_price(first, None) + keep * sampler.price(1)
-    videos = math.ceil(rows / max(sampler.price(), 1))
+    price = max(sampler.price(level, level + 1), 1)
+    rows += size * (sampler.look_price(first, None) if first else price)
+    rows += keep * sampler.price(level + 1)
+    scores += keep + (size if keep < size else 0)
+    units, count = -(-rows // price), sampler.count
     try:
-        return problem.room(videos, scores=0) >= videos
+        return (
+            problem.room(units, level, level + 1, scores=0) >= units
+            and problem.room(scores, count, count) >= scores
+        )
     except BudgetExceeded:
         return False

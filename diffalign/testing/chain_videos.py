@@ -58,6 +58,7 @@ class ChainExpander:
     """The expander of a law; an evaluation is a row."""
 
     exact_prefix = True
+    first_look = 1
 
     def __init__(self, law: Law, meter: Meter, evaluations: int) -> None:
         self.law, self.meter, self.count = law, meter, evaluations

@@ -284,8 +284,10 @@ class PointProblem(NoVideo):
         """Scores [B] of the predicted images."""
         return self.score(self.sampler.preview(state))
 
-    def finish(self, state: State, lineages: Sequence[Lineage]) -> list[Candidate]:
-        """Decode and score finished states."""
+    def finish(
+        self, state: State, lineages: Sequence[Lineage], *, parts: bool = False
+    ) -> list[Candidate]:
+        """Decode and score finished states; the reward has no ``parts`` here."""
         images = self.sampler.decode(state)
         return self._candidates(images, self.score(images), lineages)
 

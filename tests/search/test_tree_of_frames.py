@@ -9,6 +9,7 @@ import torch
 
 import diffalign as da
 from diffalign.core import BudgetExceeded
+from diffalign.core.seeds import seed_of
 from diffalign.rewards import Weighted
 from diffalign.testing.chain_videos import Law, numbers_of, search_chain
 
@@ -74,20 +75,32 @@ def test_a_tree_without_choices_is_linear_search():
 
 
 def test_a_tree_keeps_what_a_slow_search_by_hand_keeps():
-    """Every frame again by the law and the seeds of the lineages, the best two at each level."""
+    """Every frame again by the law: the seed of a chunk is the next number of its video's
+    generator, a further child has a generator of its own, the best two stay at each level."""
     law = Law()
     result, _ = run(da.TreeOfFrames(branch=(4, 2), keep=(2,)), law=law)
-    nodes = result.tree.nodes
-    values = {node.name: node.value for node in nodes if node.name}
-    first = [values[str(i)] for i in range(4)]
-    kept = sorted(range(4), key=lambda i: -first[i])[:2]
-    assert {name for name in values if name.count(".") == 1} == {
-        f"{i}.{j}" for i in kept for j in range(2)
-    }
-    for name, value in values.items():
-        below = [v for other, v in values.items() if other.rpartition(".")[0] == name]
-        assert value == value, name
-        assert not below or len(below) == 2
+    drawn, values = iter(range(100)), {}
+
+    def fresh():
+        return torch.Generator().manual_seed(seed_of("a chain", next(drawn)))
+
+    def grown(name, numbers, rng):
+        seed = int(torch.randint(2**62, (), generator=rng))
+        noise = torch.Generator().manual_seed(seed)
+        z = float(torch.randn((), generator=noise, dtype=torch.float64))
+        numbers = [*numbers, law.carry * (numbers[-1] if numbers else 0.0) + law.spread * z]
+        values[name] = -((sum(numbers) - GOAL) ** 2)
+        return name, numbers, rng
+
+    front = [grown(str(i), [], fresh()) for i in range(4)]
+    for _ in range(3):
+        front = sorted(front, key=lambda video: -values[video[0]])[:2]
+        others = [(f"{name}.1", numbers, fresh()) for name, numbers, _ in front]
+        heads = [(f"{name}.0", numbers, rng) for name, numbers, rng in front]
+        front = [grown(*video) for video in (*heads, *others)]
+    made = {node.name: node.value for node in result.tree.nodes[1:]}
+    assert made == pytest.approx(values, abs=1e-4)
+    assert result.score == pytest.approx(max(values[name] for name, *_ in front), abs=1e-4)
 
 
 def test_names_are_unique_beyond_ten_branches():
@@ -125,8 +138,12 @@ def test_every_stage_is_scored_against_its_own_text():
         branch=(3, 2), keep=(2,), splitter=lambda prompt: ("one", "two", "three")
     )
     run(method, spy, batch=16)
-    # a grey video before anything runs, each level, whole videos, the final call
+    # grey videos before anything runs, each level, whole videos, the final call
     assert seen == [
+        (1, "one"),
+        (2, "two"),
+        (3, "two"),
+        (4, "three"),
         (4, "a chain"),
         (1, "one"),
         (2, "two"),
@@ -161,10 +178,13 @@ def test_mixed_rewards_choose_by_rank_and_no_scale_counts():
     for reward in (first, tame, wild):
         reward.differentiable = False
     method = da.TreeOfFrames(branch=(6, 3), keep=(3,))
-    outcomes = [
-        run(method, Weighted([(first, 1.0), (part, 2.0)]))[0].lineage for part in (tame, wild)
-    ]
-    assert outcomes[0] == outcomes[1]
+    for trees, seed in ((1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3)):
+        method = da.TreeOfFrames(branch=(6, 3), keep=(3,), trees=trees)
+        outcomes = [
+            run(method, Weighted([(first, 1.0), (part, 2.0)]), seed=seed)[0].lineage
+            for part in (tame, wild)
+        ]
+        assert outcomes[0] == outcomes[1]
     method = da.TreeOfFrames(branch=(6, 3), keep=(3,), mix="scores")
     outcomes = [
         run(method, Weighted([(first, 1.0), (part, 2.0)]))[0].lineage for part in (tame, wild)
@@ -202,6 +222,27 @@ def test_a_budget_of_scores_is_kept():
     assert result.ledger.rewards <= 30
     with pytest.raises(ValueError, match="The budget is too small"):
         run(da.TreeOfFrames(), budget=da.Budget(nfe=31))
+
+
+@pytest.mark.parametrize("limit", ["rewards", "decodes"])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("method", ["(6,2,1),keep=(2)", "(4,1),keep=(1),early=(1,2)"])
+def test_every_limit_of_scores_and_decodes_gives_a_video(method, several, limit):
+    """From the least on; each video and each look counts once, also where several rewards look."""
+
+    def first(videos, prompts):
+        return numbers_of(videos)[:, 0]
+
+    first.differentiable = False
+    reward = Weighted([(near, 1.0), (first, 0.5)]) if several else near
+    for trees in ("1", "none"):
+        for number in range(2, 24):
+            text = f"tree-of-frames:branch={method},trees={trees}"
+            result, _ = run(text, reward, budget=da.Budget(**{limit: number}))
+            assert getattr(result.ledger, limit) <= number
+            assert result.scored >= 1
+    with pytest.raises(ValueError, match="The budget is too small"):
+        run(text, reward, budget=da.Budget(**{limit: 1}))
 
 
 def test_trees_go_on_until_the_budget_ends():
@@ -320,7 +361,9 @@ def test_a_clip_goes_on():
 
 def test_a_clip_that_cannot_go_on():
     for count, law in ((4, Law()), (9, Law())):
-        with pytest.raises(ValueError, match=r"F one of 1, 2, 3 of the video's 4 frames; got \["):
+        with pytest.raises(
+            ValueError, match=r"F one of \[1, 2, 3\] of the video's 4 frames; got \["
+        ):
             run(da.TreeOfFrames(), law=law, clip=torch.zeros(count, 3, 1, 1))
 
 
@@ -330,13 +373,32 @@ def test_a_clip_that_cannot_go_on():
         ({"early": (4,)}, r"early=\(4,\) must be evaluations of the first chunk \(1 to 3 here\)"),
         ({"splitter": lambda prompt: ["one", "two"]}, "splitter must give three texts"),
         ({"splitter": lambda prompt: ["one", "", "two"]}, "splitter must give three texts"),
-        ({"splitter": "/no/such/model"}, "splitter='/no/such/model' must be 'rules', or a local"),
+        (
+            {"splitter": "/no/such/model"},
+            "splitter='/no/such/model' must be 'rules', 'whole', or a",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(options, text):
     law = Law()
     with pytest.raises(ValueError, match=text):
         run(da.TreeOfFrames(**options), law=law)
+    assert not law.made
+
+
+def test_texts_of_stages_are_tried_before_anything_runs():
+    def strict(videos, prompts):
+        if prompts[0] == "two":
+            raise ValueError("this is no text for me.")
+        return near(videos, prompts)
+
+    law, method = Law(), da.TreeOfFrames(splitter=lambda prompt: ("one", "two", "three"))
+    strict.differentiable = False
+    text = r"cannot score 2 frames against the text of the middle stage, 'two': this is no text"
+    with pytest.raises(ValueError, match=text):
+        run(method, strict, law=law)
+    with pytest.raises(ValueError, match="an empty prompt has no stages"):
+        run(da.TreeOfFrames(), law=law, prompt=" ")
     assert not law.made
 
 

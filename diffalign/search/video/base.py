@@ -38,6 +38,11 @@ class PipelineExpander(ChunkCall, ABC):
         """Whether ``preview`` works."""
         return False
 
+    @property
+    def first_look(self) -> int:
+        """The first evaluation after which it does."""
+        return 1
+
     def noise(self, chunk: int, seed: int) -> Tensor:
         """Start noise [C, T, h, w] of a chunk by its seed."""
         raise UnsupportedModel(
@@ -77,6 +82,7 @@ class PipelineExpander(ChunkCall, ABC):
         """The prefixes with one more chunk, in the order of ``branches``."""
         self.check(branches)
         pieces = self._by_call(branches, self.make)
+        self.meter.note(evaluations=len(branches) * (self.count - branches[0].step))
         return [child(branch, piece) for branch, piece in zip(branches, pieces, strict=True)]
 
     def preview(self, branches: Sequence[Branch], step: int) -> list[tuple[Branch, Tensor]]:
@@ -89,7 +95,9 @@ class PipelineExpander(ChunkCall, ABC):
                 f"preview(step={step}) must be above {first} and below {self.count}, the number of "
                 "evaluations of a chunk."
             )
-        return self._by_call(branches, lambda part: self.look(part, step))
+        pairs = self._by_call(branches, lambda part: self.look(part, step))
+        self.meter.note(evaluations=len(branches) * (step - first))
+        return pairs
 
     def check(self, branches: Sequence[Branch]) -> None:
         """Raise for branches that cannot be made together: ValueError, or ``SessionError`` outside

@@ -33,16 +33,17 @@ class Chooser:
 
     def keys(self, marks: Marks) -> list[float]:
         """What a choice goes by: higher is better."""
-        if self.mix == "scores":
-            return sums(marks)
-        keys: list[float] = mixed_ranks(marks.scores, marks.weights).tolist()
+        scores = self.mix == "scores"
+        keys: list[float] = (
+            marks.sums if scores else mixed_ranks(marks.scores, marks.weights)
+        ).tolist()
         return keys
 
-
-def sums(marks: Marks) -> list[float]:
-    """Weighted sums of the rewards' scores."""
-    values: list[float] = (torch.tensor(marks.weights, dtype=torch.float64) @ marks.scores).tolist()
-    return values
+    def weights(self) -> list[float] | None:
+        """Of each part in the choice among whole videos, None where only their sum counts."""
+        parts = parts_of(self.problem.reward, self.problem.prompt)
+        several = self.mix == "ranks" and len(parts) > 1
+        return [weight for weight, _ in parts] if several else None
 
 
 def prune(
@@ -59,7 +60,7 @@ def prune(
         marks = chooser.marks(round_.states, "first")
         rows = sorted(ranked(chooser.keys(marks), max(-(-size // 2), keep)))
         twigs = [Twig(None, 1, str(number)) for number in numbers(round_.states)]
-        twigs = valued(twigs, sums(marks), marks.frames)
+        twigs = valued(twigs, marks.sums.tolist(), marks.frames)
         dropped += [twig for row, twig in enumerate(twigs) if row not in rows]
         round_ = round_.select(rows)
     return round_, dropped
@@ -68,17 +69,20 @@ def prune(
 def finish(chooser: Chooser, front: Front, round_: Round) -> tuple[Front, Info]:
     """Run videos to the end, as many as the budget lets, and score them against the prompt.
 
-    Several rewards choose the winner by their ranks, one does by its score.
+    Several rewards choose the winner by their ranks among all whole videos so far, one does by its
+    score.
     """
     problem = chooser.problem
     round_ = round_.select(range(problem.room(len(round_.lineages), round_.states.step)))
     whole = round_.states.finished
     round_ = round_ if whole else replace(round_, states=problem.run(round_.states))
-    several = chooser.mix == "ranks" and len(parts_of(problem.reward, problem.prompt)) > 1
-    keys = chooser.keys(problem.marks(round_.states, problem.prompt)) if several else None
-    candidates = problem.finish(round_.states, round_.lineages)
+    weights = chooser.weights()
+    candidates = problem.finish(round_.states, round_.lineages, parts=weights is not None)
     scores = [candidate.score for candidate in candidates]
-    first = ranked(scores if keys is None else keys, 1)[0]
+    known, before = [c.parts or (c.score,) for c in candidates], len(front.whole)
+    pool = torch.tensor([*front.whole, *known], dtype=torch.float64).T
+    keys = mixed_ranks(pool, weights or [1.0]).tolist()
+    first = ranked(keys[before:], 1)[0]
     frames = torch.stack([candidate.image[-1] for candidate in candidates])
     twigs = list(front.twigs)
     if whole:
@@ -89,13 +93,15 @@ def finish(chooser: Chooser, front: Front, round_: Round) -> tuple[Front, Info]:
     else:
         places = list(range(len(twigs), len(twigs) + len(candidates)))
         twigs += valued(twigs_of(round_), scores, frames)
-    better = front.best is None or scores[first] > twigs[front.best].value
-    winner: Candidate | None = candidates[first] if better and several else front.winner
+    better = front.leader is None or keys[before + first] > keys[front.leader]
+    winner: Candidate | None = candidates[first] if better and weights else front.winner
     after = Front(
         front.texts,
         twigs=tuple(twigs),
         trees=front.trees + 1,
         winner=winner,
+        whole=(*front.whole, *known),
+        leader=before + first if better else front.leader,
         best=places[first] if better else front.best,
     )
     return after, summary(f"{len(candidates)} whole videos", scores)

@@ -91,6 +91,11 @@ class Expander(Protocol):
         """Whether ``preview`` works."""
         ...
 
+    @property
+    def first_look(self) -> int:
+        """The first evaluation after which it does."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(

@@ -13,7 +13,7 @@ from diffalign.core import Meter
 from diffalign.core.types import Keywords, Pipeline
 from diffalign.search.video.base import PipelineExpander, generators_of
 from diffalign.search.video.expander import Branch, Prefix, Price
-from diffalign.search.video.look_ahead import LookAhead, reads
+from diffalign.search.video.look_ahead import LookAhead, first_read, reads
 
 # chunks where the user does not say how many
 USUAL = 4
@@ -25,7 +25,8 @@ class FrameExpander(PipelineExpander):
 
     The frames that were read stay as they were in the prefix. ``chunks``: how many clips.
     ``overlap``: how many frames the pipeline reads.
-    Cost: a chunk costs what a clip of ``num_frames`` costs, its overlap included.
+    Cost: a chunk costs what a clip of ``num_frames`` costs, its overlap included. The pipeline
+    decodes what it makes; a decode is counted when the frames are looked at.
     """
 
     exact_prefix = False
@@ -85,6 +86,10 @@ class FrameExpander(PipelineExpander):
     def previews(self) -> bool:
         return reads(self.pipe.scheduler)
 
+    @property
+    def first_look(self) -> int:
+        return first_read(self.pipe.scheduler)
+
     def price(self, chunk: int, first: int = 0, last: int | None = None) -> Price:
         # a branch begins anew after a preview
         rows = self.rows * len(range(self.count)[:last])
@@ -106,6 +111,7 @@ class FrameExpander(PipelineExpander):
         if not self.previews:
             return super().look(branches, step)
         options = {"callback_on_step_end": LookAhead(step)}
+        self.meter.charge(decodes=len(branches))
         with self.beginning():
             return [(branch, self._clip(branch, options)) for branch in branches]
 
@@ -115,7 +121,6 @@ class FrameExpander(PipelineExpander):
         (generator,) = generators_of([branch])
         arguments = self.call_of(1) | self.behind(tail) | options
         arguments |= {"generator": generator, "output_type": "pt", "return_dict": False}
-        self.meter.charge(decodes=1)
         with self.running():
             video = self.run(arguments, generator)
         frames = video.detach().to("cpu", torch.float32)
@@ -135,6 +140,7 @@ class FrameExpander(PipelineExpander):
 
     def decode(self, prefix: Prefix, frames: Sequence[int] | None = None) -> Tensor:
         """Frames [F, 3, H, W] in [0, 1]; they were decoded when they were made."""
+        self.meter.charge(decodes=1)
         video = torch.cat(prefix.pieces)
         return video if frames is None else video[list(frames)]
 

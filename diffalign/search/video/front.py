@@ -47,6 +47,9 @@ class Front:
     # the best video, where ranks choose it, and the twig of the best one
     winner: Candidate | None = None
     best: int | None = None
+    # scores of every whole video by each part of the reward, and which of them is the best
+    whole: tuple[tuple[float, ...], ...] = ()
+    leader: int | None = None
 
     def drawing(self) -> Tree | None:
         """The tree for a picture; None before anything can be shown."""

@@ -11,7 +11,7 @@ from diffalign.core import Meter
 from diffalign.core.types import Keywords, Pipeline
 from diffalign.search.video.base import PipelineExpander, generators_of
 from diffalign.search.video.expander import Branch, Prefix, Price
-from diffalign.search.video.look_ahead import LookAhead, reads
+from diffalign.search.video.look_ahead import LookAhead, first_read, reads
 
 
 class Helios(PipelineExpander):
@@ -20,7 +20,8 @@ class Helios(PipelineExpander):
 
     A chunk is ``num_latent_frames_per_chunk`` frames of latents, which are decoded by themselves:
     9 make 33 frames. The pipeline cuts its frames to a number 4 k + 1; here none is cut. It decodes
-    each chunk even where latents are asked for. ``chunks``: None for those of ``num_frames``.
+    each chunk even where latents are asked for; a decode is counted when frames are looked at.
+    ``chunks``: None for those of ``num_frames``.
     """
 
     pipelines = ("HeliosPipeline",)
@@ -58,6 +59,10 @@ class Helios(PipelineExpander):
     def previews(self) -> bool:
         return reads(self.pipe.scheduler)
 
+    @property
+    def first_look(self) -> int:
+        return first_read(self.pipe.scheduler)
+
     def price(self, chunk: int, first: int = 0, last: int | None = None) -> Price:
         rows = self.rows * len(range(self.count)[:last])
         return Price(rows, float(rows))
@@ -77,6 +82,7 @@ class Helios(PipelineExpander):
         if not self.previews:
             return super().look(branches, step)
         latents = self._run(branches, {"callback_on_step_end": LookAhead(step)})
+        self.meter.charge(decodes=len(branches))
         return list(zip(branches, self._frames(latents), strict=True))
 
     def _run(self, branches: Sequence[Branch], options: Keywords) -> Tensor:
@@ -96,12 +102,12 @@ class Helios(PipelineExpander):
                 "add_noise_to_video_latents": False,
                 "add_noise_to_image_latents": False,
             }
-        self.meter.charge(decodes=len(branches))
         with self.running():
             output: Tensor = self.pipe(**arguments | options)[0]
         return output[:, :, -self.size :]
 
     def decode(self, prefix: Prefix, frames: Sequence[int] | None = None) -> Tensor:
+        self.meter.charge(decodes=1)
         total = range(self.window * prefix.chunks)
         places = list(total) if frames is None else [total[frame] for frame in frames]
         chunks = sorted({place // self.window for place in places})
@@ -111,7 +117,6 @@ class Helios(PipelineExpander):
     @torch.no_grad()
     def _frames(self, latents: Tensor) -> Tensor:
         """Frames [B, F, 3, H, W] of one chunk's latents, decoded as the pipeline decodes them."""
-        self.meter.charge(decodes=len(latents))
         vae, place = self.pipe.vae, self.pipe._execution_device
         values = latents.to(place, vae.dtype)
         mean, std = self._normal(place, vae.dtype)

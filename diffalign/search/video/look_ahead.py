@@ -13,6 +13,12 @@ def reads(scheduler: Scheduler) -> bool:
     return _keeps_clean(scheduler) or _is_straight(scheduler)
 
 
+def first_read(scheduler: Scheduler) -> int:
+    """The first evaluation after which they can be read: Euler needs the latents before a step,
+    and nothing is known of those before the first."""
+    return 1 if _keeps_clean(scheduler) else 2
+
+
 def _keeps_clean(scheduler: Scheduler) -> bool:
     """Whether the scheduler's history holds clean latents, as that of UniPC does."""
     config = scheduler.config

@@ -94,9 +94,10 @@ class ChunkSampler(Without):
         fits = frames in ends if self.expander.exact_prefix else bool(ends)
         if clip.ndim != 4 or clip.shape[1] != 3 or not fits:
             raise ValueError(
-                f"clip must be frames [F, 3, H, W] in [0, 1] that end with a chunk: F one of "
-                f"{', '.join(map(str, ends)) or 'none'} of the video's {self.ends[-1]} frames; got "
-                f"{list(clip.shape)}. Cut it, or ask for a longer video (num_frames or chunks)."
+                "clip must be frames [F, 3, H, W] in [0, 1] that end with a chunk, before the last "
+                f"one: F one of {list(ends)} of the video's {self.ends[-1]} frames; got "
+                f"{list(clip.shape)}. Cut it, or ask for a longer video: num_frames, chunks or "
+                "chunk_partition, where the pipeline has it."
             )
         return ends.index(frames) + 1 if self.expander.exact_prefix else 1
 
@@ -125,7 +126,8 @@ class ChunkSampler(Without):
     @property
     def looks(self) -> range:
         """Evaluations of the first chunk after which ``look`` works."""
-        return range(1, self.expander.count if self.expander.previews else 1)
+        first = self.expander.first_look
+        return range(first, self.expander.count if self.expander.previews else first)
 
     def frames(self, step: int) -> int:
         """Frames of a video after so many chunks."""

@@ -111,11 +111,16 @@ def splitter_of(splitter: str | Splitter) -> Splitter:
         return SplitRules()
     if splitter == "whole":
         return lambda prompt: [prompt] * 3
-    return SplitByModel(LanguageModel(splitter, option="splitter"))
+    return SplitByModel(LanguageModel(splitter, option="splitter", others="'rules', 'whole'"))
 
 
 def stage_prompts(splitter: Splitter, prompt: str) -> dict[Stage, str]:
-    """The text of each stage. Raises: ValueError for a splitter that does not give three texts."""
+    """The text of each stage. Raises: ValueError for an empty prompt, and for a splitter that does
+    not give three texts."""
+    if not prompt.strip():
+        raise ValueError(
+            "an empty prompt has no stages. Say what the video shows, or use another method."
+        )
     texts = list(splitter(prompt))
     if len(texts) != 3 or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(

@@ -241,7 +241,7 @@ def test_a_run_goes_on_from_an_export(tokenizer: CLIPTokenizer, tmp_path: Path) 
     torch.testing.assert_close(after, before, rtol=0, atol=2e-2)
     assert torch.equal(FlowTrainer(chosen, text, tokenizer.get_vocab()).ema, run.ema.half().float())
     with pytest.raises(SystemExit):
-        train_flow.parser().parse_args("--vae a --out b --text c --from d".split())
+        train_flow.parser().parse_args(["--vae", "a", "--out", "b", "--text", "c", "--from", "d"])
 
 
 def test_a_missing_state_is_refused(tmp_path: Path) -> None:

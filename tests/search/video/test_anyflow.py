@@ -67,6 +67,7 @@ def test_chunk_by_chunk_is_one_call(anyflow, call):
     handle.remove()
     assert (torch.cat(prefix.pieces, 1) - whole[0]).abs().max() < 1e-4
     assert meter.rows == sum(rows) == 2 * (4 * STEPS + 3)
+    assert meter.evaluations == 4 * STEPS
     native = anyflow(**arguments, output_type="pt").frames[0]
     assert frames.shape == (17, 3, 32, 32)
     assert (frames - native).abs().max() < 1e-4

@@ -65,7 +65,8 @@ def test_chunks_follow_from_prefix_and_seed(make, name):
         copy = plain.clone()
         pair = expander.expand([Branch(first, 4), Branch(first, 5, 11)])
         assert meter.rows == expander.price(0).rows + 2 * expander.price(1).rows
-        assert meter.decodes == 3
+        assert meter.evaluations == 3 * expander.count
+        assert meter.decodes == 0  # none was looked at yet
         (again,) = expander.expand([Branch(first, 4)])
     assert torch.equal(again.pieces[1], pair[0].pieces[1])
     assert (pair[0].pieces[1] - pair[1].pieces[1]).abs().max() > 1e-4
@@ -74,6 +75,7 @@ def test_chunks_follow_from_prefix_and_seed(make, name):
     assert torch.equal(plain, copy)
     assert len(pair[0].pieces[1]) == window - read
     frames = expander.decode(pair[0])
+    assert meter.decodes == 1
     assert len(frames) == sum(expander.partition[:2])
     assert torch.equal(expander.decode(pair[0], [0, -1]), frames[[0, -1]])
 
@@ -128,6 +130,8 @@ def test_previews_end_the_call_early(make, name):
         ((same, frames),) = expander.preview([branch], 3)
         assert same is branch
         assert meter.rows == expander.price(0, 0, 3).rows
+        assert (meter.evaluations, meter.decodes) == (3, 1)
+        assert expander.first_look == (2 if name == "LTXConditionPipeline" else 1)
         (whole,) = expander.expand([branch])
         plain = whole.pieces[0]
         assert frames.shape == plain.shape
