@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+import diffalign as da
 from diffalign.core import Meter, UnsupportedModel
 from diffalign.search.video.choice import expander_of
 from diffalign.search.video.expander import Branch, Prefix
@@ -140,6 +141,25 @@ def test_previews_end_the_call_early(make, name):
         if name == "LTXConditionPipeline":
             with pytest.raises(ValueError, match="use step=2 or more"):
                 expander.preview([branch], 1)
+
+
+def test_a_budget_of_decodes_counts_whole_videos(monkeypatch):
+    """Of a pipeline that decodes each chunk itself: three videos and the final call."""
+    pipe, inputs = tiny_pipeline("WanVACEPipeline"), tiny_inputs("WanVACEPipeline")
+    embeds = inputs["prompt_embeds"][:1]
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *args, **options: (embeds, embeds))
+    call = {"height": 32, "width": 32, "guidance_scale": 1.0, "num_frames": 5, "chunks": 2}
+
+    def search(method, **options):
+        options = call | {"num_inference_steps": STEPS} | options
+        return da.align(pipe, "a dog", method=method, reward="brightness", **options)
+
+    result = search("linear-search:n=5", budget=da.Budget(decodes=4))
+    assert (result.scored, result.ledger.decodes) == (3, 4)
+    assert result.ledger.evaluations == 4 * 2 * STEPS
+    for name, value in (("chunks", "2"), ("chunks", 1.5), ("num_frames", True), ("height", 0)):
+        with pytest.raises(ValueError, match=f"{name}=...\\) must be an integer of at least 1"):
+            search("linear-search:n=2", **{name: value})
 
 
 def test_what_a_step_predicts_is_read_exactly():
