@@ -85,8 +85,8 @@ class FlatAdam:
         norm = float(gradient.norm())
         if not math.isfinite(norm):
             raise RuntimeError(
-                f"The norm of the gradient must be finite; got {norm}. Lower the learning rate or "
-                "resume from the last state."
+                f"The norm of the gradient must be finite; got {norm}. Lower the learning rate, "
+                "or resume from the last state with another seed: the same one draws the same again."
             )
         if norm > clip:
             gradient.mul_(clip / norm)
