@@ -86,7 +86,7 @@ class FlatAdam:
         if not math.isfinite(norm):
             raise RuntimeError(
                 f"The norm of the gradient must be finite; got {norm}. Lower the learning rate, "
-                "or resume from the last state with another seed: the same one draws the same again."
+                "or resume from the last state with another seed: one seed repeats its draws."
             )
         if norm > clip:
             gradient.mul_(clip / norm)
