@@ -84,7 +84,7 @@ SEARCHES = {
     "beam": ("beam, svdd", 800, "branches inside the image, keeps what a reward likes"),
 }
 """Methods of the README: row of the search benchmark, denoiser rows, and what it does."""
-TREE = "tree 12-1, keep 6-3"
+TREE = "tree 6-3-3-3, keep 2"
 """The row of the video benchmark that the README shows."""
 STEPS = 20
 """Of the images in the search benchmark; each takes two denoiser rows."""
