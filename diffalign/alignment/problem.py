@@ -106,22 +106,7 @@ class PipelineProblem:
     def finish(
         self, state: State, lineages: Sequence[Lineage], *, parts: bool = False
     ) -> list[Candidate]:
-        self.progress.use(self.sampler)
-        rows = len(state.latents)
-        if len(lineages) != rows:
-            raise ValueError(f"finish needs {rows} lineages, one per image; got {len(lineages)}.")
-        marker = Marker.of(self.progress.scorer, self.prompt, None) if parts else None
-        batches = in_parts(self.progress.fit, state, self.sampler.decode)
-        candidates: list[Candidate] = []
-        with self.progress.looked(rows):
-            for images in batches:
-                known = lineages[len(candidates) : len(candidates) + len(images)]
-                if marker is None:
-                    candidates += _finished(self, images, self.score(images), known)
-                else:
-                    marks = marker(images)
-                    candidates += _finished(self, images, marks.sums, known, marks.scores)
-        return candidates
+        return _decoded(self, state, lineages, parts)
 
     def score(self, images: Tensor) -> Tensor:
         return self.progress.scorer(images)
@@ -218,6 +203,27 @@ def _variant(problem: PipelineProblem, setting: Setting, draft: bool) -> Pipelin
         if reuse:
             problem._variants.append(variant)
     return variant
+
+
+def _decoded(
+    problem: PipelineProblem, state: State, lineages: Sequence[Lineage], parts: bool
+) -> list[Candidate]:
+    """Finished states as candidates, in batches that the memory holds."""
+    progress, sampler, rows = problem.progress, problem.sampler, len(state.latents)
+    if len(lineages) != rows:
+        raise ValueError(f"finish needs {rows} lineages, one per image; got {len(lineages)}.")
+    progress.use(sampler)
+    marker = Marker.of(progress.scorer, problem.prompt, None) if parts else None
+    candidates: list[Candidate] = []
+    with progress.looked(rows):
+        for images in in_parts(progress.fit, state, sampler.decode):
+            known = lineages[len(candidates) : len(candidates) + len(images)]
+            if marker is None:
+                candidates += _finished(problem, images, problem.score(images), known)
+            else:
+                marks = marker(images)
+                candidates += _finished(problem, images, marks.sums, known, marks.scores)
+    return candidates
 
 
 def _finished(

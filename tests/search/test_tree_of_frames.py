@@ -361,9 +361,7 @@ def test_a_clip_goes_on():
 
 def test_a_clip_that_cannot_go_on():
     for count, law in ((4, Law()), (9, Law())):
-        with pytest.raises(
-            ValueError, match=r"F one of \[1, 2, 3\] of the video's 4 frames; got \["
-        ):
+        with pytest.raises(ValueError, match=r"F one of 1, 2, 3 of the video's 4 frames; got \["):
             run(da.TreeOfFrames(), law=law, clip=torch.zeros(count, 3, 1, 1))
 
 

@@ -93,9 +93,10 @@ class ChunkSampler(Without):
         # a pipeline that only reads the last frames takes a clip of any length for the first chunk
         fits = frames in ends if self.expander.exact_prefix else bool(ends)
         if clip.ndim != 4 or clip.shape[1] != 3 or not fits:
+            known = ", ".join(map(str, ends)) or "no length"
             raise ValueError(
                 "clip must be frames [F, 3, H, W] in [0, 1] that end with a chunk, before the last "
-                f"one: F one of {list(ends)} of the video's {self.ends[-1]} frames; got "
+                f"one: F one of {known} of the video's {self.ends[-1]} frames; got "
                 f"{list(clip.shape)}. Cut it, or ask for a longer video: num_frames, chunks or "
                 "chunk_partition, where the pipeline has it."
             )
