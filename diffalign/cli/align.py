@@ -125,15 +125,14 @@ def align(
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Inside, Ctrl-C before the first whole image says how to go on."""
+    """Inside, Ctrl-C that leaves no result says how to go on, where there is something to go on
+    from."""
     try:
         yield
     except KeyboardInterrupt:
         if not any(folder.rglob("state.pt")):
             raise
-        raise KeyboardInterrupt(
-            "no image was finished yet; the same command with --resume goes on"
-        ) from None
+        raise KeyboardInterrupt("no result yet; the same command with --resume goes on") from None
 
 
 def read_clip(path: Path) -> Tensor:

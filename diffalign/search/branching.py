@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diffalign.core.errors import BudgetExceeded, UnsupportedModel
 from diffalign.core.sampler import State
@@ -25,20 +25,32 @@ def affordable(
     """
     price = problem.sampler.price(first, last)
     rest = problem.sampler.price(last if resume is None else resume)
-    fits, fails = 0, count + 1
-    while fits + 1 < fails:
-        size = (fits + fails) // 2
+
+    def fits(size: int) -> bool:
         finals = min(size, survivors) if rest else 0
         # the rest of the survivors' trajectories, in images of this segment
         rows = size + math.ceil(finals * rest / max(price, 1))
-        if _room(problem, rows, first, last, 0) and _room(problem, size + finals, last, last, 1):
-            fits = size
+        return has_room(problem, rows, first, last, 0) and has_room(
+            problem, size + finals, last, last, 1
+        )
+
+    return most(count, fits)
+
+
+def most(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to ``count`` that fits, 0 for none; what is larger fits no better."""
+    good, bad = 0, count + 1
+    while good + 1 < bad:
+        size = (good + bad) // 2
+        if fits(size):
+            good = size
         else:
-            fails = size
-    return fits
+            bad = size
+    return good
 
 
-def _room(problem: Problem, count: int, first: int, last: int, scores: int) -> bool:
+def has_room(problem: Problem, count: int, first: int, last: int, scores: int) -> bool:
+    """Whether the budget lets all of ``count`` images run, each scored ``scores`` times."""
     try:
         return problem.room(count, first, last, scores) >= count
     except BudgetExceeded:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
-from diffalign.core.errors import BudgetExceeded
 from diffalign.core.option import option
 from diffalign.core.search import ByChunks, Candidate, Info, Method, Problem, Stage, Tree
 from diffalign.rewards.base import BaseReward
 from diffalign.rewards.weighted import parts_of
-from diffalign.search.branching import ranked, summary
+from diffalign.search.branching import has_room, most, ranked, summary
 from diffalign.search.video.choosing import Chooser, Mix, finish, prune
 from diffalign.search.video.front import Front, Round, children, roots, twigs_of, valued
 from diffalign.search.video.sampler import ChunkSampler
@@ -154,14 +153,8 @@ class TreeOfFrames(Method[Front]):
     def _size(self, problem: Problem, state: Front, level: int) -> int:
         """Videos of this level: all that are wanted, or as many as the budget lets end."""
         beams = 1 if state.states is None else len(state.places)
-        fits, fails = 0, beams * self.branch[min(level, len(self.branch) - 1)] + 1
-        while fits + 1 < fails:
-            size = (fits + fails) // 2
-            if _fits(self, problem, level, size):
-                fits = size
-            else:
-                fails = size
-        return fits
+        number = beams * self.branch[min(level, len(self.branch) - 1)]
+        return most(number, partial(_fits, self, problem, level))
 
     def finished(self, state: Front) -> bool:
         return self.trees is not None and state.trees >= self.trees
@@ -227,10 +220,6 @@ def _fits(method: TreeOfFrames, problem: Problem, level: int, size: int) -> bool
     rows += keep * sampler.price(level + 1)
     scores += keep + (size if keep < size else 0)
     units, count = -(-rows // price), sampler.count
-    try:
-        return (
-            problem.room(units, level, level + 1, scores=0) >= units
-            and problem.room(scores, count, count) >= scores
-        )
-    except BudgetExceeded:
-        return False
+    return has_room(problem, units, level, level + 1, 0) and has_room(
+        problem, scores, count, count, 1
+    )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffalign.cli.align import resumable
 from diffalign.drawing.video import read_frames, save_gif, save_mp4
 
 SHORT = ("-s", 1, "--size", 32, "--frames", 9, "--method", "tree-of-frames:branch=(2,1),keep=(1)")
@@ -110,3 +111,12 @@ def test_other_commands_say_that_it_makes_videos(run, videos, tmp_path):
     result = run("generate", "-p", "a dog", "-m", videos, "-o", tmp_path)
     assert result.exit_code == 2
     assert "makes videos" in result.stderr or "not supported" in result.stderr
+
+
+def test_ctrl_c_without_a_result_says_how_to_go_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as plain, resumable(tmp_path):
+        raise KeyboardInterrupt
+    assert not plain.value.args
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(KeyboardInterrupt, match="no result yet; the same"), resumable(tmp_path):
+        raise KeyboardInterrupt

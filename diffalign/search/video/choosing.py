@@ -33,11 +33,9 @@ class Chooser:
 
     def keys(self, marks: Marks) -> list[float]:
         """What a choice goes by: higher is better."""
-        scores = self.mix == "scores"
-        keys: list[float] = (
-            marks.sums if scores else mixed_ranks(marks.scores, marks.weights)
-        ).tolist()
-        return keys
+        ranks = self.mix == "ranks"
+        keys = mixed_ranks(marks.scores, marks.weights) if ranks else marks.sums
+        return [float(key) for key in keys]
 
     def weights(self) -> list[float] | None:
         """Of each part in the choice among whole videos, None where only their sum counts."""

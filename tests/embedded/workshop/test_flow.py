@@ -1,6 +1,7 @@
 """The flow model's parts and training: text features that are the pipeline's own, attention that is
 the pipeline's own, noise levels, resuming to the bit, and a folder that plain diffusers runs."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
     return tokenizer(prompts, padding="max_length", max_length=24, return_tensors="pt")["input_ids"]
 
 
-def options(tmp_path: Path, *arguments: str) -> object:
+def options(tmp_path: Path, *arguments: str) -> argparse.Namespace:
     paths = f"--out {tmp_path} --vae {tmp_path / 'vae'} --text {EMOJI}"
     sizes = (
         "--width 16 --layers 2 --batch 4 --close 1 --every 0 --curriculum 2 --lesson 1 3 --pairs 1"
@@ -51,7 +52,7 @@ def options(tmp_path: Path, *arguments: str) -> object:
 
 def trainer(tokenizer: CLIPTokenizer, tmp_path: Path) -> FlowTrainer:
     text = flow_parts.tower(EMOJI)
-    return FlowTrainer(options(tmp_path), text, tokenizer.get_vocab())  # type: ignore[arg-type]
+    return FlowTrainer(options(tmp_path), text, tokenizer.get_vocab())
 
 
 def test_tokens_are_the_normed_states_of_the_source(tokenizer: CLIPTokenizer) -> None:
@@ -206,7 +207,7 @@ def test_an_exported_folder_is_a_plain_pipeline(tokenizer: CLIPTokenizer, tmp_pa
     run.step()
     save_state(tmp_path / "state.pt", {"trainer": run.state()})
     train_code.build(3).save_pretrained(tmp_path / "vae")
-    train_flow.export(options(tmp_path), tmp_path / "folder")  # type: ignore[arg-type]
+    train_flow.export(options(tmp_path), tmp_path / "folder")
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "folder")
     pipe.set_progress_bar_config(disable=True)
     parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
@@ -229,7 +230,7 @@ def test_a_run_goes_on_from_an_export(tokenizer: CLIPTokenizer, tmp_path: Path) 
     save_state(tmp_path / "state.pt", {"trainer": run.state()})
     train_code.build(3).save_pretrained(tmp_path / "vae")
     folder = tmp_path / "folder"
-    train_flow.export(options(tmp_path), folder)  # type: ignore[arg-type]
+    train_flow.export(options(tmp_path), folder)
     line = f"--out {tmp_path} --vae {tmp_path / 'vae'} --from {folder} --width 16 --layers 2"
     chosen = train_flow.parser().parse_args([*line.split(), "--batch", "4"])
     text, words = train_flow.texts(chosen)
@@ -246,7 +247,7 @@ def test_a_run_goes_on_from_an_export(tokenizer: CLIPTokenizer, tmp_path: Path) 
 
 def test_a_missing_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state: expected a training state"):
-        train_flow.export(options(tmp_path), None)  # type: ignore[arg-type]
+        train_flow.export(options(tmp_path), None)
 
 
 def test_close_scenes_come_back(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
