@@ -88,7 +88,7 @@ def weights(
     jobs = [Job(str(prompts()[n]["prompt"]), seed_of(n, 0), str(n)) for n in ids]
     call = {"num_inference_steps": steps, "output_type": "latent"}
     parts = [
-        np.array(results[0].report.extras["unet"]["chosen"])
+        np.array(next(iter(results[0].report.extras.values()))["chosen"])
         for results in samples(pipe, (technique,), jobs, batch=16, call=call)
     ]
     values: list[list[float]] = np.concatenate(parts, axis=1).tolist()

@@ -65,6 +65,7 @@ def entries(scale: float, steps: int) -> list[Entry]:
     once: list[tuple[str, Any]] = [
         *((f"first {p}%", da.IntervalCFG(scale, stop=p / 100)) for p in (25, 50, 75)),
         ("AG x0 0.95", da.AdaptiveGuidance(scale, threshold=0.95, space="x0")),
+        ("AG x0 0.989", da.AdaptiveGuidance(scale, threshold=0.989, space="x0")),
         ("AG eps 0.991", da.AdaptiveGuidance(scale, threshold=0.991, space="eps")),
         ("LinearAG", da.LinearAG()),
         ("CFG-Zero*", da.CFGZeroStar(scale)),
@@ -74,6 +75,9 @@ def entries(scale: float, steps: int) -> list[Entry]:
         ("CFG++ .8", da.CFGPlusPlus(0.8)),
         # its scale is a norm; this one guides about as strongly as the others
         ("beta 10", da.BetaCFG(10.0)),
+        ("FDG", da.FDG(scale)),
+        ("PAG", da.PAG(scale)),
+        ("SEG", da.SEG(scale)),
     ]
     both: list[tuple[str, Callable[[float], Any]]] = [
         ("interval 20-80%", lambda s: da.IntervalCFG(s, start=0.2, stop=0.8)),
@@ -99,10 +103,10 @@ def entries(scale: float, steps: int) -> list[Entry]:
 def few(scale: float) -> tuple[str, ...]:
     """Patterns of the rows that matter, for a model whose images cost more."""
     strongly = f"{strong(scale):g}"
-    plain = [f"CFG {s:g}" for s in (1.0, 2.0, scale, strong(scale))]
-    once = ("CFG*, 15 steps", "first 50%", "AG x0*", "CFG-Zero*")
-    both = [f"{name} {scale:g}" for name in ("S2", "skip-layer", "cosine")]
-    repairs = [f"{name} {strongly}" for name in ("interval*", "APG", "rescaled", "TCFG")]
+    plain = [f"CFG {s:g}" for s in (1.0, scale, strong(scale))]
+    once = ("CFG*, 15 steps", "first 50%", "AG x0 0.989", "CFG-Zero*")
+    both = [f"{name} {scale:g}" for name in ("S2", "skip-layer", "linear", "inverse linear")]
+    repairs = [f"{name} {strongly}" for name in ("interval*", "APG", "rescaled")]
     return (*plain, *once, *both, *repairs)
 
 

@@ -8,6 +8,7 @@ same noise is denoised without guidance, so "nothing" is 0 by construction.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import time
@@ -29,6 +30,8 @@ from diffalign.core.identity import model_hash
 from diffalign.drawing.sheet import Cell, contact_sheet
 from diffalign.eval.evidence import seed_of
 from diffalign.eval.statistics import interval
+from diffalign.families import family_of
+from diffalign.families.text import Encoder
 from diffalign.generate.samples import Job, samples
 from diffalign.tasks.geneval.verdict import keep, prompts
 
@@ -140,25 +143,32 @@ def colours(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> list[Ca
     ]
 
 
+Call = tuple[dict[str, Any], Tensor]
+"""One call of the denoiser: its arguments by name, and what it predicted."""
+
+
 def effective(
-    pipe: Any, calls: list[tuple[Tensor, Any, Tensor, Tensor]], scale: float, texts: list[str]
+    pipe: Any, calls: list[Call], scale: float, texts: list[str]
 ) -> tuple[Tensor, Tensor]:
     """Mean over steps of ``<d - d_n, d_c - d_n> / |d_c - d_n|^2`` and of the part off that line,
     per image.
 
-    ``calls``: the denoiser's (input, time, text, output) at each step. d is the guided prediction,
-    d_c and d_n the plain ones with the prompt and with the negative text at the same state. Affine
-    in the output, so outputs stand for denoised images.
+    ``calls``: those of the denoiser, one a step. d is the guided prediction, d_c and d_n the plain
+    ones with the prompt and with the negative text at the same state. Affine in the output, so
+    outputs stand for denoised images.
     """
-    negative = pipe.encode_prompt(texts, "cpu", 1, False)[0]
+    denoiser, negative = denoiser_of(pipe), encoder_of(pipe)(pipe, texts)
     found = []
-    for x, t, text, out in calls:
+    for named, out in calls:
         guided, half = out, len(out) // 2 if scale != 1 else 0
         if scale != 1:
             guided = out[:half] + scale * (out[half:] - out[:half])
+        prompt = {
+            name: value[half:] if isinstance(value, Tensor) and value.ndim else value
+            for name, value in named.items()
+        }
         d_c, d_n = (
-            pipe.unet(x[half:], t, encoder_hidden_states=e, return_dict=False)[0]
-            for e in (text[half:], negative)
+            denoiser(**(prompt | text) | {"return_dict": False})[0] for text in ({}, negative)
         )
         line, moved = ((d - d_n).flatten(1).double() for d in (d_c, guided))
         along = (moved * line).sum(1) / line.square().sum(1)
@@ -167,25 +177,43 @@ def effective(
     return along, off
 
 
+def denoiser_of(pipe: Any) -> Any:
+    """The one denoiser of ``pipe``."""
+    (denoiser,) = family_of(type(pipe)).present(pipe).values()
+    return denoiser
+
+
+def encoder_of(pipe: Any) -> Encoder:
+    """How the texts of ``pipe`` become arguments of its denoiser.
+
+    Raises: SystemExit for a family whose texts diffalign cannot encode.
+    """
+    encoder = family_of(type(pipe)).encoder
+    if encoder is None:
+        raise SystemExit(f"{type(pipe).__name__}: its texts cannot be encoded; take another model.")
+    return encoder
+
+
 @dataclass(slots=True)
 class Calls:
-    """Calls of the denoiser, while it is watched: input, time, text, output."""
+    """Calls of the denoiser, while it is watched."""
 
     pipe: Any
-    values: list[tuple[Tensor, Any, Tensor, Tensor]] = field(default_factory=list)
+    values: list[Call] = field(default_factory=list)
     _handle: Any = None
 
     def __enter__(self) -> Calls:
-        self._handle = self.pipe.unet.register_forward_hook(self._log, with_kwargs=True)
+        self._handle = denoiser_of(self.pipe).register_forward_hook(self._log, with_kwargs=True)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._handle.remove()
 
     def _log(self, module: Any, positional: Any, named: Any, output: Any) -> None:
-        named = named | dict(zip(("sample", "timestep"), positional))
-        x, text = (named[name].clone() for name in ("sample", "encoder_hidden_states"))
-        self.values.append((x, named["timestep"], text, output[0].clone()))
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        named = dict(zip(names, positional)) | named
+        copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in named.items()}
+        self.values.append((copied, output[0].clone()))
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -205,7 +233,8 @@ def collect(
 ) -> list[Record]:
     """Records of all cases in their order; images lie beside them, and a run that was cut off goes
     on where it stopped."""
-    folder = Path(options.runs_folder) / model_hash(pipe.unet) / kind / way.name.replace(" ", "-")
+    model = model_hash(denoiser_of(pipe))
+    folder = Path(options.runs_folder) / model / kind / way.name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "records.jsonl"
     done: dict[tuple[int, int], Record] = {
@@ -394,5 +423,5 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
         (way for way in nags if way.cfg == 1), key=lambda way: mean(results["object", way], "both")
     )
     columns = [Way(), matches["object", strongest], Way(5.0, negative=True), strongest]
-    folder = Path(options.runs_folder) / model_hash(pipe.unet)
+    folder = Path(options.runs_folder) / model_hash(denoiser_of(pipe))
     sheet(results, cases["object"], columns, folder, Path(options.output) / "negation-images.png")

@@ -58,8 +58,9 @@ def page(result: Result, title: str, *paragraphs: str, rows: Sequence[Row] = ())
 
 
 def model_of(result: Result) -> str:
-    """The embedded model that was measured."""
-    return str(result.options.get("model", "emoji"))
+    """The embedded model that was measured, and its numbers where they are not float32."""
+    names = [result.options.get("model", "emoji"), result.options.get("dtype", "float32")]
+    return " in ".join(name for name in names if name != "float32")
 
 
 def guarantee(result: Result) -> str:

@@ -102,12 +102,15 @@ def model_options(text: str, **defaults: str | int | float) -> ArgumentParser:
     parser.add_argument("--model", default="emoji", choices=pipelines(videos=False))
     parser.add_argument("--steps", type=int, help="the model's usual number if left out")
     parser.add_argument("--scale", type=float, help="the model's best if left out")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     return parser
 
 
 def on_model(options: Namespace) -> tuple[Any, Any]:
     """The pipeline and the judge of ``--model``. Folders of another model than the first get its
     name: that of results a subfolder, those of images a suffix."""
+    import torch
+
     from diffalign.embedded.load import MODELS, load
 
     name = options.model
@@ -119,7 +122,10 @@ def on_model(options: Namespace) -> tuple[Any, Any]:
         for key in ("runs_folder", "evidence_folder"):
             if hasattr(options, key):
                 setattr(options, key, f"{getattr(options, key)}-{name}")
-    return load(name), load(MODELS[name].judge)
+    pipe = load(name)
+    if options.dtype != "float32":
+        pipe.to(getattr(torch, options.dtype))
+    return pipe, load(MODELS[name].judge)
 
 
 def environment(device: str) -> dict[str, Any]:

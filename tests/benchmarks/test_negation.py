@@ -5,7 +5,7 @@ import argparse
 import pytest
 from rich.progress import Progress
 
-from diffalign.embedded import load
+from diffalign.embedded.load import MODELS, load
 
 
 @pytest.fixture(scope="module")
@@ -13,12 +13,13 @@ def negation(benchmark_module):
     return benchmark_module("negation")
 
 
-def test_strength_of_plain_guidance_is_its_scale(negation, tmp_path):
+@pytest.mark.parametrize("model", ["emoji", "emoji-dit"])
+def test_strength_of_plain_guidance_is_its_scale(model, negation, tmp_path):
     """<d - d_n, d_c - d_n> / |d_c - d_n|^2 is 1 without guidance, w under CFG with the negative
     prompt, and nothing is off that line."""
     pipe, judge, options = (
-        load("emoji"),
-        load("emoji-judge"),
+        load(model),
+        load(MODELS[model].judge),
         argparse.Namespace(runs_folder=str(tmp_path), steps=3),
     )
     cases = negation.objects()[:2]
