@@ -56,20 +56,21 @@ def adaptive(result: Result) -> str:
 
 
 def dynamic(result: Result) -> str:
-    """What a weight chosen per image and step gains, and what it costs in time."""
+    """What a weight chosen per image and step gains over the best fixed one and over its own mean,
+    and what it costs in time."""
     facts = result.facts
     parts = []
-    for text, key in (
-        ("latent evaluator", "latent"),
-        ("emoji-clip through the decoder", "decoded"),
-    ):
-        row = result.row(facts[key], set="evidence")
+    for kind, method in facts["evaluators"].items():
+        row = result.row(method, set="evidence")
         ratio = row["processor time / CFG"]
-        parts.append(f"{text} {row['vs CFG']:+.3f} at {ratio:.2f} times the processor time")
-    parts.append(f"latent against decoded {facts['latent vs decoded']:+.3f}")
+        parts.append(
+            f"{kind} {row['vs CFG']:+.3f} at {ratio:.2f} times the processor time, "
+            f"{row['vs its mean']:+.3f} to CFG {row['mean weight']:.2f}, the mean of its choices"
+        )
     return (
         f"candidates {tuple(facts['candidates'])} from progress {facts['start']:g} on, chosen on "
-        f"the tuning prompts. On the evidence set, against {facts['plain']}: {'; '.join(parts)}"
+        f"the tuning prompts. On the evidence set, against {facts['plain']}, by evaluator: "
+        f"{'; '.join(parts)}"
     )
 
 

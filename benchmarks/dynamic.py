@@ -192,11 +192,9 @@ def main() -> None:
         rows[-1]["mean weight"] = float(values[kind].mean())
     facts = {
         "plain": plain.config.name,
-        "latent": ours["alignment"].config.name,
-        "decoded": ours["emoji-clip"].config.name,
+        "evaluators": {kind: run.config.name for kind, run in ours.items()},
         "candidates": list(best[0]),
         "start": best[1],
-        "latent vs decoded": Estimate.of(compare(ours["alignment"], ours["emoji-clip"])),
         "weights": shares(values["alignment"]),
     }
     save("dynamic", rows, options, COLUMNS, facts)
