@@ -1,7 +1,7 @@
 """GenEval of an embedded model: all 553 official prompts x 4 seeds, its judge's verdicts, and how
 far the second judge agrees.
 
-    python benchmarks/geneval.py [--scale 1.5] [--runs-folder runs/geneval]
+    python benchmarks/geneval.py [--scale 3] [--runs-folder runs/geneval]
 
 The overall is official in form (553 x 4, unweighted mean of tags) and ours in judge: it compares
 runs of this model, not models.
@@ -29,7 +29,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = command_line(__doc__, runs_folder="runs/geneval", scale=1.5, steps=20)
+    parser = command_line(__doc__, runs_folder="runs/geneval", scale=3.0, steps=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipe, judge, audit = load("emoji"), load("emoji-judge"), load("emoji-judge-audit")

@@ -639,6 +639,18 @@ PLOTS: dict[str, Callable[[Result], dict[str, Image.Image]]] = {
 }
 
 
+def stored(names: Sequence[str] = ()) -> list[tuple[Path, str]]:
+    """Folder and name of every result, those of other models than the first in folders of their
+    own; ``names``: these alone."""
+    folders = [FOLDER, *sorted(path for path in FOLDER.iterdir() if path.is_dir())]
+    return [
+        (folder, name)
+        for folder in folders
+        for name in names or PAGES
+        if (folder / f"{name}.json").exists()
+    ]
+
+
 def publish(name: str, folder: Path = FOLDER) -> str:
     """Write the page and the plots of a result beside its numbers; returns the page."""
     result = read(name, folder)
@@ -658,11 +670,10 @@ def main() -> None:
         "--check", action="store_true", help="write nothing; fail when a page is not its numbers'"
     )
     options = parser.parse_args()
-    names = options.names or [name for name in PAGES if (FOLDER / f"{name}.json").exists()]
-    for name in names:
+    for folder, name in stored(options.names):
         if not options.check:
-            publish(name)
-        elif PAGES[name](read(name)) != (FOLDER / f"{name}.md").read_text(encoding="utf-8"):
+            publish(name, folder)
+        elif PAGES[name](read(name, folder)) != (folder / f"{name}.md").read_text("utf-8"):
             sys.exit(f"{name}.md is not what its numbers say; run python benchmarks/pages.py")
 
 

@@ -24,8 +24,8 @@ def advice(pages):
 
 
 @pytest.fixture(scope="module")
-def names(results, pages):
-    return [name for name in pages.PAGES if (results.FOLDER / f"{name}.json").exists()]
+def stored(pages):
+    return pages.stored()
 
 
 def texts(value):
@@ -37,11 +37,11 @@ def texts(value):
             yield from texts(item) if not isinstance(item, str) else [item]
 
 
-def test_results_are_numbers(results, names):
+def test_results_are_numbers(stored):
     """No text of a row holds an interval or a difference, and every interval holds its value."""
-    assert len(names) >= 9
-    for name in names:
-        data = json.loads((results.FOLDER / f"{name}.json").read_text())
+    assert len(stored) >= 9
+    for folder, name in stored:
+        data = json.loads((folder / f"{name}.json").read_text())
         assert data["rows"], name
         assert data["units"], name
         assert {"commit", "command", "device", "versions"} <= set(data["environment"])
@@ -55,14 +55,14 @@ def test_results_are_numbers(results, names):
                     assert value["n"] > 0
 
 
-def test_pages_are_what_their_numbers_say(results, pages, names):
-    for name in names:
-        text = (results.FOLDER / f"{name}.md").read_text(encoding="utf-8")
-        assert pages.PAGES[name](results.read(name)) == text, (
+def test_pages_are_what_their_numbers_say(results, pages, stored):
+    for folder, name in stored:
+        text = (folder / f"{name}.md").read_text(encoding="utf-8")
+        assert pages.PAGES[name](results.read(name, folder)) == text, (
             f"run python benchmarks/pages.py {name}"
         )
-    stems = {path.stem for path in results.FOLDER.glob("*.md")}
-    assert stems == set(names)
+    pairs = {(path.parent, path.stem) for path in results.FOLDER.rglob("*.md")}
+    assert pairs == set(stored)
 
 
 def test_a_file_is_read_as_it_was_written(results, tmp_path):
