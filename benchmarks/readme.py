@@ -37,12 +37,13 @@ SECTION = re.compile(
 ELSEWHERE = {"cfg-zero-star": "Flow models only, so not on `emoji`."}
 # the row of NAG(5), in the window of steps that is looked up for the model
 NAG_ROW = "NAG 5"
-MISSING = ("–", "–", "Not measured yet.")
+MISSING = ("–", "–", "–", "Not measured yet.")
 
 
-def stored(name: str) -> Result | None:
-    """A result; None where it was not measured."""
-    return read(name, RESULTS) if (RESULTS / f"{name}.json").exists() else None
+def stored(name: str, model: str = "") -> Result | None:
+    """A result, of the first embedded model if none is named; None where it was not measured."""
+    folder = RESULTS / model
+    return read(name, folder) if (folder / f"{name}.json").exists() else None
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -213,6 +214,8 @@ def _removal() -> str:
     return f"obeyed in {shares[0]}; CFG's negative prompt, equally strong: {shares[1]}"
 
 
+FLOW = "emoji-dit"
+"""The second model of the catalogue."""
 ROOMS = {"guidance": ("guidance", "attention"), "pruning": ("pruning",)}
 """Folder of a catalogue -> the rooms whose techniques it lists."""
 
@@ -242,9 +245,10 @@ def catalogue() -> str:
         "technique",
         "paper",
         "cost",
-        "score against best CFG",
         "NFE",
-        "on `emoji`, first revision",
+        "score against best CFG: `emoji`",
+        f"`{FLOW}`",
+        "what follows on `emoji`",
         "test",
     ]
     return table(heads, [row_of(name) for name in listed("guidance")])
@@ -327,27 +331,61 @@ def reward_row(info: da.rewards.RewardInfo) -> list[str]:
     ]
 
 
-def measured(name: str) -> tuple[str, str, str]:
-    """Difference of score to the best plain scale, evaluations per image, and what follows."""
+def measured(name: str) -> tuple[str, str, str, str]:
+    """Evaluations per image, difference of score to the best plain scale on the first model and on
+    the second, and what follows."""
     if name in ELSEWHERE:
-        return "–", "–", ELSEWHERE[name]
+        return "–", "–", on_flow(name), ELSEWHERE[name]
     result = stored({"nag": "negation", "pladis": "pladis"}.get(name, "guidance"))
     if result is None:
         return MISSING
     if name == "nag":
         ours = result.row(NAG_ROW, negated="object")
-        return "–", evaluations(ours), f"{ours['method']}: {_removal()}."
+        return evaluations(ours), "–", on_flow(name), f"{ours['method']}: {_removal()}."
     if name == "pladis":
         row = result.row(result.facts["default"])
-        return f"{row['vs best']:+.3f}", evaluations(row), advice.pladis(result)
+        score = f"{row['vs best']:+.3f}"
+        return evaluations(row), score, on_flow(name), advice.pladis(result)
     if name == "cfg":
         best, off = (result.row(method) for method in (result.facts["best"], "CFG 1"))
         scale = best["method"].removeprefix("CFG ")
         scores = [row["score"].value for row in (best, off)]
         advised = f"{scores[0]:.3f} at scale {scale}, the best; {scores[1]:.3f} without guidance."
-        return f"{best['vs best'].value:+.3f}", evaluations(best), advised
+        score = f"{best['vs best'].value:+.3f}"
+        return evaluations(best), score, on_flow(name), advised
     rows = [row for row in result.rows if row["technique"] == name]
-    return judged(rows, result) if rows else MISSING
+    if not rows:
+        return MISSING
+    nfe, score, text = judged(rows, result)
+    return nfe, score, on_flow(name), text
+
+
+def on_flow(name: str) -> str:
+    """A technique's figure on the second model: against its best plain scale, or against plain
+    guidance at the same scale where that is too strong, as the cell says."""
+    result = stored({"nag": "negation", "pladis": "pladis"}.get(name, "guidance"), FLOW)
+    if result is None:
+        return "–"
+    if name == "nag":
+        ours = result.row(NAG_ROW, negated="object")
+        rows = (ours, advice.at_equal_strength(result, ours))
+        return "obeyed in {:.0%}; equally strong CFG {:.0%}".format(
+            *(row["gone and kept"].value for row in rows)
+        )
+    if name == "pladis":
+        return f"{result.row(result.facts['default'])['vs best']:+.3f}"
+    if name == "cfg":
+        best, off = (result.row(method) for method in (result.facts["best"], "CFG 1"))
+        scores = [row["score"].value for row in (best, off)]
+        return f"{scores[0]:.3f} at scale {best['scale']:g}; {scores[1]:.3f} without"
+    rows = [row for row in result.rows if row["technique"] == name]
+    if not rows:
+        return "–"
+    row, best = rows[0], result.row(result.facts["best"])
+    if row["scale"] > best["scale"]:
+        gain = row["vs CFG at its scale"]
+        return f"{gain:+.3f} over plain at scale {row['scale']:g}"
+    return f"{row['vs best']:+.3f}"
 
 
 def judged(rows: list[Row], result: Result) -> tuple[str, str, str]:
@@ -360,7 +398,7 @@ def judged(rows: list[Row], result: Result) -> tuple[str, str, str]:
     ]
     gain: Estimate = rows[0]["vs best"]
     text = " ".join([f"{rows[0]['method']}: {sentences[0]}", *repairs])
-    return f"{gain:+.3f}", evaluations(rows[0]), text
+    return evaluations(rows[0]), f"{gain:+.3f}", text
 
 
 def evaluations(row: Row) -> str:
