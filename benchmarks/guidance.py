@@ -56,8 +56,8 @@ class Entry:
 
 
 def entries(scale: float, steps: int) -> list[Entry]:
-    """The sweep, plain CFG at other costs, CFG for a part of the steps, and every rule at ``scale``
-    and most at ``strong(scale)`` too."""
+    """The sweep, plain CFG at other costs, CFG for a part of the steps, and every rule at
+    ``scale``; those against too strong guidance at ``strong(scale)`` too."""
     plain = [Entry(Config(f"CFG {s:g}", (da.CFG(s),), steps=steps), s) for s in SWEEP]
     plain += [
         Entry(Config(f"CFG {scale:g}, {n} steps", (da.CFG(scale),), steps=n), scale) for n in STEPS
@@ -68,6 +68,11 @@ def entries(scale: float, steps: int) -> list[Entry]:
         ("AG x0 0.989", da.AdaptiveGuidance(scale, threshold=0.989, space="x0")),
         ("AG eps 0.991", da.AdaptiveGuidance(scale, threshold=0.991, space="eps")),
         ("LinearAG", da.LinearAG()),
+        ("linear", da.ScheduledCFG(scale, shape="linear")),
+        ("cosine", da.ScheduledCFG(scale, shape="cosine")),
+        ("inverse linear", da.ScheduledCFG(scale, shape="inverse-linear")),
+        ("S2", da.S2Guidance(scale)),
+        ("skip-layer", da.SkipLayerGuidance(scale, layers=(LAYER,))),
         ("CFG-Zero*", da.CFGZeroStar(scale)),
         ("CFG-Zero*, no still step", da.CFGZeroStar(scale, zero_steps=0)),
         ("dynamic, latent evaluator", da.DynamicCFG(scale, evaluators=("emoji-alignment",))),
@@ -81,11 +86,6 @@ def entries(scale: float, steps: int) -> list[Entry]:
     ]
     both: list[tuple[str, Callable[[float], Any]]] = [
         ("interval 20-80%", lambda s: da.IntervalCFG(s, start=0.2, stop=0.8)),
-        ("linear", lambda s: da.ScheduledCFG(s, shape="linear")),
-        ("cosine", lambda s: da.ScheduledCFG(s, shape="cosine")),
-        ("inverse linear", lambda s: da.ScheduledCFG(s, shape="inverse-linear")),
-        ("S2", lambda s: da.S2Guidance(s)),
-        ("skip-layer", lambda s: da.SkipLayerGuidance(s, layers=(LAYER,))),
         ("APG", lambda s: da.APG(s)),
         ("rescaled", lambda s: da.RescaledCFG(s)),
         ("TCFG", lambda s: da.TCFG(s)),
@@ -105,9 +105,9 @@ def few(scale: float) -> tuple[str, ...]:
     strongly = f"{strong(scale):g}"
     plain = [f"CFG {s:g}" for s in (1.0, scale, strong(scale))]
     once = ("CFG*, 15 steps", "first 50%", "AG x0 0.989", "CFG-Zero*")
-    both = [f"{name} {scale:g}" for name in ("S2", "skip-layer", "linear", "inverse linear")]
+    rules = ("S2", "skip-layer", "linear", "inverse linear")
     repairs = [f"{name} {strongly}" for name in ("interval*", "APG", "rescaled")]
-    return (*plain, *once, *both, *repairs)
+    return (*plain, *once, *rules, *repairs)
 
 
 LAYER = 1
