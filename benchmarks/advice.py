@@ -74,6 +74,25 @@ def dynamic(result: Result) -> str:
     )
 
 
+def schedules(result: Result) -> str:
+    """Whether the chosen shape beats a constant weight, on prompts that had no part in the
+    choice."""
+    facts = result.facts
+    row = result.row_where(set="evidence", shape=facts["shape"])
+    gain: Estimate = row["vs best constant"]
+    verdict = "above" if gain.low > 0.0 else "below" if gain.high < 0.0 else "not to be told from"
+    whence = (
+        f"the shape that {result.options['tuned']} chose"
+        if result.options["tuned"]
+        else "the best shape on the tuning prompts"
+    )
+    return (
+        f"{facts['shape']}, {whence}, is {verdict} the best constant weight, "
+        f"{facts['constant']:g}, on the evidence set: {gain:+.3f}; {row['vs constant']:+.3f} to "
+        f"the constant weight of its own scale, {facts['scale']:g}."
+    )
+
+
 def negation(result: Result) -> str:
     """A sentence for objects and one for colours, about NAG's best way for each."""
     sentences = []

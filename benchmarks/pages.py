@@ -108,6 +108,13 @@ def dynamic(result: Result) -> str:
     return page(result, title, advice.dynamic(result), "![Weights by step](dynamic.png)")
 
 
+def schedules(result: Result) -> str:
+    title = (
+        f"Guidance weights over the steps on {model_of(result)}, {result.options['steps']} steps"
+    )
+    return page(result, title, advice.schedules(result))
+
+
 def geneval(result: Result) -> str:
     facts, options = result.facts, result.options
     return page(
@@ -605,6 +612,7 @@ PAGES: dict[str, Callable[[Result], str]] = {
     "guidance": guidance,
     "adaptive": adaptive,
     "dynamic": dynamic,
+    "schedules": schedules,
     "geneval": geneval,
     "negation": negation,
     "pladis": pladis,

@@ -79,7 +79,10 @@ class Result:
 
     def row(self, method: str, **others: Any) -> Row:
         """The row of a method."""
-        wanted = {"method": method} | others
+        return self.row_where(method=method, **others)
+
+    def row_where(self, **wanted: Any) -> Row:
+        """The first row with these values."""
         return next(row for row in self.rows if all(row[k] == v for k, v in wanted.items()))
 
 

@@ -186,3 +186,23 @@ def test_a_bar_for_time(advice):
     assert advice.bar_held({"bar": 1.03, "ratio": 1.03}) == "yes"
     assert advice.bar_held({"bar": 1.03, "ratio": 1.031}) == "no"
     assert advice.bar_held({"bar": None, "ratio": 9.0}) == "–"
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"),
+    [
+        ((0.02, 0.01, 0.03), "is above the best constant weight, 3,"),
+        ((-0.02, -0.03, -0.01), "is below the best constant weight, 3,"),
+        ((0.0, -0.01, 0.01), "is not to be told from the best constant weight, 3,"),
+    ],
+)
+def test_sentences_about_schedules(results, advice, gain, verdict):
+    row = {"set": "evidence", "shape": "linear"}
+    row |= {"vs constant": results.Estimate(0.1, 0.0, 0.2, 200)}
+    row |= {"vs best constant": results.Estimate(*gain, 200)}
+    facts = {"shape": "linear", "scale": 5.0, "constant": 3.0}
+    for tuned, whence in ((None, "best shape on the tuning prompts"), ("a.json", "a.json chose")):
+        text = advice.schedules(results.Result([row], {}, facts, {"tuned": tuned}))
+        assert verdict in text
+        assert whence in text
+        assert text.endswith("+0.100 [+0.000, +0.200] to the constant weight of its own scale, 5.")

@@ -121,3 +121,21 @@ def test_a_command_line_has_the_types_of_its_defaults(benchmark_module):
     assert options.output == "benchmarks/results"
     with pytest.raises(SystemExit):
         parser.parse_args(["--steps", "two"])
+
+
+def test_schedules(benchmark_module, two_a_tag):
+    """Every shape has the mean weight that its row states; right in one of two beside all."""
+    schedules = benchmark_module("schedules")
+    half = tuple(record(n, 0, i % 2 == 0) for i, n in enumerate(two_a_tag))
+    whole = tuple(record(n, 0, True) for n in two_a_tag)
+    for shape in schedules.SHAPES:
+        config = Config(shape, (schedules.rule(shape, 3.0),), steps=20)
+        runs = [Measured(config, records) for records in (half, whole)]
+        row = schedules.row("tuning", shape, 3.0, runs[0], runs[0], runs[1])
+        assert row["vs constant"].value == 0.0
+        assert row["vs best constant"].value == -0.5
+        if shape == "linear, clamped":  # 2 for 7 steps, then 1 + 4 i / 19: 2 + (1/20) sum of excess
+            excess = sum(max(0.0, 1 + 4 * i / 19 - 2) for i in range(20))
+            assert row["mean weight"] == pytest.approx(2 + excess / 20)
+        else:
+            assert row["mean weight"] == pytest.approx(3.0)
