@@ -28,6 +28,7 @@ def main() -> None:
     parser = model_options(__doc__, **folders, threads=1, rounds=5)
     parser.add_argument("--only", choices=("negation", "cost", "pladis"))
     parser.add_argument("--quick", action="store_true", help="cost: time a few of the blocks")
+    parser.add_argument("--few", action="store_true", help="the rows that matter alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.only in (None, "cost"):
@@ -35,7 +36,9 @@ def main() -> None:
     if options.only == "cost":
         return
     (pipe, judge), clip = on_model(options), da.rewards.load("emoji-clip")
-    scale = options.scale
+    scale, default = options.scale, da.PLADIS().strength
+    strengths = (0.0, default) if options.few else (0.0, 0.5, 1.0, 2.0)
+    scales = (1.0, scale) if options.few else (1.0, scale, 2.0, 3.0)
 
     with Progress() as bar:
         if options.only != "pladis":
@@ -43,8 +46,8 @@ def main() -> None:
         if options.only == "negation":
             return
         runs: dict[tuple[float, float], Measured] = {}
-        for cfg in dict.fromkeys((1.0, scale, 2.0, 3.0)):
-            for strength in (0.0, 0.5, 1.0, 2.0) if cfg in (1.0, scale) else (0.0,):
+        for cfg in dict.fromkeys(scales):
+            for strength in strengths if cfg in (1.0, scale) else (0.0,):
                 name = f"CFG {cfg:g}" + (f" PLADIS {strength:g}" if strength else "")
                 tools = (da.CFG(cfg), da.PLADIS(strength)) if strength else (da.CFG(cfg),)
                 config = Config(name, tools, steps=options.steps)
@@ -63,7 +66,6 @@ def main() -> None:
         | run.tags()
         for (cfg, _), run in runs.items()
     ]
-    default = da.PLADIS().strength
     facts = {
         "best": best.config.name,
         "default": runs[scale, default].config.name,

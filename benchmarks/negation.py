@@ -378,15 +378,14 @@ def sheet(
 
 def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
     """Tables and pictures ``negation*`` in ``options.output``."""
-    scale, results, matches = options.scale, {}, {}
+    scale, few, results, matches = options.scale, options.few, {}, {}
     cases = {"object": objects(), "colour": colours(pipe, judge, options, bar)}
-    nags = (
-        [Way(nag=s) for s in (3.0, 5.0, 9.0)]
-        + [Way(nag=s, always=True) for s in (3.0, 5.0)]
-        + [Way(scale, nag=s) for s in (3.0, 5.0) if scale != 1]
-    )
+    nags = [Way(nag=5.0)] if few else [Way(nag=s) for s in (3.0, 5.0, 9.0)]
+    if not few:
+        nags += [Way(nag=s, always=True) for s in (3.0, 5.0)]
+        nags += [Way(scale, nag=s) for s in (3.0, 5.0) if scale != 1]
     # a model without guidance has no scale of its own
-    scales = sorted({scale, 2.0, 3.0, 5.0} - {1.0})
+    scales = [scale] if few else sorted({scale, 2.0, 3.0, 5.0} - {1.0})
     others = list(dict.fromkeys([Way(), Way(scale), *(Way(s, negative=True) for s in scales)]))
     ways: dict[str, list[Way]] = {}
     for kind, mine in cases.items():
@@ -402,7 +401,8 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
             strength = round(mean(results[kind, way], "strength"), 2)
             equal = Way(strength, negative=True)
             short = Way(strength, negative=True, steps=options.steps // 2)
-            for extra in (equal, short) if way.cfg == 1 and not way.always else (equal,):
+            shorter = way.cfg == 1 and not (way.always or few)
+            for extra in (equal, short) if shorter else (equal,):
                 results[kind, extra] = collect(pipe, judge, extra, mine, kind, options, bar)
                 ways[kind] += [extra] if extra not in ways[kind] else []
             matches[kind, way] = equal
@@ -422,6 +422,6 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
     strongest = max(
         (way for way in nags if way.cfg == 1), key=lambda way: mean(results["object", way], "both")
     )
-    columns = [Way(), matches["object", strongest], Way(5.0, negative=True), strongest]
+    columns = [Way(), matches["object", strongest], Way(scales[-1], negative=True), strongest]
     folder = Path(options.runs_folder) / model_hash(denoiser_of(pipe))
     sheet(results, cases["object"], columns, folder, Path(options.output) / "negation-images.png")
