@@ -103,7 +103,8 @@ def negation(result: Result) -> str:
         rows = [row for row in result.rows if row["negated"] == kind]
         ours = _best([row for row in rows if row["method"].startswith("NAG")])
         equal = at_equal_strength(result, ours)
-        best = _best([row for row in rows if "negative" in row["method"]])
+        plain = [row for row in rows if row["method"].startswith("CFG")]
+        best = _best([row for row in plain if "negative" in row["method"]])
         shares = [
             f"{100 * row['gone and kept'].value:.0f}%" for row in (rows[0], ours, equal, best)
         ]
@@ -113,6 +114,13 @@ def negation(result: Result) -> str:
             f"{shares[3]} at most ({best['method'].removesuffix(' negative')}), both at "
             f"{best['NFE']:.0f} NFE."
         )
+        for kept in [row for row in rows if row["method"].startswith("AG")]:
+            full = result.row(kept["method"].replace("AG", "CFG"), negated=kind)
+            sentences.append(
+                f"AdaptiveGuidance keeps {100 * kept['gone and kept'].value:.0f}% at "
+                f"{kept['NFE']:.0f} NFE of {100 * full['gone and kept'].value:.0f}% at "
+                f"{full['NFE']:.0f} ({full['method'].removesuffix(' negative')})."
+            )
     return " ".join(sentences)
 
 

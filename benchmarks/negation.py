@@ -55,7 +55,8 @@ class Way:
     ``negative``: CFG has the negative prompt.
 
     ``steps``: those of the model if None. ``always``: NAG acts at every step, not only in the
-    window that its preset has for this family of models.
+    window that its preset has for this family of models. ``adaptive``: with AdaptiveGuidance, at
+    the threshold that the model is known to need.
     """
 
     cfg: float = 1.0
@@ -63,20 +64,20 @@ class Way:
     negative: bool = False
     steps: int | None = None
     always: bool = False
+    # AdaptiveGuidance instead of plain guidance
+    adaptive: bool = False
 
     @property
     def known(self) -> float | None:
         """Effective strength where it need not be measured: 1 for nothing, the scale for CFG with
-        the negative prompt."""
-        return (
-            self.cfg
-            if self.nag == 1 and (self.negative or self.cfg == 1) and self.cfg != CHECKED
-            else None
-        )
+        the negative prompt; AdaptiveGuidance has it as long as it guides."""
+        plain = self.cfg == 1 or self.adaptive or (self.negative and self.cfg != CHECKED)
+        return self.cfg if self.nag == 1 and plain else None
 
     @property
     def name(self) -> str:
-        parts = [f"CFG {self.cfg:g}"] if self.cfg != 1 else []
+        rule = "AG" if self.adaptive else "CFG"
+        parts = [f"{rule} {self.cfg:g}"] if self.cfg != 1 else []
         parts += ["negative"] if self.negative else [f"NAG {self.nag:g}"] if self.nag != 1 else []
         parts += ["at every step"] if self.always else []
         return " ".join(parts or ["nothing"]) + (
@@ -259,7 +260,8 @@ def recorded(
 ) -> tuple[list[Record], Tensor]:
     """Records and images of one batch of cases; ``steps``: where ``way`` names none."""
     texts = [case.text for case in batch]
-    techniques: list[Any] = [da.CFG(way.cfg)] if way.cfg != 1 else []
+    rule = da.AdaptiveGuidance if way.adaptive else da.CFG
+    techniques: list[Any] = [rule(way.cfg)] if way.cfg != 1 else []
     if way.nag != 1:
         window = (0.0, math.inf) if way.always else None
         techniques.append(da.NAG(way.nag, negative_prompt=tuple(texts), sigma=window))
@@ -387,6 +389,8 @@ def study(pipe: Any, judge: Any, options: Namespace, bar: Progress) -> None:
     # a model without guidance has no scale of its own
     scales = [scale] if few else sorted({scale, 2.0, 3.0, 5.0} - {1.0})
     others = list(dict.fromkeys([Way(), Way(scale), *(Way(s, negative=True) for s in scales)]))
+    if scale != 1 and not few:
+        others.append(Way(scale, negative=True, adaptive=True))
     ways: dict[str, list[Way]] = {}
     for kind, mine in cases.items():
         ways[kind] = list(others)

@@ -514,8 +514,8 @@ def plot_dynamic(result: Result) -> dict[str, Image.Image]:
 def negation_groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Label -> the rows of one way to negate, for one kind of thing."""
     nag = [row for row in rows if row["method"].startswith("NAG")]
-    negative = [row for row in rows if "negative" in row["method"]]
     plain = [row for row in rows if row["method"].startswith("CFG")]
+    negative = [row for row in plain if "negative" in row["method"]]
     once = min(row["NFE"] for row in rows)
     groups = {
         f"NAG, {once:g} NFE": [row for row in nag if "every" not in row["method"]],
@@ -523,6 +523,7 @@ def negation_groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
         f"negative prompt, {2 * once:g} NFE": [r for r in negative if "," not in r["method"]],
         f"negative prompt, {once:g} NFE": [row for row in negative if "," in row["method"]],
         f"CFG with NAG, {2 * once:g} NFE": [row for row in plain if "NAG" in row["method"]],
+        "AdaptiveGuidance, negative prompt": [r for r in rows if r["method"].startswith("AG")],
         "CFG, nothing negated": [row for row in plain if len(row["method"].split()) == 2],
     }
     return {label: group for label, group in groups.items() if group}

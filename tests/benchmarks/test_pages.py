@@ -206,3 +206,39 @@ def test_sentences_about_schedules(results, advice, gain, verdict):
         assert verdict in text
         assert whence in text
         assert text.endswith("+0.100 [+0.000, +0.200] to the constant weight of its own scale, 5.")
+
+
+def test_sentences_about_dynamic_guidance(results, advice):
+    row = {"set": "evidence", "method": "D", "processor time / CFG": 1.25, "mean weight": 2.5}
+    row |= {"vs CFG": results.Estimate(0.02, 0.01, 0.03, 200)}
+    row |= {"vs its mean": results.Estimate(-0.01, -0.02, 0.0, 200)}
+    facts = {
+        "plain": "CFG 3",
+        "candidates": [1.0, 3.0],
+        "start": 0.3,
+        "evaluators": {"latents": "D"},
+    }
+    assert advice.dynamic(results.Result([row], {}, facts)).endswith(
+        "by evaluator: latents +0.020 [+0.010, +0.030] at 1.25 times the processor time, "
+        "-0.010 [-0.020, +0.000] to CFG 2.50, the mean of its choices"
+    )
+
+
+def test_sentences_about_negation(results, advice):
+    """NAG beside equal strength and the strongest negative prompt, and what AdaptiveGuidance
+    keeps of it."""
+
+    def row(kind, method, share, nfe, equal=None):
+        share = results.Estimate(share, share, share, 99)
+        fact = {"negated": kind, "method": method, "NFE": nfe, "gone and kept": share}
+        return fact | {"CFG's negative prompt at equal strength": equal}
+
+    rows = []
+    for kind in ("object", "colour"):
+        rows += [row(kind, "nothing", 0.1, 20), row(kind, "CFG 3 negative", 0.5, 40)]
+        rows += [row(kind, "AG 3 negative", 0.6, 30), row(kind, "CFG 2 negative", 0.4, 40)]
+        rows += [row(kind, "NAG 5", 0.3, 20, "CFG 2 negative")]
+    text = advice.negation(results.Result(rows, {}))
+    assert "in 30% at 20 NFE without guidance (NAG 5; nothing: 10%)" in text
+    assert "40% at equal strength, 50% at most (CFG 3), both at 40 NFE." in text
+    assert text.endswith("AdaptiveGuidance keeps 60% at 30 NFE of 50% at 40 (CFG 3).")
