@@ -85,6 +85,8 @@ SEARCHES = {
     "beam": ("beam, svdd", 800, "branches inside the image, keeps what a reward likes"),
 }
 """Methods of the README: row of the search benchmark, denoiser rows, and what it does."""
+FLOW = "emoji-dit"
+"""The second model of the tables."""
 TREE = "tree 6-3-3-3, keep 2"
 """The row of the video benchmark that the README shows."""
 STEPS = 20
@@ -181,7 +183,7 @@ def outcome(name: str) -> str:
     if name == "nag":
         return _removal()
     if name == "apg":
-        return _repair(name)
+        return _repair(name) + _on_flow_too(name)
     if name == "cfg":
         return "the baseline"
     row = first_row(name)
@@ -190,7 +192,13 @@ def outcome(name: str) -> str:
     if name == "cat" and (result := stored("pruning_quality")) is not None:
         gain = result.row("CAT 0.3", steps=28)["PSNR vs fewer steps"].value
         return f"{gain:+.1f} dB against fewer steps"
-    return "not measured yet" if row is None else f"{row['vs best']:+.3f}"
+    return "not measured yet" if row is None else f"{row['vs best']:+.3f}" + _on_flow_too(name)
+
+
+def _on_flow_too(name: str) -> str:
+    """The same difference on the second model, without its interval; nothing if unmeasured."""
+    figure = on_flow(name)
+    return "" if figure == "–" else f"; `{FLOW}` {figure.partition(' ')[0]}"
 
 
 def _repair(name: str) -> str:
@@ -214,8 +222,6 @@ def _removal() -> str:
     return f"obeyed in {shares[0]}; CFG's negative prompt, equally strong: {shares[1]}"
 
 
-FLOW = "emoji-dit"
-"""The second model of the catalogue."""
 ROOMS = {"guidance": ("guidance", "attention"), "pruning": ("pruning",)}
 """Folder of a catalogue -> the rooms whose techniques it lists."""
 

@@ -140,8 +140,8 @@ def test_a_changed_result_changes_the_tables(benchmark_module, tmp_path, monkeyp
     (tmp_path / "search.json").write_text(json.dumps(found))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     cells = readme.row_of("apg")
-    assert cells[3:5] == ["-0.123 [-0.200, -0.100]", "30"]
-    assert cells[5].startswith("APG 9: Leave it off: -0.123 against")
+    assert cells[3:6] == ["30", "-0.123 [-0.200, -0.100]", "–"]
+    assert cells[6].startswith("APG 9: Leave it off: -0.123 against")
     assert "Not measured yet." in readme.row_of("tcfg")
     short = readme.by_purpose()
     assert "| 25% fewer evaluations | -0.123 [-0.200, -0.100] |" in short
@@ -149,6 +149,40 @@ def test_a_changed_result_changes_the_tables(benchmark_module, tmp_path, monkeyp
     assert short.count("| 20 times as many | right images 50% to 75% |") == 2
     assert readme.short("tcfg")[1:] == ["2 passes per step", "not measured yet"]
     assert readme.costs("tcfg") == "2 passes per step"
+
+
+def test_the_second_model_has_its_column(benchmark_module, tmp_path, monkeypatch):
+    """A difference to the best plain scale, or to plain guidance at a scale that is too strong; in
+    the README without its interval."""
+    readme = benchmark_module("readme")
+    estimates = {
+        key: {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 200}
+        for key, value in (("vs best", -0.2), ("vs CFG at its scale", 0.05), ("score", 0.4))
+    }
+    ways = {"apg": ("APG 4", 4.0), "adaptive-guidance": ("AG", 2.5), "cfg-zero-star": ("Z", 2.5)}
+    rows = [
+        {"technique": name, "method": method, "scale": scale, "NFE": 30.0} | estimates
+        for name, (method, scale) in ways.items()
+    ]
+    plain = (("CFG 2.5", 2.5), ("CFG 1", 1.0))
+    rows += [
+        {"technique": None, "method": m, "scale": s, "NFE": 40.0} | estimates for m, s in plain
+    ]
+    data = json.dumps({"rows": rows, "units": {}, "facts": {"best": "CFG 2.5"}})
+    (tmp_path / "emoji-dit").mkdir()
+    for folder in (tmp_path, tmp_path / "emoji-dit"):
+        (folder / "guidance.json").write_text(data)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.on_flow("apg") == "+0.050 [-0.050, +0.150] over plain at scale 4"
+    assert readme.on_flow("adaptive-guidance") == "-0.200 [-0.300, -0.100]"
+    assert readme.on_flow("cfg") == "0.400 at scale 2.5; 0.400 without"
+    assert readme.on_flow("tcfg") == "–"
+    flow_only = readme.row_of("cfg-zero-star")
+    assert flow_only[3:6] == ["–", "–", "-0.200 [-0.300, -0.100]"]
+    short = readme.outcome("adaptive-guidance")
+    assert short == "-0.200 [-0.300, -0.100]; `emoji-dit` -0.200"
+    repaired = "+0.050 [-0.050, +0.150] over plain at scale 4; `emoji-dit` +0.050"
+    assert readme.outcome("apg") == repaired
 
 
 def test_figures_about_negation(benchmark_module):
