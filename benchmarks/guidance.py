@@ -110,6 +110,16 @@ def few(scale: float) -> tuple[str, ...]:
     return (*plain, *once, "S2", "linear", "inverse linear", *repairs)
 
 
+def acts(pipe: Any, entry: Entry) -> bool:
+    """Whether the model can run a rule; one that cannot is named, with the reason."""
+    try:
+        with da.apply(pipe, *entry.config.techniques):
+            return True
+    except da.UnsupportedModel as error:
+        print(f"{entry.config.name} is left out: {error}")
+        return False
+
+
 LAYER = 1
 """The one block that skip-layer guidance leaves out: the second of the U-Net's, from its first
 third."""
@@ -141,17 +151,14 @@ def main() -> None:
         for entry in entries(options.scale, options.steps, ADAPTIVE.get(options.model, 0.95))
         if fnmatch.fnmatch(entry.config.name, options.only)
         and any(fnmatch.fnmatch(entry.config.name, pattern) for pattern in patterns)
+        and acts(pipe, entry)
     ]
     runs: dict[str, Measured] = {}
     with Progress() as bar:
         for entry in selection:
-            try:
-                runs[entry.config.name] = images(
-                    bar, pipe, judge, entry.config, options.runs_folder, clip=clip
-                )
-            except da.UnsupportedModel as error:
-                bar.console.print(f"{entry.config.name} is left out: {error}", markup=False)
-    selection = [entry for entry in selection if entry.config.name in runs]
+            runs[entry.config.name] = images(
+                bar, pipe, judge, entry.config, options.runs_folder, clip=clip
+            )
     if options.only != "*":
         return
     sweep = [runs[name] for s in SWEEP if (name := f"CFG {s:g}") in runs]
