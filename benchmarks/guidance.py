@@ -22,6 +22,9 @@ from rich.progress import Progress
 import diffalign as da
 from diffalign.core.registry import name_of
 from diffalign.eval.evidence import Config, Measured, compare
+from diffalign.families import family_of
+from diffalign.seams.plan import context_of
+from diffalign.seams.support import reason_against
 
 SWEEP = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5)
 STEPS = (10, 15, 30)
@@ -112,12 +115,11 @@ def few(scale: float) -> tuple[str, ...]:
 
 def acts(pipe: Any, entry: Entry) -> bool:
     """Whether the model can run a rule; one that cannot is named, with the reason."""
-    try:
-        with da.apply(pipe, *entry.config.techniques):
-            return True
-    except da.UnsupportedModel as error:
-        print(f"{entry.config.name} is left out: {error}")
-        return False
+    context = context_of(pipe, family_of(type(pipe)))
+    reasons = [reason_against(technique, context) for technique in entry.config.techniques]
+    for reason in filter(None, reasons):
+        print(f"{entry.config.name} is left out: {reason}")
+    return not any(reasons)
 
 
 LAYER = 1
