@@ -341,7 +341,7 @@ def measured(name: str) -> tuple[str, str, str, str]:
     """Evaluations per image, difference of score to the best plain scale on the first model and on
     the second, and what follows."""
     if name in ELSEWHERE:
-        return "–", "–", on_flow(name), ELSEWHERE[name]
+        return _flow_only(name)
     result = stored({"nag": "negation", "pladis": "pladis"}.get(name, "guidance"))
     if result is None:
         return MISSING
@@ -364,6 +364,16 @@ def measured(name: str) -> tuple[str, str, str, str]:
         return MISSING
     nfe, score, text = judged(rows, result)
     return nfe, score, on_flow(name), text
+
+
+def _flow_only(name: str) -> tuple[str, str, str, str]:
+    """``measured`` for a technique that the first model refuses."""
+    result = stored("guidance", FLOW)
+    rows = [row for row in result.rows if row["technique"] == name] if result else []
+    if result is None or not rows:
+        return "–", "–", "–", ELSEWHERE[name]
+    nfe, score, text = judged(rows, result)
+    return nfe, "–", score, f"{ELSEWHERE[name]} `{FLOW}`, {text}"
 
 
 def on_flow(name: str) -> str:

@@ -178,7 +178,9 @@ def test_the_second_model_has_its_column(benchmark_module, tmp_path, monkeypatch
     assert readme.on_flow("cfg") == "0.400 at scale 2.5; 0.400 without"
     assert readme.on_flow("tcfg") == "–"
     flow_only = readme.row_of("cfg-zero-star")
-    assert flow_only[3:6] == ["–", "–", "-0.200 [-0.300, -0.100]"]
+    assert flow_only[3:6] == ["30", "–", "-0.200 [-0.300, -0.100]"]
+    told = "Flow models only, so not on `emoji`. `emoji-dit`, Z: Leave it off: -0.200 against"
+    assert flow_only[6].startswith(told)
     short = readme.outcome("adaptive-guidance")
     assert short == "-0.200 [-0.300, -0.100]; `emoji-dit` -0.200"
     repaired = "+0.050 [-0.050, +0.150] over plain at scale 4; `emoji-dit` +0.050"
