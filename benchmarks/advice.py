@@ -63,10 +63,11 @@ def dynamic(result: Result) -> str:
     for kind, method in facts["evaluators"].items():
         row = result.row(method, set="evidence")
         ratio = row["processor time / CFG"]
-        parts.append(
-            f"{kind} {row['vs CFG']:+.3f} at {ratio:.2f} times the processor time, "
-            f"{row['vs its mean']:+.3f} to CFG {row['mean weight']:.2f}, the mean of its choices"
-        )
+        part = f"{kind} {row['vs CFG']:+.3f} at {ratio:.2f} times the processor time"
+        if row.get("vs its mean"):  # not measured on the first revision of emoji
+            mean = f"CFG {row['mean weight']:.2f}, the mean of its choices"
+            part += f", {row['vs its mean']:+.3f} to {mean}"
+        parts.append(part)
     return (
         f"candidates {tuple(facts['candidates'])} from progress {facts['start']:g} on, chosen on "
         f"the tuning prompts. On the evidence set, against {facts['plain']}, by evaluator: "
