@@ -78,7 +78,13 @@ def policy(result: Result) -> str:
     (searched,) = (row for row in result.rows if row["shares"])
     shares = ", ".join(f"{share:g}" for share in searched["shares"])
     rows = [{k: v for k, v in row.items() if k != "shares"} for row in result.rows]
-    return page(result, title, f"Shares of the weight, step by step: {shares}.", rows=rows)
+    adaptive = result.row("adaptive")
+    gap = searched["score"].value - adaptive["score"].value
+    text = (
+        f"At {searched['NFE']:g} evaluations it is {abs(gap):.3f} {'below' if gap < 0 else 'above'}"
+        f" AdaptiveGuidance at {adaptive['NFE']:.1f}. Shares of the weight, step by step: {shares}."
+    )
+    return page(result, title, text, rows=rows)
 
 
 def guidance(result: Result) -> str:
