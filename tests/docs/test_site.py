@@ -37,7 +37,7 @@ def test_a_page_has_the_stored_figures(pages):
         if row["technique"]:
             gain = row["vs best"]
             assert f"{gain['value']:+.3f} [{gain['low']:+.3f}, " in pages[row["technique"]]
-    assert "No benchmark of quality has been run yet." in pages["fdg"]
+    assert "No benchmark of quality has been run yet." in pages["auto-guidance"]
 
 
 def test_labels_and_formulas_survive_markdown(docs_module):
