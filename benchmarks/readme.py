@@ -211,9 +211,9 @@ def _repair(name: str) -> str:
     return f"{best['vs CFG at its scale']:+.3f} over plain at scale {best['scale']:g}"
 
 
-def _removal() -> str:
+def _removal(model: str = "") -> str:
     """How often NAG removes an object and keeps the other, beside CFG's negative prompt."""
-    result = stored("negation")
+    result = stored("negation", model)
     if result is None:
         return "not measured yet"
     ours = result.row(NAG_ROW, negated="object")
@@ -353,17 +353,22 @@ def measured(name: str) -> tuple[str, str, str, str]:
         score = f"{row['vs best']:+.3f}"
         return evaluations(row), score, on_flow(name), advice.pladis(result)
     if name == "cfg":
-        best, off = (result.row(method) for method in (result.facts["best"], "CFG 1"))
-        scale = best["method"].removeprefix("CFG ")
-        scores = [row["score"].value for row in (best, off)]
-        advised = f"{scores[0]:.3f} at scale {scale}, the best; {scores[1]:.3f} without guidance."
+        best = result.row(result.facts["best"])
         score = f"{best['vs best'].value:+.3f}"
-        return evaluations(best), score, on_flow(name), advised
+        return evaluations(best), score, on_flow(name), f"{_plain(result)}."
     rows = [row for row in result.rows if row["technique"] == name]
     if not rows:
         return MISSING
     nfe, score, text = judged(rows, result)
     return nfe, score, on_flow(name), text
+
+
+def _plain(result: Result) -> str:
+    """The scores of plain guidance at its best scale and of none."""
+    best, off = (result.row(method) for method in (result.facts["best"], "CFG 1"))
+    scores = [row["score"].value for row in (best, off)]
+    scale = best["method"].removeprefix("CFG ")
+    return f"{scores[0]:.3f} at scale {scale}, the best; {scores[1]:.3f} without guidance"
 
 
 def _flow_only(name: str) -> tuple[str, str, str, str]:
@@ -383,17 +388,11 @@ def on_flow(name: str) -> str:
     if result is None:
         return "–"
     if name == "nag":
-        ours = result.row(NAG_ROW, negated="object")
-        rows = (ours, advice.at_equal_strength(result, ours))
-        return "obeyed in {:.0%}; equally strong CFG {:.0%}".format(
-            *(row["gone and kept"].value for row in rows)
-        )
+        return _removal(FLOW)
     if name == "pladis":
         return f"{result.row(result.facts['default'])['vs best']:+.3f}"
     if name == "cfg":
-        best, off = (result.row(method) for method in (result.facts["best"], "CFG 1"))
-        scores = [row["score"].value for row in (best, off)]
-        return f"{scores[0]:.3f} at scale {best['scale']:g}; {scores[1]:.3f} without"
+        return _plain(result)
     rows = [row for row in result.rows if row["technique"] == name]
     if not rows:
         return "–"

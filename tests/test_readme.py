@@ -175,7 +175,7 @@ def test_the_second_model_has_its_column(benchmark_module, tmp_path, monkeypatch
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.on_flow("apg") == "+0.050 [-0.050, +0.150] over plain at scale 4"
     assert readme.on_flow("adaptive-guidance") == "-0.200 [-0.300, -0.100]"
-    assert readme.on_flow("cfg") == "0.400 at scale 2.5; 0.400 without"
+    assert readme.on_flow("cfg") == "0.400 at scale 2.5, the best; 0.400 without guidance"
     assert readme.on_flow("tcfg") == "–"
     flow_only = readme.row_of("cfg-zero-star")
     assert flow_only[3:6] == ["30", "–", "-0.200 [-0.300, -0.100]"]

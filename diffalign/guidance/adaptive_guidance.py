@@ -76,8 +76,8 @@ class AdaptiveGuidance(TwoBranches[AdaptiveState]):
     evaluations instead of 2S. Two predictions agree when their cosine reaches ``threshold``, over
     all values of the image. Each image decides for itself, once per step, and never goes
     back to guidance. ``diffalign calibrate adaptive-guidance`` measures your model's threshold.
-    A negative prompt acts while an image is guided; what is settled later, as colours are on the
-    embedded model, it then does not reach.
+    A negative prompt acts while an image is guided and no longer: on the embedded model negated
+    objects stay away as under plain guidance, negated colours come back.
     Cost: 2 passes for images still guided, 1 for the others; one device synchronisation per guided
     step.
     Raises: ``UnsupportedModel`` where the pipeline does not guide and no scale is given.
