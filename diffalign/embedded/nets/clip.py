@@ -1,4 +1,5 @@
-"""``emoji-clip``: an open_clip dual encoder of 64 x 64 scenes and captions.
+"""``emoji-clip``: an open_clip dual encoder of 64 x 64 scenes and captions, and ``emoji-clip-2``
+of 128 x 128 ones, the same network with patches of twice the side.
 
 The folder is one that open_clip loads by itself (``open_clip.create_model("local-dir:FOLDER")``,
 ``open_clip.get_tokenizer`` likewise); the extra file ``heads.safetensors`` holds linear readers of
@@ -18,25 +19,26 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.core.types import Json
-from diffalign.embedded.nets.judge import checked
+from diffalign.embedded.nets.judge import SIDE, checked
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
     from open_clip.tokenizer import HFTokenizer
 
-CONTEXT = 24
+CONTEXT, PATCHES = 24, 8
+"""Tokens of a caption, and patches along each side of an image."""
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def model_config(vocabulary: int) -> Json:
-    """The ``model_cfg`` of open_clip for a tokenizer with ``vocabulary`` entries whose end token
-    is 1."""
+def model_config(vocabulary: int, side: int = SIDE) -> Json:
+    """The ``model_cfg`` of open_clip for images of ``side`` pixels and a tokenizer with
+    ``vocabulary`` entries whose end token is 1."""
     return {
         "embed_dim": 192,
         "vision_cfg": {
-            "image_size": 64,
-            "patch_size": 8,
+            "image_size": side,
+            "patch_size": side // PATCHES,
             "width": 192,
             "layers": 5,
             "head_width": 48,
@@ -75,12 +77,12 @@ class Heads(nn.Module):
         return self.pairs(embedding).view(shape), self.numbers(embedding).view(shape)
 
 
-def build_clip(vocabulary: int, seed: int) -> tuple[CLIP, Heads]:
-    """The untrained open_clip model and heads in fp32; initial weights from ``seed`` without
-    touching the global generator."""
+def build_clip(vocabulary: int, seed: int, side: int = SIDE) -> tuple[CLIP, Heads]:
+    """The untrained open_clip model for images of ``side`` pixels and its heads in fp32; initial
+    weights from ``seed`` without touching the global generator."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-    config = model_config(vocabulary)
+    config = model_config(vocabulary, side)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIP(
@@ -100,10 +102,12 @@ class Clip:
             tokenizer,
             heads.eval().requires_grad_(False),
         )
+        # of the images that the network sees; others are resized
+        self.side: int = self.model.visual.image_size[0]
 
     def image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] to embeddings [B, 192], differentiable."""
-        pixels = checked(images, "emoji-clip")
+        pixels = checked(images, "emoji-clip", self.side)
         mean, std = (
             torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
             for values in (MEAN, STD)

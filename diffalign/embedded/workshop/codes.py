@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.embedded.world.scenes import Scene, stamp
 from diffalign.embedded.world.vocabulary import NATIVE, OBJECTS
@@ -108,3 +108,38 @@ def code(scene: Scene) -> npt.NDArray[np.float32]:
 def codes(scenes: Sequence[Scene]) -> Tensor:
     """The latents of scenes of one size, float32 [B, 25, side / 4, side / 4]."""
     return torch.from_numpy(np.stack([code(scene) for scene in scenes]))
+
+
+@torch.no_grad()
+def pictures(
+    decoder: nn.Module, latents: Tensor, rng: torch.Generator, spread: float = 0.0
+) -> Tensor:
+    """What the decoder of ``emoji-dit`` draws from latents [B, 25, h, w] with noise of a standard
+    deviation from 0 to ``spread``, drawn for each: [B, 3, 4 h, 4 w] in [0, 1]."""
+    noise = spread * torch.rand(len(latents), 1, 1, 1, generator=rng)
+    latents = latents + noise * torch.randn(latents.shape, generator=rng)
+    images: Tensor = decoder(latents.to(next(decoder.parameters()).dtype)).float() / 2 + 0.5
+    return images.clamp(0, 1)
+
+
+def spoilt(latents: Tensor, scenes: Sequence[Scene], rng: torch.Generator) -> Tensor:
+    """The latents of scenes with one object each that is none any more: what its cells are is mixed
+    half and half with what an object of the next scene is, or flooded with noise of 1 to 2 standard
+    deviations. This is how generators fail. Shapes as in ``codes``."""
+    result = latents.clone()
+    places = [
+        scene.layout[int(torch.randint(len(scene.layout), (1,), generator=rng))] for scene in scenes
+    ]
+    for index, place in enumerate(places):
+        x, y, count = (number // STRIDE for number in place)
+        cell = result[index, COLOURS:, y : y + count, x : x + count]
+        if int(torch.randint(2, (1,), generator=rng)):
+            left, top, _ = (number // STRIDE for number in places[(index + 1) % len(places)])
+            word = latents[(index + 1) % len(places), 7:14, top, left, None, None]
+            cell[1:8].lerp_(
+                word.expand_as(cell[1:8]), 0.35 + 0.3 * float(torch.rand(1, generator=rng))
+            )
+        else:
+            loud = LOUDNESS * (1 + float(torch.rand(1, generator=rng)))
+            cell.add_(torch.randn(cell.shape, generator=rng), alpha=loud)
+    return result

@@ -11,14 +11,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from diffalign.embedded.world import scenes as w
 from diffalign.embedded.world.captions import Group, geneval, paraphrase
-from diffalign.embedded.world.editions import FIRST, Layout, related
+from diffalign.embedded.world.editions import FIRST, Edition
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, OPPOSITE, RELATIONS
+
+LARGEST = 4
+"""The largest number of objects of one class."""
 
 CHANGES = ("class", "colour", "count", "relation", "binding")
 """What can differ. ``class``, ``colour`` and ``count`` change one group; ``relation`` replaces
@@ -52,14 +56,29 @@ TURNED: dict[str, float] = {
 class Picture:
     """One scene of a pair."""
 
-    # uint8 [64, 64, 3]
-    image: npt.NDArray[np.uint8]
-    caption: str
-    # int64 [4, 6] as in ``World.arrays``
+    scene: w.Scene
+    # int64 [most, 6] as in ``World.arrays``
     truth: npt.NDArray[np.int64]
-    # the facts that the caption states
-    groups: tuple[Group, ...]
-    relation: str | None
+
+    @property
+    def image(self) -> npt.NDArray[np.uint8]:
+        """uint8 [side, side, 3]."""
+        return self.scene.image
+
+    @property
+    def caption(self) -> str:
+        """What the picture shows."""
+        return self.scene.caption
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The objects that the caption states."""
+        return self.scene.groups
+
+    @property
+    def relation(self) -> str | None:
+        """The relation that the caption states."""
+        return self.scene.relation
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,7 @@ def pairs(
     plain: float = 0.6,
     weight: int = 3,
     turned: float = 0.0,
+    edition: Edition = FIRST,
 ) -> Iterator[Pair]:
     """``count`` pairs from a seed; ``plain`` is the share whose captions are in GenEval's exact
     grammar, ``weight`` how often a relation or a binding is the change where it can be, against
@@ -87,32 +107,47 @@ def pairs(
     rng = random.Random(seed)
     kinds, weights = zip(*(mix or MIX).items(), strict=True)
     for _ in range(count):
-        groups, relation = w.facts(rng, rng.choices(kinds, weights)[0])
+        kind = rng.choices(kinds, weights)[0]
+        groups, relation = w.facts(rng, kind, edition)
         change = rng.choice(_possible(groups, relation, weight))
         others, other_relation = groups, relation
         if turned and relation and change == "relation" and rng.random() < turned:
             other_relation = OPPOSITE[relation]
         else:
-            others, other_relation = _changed(rng, groups, relation, change)
-        background = FIRST.background(rng)
-        layout = FIRST.layout(rng, _total(groups), relation)
+            others, other_relation = _changed(rng, groups, relation, change, edition.most)
+        background = edition.background(rng)
+        layout = edition.layout(rng, _total(groups), relation)
         if change == "relation" and other_relation is not None:
             # The picture of the same two cells exchanged is the hardest; any other placement of the
             # relation keeps the pair honest.
-            swapped = layout[::-1] if layout[::-1] in related(FIRST, other_relation) else None
-            other_layout = swapped or FIRST.layout(rng, 2, other_relation)
+            swapped = layout[::-1] if edition.allows(layout[::-1], other_relation) else None
+            other_layout = swapped or edition.layout(rng, 2, other_relation)
         else:
             other_layout = (
-                layout if len(layout) == _total(others) else FIRST.layout(rng, _total(others), None)
+                layout
+                if len(layout) == _total(others)
+                else edition.layout(rng, _total(others), None)
             )
         style = rng.random()
         captions = []
         for facts in ((groups, relation), (others, other_relation)):
             captions.append(geneval(*facts) if style < plain else paraphrase(rng, *facts))
-        first = _picture(groups, relation, layout, background, captions[0])
-        yield Pair(
-            first, _picture(others, other_relation, other_layout, background, captions[1]), change
-        )
+        first = w.drawn(kind, captions[0], groups, relation, layout, background)
+        second = w.drawn(kind, captions[1], others, other_relation, other_layout, background)
+        yield Pair(_picture(first, edition.most), _picture(second, edition.most), change)
+
+
+class Batch(NamedTuple):
+    """Pairs in one piece, first and second pictures alternating."""
+
+    # uint8 [N, side, side, 3]
+    images: npt.NDArray[np.uint8]
+    captions: list[str]
+    # int64 [N, most, 6]
+    truth: npt.NDArray[np.int64]
+    # bool [N, N]: two different pictures with equal facts, so neither is a negative of the other
+    same: npt.NDArray[np.bool_]
+    scenes: list[w.Scene]
 
 
 def batch(
@@ -121,22 +156,22 @@ def batch(
     mix: dict[str, float] | None = None,
     weight: int = 3,
     turned: float = 0.0,
-) -> tuple[npt.NDArray[np.uint8], list[str], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """``count`` pairs, first and second pictures alternating: images [2 count, 64, 64, 3],
-    captions, truth [2 count, 4, 6], and a table [2 count, 2 count] that is True where two
-    *different* pictures have equal facts (so neither is a negative of the other)."""
+    edition: Edition = FIRST,
+) -> Batch:
+    """The pictures of ``count`` pairs; the arguments are those of ``pairs``."""
     pictures = [
         picture
-        for pair in pairs(seed, count, mix, weight=weight, turned=turned)
+        for pair in pairs(seed, count, mix, weight=weight, turned=turned, edition=edition)
         for picture in (pair.first, pair.second)
     ]
     keys = [_key(picture) for picture in pictures]
     same = np.array([[i != j and a == b for j, b in enumerate(keys)] for i, a in enumerate(keys)])
-    return (
+    return Batch(
         np.stack([p.image for p in pictures]),
         [p.caption for p in pictures],
         np.stack([p.truth for p in pictures]),
         same,
+        [p.scene for p in pictures],
     )
 
 
@@ -169,7 +204,7 @@ def _possible(groups: tuple[Group, ...], relation: str | None, weight: int) -> l
 
 
 def _changed(
-    rng: random.Random, groups: tuple[Group, ...], relation: str | None, change: str
+    rng: random.Random, groups: tuple[Group, ...], relation: str | None, change: str, most: int
 ) -> tuple[tuple[Group, ...], str | None]:
     """Facts that differ from the given ones in ``change`` alone."""
     result = list(groups)
@@ -193,24 +228,17 @@ def _changed(
             old, colour=rng.choice([colour for colour in COLOURS if colour not in present])
         )
     else:
-        room = 4 - _total(groups) + old.count
+        room = min(LARGEST, most - _total(groups) + old.count)
         choices = [number for number in range(1, room + 1) if number != old.count]
         if not choices:
-            return _changed(rng, groups, relation, change)
+            return _changed(rng, groups, relation, change, most)
         result[place] = replace(old, count=rng.choice(choices))
     return tuple(result), relation
 
 
-def _picture(
-    groups: tuple[Group, ...],
-    relation: str | None,
-    layout: Layout,
-    background: npt.NDArray[np.float32],
-    caption: str,
-) -> Picture:
-    canvas, truth = background.copy(), np.full((4, 6), -1, dtype=np.int64)
-    members = [group for group in groups for _ in range(group.count)]
-    for row, (place, group) in enumerate(zip(layout, members, strict=True)):
-        tint = COLOURS.index(group.colour) if group.colour != NATIVE else len(COLOURS)
-        truth[row] = (OBJECTS.index(group.name), tint, *w.paste(canvas, group, place).box)
-    return Picture(w.rounded(canvas), caption, truth, groups, relation)
+def _picture(scene: w.Scene, most: int) -> Picture:
+    truth = np.full((most, 6), -1, dtype=np.int64)
+    for row, thing in enumerate(scene.objects):
+        tint = COLOURS.index(thing.colour) if thing.colour != NATIVE else len(COLOURS)
+        truth[row] = (OBJECTS.index(thing.name), tint, *thing.box)
+    return Picture(scene, truth)

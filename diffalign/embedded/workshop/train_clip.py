@@ -15,6 +15,11 @@ highest score of a prompt also has to be a right picture's, and the caption with
 relation below its own. The first judge is never used, so that it can measure what this reward is
 worth. ``--from FOLDER`` goes on from exported weights, with a fresh optimiser and fresh readers of
 patches and places.
+
+``--edition second --from FOLDER`` makes ``emoji-clip-2``: a run of its own that starts with the
+weights of ``emoji-clip``, whose patches are stretched over twice the side. What the autoencoder
+does to a picture is then what the decoder of ``emoji-dit`` draws, and the judges are those of the
+second edition.
 """
 
 from __future__ import annotations
@@ -32,8 +37,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffalign.embedded.nets.clip import MEAN, STD, build_clip, model_config
-from diffalign.embedded.workshop import training
+from diffalign.core.types import Json
+from diffalign.embedded.nets.clip import MEAN, PATCHES, STD, build_clip, model_config
+from diffalign.embedded.nets.judge import SIDE
+from diffalign.embedded.workshop import codes, training
 from diffalign.embedded.workshop.clip_loss import (
     chosen_right,
     contrast,
@@ -44,7 +51,7 @@ from diffalign.embedded.workshop.clip_loss import (
     scene_truth,
 )
 from diffalign.embedded.workshop.degrade import blurred, corrupt, morph, moved, noisy, round_trip
-from diffalign.embedded.workshop.pairs import FOCUS, MIX, TURNED, batch
+from diffalign.embedded.workshop.pairs import FOCUS, MIX, TURNED, Batch, batch
 from diffalign.embedded.workshop.precision import autocast
 from diffalign.embedded.workshop.samples import OPPOSITE, Samples, mirrored, reworded
 from diffalign.embedded.workshop.train_judge import load_vae
@@ -59,6 +66,7 @@ from diffalign.embedded.workshop.training import (
     step_seed,
     train,
 )
+from diffalign.embedded.world.editions import ALIGNED, EDITIONS, FIRST, SECOND, Edition
 from diffalign.embedded.world.tokens import encode
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 
@@ -76,24 +84,40 @@ FOCUSED = {**WEIGHTS, "objects": 0.5, "places": 4.0}
 DRILLED = {"contrast": 1.0, "choice": 2.0, "objects": 0.2, "places": 40.0}
 """Weights of the parts of the loss: before the focus, in it, and in the drill."""
 SPREAD = 0.5
+PATCH = "visual.conv1.weight"
+"""The only weights whose size depends on the size of the images."""
 
 
 def damaged(
-    clean: Tensor, truth: Tensor, count: int, rng: torch.Generator, vae: AutoencoderTiny | None
+    found: Batch,
+    count: int,
+    rng: torch.Generator,
+    vae: AutoencoderTiny | None,
+    edition: Edition = FIRST,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures as the reward meets them: ``clean`` [N, 3, 64, 64] and ``count`` copies with one
-    object spoilt, shifted, blurred and noisy; their boxes; and which pictures were copied.
+    """Pictures as the reward meets them: the N of ``found`` and ``count`` copies with one object
+    spoilt, shifted, blurred and noisy, float [N + count, 3, side, side]; their boxes; and which
+    pictures were copied.
 
-    With ``vae`` half of the clean ones take a round trip, and half of the copies are spoilt in its
-    latent space.
+    With ``vae`` half of the clean ones take a round trip (a quarter of the larger ones, which cost
+    more), and half of the copies are spoilt in its latent space.
     """
+    clean = torch.from_numpy(found.images).permute(0, 3, 1, 2).float() / 255
+    truth = torch.from_numpy(found.truth)
     sources = torch.randperm(len(clean), generator=rng)[:count]
-    spoilt, _ = corrupt(clean[sources], truth[sources], rng, share=1.0)
+    spoilt, _ = corrupt(clean[sources], truth[sources], rng, share=1.0, edition=edition)
     if vae is not None:
-        half = len(sources) // 2
-        spoilt[:half] = morph(vae, clean[sources[:half]], truth[sources[:half]], rng)
-        through = torch.randperm(len(clean), generator=rng)[: len(clean) // 2]
-        clean[through] = round_trip(vae, clean[through], rng, SPREAD)
+        first = sources[: len(sources) // 2]
+        share = 2 if edition is FIRST else 4
+        through = torch.randperm(len(clean), generator=rng)[: len(clean) // share]
+        if edition is FIRST:
+            spoilt[: len(first)] = morph(vae, clean[first], truth[first], rng)
+            clean[through] = round_trip(vae, clean[through], rng, SPREAD)
+        else:
+            latents = codes.codes(found.scenes)
+            wrong = codes.spoilt(latents[first], [found.scenes[i] for i in first.tolist()], rng)
+            spoilt[: len(first)] = codes.pictures(vae.decoder, wrong, rng)
+            clean[through] = codes.pictures(vae.decoder, latents[through], rng, SPREAD)
     pictures = torch.cat([clean, spoilt])
     boxes = torch.cat([truth[..., 2:], truth[sources][..., 2:]]).float()
     pictures, boxes = moved(pictures, boxes, rng, share=0.3)
@@ -116,7 +140,8 @@ class ClipTrainer(ModulesTrainer):
         samples: Samples | None = None,
     ) -> None:
         self.options, self.vocab, self.vae, self.samples = options, vocab, vae, samples
-        self.model, self.heads = build_clip(len(vocab), options.seed)
+        self.edition = EDITIONS[options.edition]
+        self.model, self.heads = build_clip(len(vocab), options.seed, self.edition.side)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed + 1)
             self.patches = nn.Linear(
@@ -148,31 +173,30 @@ class ClipTrainer(ModulesTrainer):
         return bool(self.done >= self.options.focus)
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Pictures [2P + C, 3, 64, 64], token ids [2P, 24], truth of the first 2P float [2P, 4, 6],
-        the table of equal facts [2P, 2P], and the caption of each spoilt picture (index [C])."""
+        """Pictures [2P + C, 3, side, side], token ids [2P, 24], truth of the first 2P float [2P,
+        most, 6] with boxes in 64ths of a side, the table of equal facts [2P, 2P], and the caption
+        of each spoilt picture (index [C])."""
         seed, rng = self.options.seed, step_generator(self.options.seed, 0, self.done)
-        mixture: tuple[dict[str, float] | None, int, float]
+        mix, weight, turned = FOCUS if self.focused else None, 10 if self.focused else 3, 0.0
         if self.phase >= DRILL:
-            mixture = (TURNED, 20, 0.7) if self.phase == DRILL else (MIX, 6, 0.7)
-        else:
-            mixture = (FOCUS, 10, 0.0) if self.focused else (None, 3, 0.0)
-        arrays, captions, rows, same = batch(
-            step_seed(seed, 0, self.done), self.options.pairs, *mixture
-        )
-        clean, truth = (
-            torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255,
-            torch.from_numpy(rows),
-        )
+            mix, weight, turned = (TURNED, 20, 0.7) if self.phase == DRILL else (MIX, 6, 0.7)
         plain = self.phase in (0, DRILL)
+        edition = ALIGNED if self.edition is SECOND and not plain else self.edition
+        found = batch(
+            step_seed(seed, 0, self.done), self.options.pairs, mix, weight, turned, edition
+        )
         if not plain and self.vae is None:
             raise ValueError(
-                "Phases two, three and five need the autoencoder of emoji; pass --vae FOLDER."
+                "Phases two, three and five need the autoencoder of the model whose pictures are "
+                "to be judged; pass --vae FOLDER."
             )
         spoilt = 0 if self.phase == DRILL else self.options.spoilt
-        pictures, boxes, sources = damaged(clean, truth, spoilt, rng, None if plain else self.vae)
-        ids = torch.tensor([encode(self.vocab, caption) for caption in captions])
-        located = torch.cat([truth[..., :2].float(), boxes[: len(clean)]], dim=2)
-        return pictures, ids, located, torch.from_numpy(same), sources
+        vae = None if plain else self.vae
+        pictures, boxes, sources = damaged(found, spoilt, rng, vae, edition)
+        ids = torch.tensor([encode(self.vocab, caption) for caption in found.captions])
+        boxes = boxes[: len(ids)] * (SIDE / edition.side)
+        located = torch.cat([torch.from_numpy(found.truth[..., :2]).float(), boxes], dim=2)
+        return pictures, ids, located, torch.from_numpy(found.same), sources
 
     def images(self, pictures: Tensor) -> Tensor:
         """Embeddings [B, 192] before normalisation."""
@@ -286,7 +310,7 @@ def export(options: argparse.Namespace) -> None:
     save_file(tables["model"], folder / "open_clip_model.safetensors")
     save_file(tables["heads"], folder / "heads.safetensors")
     config = {
-        "model_cfg": model_config(len(tokenizer.get_vocab())),
+        "model_cfg": model_config(len(tokenizer.get_vocab()), EDITIONS[options.edition].side),
         "preprocess_cfg": {"mean": MEAN, "std": STD},
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -303,20 +327,34 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def begin(trainer: ClipTrainer, folder: Path, out: Path) -> None:
-    """Write the state of a run that goes on from the weights in ``folder``, with its count of
-    updates, seconds and log, unless ``out`` has a state."""
+    """Write the state of a run that goes on from the weights in ``folder``, unless ``out`` has a
+    state. In the first edition it has their count of updates, seconds and log; in another it starts
+    anew."""
     if (out / STATE).exists():
         return
     for module, name in (
         (trainer.model, "open_clip_model.safetensors"),
         (trainer.heads, "heads.safetensors"),
     ):
-        module.load_state_dict({k: v.float() for k, v in load_file(folder / name).items()})
+        weights = {k: v.float() for k, v in load_file(folder / name).items()}
+        if PATCH in weights:
+            weights[PATCH] = stretched(weights[PATCH], trainer.edition.side // PATCHES)
+        module.load_state_dict(weights)
+    out.mkdir(parents=True, exist_ok=True)
+    if trainer.edition is not FIRST:
+        save_state(out / STATE, {"trainer": trainer.state(), "seconds": 0.0})
+        return
     record = json.loads((folder / "training.json").read_text())
     trainer.done = record["updates"]
-    out.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "log.jsonl", out / "log.jsonl")
     save_state(out / STATE, {"trainer": trainer.state(), "seconds": record["seconds"]})
+
+
+def stretched(kernel: Tensor, side: int) -> Tensor:
+    """A kernel of patches [C, 3, n, n] for patches of ``side`` pixels, a multiple of n, that
+    answers to an enlarged picture as before."""
+    factor = side // kernel.shape[-1]
+    return kernel.repeat_interleave(factor, 2).repeat_interleave(factor, 3) / factor**2
 
 
 def run(options: argparse.Namespace, vae: AutoencoderTiny | None, samples: Samples | None) -> None:
@@ -326,7 +364,9 @@ def run(options: argparse.Namespace, vae: AutoencoderTiny | None, samples: Sampl
         begin(trainer, options.source, options.out)
         options.resume = True
     names = ("seed", "pairs", "spoilt", "groups", "focus", *PHASES)
-    header = {"model": "emoji-clip"} | {key: getattr(options, key) for key in names}
+    header: Json = {"model": "emoji-clip"} | {key: getattr(options, key) for key in names}
+    if options.edition != FIRST.name:
+        header |= {"edition": options.edition, "from": options.source and options.source.name}
     count = 2 * options.pairs + options.spoilt
     train(trainer, options, header, Course(trainer.ends[-1], count, options.save))
 
@@ -351,6 +391,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--from", dest="source", type=Path, help="folder of an export to go on from"
     )
+    result.add_argument("--edition", choices=(FIRST.name, SECOND.name), default=FIRST.name)
     result.add_argument("--pairs", type=int, default=32)
     result.add_argument("--spoilt", type=int, default=16)
     result.add_argument("--updates", type=int, default=3_000, help="updates of phase one")

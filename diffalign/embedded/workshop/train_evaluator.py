@@ -123,7 +123,7 @@ class EvaluatorTrainer(ModulesTrainer):
         """The weighted parts of the loss of the next step."""
         options, rng = self.options, step_generator(self.options.seed, 0, self.done)
         mixture = (MIX, 3) if self.done < options.begin // 2 else (FOCUS, 6)
-        arrays, captions, rows, same = batch(
+        arrays, captions, rows, same, _ = batch(
             step_seed(options.seed, 0, self.done), options.pairs, *mixture
         )
         images, truth = (

@@ -29,7 +29,7 @@ from diffalign.core.types import Json
 from diffalign.embedded.nets.audit import STEP, AuditNet, audit_loss
 from diffalign.embedded.nets.judge import JudgeNet
 from diffalign.embedded.workshop import training
-from diffalign.embedded.workshop.codes import codes
+from diffalign.embedded.workshop.codes import codes, pictures
 from diffalign.embedded.workshop.degrade import blurred, corrupt, moved, noisy, round_trip
 from diffalign.embedded.workshop.judge_loss import judge_loss
 from diffalign.embedded.workshop.precision import autocast, precision
@@ -158,10 +158,8 @@ class JudgeTrainer(ModulesTrainer):
         world = World(MIX, edition=ALIGNED)
         seed = step_seed(self.options.seed, 1, self.done)
         latents = codes(list(world.scenes(seed, count)))
-        spread = SPREAD * torch.rand(count, 1, 1, 1, generator=rng)
-        latents = latents + spread * torch.randn(latents.shape, generator=rng)
-        images = self.vae.decoder(latents.to(self.vae.dtype)).float() / 2 + 0.5
-        return images.clamp(0, 1), torch.from_numpy(world.arrays(seed, count)[2])
+        images = pictures(self.vae.decoder, latents, rng, SPREAD)
+        return images, torch.from_numpy(world.arrays(seed, count)[2])
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted parts of the loss of the next step."""

@@ -77,6 +77,12 @@ class Edition:
             if relation is None or _holds(places, relation, self.slant):
                 return places
 
+    def allows(self, layout: Layout, relation: str) -> bool:
+        """Whether two cells stand in ``relation`` as a scene of this edition has them."""
+        if self.regular:
+            return layout in related(self, relation)
+        return _holds(layout, relation, self.slant)
+
     def background(self, rng: random.Random) -> npt.NDArray[np.float32]:
         """A background with a vertical gradient of at most 24 grey levels: float32 [side, side,
         3]."""

@@ -105,13 +105,14 @@ def test_pictures_of_pairs_show_their_facts(found: list[Pair]) -> None:
 
 
 def test_a_batch_marks_equal_facts_and_repeats_the_pairs() -> None:
-    images, captions, truth, same = batch(5, 150)
+    images, captions, truth, same, scenes = batch(5, 150)
     again = [picture for pair in pairs(5, 150) for picture in (pair.first, pair.second)]
     assert captions == [picture.caption for picture in again]
     assert all(
         (a == b.image).all() and (t == b.truth).all()
         for a, b, t in zip(images, again, truth, strict=True)
     )
+    assert all((a == b.image).all() for a, b in zip(images, scenes, strict=True))
     assert (same == same.T).all()
     assert not same.diagonal().any()
     assert 0 < same.sum() < 600

@@ -119,7 +119,7 @@ def test_the_mask_ends_with_the_first_end_token() -> None:
 
 
 def test_corners_are_the_cells_that_hold_the_boxes() -> None:
-    _, _, truth, _ = batch(1_000_300, 40)
+    truth = batch(1_000_300, 40).truth
     marks = corners(truth).view(-1, 8, 8)
     assert torch.equal(marks.sum((1, 2)), torch.from_numpy((truth[:, :, 0] >= 0).sum(1)).float())
     for rows, mark in zip(truth, marks, strict=True):
