@@ -35,7 +35,10 @@ def _option(help: str, *names: str) -> Any:
 
 
 Method = Annotated[str, _option("name:key=value,...; see diffalign methods.")]
-Reward = Annotated[str, _option("The score to raise; several as 2*emoji-clip+flicker.")]
+Reward = Annotated[
+    str | None,
+    _option("The score to raise, several as 2*clip+flicker; an embedded model's own if left out."),
+]
 Limits = Annotated[
     str | None, _option("nfe=400,seconds=20,...: any of nfe, seconds, rewards, decodes, backward.")
 ]
@@ -66,7 +69,7 @@ def align(
     options: arguments.Options,
     text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
     method: Method = "best-of-n",
-    reward: Reward = "emoji-clip",
+    reward: Reward = None,
     budget: Limits = None,
     judge: Judges = None,
     tie: Ties = None,
@@ -81,7 +84,7 @@ def align(
     if text is not None:
         options = dataclasses.replace(options, prompt=[text, *(options.prompt or [])])
     techniques = techniques_of(options.technique)
-    limits = read_budget(budget)
+    limits, wanted = read_budget(budget), reward or usual_reward(options.model)
     check_folder(options.output, resume)
     start = None if clip is None else read_clip(clip)
     from diffalign.alignment.door import align as search
@@ -104,7 +107,7 @@ def align(
             request.model.pipe,
             prompts if len(prompts) > 1 else prompts[0],
             method=method,
-            reward=reward,
+            reward=wanted,
             budget=limits,
             techniques=techniques,
             judges=judge or (),
@@ -121,6 +124,18 @@ def align(
     if len(prompts) > 1:
         picture.remove()
     say(options, prompts, results, fps)
+
+
+def usual_reward(model: str) -> str:
+    """The reward of a search that names none. Raises: ``BadInput`` for a model without one."""
+    from diffalign.embedded.load import MODELS
+
+    if model not in MODELS or not MODELS[model].reward:
+        raise BadInput(
+            f"--reward is needed for {model}: the score to raise, such as clip, pick-score or "
+            "hps-v2-1; see diffalign rewards. Only embedded models have one of their own."
+        )
+    return MODELS[model].reward
 
 
 @contextmanager

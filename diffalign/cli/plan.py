@@ -96,7 +96,10 @@ class RunOptions(arguments.Options):
     align: Annotated[
         str | None, option(HOW, "A method makes every image; see diffalign methods.", "--align")
     ] = None
-    reward: Annotated[str, option(HOW, "The score that it raises.", "--reward")] = "emoji-clip"
+    reward: Annotated[
+        str | None,
+        option(HOW, "The score that it raises; an embedded model's if left out.", "--reward"),
+    ] = None
     budget: Annotated[str | None, option(HOW, "Of each image, like nfe=400.", "--budget")] = None
     shard: Shard = None
     engine: Engine = "local"
@@ -197,14 +200,15 @@ def _benchmark_of(options: RunOptions) -> Benchmark:
 
 
 def _search_of(options: RunOptions) -> Search | None:
-    from diffalign.cli.align import read_budget
+    from diffalign.cli.align import read_budget, usual_reward
     from diffalign.eval.generation import Search
 
     if options.align is None:
         if options.budget is not None:
             raise BadInput("--budget limits a search; give --align METHOD too.")
         return None
-    search = Search(options.align, options.reward, read_budget(options.budget))
+    reward = options.reward or usual_reward(options.model)
+    search = Search(options.align, reward, read_budget(options.budget))
     search.check()
     return search
 

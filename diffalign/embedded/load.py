@@ -102,6 +102,8 @@ class Entry:
     defaults: Mapping[str, float] = field(default_factory=dict)
     # of a pipeline: the detector that judges its images
     judge: str = ""
+    # of a pipeline: the reward for its images
+    reward: str = ""
     # of an adapter: the embedded pipeline that it changes
     base: str = ""
     # whether a pipeline makes videos
@@ -115,6 +117,7 @@ MODELS: dict[str, Entry] = {
         pipeline_in,
         {"steps": 20, "scale": 3.0},
         "emoji-judge",
+        "emoji-clip",
     ),
     "emoji-turbo": Entry(
         "emoji-turbo",
@@ -122,6 +125,7 @@ MODELS: dict[str, Entry] = {
         _turbo,
         {"steps": 4, "scale": 1.0},
         "emoji-judge",
+        "emoji-clip",
         base="emoji",
     ),
     "emoji-dit": Entry(
@@ -130,6 +134,7 @@ MODELS: dict[str, Entry] = {
         pipeline_in,
         {"steps": 20, "scale": 2.5},
         "emoji-judge-2",
+        "emoji-clip-2",
     ),
     "emoji-video": Entry(
         "emoji-video",
@@ -144,6 +149,7 @@ MODELS: dict[str, Entry] = {
             "max_sequence_length": 24,
         },
         "emoji-judge",
+        "emoji-clip",
         videos=True,
     ),
     "emoji-judge": Entry(
@@ -161,9 +167,19 @@ MODELS: dict[str, Entry] = {
         "second detector, of another architecture, that checks the first one",
         _audit,
     ),
+    "emoji-judge-audit-2": Entry(
+        "emoji-judge-audit-2",
+        "second detector of the world's second edition",
+        _audit,
+    ),
     "emoji-clip": Entry(
         "emoji-clip",
         "open_clip dual encoder of 64 x 64 scenes and captions, with its tokenizer",
+        _clip,
+    ),
+    "emoji-clip-2": Entry(
+        "emoji-clip-2",
+        "the dual encoder of the world's second edition, 128 x 128",
         _clip,
     ),
     "emoji-evaluator": Entry(

@@ -118,6 +118,7 @@ REWARDS: Registry[Reward] = Registry(
         name: f"{ROOM}.{place}"
         for name, place in (
             ("emoji-clip", "emoji_clip:EmojiClip"),
+            ("emoji-clip-2", "emoji_clip:EmojiClip2"),
             ("emoji-judge", "emoji_judge:EmojiJudge"),
             ("emoji-objects", "emoji_readers:EmojiObjects"),
             ("emoji-colours", "emoji_readers:EmojiColours"),

@@ -1,5 +1,6 @@
-"""``emoji-clip`` as a reward: cosine of image and prompt in the embedded dual encoder (the CLIP
-score of Hessel et al. 2021, arXiv:2104.08718, without its factor and its cut at zero)."""
+"""``emoji-clip`` and ``emoji-clip-2`` as rewards: cosine of image and prompt in an embedded dual
+encoder (the CLIP score of Hessel et al. 2021, arXiv:2104.08718, without its factor and its cut at
+zero)."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class EmojiClip(BaseReward):
         if model is None:
             from diffalign.embedded.load import load
 
-            model = load("emoji-clip")
+            model = load(self.name)
         self.model = model
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -48,3 +49,14 @@ class EmojiClip(BaseReward):
     def image_features(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> features [B, 192] of length 1."""
         return self.model.image(images)
+
+
+class EmojiClip2(EmojiClip):
+    """Cosine in [-1, 1] between image and prompt, for 128 x 128 scenes of the embedded world's
+    second edition, which ``emoji-dit`` makes.
+
+    Differentiable. As ``EmojiClip`` but for the size; ``model`` is a loaded ``emoji-clip-2``, None
+    loads the embedded one. Cost: about that of ``EmojiClip``.
+    """
+
+    name = "emoji-clip-2"

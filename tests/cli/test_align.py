@@ -72,6 +72,24 @@ def test_bad_input_is_one_line(run, folder, tmp_path, options, text):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_model_from_elsewhere_needs_a_reward(run, folder, tmp_path):
+    result = run("align", "a red apple", "-m", folder, "-o", tmp_path / "new", "-s", 2)
+    assert result.exit_code == 2
+    assert f"--reward is needed for {folder}" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_embedded_pipelines_have_a_reward_for_their_edition():
+    from diffalign.cli.align import usual_reward
+    from diffalign.embedded.load import pipelines
+    from diffalign.rewards.base import REWARDS
+
+    usual = {name: usual_reward(name) for name in pipelines()}
+    assert usual == dict.fromkeys(usual, "emoji-clip") | {"emoji-dit": "emoji-clip-2"}
+    for name in usual.values():
+        REWARDS.get(name)
+
+
 def test_too_few_seconds_for_one_image_are_one_line(run, folder, tmp_path):
     """Nobody knows before an image was timed."""
     command = ("align", "a red apple", "-m", folder, "-o", tmp_path / "new", *SHORT)

@@ -130,6 +130,7 @@ def test_images_of_another_tool(run, judged, tmp_path):
         (["geneval", "--align", "best-of-m"], ["best-of-m"]),
         (["geneval", "--align", "best-of-n", "--budget", "seconds=9"], ["seconds", "nfe"]),
         (["geneval", "--align", "best-of-n", "--reward", "emoji-judge"], ["is no test"]),
+        (["geneval", "--align", "best-of-n", "--model", "none"], ["--reward is needed for none"]),
         (["geneval", "--scorer", "emoji-jugde"], ["unknown scorer"]),
         (["compbench", "--samples", "11"], ["at most 10"]),
         (["compbench", "--category", "texture"], ["no prompt of these categories"]),

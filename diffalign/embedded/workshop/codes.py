@@ -126,19 +126,19 @@ def spoilt(latents: Tensor, scenes: Sequence[Scene], rng: torch.Generator) -> Te
     """The latents of scenes with one object each that is none any more: what its cells are is mixed
     half and half with what an object of the next scene is, or flooded with noise of 1 to 2 standard
     deviations. This is how generators fail. Shapes as in ``codes``."""
-    result = latents.clone()
-    places = [
-        scene.layout[int(torch.randint(len(scene.layout), (1,), generator=rng))] for scene in scenes
-    ]
+    result, size = latents.clone(), len(scenes)
+    picked = [int(torch.randint(len(scene.layout), (1,), generator=rng)) for scene in scenes]
+    places = [scene.layout[k] for scene, k in zip(scenes, picked, strict=True)]
+    names = [scene.objects[k].name for scene, k in zip(scenes, picked, strict=True)]
     for index, place in enumerate(places):
         x, y, count = (number // STRIDE for number in place)
         cell = result[index, COLOURS:, y : y + count, x : x + count]
-        if int(torch.randint(2, (1,), generator=rng)):
-            left, top, _ = (number // STRIDE for number in places[(index + 1) % len(places)])
-            word = latents[(index + 1) % len(places), 7:14, top, left, None, None]
-            cell[1:8].lerp_(
-                word.expand_as(cell[1:8]), 0.35 + 0.3 * float(torch.rand(1, generator=rng))
-            )
+        other = (index + 1) % size
+        if int(torch.randint(2, (1,), generator=rng)) and names[other] != names[index]:
+            left, top, _ = (number // STRIDE for number in places[other])
+            word = latents[other, 7:14, top, left, None, None]
+            blend = 0.35 + 0.3 * float(torch.rand(1, generator=rng))
+            cell[1:8].lerp_(word.expand_as(cell[1:8]), blend)
         else:
             loud = LOUDNESS * (1 + float(torch.rand(1, generator=rng)))
             cell.add_(torch.randn(cell.shape, generator=rng), alpha=loud)

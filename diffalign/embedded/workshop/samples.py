@@ -1,6 +1,7 @@
 """Generated pictures with verdicts, for the last phases of ``emoji-clip``: `python -m
 diffalign.embedded.workshop.samples --pipeline FOLDER --out FILE [--prompts 400] [--images 8]
-[--mix hard] [--exclude FILE --judge emoji-judge] [--official]`.
+[--mix hard] [--exclude FILE --judge emoji-judge] [--official]`. Those of ``emoji-dit`` for
+``emoji-clip-2`` need ``--judge emoji-judge-audit-2``.
 
 For training, prompts are drawn from the world's own stream, not from GenEval's official list, and
 verdicts come from the second judge. A test has other prompts and the first judge's verdicts: of the
@@ -177,9 +178,7 @@ def generate(
 
 def main() -> None:
     """Command line."""
-    from diffusers import StableDiffusionPipeline
-
-    from diffalign.embedded.load import load
+    from diffalign.embedded.load import load, pipeline_in
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,6 +201,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=41)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     torch.set_num_threads(1)
     judge = load(options.judge or ("emoji-judge" if options.official else "emoji-judge-audit"))
@@ -211,10 +211,7 @@ def main() -> None:
         exclude = {text for file in options.exclude for text in Samples.load(file).captions}
         mix = MIXES[options.mix]
         records = training_prompts(options.seed, options.prompts, mix, exclude)
-    pipe = StableDiffusionPipeline.from_pretrained(
-        options.pipeline, dtype=torch.float32, safety_checker=None
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline_in(options.pipeline).to(getattr(torch, options.dtype))
     call = {"scale": options.scale, "steps": options.steps}
     generate(pipe, judge, records, options.images, options.seed, **call).save(options.out)
 

@@ -52,6 +52,8 @@ class Scorer(Protocol):
 NAMES: dict[str, str] = {
     "emoji-judge": "diffalign.eval.scorers.emoji:emoji_judge",
     "emoji-judge-audit": "diffalign.eval.scorers.emoji:emoji_judge_audit",
+    "emoji-judge-2": "diffalign.eval.scorers.emoji:emoji_judge_2",
+    "emoji-judge-audit-2": "diffalign.eval.scorers.emoji:emoji_judge_audit_2",
     "mask2former": "diffalign.eval.scorers.geneval:mask2former",
     "mask2former-large": "diffalign.eval.scorers.geneval:mask2former_large",
     "compbench": "diffalign.eval.scorers.compbench:published",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from diffalign.core.identity import model_hash
 from diffalign.core.types import Json
 from diffalign.embedded.load import load
+from diffalign.embedded.world.editions import FIRST, SECOND, Edition
 from diffalign.embedded.world.scenes import HELD_OUT, World
 from diffalign.eval.benchmarks import Item
 from diffalign.eval.scorers.base import Outcome
@@ -27,10 +28,10 @@ CANARIES = 12
 
 
 class EmojiScorer:
-    """A detector of the embedded world."""
+    """A detector of the embedded world, in the edition that it was trained on."""
 
-    def __init__(self, name: str, judge: Detector) -> None:
-        self.name, self.judge = name, judge
+    def __init__(self, name: str, judge: Detector, edition: Edition = FIRST) -> None:
+        self.name, self.judge, self.edition = name, judge, edition
 
     def facts(self) -> Json:
         """Name and hash of the network, and the thresholds."""
@@ -95,7 +96,7 @@ class EmojiScorer:
         import torch
 
         seed, right, wrong = HELD_OUT.start, 0, 0
-        pairs = list(World().wrong(seed, CANARIES))
+        pairs = list(World(edition=self.edition).wrong(seed, CANARIES))
         pixels = torch.stack([torch.from_numpy(scene.image.copy()) for scene, _ in pairs])
         images = pixels.permute(0, 3, 1, 2).float() / 255
         for (scene, false), objects in zip(pairs, self.judge.detect(images), strict=True):
@@ -128,3 +129,13 @@ def emoji_judge(device: str) -> EmojiScorer:
 def emoji_judge_audit(device: str) -> EmojiScorer:
     """The second detector, of another architecture."""
     return EmojiScorer("emoji-judge-audit", load("emoji-judge-audit"))
+
+
+def emoji_judge_2(device: str) -> EmojiScorer:
+    """The detector of the second edition, whose pictures ``emoji-dit`` makes."""
+    return EmojiScorer("emoji-judge-2", load("emoji-judge-2"), SECOND)
+
+
+def emoji_judge_audit_2(device: str) -> EmojiScorer:
+    """The second detector of the second edition."""
+    return EmojiScorer("emoji-judge-audit-2", load("emoji-judge-audit-2"), SECOND)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from scipy.stats import binom
 
 from diffalign.embedded.load import FOLDER, load
@@ -28,19 +29,20 @@ from diffalign.embedded.workshop.pairs import CHANGES, TURNED, Pair, batch, pair
 from diffalign.embedded.workshop.samples import (
     MIRROR,
     MIXES,
-    OPPOSITE,
     Samples,
     mirrored,
     official_prompts,
     reworded,
     training_prompts,
 )
+from diffalign.embedded.workshop.samples import OPPOSITE as TURNED_WORDS
 from diffalign.embedded.workshop.train_clip import ClipTrainer, begin, parser
 from diffalign.embedded.workshop.training import STATE, load_state
 from diffalign.embedded.world.captions import words
+from diffalign.embedded.world.editions import SECOND
 from diffalign.embedded.world.scenes import DEFAULT_MIX
 from diffalign.embedded.world.tokens import encode, grammar_words
-from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS
+from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, OPPOSITE
 from diffalign.tasks.geneval.verdict import prompts
 
 VOCAB = {"<s>": 0, "<e>": 1} | {f"{word}</w>": 2 + i for i, word in enumerate(grammar_words())}
@@ -102,6 +104,29 @@ def test_pictures_of_pairs_show_their_facts(found: list[Pair]) -> None:
                 assert gap > 20
     free = [np.ptp(p.first.image.astype(int) - p.second.image.astype(int)) for p in found[:20]]
     assert min(free) > 0  # the two pictures of a pair are never the same
+
+
+def test_pairs_of_the_second_edition_show_their_facts() -> None:
+    """Up to five objects, at most four of a class; a changed relation keeps background and, mostly,
+    the two cells."""
+    found = list(pairs(1_000_150, 300, edition=SECOND))
+    assert max(len(p.first.scene.objects) for p in found) == 5
+    kept = []
+    for pair in found:
+        for picture in (pair.first, pair.second):
+            assert picture.image.shape == (128, 128, 3)
+            rows = picture.truth[picture.truth[:, 0] >= 0]
+            shown = Counter((OBJECTS[k], (*COLOURS, NATIVE)[c]) for k, c in rows[:, :2].tolist())
+            assert shown == Counter({(g.name, g.colour): g.count for g in picture.groups})
+            assert max(g.count for g in picture.groups) <= 4
+            if picture.relation:
+                assert SECOND.allows(picture.scene.layout, picture.relation)
+        tones = [picture.scene.tones for picture in (pair.first, pair.second)]
+        assert np.array_equal(*tones)
+        if pair.change == "relation" and pair.second.relation == OPPOSITE[pair.first.relation]:
+            kept.append(pair.first.scene.layout == pair.second.scene.layout[::-1])
+    assert len(kept) > 5
+    assert all(kept)
 
 
 def test_a_batch_marks_equal_facts_and_repeats_the_pairs() -> None:
@@ -227,7 +252,7 @@ def test_hard_prompts_are_new_and_of_the_named_kinds() -> None:
     assert list(others)[:40] == list(records)[20:]
 
 
-def options(**changes: int) -> object:
+def options(**changes: int | str) -> object:
     found = parser().parse_args(
         [
             "--out",
@@ -295,10 +320,12 @@ def test_ranking_pushes_right_above_wrong() -> None:
 
 def test_captions_are_mirrored_and_turned_round() -> None:
     left, above = "a photo of a cat left of a dog", "a photo of a cat above a dog"
-    assert reworded(left, MIRROR) == reworded(left, OPPOSITE) == "a photo of a cat right of a dog"
+    assert (
+        reworded(left, MIRROR) == reworded(left, TURNED_WORDS) == "a photo of a cat right of a dog"
+    )
     assert reworded(above, MIRROR) == above
-    assert reworded(above, OPPOSITE) == "a photo of a cat below a dog"
-    assert reworded("a photo of two dogs", OPPOSITE) == "a photo of two dogs"
+    assert reworded(above, TURNED_WORDS) == "a photo of a cat below a dog"
+    assert reworded("a photo of two dogs", TURNED_WORDS) == "a photo of two dogs"
 
 
 def test_half_of_the_groups_are_mirrored_with_their_captions() -> None:
@@ -385,6 +412,41 @@ def test_a_run_goes_on_from_exported_weights(tmp_path: Path) -> None:
     (out / "log.jsonl").write_text("later\n")
     begin(ClipTrainer(options(), vocab), folder, out)  # type: ignore[arg-type]
     assert (out / "log.jsonl").read_text() == "later\n"
+
+
+def test_the_second_edition_starts_with_the_eyes_of_the_first(tmp_path: Path) -> None:
+    """On pictures of twice the side, every pixel four times, the stretched patches give what the
+    shipped ones give on the pictures themselves."""
+    vocab = load("emoji-clip").tokenizer.tokenizer.get_vocab()
+    second = options(edition="second")
+    trainer = ClipTrainer(second, vocab)  # type: ignore[arg-type]
+    begin(trainer, FOLDER / "emoji-clip", tmp_path / "out")
+    state = load_state(tmp_path / "out" / STATE)
+    assert state is not None
+    assert (state["trainer"]["done"], state["seconds"]) == (0, 0.0)
+    pictures = batch(7, 4).images
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    large = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    with torch.no_grad():
+        trainer.model.eval()
+        found = trainer.model.encode_image((large - 0.5) / 0.25, normalize=True)
+    assert torch.allclose(found, load("emoji-clip").image(images), atol=1e-5)
+    trainer.tokens.clear()
+
+
+def test_the_second_edition_spoils_and_redraws_by_codes() -> None:
+    """Boxes come in 64ths of a side; a quarter of the pictures and half of the spoilt ones are the
+    decoder's."""
+    vae = AutoencoderTiny.from_pretrained(FOLDER / "emoji-dit" / "vae")
+    later = options(edition="second", updates=0, vae_updates=5, pairs=4, spoilt=4)
+    trainer = ClipTrainer(later, VOCAB, vae)  # type: ignore[arg-type]
+    pictures, ids, truth, _, sources = trainer.batch()
+    assert pictures.shape == (12, 3, 128, 128)
+    assert (len(ids), truth.shape, len(sources)) == (8, (8, 5, 6), 4)
+    there = truth[truth[..., 0] >= 0]
+    assert 10 < float((there[:, 4:] - there[:, 2:4]).mean()) < 32
+    assert float(truth[..., 2:].max()) <= 64
+    assert math.isfinite(trainer.step()["loss"])
 
 
 def test_later_phases_ask_for_what_they_need() -> None:

@@ -3,8 +3,11 @@ can be put together from it."""
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderTiny
 
-from diffalign.embedded.workshop.codes import LOUDNESS, class_words, code, codes
+from diffalign.embedded.load import FOLDER
+from diffalign.embedded.workshop.codes import LOUDNESS, class_words, code, codes, pictures, spoilt
 from diffalign.embedded.world.editions import ALIGNED, SECOND
 from diffalign.embedded.world.glyphs import sprite
 from diffalign.embedded.world.scenes import Scene, World
@@ -75,3 +78,35 @@ def test_a_scene_off_the_grid_is_refused() -> None:
 
 def test_a_batch_is_its_scenes(scenes: list[Scene]) -> None:
     assert (codes(scenes[:3]).numpy() == np.stack([code(scene) for scene in scenes[:3]])).all()
+
+
+def test_a_spoilt_object_is_none_and_all_else_stays(scenes: list[Scene]) -> None:
+    """In each latent the cells of one object change, in what they say of the class at least; their
+    words are none of the 80 any more."""
+    latents = codes(scenes)
+    found = spoilt(latents, scenes, torch.Generator().manual_seed(3))
+    for scene, before, after in zip(scenes, latents, found, strict=True):
+        changed, own = (before != after).any(0), []
+        for x, y, side in scene.layout:
+            cell = torch.zeros(32, 32, dtype=torch.bool)
+            cell[y // 4 : (y + side) // 4, x // 4 : (x + side) // 4] = True
+            own += [cell] if torch.equal(cell, changed) else []
+        assert len(own) == 1
+        assert torch.equal(before[:6], after[:6])
+        words = after[7:14, own[0]].T / LOUDNESS
+        away = torch.cdist(words, torch.from_numpy(class_words())).amin(1).mean()
+        assert away > 0.3
+
+
+def test_pictures_are_the_decoders(scenes: list[Scene]) -> None:
+    vae = AutoencoderTiny.from_pretrained(FOLDER / "emoji-dit" / "vae")
+    latents = codes(scenes[:2])
+    rng = torch.Generator().manual_seed(1)
+    plain = pictures(vae.decoder, latents, rng)
+    with torch.no_grad():
+        expected = (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(plain, expected)
+    truth = torch.from_numpy(np.stack([scene.image for scene in scenes[:2]])).permute(0, 3, 1, 2)
+    assert float((plain - truth / 255).abs().mean()) < 0.03
+    noisy = pictures(vae.decoder, latents, rng, 0.5)
+    assert float((noisy - plain).abs().mean()) > 0.001
