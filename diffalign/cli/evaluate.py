@@ -24,6 +24,7 @@ from diffalign.cli.plan import (
     device_of,
     driver_device,
     items_of,
+    judge_of,
     option,
     plan_of,
     usual_scorer,
@@ -246,8 +247,14 @@ def score(
     options: arguments.Options,
     folder: Annotated[Path, typer.Argument(help="A run, or images that another tool made.")],
     scorer: Annotated[
-        str, option(WHAT, "Who judges the images.", "--scorer", "--detector")
-    ] = "emoji-judge",
+        str | None,
+        option(
+            WHAT,
+            "Who judges the images; the judge of an embedded model, or emoji-judge, if left out.",
+            "--scorer",
+            "--detector",
+        ),
+    ] = None,
     benchmark: Annotated[
         str | None,
         option(WHAT, "Of images of another tool: geneval or compbench.", "--benchmark"),
@@ -276,11 +283,13 @@ def score(
         with checking():
             share = Share.of(shard)
             device, _ = place(driver_device(engine, options.device), None)
-            who = load_scorer(scorer, device)
+            named = load_scorer(scorer, device) if scorer else None
         if benchmark is None or output is None:
             target = RunFolder.open(folder)
+            usual = judge_of(target.settings["model"]["name"]) or "emoji-judge"
         else:
-            target = adopt(folder, benchmark, writable(output))
+            target, usual = adopt(folder, benchmark, writable(output)), "emoji-judge"
+        who = named or load_scorer(usual, device)
         reward = (target.settings.get("search") or {}).get("reward")
         items = [item for item, _ in target.entries()]
         check_scorer(who, items, reward)

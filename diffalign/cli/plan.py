@@ -225,12 +225,17 @@ def _drawable(benchmark: Benchmark) -> Benchmark:
     return benchmark
 
 
-def usual_scorer(plan: Plan) -> str:
-    """The scorer of a run that names none."""
+def judge_of(model: str) -> str:
+    """The detector of an embedded model's images, "" for other models."""
     from diffalign.embedded.load import MODELS
 
-    if plan.model.kind == "embedded" and MODELS[plan.model.name].judge:
-        return MODELS[plan.model.name].judge
+    return MODELS[model].judge if model in MODELS else ""
+
+
+def usual_scorer(plan: Plan) -> str:
+    """The scorer of a run that names none."""
+    if judge := judge_of(plan.model.name):
+        return judge
     if any("questions" in item.facts for item in plan.benchmark.items):
         return "blip-vqa"
     return "compbench" if plan.benchmark.name == "compbench" else "mask2former"

@@ -64,6 +64,7 @@ def test_the_canary_notices_a_blind_and_a_credulous_judge():
 def test_shipped_judges_pass_their_canary_and_know_rendered_scenes():
     judge = load_scorer("emoji-judge")
     assert judge.canary() is None
+    assert load_scorer("emoji-judge-2").canary() is None
     scenes = [scene for scene in World().scenes(HELD_OUT.start + 40, 30) if scene.tag][:12]
     right = 0
     for scene in scenes:
