@@ -32,6 +32,7 @@ from diffalign.core.technique import Technique
 from diffalign.drawing.charts import Curve, line_chart
 from diffalign.drawing.tree import tree_picture
 from diffalign.drawing.video import evenly, gif
+from diffalign.embedded.load import reward_of
 
 NFE = 5000
 """The largest budget, in denoiser rows."""
@@ -232,6 +233,14 @@ def form(shelf: Shelf) -> Form:
         prompt, method, reward, kernel, nfe, techniques, controls, sampling(shelf, videos=True)
     )
     fields.sampling.follow(shelf, {}, None)
+    fields.sampling.model.input(
+        lambda name: gr.update(value=reward_of(name)) if reward_of(name) else gr.skip(),
+        fields.sampling.model,
+        reward,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     return fields
 
 

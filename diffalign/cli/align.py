@@ -128,14 +128,14 @@ def align(
 
 def usual_reward(model: str) -> str:
     """The reward of a search that names none. Raises: ``BadInput`` for a model without one."""
-    from diffalign.embedded.load import MODELS
+    from diffalign.embedded.load import reward_of
 
-    if model not in MODELS or not MODELS[model].reward:
-        raise BadInput(
-            f"--reward is needed for {model}: the score to raise, such as clip, pick-score or "
-            "hps-v2-1; see diffalign rewards. Only embedded models have one of their own."
-        )
-    return MODELS[model].reward
+    if own := reward_of(model):
+        return own
+    raise BadInput(
+        f"--reward is needed for {model}: the score to raise, such as clip, pick-score or "
+        "hps-v2-1; see diffalign rewards. Only embedded models have one of their own."
+    )
 
 
 @contextmanager

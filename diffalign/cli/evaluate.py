@@ -24,7 +24,6 @@ from diffalign.cli.plan import (
     device_of,
     driver_device,
     items_of,
-    judge_of,
     option,
     plan_of,
     usual_scorer,
@@ -268,6 +267,7 @@ def score(
     workers: Workers = 2,
 ) -> None:
     """Score the images of a run, or a folder in GenEval's or T2I-CompBench's own layout."""
+    from diffalign.embedded.load import judge_of
     from diffalign.eval.folder import RunFolder, Share
     from diffalign.eval.foreign import adopt
     from diffalign.eval.scorers import load_scorer

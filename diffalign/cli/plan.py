@@ -225,15 +225,10 @@ def _drawable(benchmark: Benchmark) -> Benchmark:
     return benchmark
 
 
-def judge_of(model: str) -> str:
-    """The detector of an embedded model's images, "" for other models."""
-    from diffalign.embedded.load import MODELS
-
-    return MODELS[model].judge if model in MODELS else ""
-
-
 def usual_scorer(plan: Plan) -> str:
     """The scorer of a run that names none."""
+    from diffalign.embedded.load import judge_of
+
     if judge := judge_of(plan.model.name):
         return judge
     if any("questions" in item.facts for item in plan.benchmark.items):

@@ -228,6 +228,16 @@ def pipelines(*, videos: bool = True) -> tuple[str, ...]:
     )
 
 
+def judge_of(model: str) -> str:
+    """The detector of an embedded pipeline's images, "" for other models."""
+    return MODELS[model].judge if model in MODELS else ""
+
+
+def reward_of(model: str) -> str:
+    """The reward for an embedded pipeline's images, "" for other models."""
+    return MODELS[model].reward if model in MODELS else ""
+
+
 def index_of(name: str) -> Json:
     """The model index of an embedded pipeline; that of an adapter is its base's with its scheduler.
 

@@ -120,22 +120,27 @@ def audit_loss(output: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 class AuditJudge:
     """Detections of a trained network, for comparison only; ``thresholds`` belong to
-    ``geneval.verdict``."""
+    ``geneval.verdict``.
+
+    Cells answer for one object if they name one class and their boxes overlap by more than
+    ``overlap`` (intersection over union). ``mean``: its box is then the mean of theirs by score,
+    instead of that of the best cell; where sizes differ, one cell's box is not exact.
+    """
 
     def __init__(
-        self, net: AuditNet, thresholds: Thresholds, floor: float = 0.05, overlap: float = 0.4
+        self,
+        net: AuditNet,
+        thresholds: Thresholds,
+        floor: float = 0.05,
+        overlap: float = 0.4,
+        mean: bool = False,
     ) -> None:
-        self.net, self.thresholds, self.floor, self.overlap = (
-            net.eval().requires_grad_(False),
-            thresholds,
-            floor,
-            overlap,
-        )
+        self.net, self.thresholds = net.eval().requires_grad_(False), thresholds
+        self.floor, self.overlap, self.mean = floor, overlap, mean
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[list[Detection]]:
-        """As ``Judge.detect``. Score: probability of the class in the best cell; answers of one
-        class that overlap by more than ``overlap`` (intersection over union) are one object."""
+        """As ``Judge.detect``. Score: probability of the class in the best cell."""
         output = self.net(checked(images, "emoji-judge-audit", self.net.side))
         kinds, edges, colours = torch.split(output, [len(OBJECTS) + 1, 4, len(COLOURS) + 1], dim=1)
         chance = kinds.softmax(1)[:, : len(OBJECTS)]
@@ -147,22 +152,30 @@ class AuditJudge:
             score, reach = chance[b, k, y, x], edges[b, :, y, x].T * SPAN
             boxes = torch.cat([centres[y, x] - reach[:, :2], centres[y, x] + reach[:, 2:]], dim=1)
             colour = colours[b, : len(COLOURS), y, x].argmax(0)
-            detections: list[tuple[int, Tensor, Detection]] = []
-            for i in score.argsort(descending=True).tolist():
-                if all(
-                    kind != int(k[i]) or _overlap(box, boxes[i]) <= self.overlap
-                    for kind, box, _ in detections
-                ):
-                    x1, y1, x2, y2 = (boxes[i] * scale).tolist()
-                    answer = Detection(
-                        OBJECTS[int(k[i])],
-                        float(score[i]),
-                        (x1, y1, x2, y2),
-                        COLOURS[int(colour[i])],
-                    )
-                    detections.append((int(k[i]), boxes[i], answer))
-            answers.append([detection for _, _, detection in detections])
+            found = []
+            for best, *others in self._groups(k, score, boxes):
+                members = [best, *others] if self.mean else [best]
+                weight = score[members] / score[members].sum()
+                x1, y1, x2, y2 = ((weight @ boxes[members]) * scale).tolist()
+                tone = COLOURS[int(colour[best])]
+                found.append(
+                    Detection(OBJECTS[int(k[best])], float(score[best]), (x1, y1, x2, y2), tone)
+                )
+            answers.append(found)
         return answers
+
+    def _groups(self, kind: Tensor, score: Tensor, boxes: Tensor) -> list[list[int]]:
+        """The cells that answer for each object, best first."""
+        groups: list[list[int]] = []
+        for i in score.argsort(descending=True).tolist():
+            for group in groups:
+                first = group[0]
+                if kind[first] == kind[i] and _overlap(boxes[first], boxes[i]) > self.overlap:
+                    group.append(i)
+                    break
+            else:
+                groups.append([i])
+        return groups
 
 
 def _overlap(a: Tensor, b: Tensor) -> float:
@@ -180,4 +193,4 @@ def load_audit(folder: Path) -> AuditJudge:
     net.load_state_dict(
         {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
     )
-    return AuditJudge(net, Thresholds(**config["thresholds"]))
+    return AuditJudge(net, Thresholds(**config["thresholds"]), **config.get("answers", {}))

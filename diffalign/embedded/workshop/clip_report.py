@@ -1,5 +1,5 @@
-"""How good ``emoji-clip`` is: ``python -m diffalign.embedded.workshop.clip_report [--count 2000]
-[--samples FILE]`` prints JSON.
+"""How good a dual encoder is: ``python -m diffalign.embedded.workshop.clip_report [--model
+emoji-clip-2] [--count 2000] [--samples FILE]`` prints JSON.
 
 On held-out pairs of scenes that differ in one fact: how often the true caption beats the other one,
 overall and for each kind of change. On generated pictures with verdicts (``workshop.samples``): the
@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffalign.embedded.nets.clip import Clip
+from diffalign.embedded.nets.clip import Clip, load_clip
 from diffalign.embedded.workshop.pairs import CHANGES, Pair, pairs
 from diffalign.embedded.workshop.samples import Samples
+from diffalign.embedded.world.editions import FIRST, SECOND
 from diffalign.embedded.world.scenes import DEFAULT_MIX, HELD_OUT
 
 
@@ -81,30 +82,24 @@ def within_prompt(clip: Clip, samples: Samples) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    from diffalign.embedded.load import load
+    from diffalign.embedded.load import folder_of
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=("emoji-clip", "emoji-clip-2"), default="emoji-clip")
     parser.add_argument("--folder", type=Path, help="a folder with another export of the model")
     parser.add_argument("--samples", type=Path, help="generated pictures with verdicts")
     parser.add_argument("--count", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=HELD_OUT[0])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.folder is None:
-        clip = load("emoji-clip")
-    else:
-        from diffalign.embedded.nets.clip import load_clip
-
-        clip = load_clip(options.folder)
+    clip = load_clip(options.folder or folder_of(options.model))
+    edition = FIRST if clip.side == FIRST.side else SECOND
     figures: dict[str, object] = {"count": options.count, "seed": options.seed}
-    figures["choice"] = choice_figures(
-        clip, list(pairs(options.seed, options.count, DEFAULT_MIX, plain=1.0))
-    )
-    figures["choice, paraphrases"] = choice_figures(
-        clip, list(pairs(options.seed, options.count, DEFAULT_MIX, plain=0.0))
-    )
+    for name, plain in (("choice", 1.0), ("choice, paraphrases", 0.0)):
+        found = pairs(options.seed, options.count, DEFAULT_MIX, plain, edition=edition)
+        figures[name] = choice_figures(clip, list(found))
     if options.samples is not None:
         figures["within prompts"] = within_prompt(clip, Samples.load(options.samples))
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")

@@ -60,6 +60,8 @@ MIX = {
     "count_coloured": 0.1,
 }
 """Scenes of training: many objects a picture, and every kind of question that a verdict asks."""
+ANSWERS: dict[str, Json] = {"emoji-judge-audit": {"answers": {"overlap": 0.1, "mean": True}}}
+"""Further options of judges of the second edition, where sizes differ and no objects overlap."""
 SPREAD = 0.4
 """Largest latent noise of a round trip, in standard deviations of the latent."""
 KINDS: dict[str, tuple[type[nn.Module], Any, Json, float]] = {
@@ -210,7 +212,7 @@ def export(options: argparse.Namespace) -> None:
         "thresholds": thresholds(options.model),
     }
     if edition is not FIRST:
-        config["side"] = edition.side
+        config |= {"side": edition.side} | ANSWERS.get(options.model, {})
     (options.export / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     shutil.copy(options.out / "log.jsonl", options.export / "log.jsonl")
     record = {

@@ -24,7 +24,12 @@ from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.tasks.geneval.verdict import Detection, Thresholds
 
 JUDGES = ("emoji-judge", "emoji-judge-audit")
-EDITION = {"emoji-judge": FIRST, "emoji-judge-audit": FIRST, "emoji-judge-2": SECOND}
+EDITION = {
+    "emoji-judge": FIRST,
+    "emoji-judge-audit": FIRST,
+    "emoji-judge-2": SECOND,
+    "emoji-judge-audit-2": SECOND,
+}
 
 
 @pytest.fixture(autouse=True)

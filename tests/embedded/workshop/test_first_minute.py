@@ -7,6 +7,7 @@ gradient, carry such differences on: hence the tolerances.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,13 +92,18 @@ def test_denoiser() -> None:
         assert losses[key] == pytest.approx(records[0][key], rel=BF16)
 
 
-@pytest.mark.parametrize("model", ["emoji-judge", "emoji-judge-audit"])
+JUDGES = ["emoji-judge", "emoji-judge-audit", "emoji-judge-2", "emoji-judge-audit-2"]
+
+
+@pytest.mark.parametrize("model", JUDGES)
 def test_judges(model: str) -> None:
+    """Those of the second edition start from the shipped ones of the first."""
     header, records = logged(model, "log.jsonl")
-    options = train_judge.parser().parse_args(
-        ["--model", model, "--out", "unused", "--seed", str(header["seed"])]
-    )
-    options.batch, options.updates = header["batch"], header["updates"]
+    options = train_judge.parser().parse_args(["--out", "unused"])
+    for key in ("model", "seed", "batch", "updates", "edition", "rate"):
+        setattr(options, key, header.get(key, getattr(options, key)))
+    if "from" in header:
+        options.source = FOLDER / header["from"]
     trainer = train_judge.JudgeTrainer(options)
     for record in [r for r in records if r["updates"] <= 20]:
         while trainer.done < record["updates"]:
@@ -105,13 +111,16 @@ def test_judges(model: str) -> None:
         assert step["loss"] == pytest.approx(record["loss"], rel=4 * BF16)
 
 
-def test_reward() -> None:
-    header, records = logged("emoji-clip", "log.jsonl")
+@pytest.mark.parametrize("model", ["emoji-clip", "emoji-clip-2"])
+def test_rewards(model: str, tmp_path: Path) -> None:
+    header, records = logged(model, "log.jsonl")
     options = train_clip.parser().parse_args(["--out", "unused", "--tokenizer", "unused"])
-    for key in ("seed", "pairs", "spoilt", "updates", "vae_updates", "sample_updates"):
-        setattr(options, key, header[key])
+    for key in ("seed", "pairs", "spoilt", "edition", "focus", *train_clip.PHASES):
+        setattr(options, key, header.get(key, getattr(options, key)))
     vocab = CLIPTokenizer.from_pretrained(FOLDER / "emoji" / "tokenizer").get_vocab()
     trainer = train_clip.ClipTrainer(options, vocab)
+    if "from" in header:
+        train_clip.begin(trainer, FOLDER / header["from"], tmp_path)
     for record in [r for r in records if r["updates"] <= 10]:
         while trainer.done < record["updates"]:
             step = trainer.step()
