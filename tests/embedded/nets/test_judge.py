@@ -222,6 +222,29 @@ def test_the_second_judge_merges_overlapping_answers() -> None:
     assert found[0].colour == COLOURS[2]
 
 
+def test_a_box_may_be_the_mean_of_the_cells_that_answer() -> None:
+    """Two cells with chances .6 and .3 and edges 8 pixels apart: 6:3 of the way."""
+
+    class Fixed(AuditNet):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            output = torch.zeros(1, 96, 8, 8)
+            output[0, 80] = 30.0
+            for x, chance in ((1, 0.6), (2, 0.3)):
+                output[0, :80, 1, x] = float("-inf")
+                output[0, 80, 1, x], output[0, 6, 1, x] = math.log(1 - chance), math.log(chance)
+                output[0, 81:85, 1, x] = 12.0 / 32
+            return output
+
+    blank = torch.zeros(1, 3, 64, 64)
+    (one,) = AuditJudge(Fixed(), Thresholds(), mean=True).detect(blank)[0]
+    assert one.score == pytest.approx(0.6)
+    assert one.box == pytest.approx((8 / 3, 0, 24 + 8 / 3, 24))
+    (best,) = AuditJudge(Fixed(), Thresholds()).detect(blank)[0]
+    assert best.box == pytest.approx((0, 0, 24, 24))
+    # Boxes 24 wide and 8 apart overlap by 16 / 32.
+    assert len(AuditJudge(Fixed(), Thresholds(), overlap=0.55).detect(blank)[0]) == 2
+
+
 def test_figures_by_hand() -> None:
     scene = next(World({"colour": 1.0}).scenes(6, 1))
     thing = scene.objects[0]
