@@ -15,8 +15,14 @@ def guidance(row: Row, result: Result) -> str:
     best: Estimate = row["vs best"]
     same: Estimate = row["vs CFG at its scale"]
     saved = 1.0 - row["NFE"] / result.row(result.facts["best"])["NFE"]
-    if best.low > 0.0:
+    second: Estimate = row["second judge vs best"]
+    if best.low > 0.0 and second.low > 0.0:
         return f"Use it: {best.value:+.3f} over the best plain scale."
+    if best.low > 0.0:
+        return (
+            f"Try it: {best.value:+.3f} over the best plain scale, of which the second judge does "
+            f"not see all ({second:+.3f})."
+        )
     if same.low > 0.0:
         return (
             f"Use it where the scale may be too strong: {same.value:+.3f} over plain guidance at "

@@ -10,17 +10,16 @@ runs of this model, not models.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from results import Estimate, Row, command_line, save
+from results import Estimate, Row, command_line, save, second_judge
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.embedded import load
 from diffalign.eval.evidence import Config, Measured, measure, tag_of
 from diffalign.eval.statistics import interval
-from diffalign.tasks.geneval.verdict import TAGS, parse_prompt, prompts, verdict
+from diffalign.tasks.geneval.verdict import TAGS, prompts
 
 COLUMNS = {
     "score": "share of correct images; overall is the unweighted mean of the tags",
@@ -32,16 +31,7 @@ def main() -> None:
     parser = command_line(__doc__, runs_folder="runs/geneval", scale=3.0, steps=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipe, judge, audit = load("emoji"), load("emoji-judge"), load("emoji-judge-audit")
-
-    def second(images: torch.Tensor, texts: Any) -> torch.Tensor:
-        verdicts = [
-            verdict(m, objects, audit.thresholds).correct
-            for m, objects in zip(map(parse_prompt, texts), audit.detect(images))
-            if m
-        ]
-        return torch.tensor(verdicts, dtype=torch.float32)
-
+    pipe, judge = load("emoji"), load("emoji-judge")
     config = Config(f"CFG {options.scale:g}", (da.CFG(options.scale),), steps=options.steps)
     folder = Path(options.runs_folder) / f"{options.scale:g}-{options.steps}"
     with Progress() as bar:
@@ -53,7 +43,7 @@ def main() -> None:
             folder,
             prompt_ids=range(len(prompts())),
             samples=4,
-            scorers={"audit": second},
+            scorers={"audit": second_judge("emoji")},
             progress=lambda n: bar.advance(task, n),
         )
     facts = {

@@ -4,8 +4,9 @@ beside its three baselines.
     python benchmarks/guidance.py [--model emoji] [--few] [--runs-folder DIR] [--only "CFG*"]
 
 Baselines: CFG at the same scale, the best of a CFG sweep, and plain CFG at equal NFE (fewer or more
-steps, within 10%). Verdicts by emoji-judge; differences are paired by prompt and seed with 95%
-bootstrap intervals, Holm-corrected over the table. Finished images are never made twice.
+steps, within 10%). Verdicts by the model's judge; differences are paired by prompt and seed with
+95% bootstrap intervals, Holm-corrected over the table, and stand once more by the second judge.
+Finished images are never made twice.
 """
 
 from __future__ import annotations
@@ -16,11 +17,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import UNITS, Estimate, Row, images, model_options, on_model, quality, save
+from results import (
+    UNITS,
+    Estimate,
+    Row,
+    images,
+    model_options,
+    on_model,
+    quality,
+    save,
+    second_judge,
+)
 from rich.progress import Progress
 
 import diffalign as da
 from diffalign.core.registry import name_of
+from diffalign.embedded.load import reward_of
 from diffalign.eval.evidence import Config, Measured, compare
 from diffalign.families import family_of
 from diffalign.seams.plan import context_of
@@ -46,6 +58,7 @@ COLUMNS = UNITS | {
     "vs CFG at its scale": "difference of score",
     "vs best": "difference of score",
     "Holm p": 'p value of "vs best", Holm-corrected over the table',
+    "second judge vs best": "difference of score by the judge that checks the first",
     "vs equal NFE": "difference of score",
     "diversity": "mean absolute pixel difference between the images of a prompt, in [0, 1]",
     "effective scale": "length of the update, in conditional minus unconditional predictions",
@@ -146,7 +159,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipe, judge = on_model(options)
-    clip = da.rewards.load("emoji-clip")
+    scorers = {
+        "clip": da.rewards.load(reward_of(options.model)),
+        "audit": second_judge(options.model),
+    }
     patterns = few(options.scale) if options.few else ("*",)
     selection = [
         entry
@@ -159,7 +175,7 @@ def main() -> None:
     with Progress() as bar:
         for entry in selection:
             runs[entry.config.name] = images(
-                bar, pipe, judge, entry.config, options.runs_folder, clip=clip
+                bar, pipe, judge, entry.config, options.runs_folder, **scorers
             )
     if options.only != "*":
         return
@@ -191,6 +207,7 @@ def compared(selection: list[Entry], runs: dict[str, Measured], best: Measured) 
                 "vs CFG at its scale": Estimate.of(compare(run, runs[f"CFG {entry.scale:g}"])),
                 "vs best": Estimate.of(against[name]),
                 "Holm p": adjusted.get(name),
+                "second judge vs best": Estimate.of(compare(run, best, key="audit")),
                 "vs equal NFE": Estimate.of(compare(run, equal)),
                 "equal NFE": equal.config.name,
                 "CLIP": run.mean("clip"),

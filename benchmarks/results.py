@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 from diffalign.eval.evidence import (
     Config,
+    Measure,
     Measured,
     evidence_prompts,
     measure,
@@ -129,6 +130,24 @@ def on_model(options: Namespace) -> tuple[Any, Any]:
     if options.dtype != "float32":
         pipe.to(getattr(torch, options.dtype))
     return pipe, load(MODELS[name].judge)
+
+
+def second_judge(model: str) -> Measure:
+    """Verdicts, 1 for right, of the judge that checks the first one of an embedded model."""
+    import torch
+
+    from diffalign.embedded.load import judge_of, load
+    from diffalign.tasks.geneval.verdict import parse_prompt, verdict
+
+    audit = load(judge_of(model).replace("emoji-judge", "emoji-judge-audit"))
+
+    def answers(images: Any, texts: Sequence[str]) -> Any:
+        records = [parse_prompt(text) for text in texts]
+        pairs = zip(records, audit.detect(images), strict=True)
+        rights = [m is not None and verdict(m, seen, audit.thresholds).correct for m, seen in pairs]
+        return torch.tensor(rights, dtype=torch.float32)
+
+    return answers
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -145,10 +145,27 @@ def test_sentences_about_guidance(results, advice, best, same, nfe, sentence):
         "NFE": nfe,
         "vs best": results.Estimate(*best, 200),
         "vs CFG at its scale": results.Estimate(*same, 200),
+        "second judge vs best": results.Estimate(*best, 200),
     }
     plain = {"method": "CFG 2", "NFE": 40}
     result = results.Result([plain, row], {}, {"best": "CFG 2"})
     assert advice.guidance(row, result).startswith(sentence)
+
+
+def test_a_gain_that_the_second_judge_does_not_see(results, advice):
+    row = {
+        "method": "rule",
+        "NFE": 40,
+        "vs best": results.Estimate(0.05, 0.01, 0.09, 200),
+        "vs CFG at its scale": results.Estimate(0.05, 0.01, 0.09, 200),
+        "second judge vs best": results.Estimate(0.013, -0.022, 0.05, 200),
+    }
+    plain = {"method": "CFG 2", "NFE": 40}
+    result = results.Result([plain, row], {}, {"best": "CFG 2"})
+    assert advice.guidance(row, result) == (
+        "Try it: +0.050 over the best plain scale, of which the second judge does not see all "
+        "(+0.013 [-0.022, +0.050])."
+    )
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def test_guidance(benchmark_module, two_a_tag):
     scores = {"clip": 0.5, "spread": 0.1, "scale": 1.5}
 
     def run(name, correct):
-        records = (record(n, 0, correct(i), **scores) for i, n in enumerate(two_a_tag))
+        audit = float(name == "rule")
+        records = (record(n, 0, correct(i), audit=audit, **scores) for i, n in enumerate(two_a_tag))
         return Measured(Config(name), tuple(records))
 
     plain, rule = run("CFG 2", lambda i: i % 2 == 0), run("rule", lambda i: True)
@@ -86,6 +87,7 @@ def test_guidance(benchmark_module, two_a_tag):
     assert gain.value == 0.5
     assert rows[1]["vs CFG at its scale"] == rows[1]["vs equal NFE"] == gain
     assert rows[1]["equal NFE"] == "CFG 2"
+    assert rows[1]["second judge vs best"].value == 1.0
     assert rows[0]["Holm p"] is None
     # no gain in any tag has probability 4**-6, and the test has two sides
     assert rows[1]["Holm p"] == pytest.approx(2 * 4**-6, abs=5 * (2 * 4**-6 / 10_000) ** 0.5)
