@@ -89,6 +89,12 @@ embedded: $(READY)
 	$(TRAIN).train_judge --edition second --from runs/models/emoji-judge --out runs/judge-2 --vae runs/code/vae --seed 61 \
 	  --batch 8 --rate 0.6 --updates 2400 --vae-updates 800 --resume
 	$(TRAIN).train_judge --edition second --out runs/judge-2 --export runs/models/emoji-judge-2
+	$(TRAIN).train_judge --model emoji-judge-audit --edition second --from runs/models/emoji-judge-audit --out runs/audit-2a \
+	  --vae runs/code/vae --seed 62 --batch 8 --rate 0.6 --updates 2400 --vae-updates 800 --resume
+	$(TRAIN).train_judge --model emoji-judge-audit --edition second --out runs/audit-2a --export runs/models/audit-2a
+	$(TRAIN).train_judge --model emoji-judge-audit --edition second --from runs/models/audit-2a --out runs/audit-2 \
+	  --vae runs/code/vae --seed 63 --batch 8 --rate 0.8 --updates 7000 --vae-updates 1500 --resume
+	$(TRAIN).train_judge --model emoji-judge-audit --edition second --out runs/audit-2 --export runs/models/emoji-judge-audit-2
 	$(TRAIN).samples --pipeline runs/models/first --out runs/samples.pt --prompts 250 --scale 1.0
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples.pt \
 	  --pairs 24 --spoilt 8 --updates 4100 --vae-updates 1500 --sample-updates 250 --resume
@@ -97,6 +103,11 @@ embedded: $(READY)
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --samples runs/samples-2.pt runs/samples-3.pt \
 	  --pairs 24 --spoilt 8 --groups 6 --updates 4100 --vae-updates 1500 --sample-updates 250 --drill-updates 1000 --last-updates 300 --resume
 	$(TRAIN).train_clip --out runs/clip --tokenizer runs/models/emoji/tokenizer --vae runs/vae/vae --export runs/models/emoji-clip
+	$(TRAIN).samples --pipeline runs/models/emoji-dit --judge emoji-judge-audit-2 --out runs/samples-dit.pt --mix hard --prompts 110 \
+	  --seed 91 --scale 2.5 --dtype bfloat16
+	$(TRAIN).train_clip --edition second --from runs/models/emoji-clip --tokenizer runs/models/emoji-clip --out runs/clip-2 --vae runs/code/vae \
+	  --samples runs/samples-dit.pt --seed 34 --focus 0 --pairs 24 --spoilt 8 --groups 6 --updates 1400 --vae-updates 350 --sample-updates 120 --resume
+	$(TRAIN).train_clip --edition second --tokenizer runs/models/emoji-clip --seed 34 --pairs 24 --spoilt 8 --out runs/clip-2 --export runs/models/emoji-clip-2
 	$(TRAIN).trajectories --pipeline runs/models/emoji --out runs/evaluator/train.pt
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --trajectories runs/evaluator/train.pt --updates 2000 --from 700 --resume
 	$(TRAIN).train_evaluator --out runs/evaluator --pipeline runs/models/emoji --export runs/models/emoji-evaluator

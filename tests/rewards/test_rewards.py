@@ -14,6 +14,7 @@ from diffalign import rewards
 from diffalign.core import Reward as RewardProtocol
 from diffalign.embedded.nets.clip import Clip, build_clip
 from diffalign.embedded.nets.judge import Judge, JudgeNet, Maps
+from diffalign.embedded.world.editions import FIRST, SECOND, Edition
 from diffalign.embedded.world.scenes import World
 from diffalign.embedded.world.vocabulary import COLOURS, OBJECTS
 from diffalign.rewards.emoji_clip import EmojiClip
@@ -207,15 +208,17 @@ def test_the_smooth_verdict_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["emoji-clip", "emoji-judge"])
+@pytest.mark.parametrize(
+    ("name", "edition"), [("emoji-clip", FIRST), ("emoji-judge", FIRST), ("emoji-clip-2", SECOND)]
+)
 def test_shipped_rewards_prefer_the_true_prompt_and_their_gradient_improves_a_picture(
-    name: str,
+    name: str, edition: Edition
 ) -> None:
     """On 64 held-out scenes with a wrong prompt each the true prompt wins; both rewards have a rate
     above .9 there, so that fewer than 48 wins have a chance below one in ten thousand (binomial). A
     small step along the gradient then raises the score of most pictures."""
     reward = rewards.load(name)
-    found = list(World().wrong(1_000_700, 64))
+    found = list(World(edition=edition).wrong(1_000_700, 64))
     images = (
         torch.from_numpy(np.stack([scene.image for scene, _ in found])).permute(0, 3, 1, 2).float()
         / 255

@@ -39,12 +39,13 @@ from diffalign.embedded.workshop.samples import OPPOSITE as TURNED_WORDS
 from diffalign.embedded.workshop.train_clip import ClipTrainer, begin, parser
 from diffalign.embedded.workshop.training import STATE, load_state
 from diffalign.embedded.world.captions import words
-from diffalign.embedded.world.editions import SECOND
+from diffalign.embedded.world.editions import FIRST, SECOND, Edition
 from diffalign.embedded.world.scenes import DEFAULT_MIX
 from diffalign.embedded.world.tokens import encode, grammar_words
 from diffalign.embedded.world.vocabulary import COLOURS, NATIVE, OBJECTS, OPPOSITE
 from diffalign.tasks.geneval.verdict import prompts
 
+MODELS = {"emoji-clip": FIRST, "emoji-clip-2": SECOND}
 VOCAB = {"<s>": 0, "<e>": 1} | {f"{word}</w>": 2 + i for i, word in enumerate(grammar_words())}
 
 
@@ -454,15 +455,16 @@ def test_later_phases_ask_for_what_they_need() -> None:
         ClipTrainer(options(updates=0, vae_updates=1), VOCAB).step()  # type: ignore[arg-type]
 
 
-def test_open_clip_loads_the_folder_without_our_code() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_open_clip_loads_the_folder_without_our_code(name: str) -> None:
     import open_clip
 
-    folder = FOLDER / "emoji-clip"
+    folder = FOLDER / name
     with torch.random.fork_rng():
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     assert isinstance(model, open_clip.CLIP)
-    clip = load("emoji-clip")
+    clip = load(name)
     vocab = clip.tokenizer.tokenizer.get_vocab()
     captions = [pair.first.caption for pair in pairs(9, 40)]
     assert tokenizer(captions).tolist() == [
@@ -477,25 +479,29 @@ def test_open_clip_loads_the_folder_without_our_code() -> None:
     assert tuple(preprocess.transforms[-1].mean) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize(("name", "edition"), MODELS.items())
 @pytest.mark.slow
-def test_the_true_caption_beats_its_hard_negative() -> None:
-    clip = load("emoji-clip")
+def test_the_true_caption_beats_its_hard_negative(name: str, edition: Edition) -> None:
+    clip = load(name)
     for change, bar in [("all", 0.75), *((change, 0.65) for change in CHANGES)]:
         seed = 1_000_200 + len(change)
-        sample = list(pairs(seed, 150, DEFAULT_MIX, plain=1.0))
+        sample = list(pairs(seed, 150, DEFAULT_MIX, plain=1.0, edition=edition))
         sample = [pair for pair in sample if change in ("all", pair.change)]
         count = 2 * len(sample)
         share = choice_figures(clip, sample)[change]
         assert round(share * count) >= binom.ppf(1e-4, count, bar), change
 
 
-def test_similarity_takes_any_size_and_its_heads_know_the_scene() -> None:
-    clip = load("emoji-clip")
-    pictures = [pair.first for pair in pairs(1_000_300, 64)]
+@pytest.mark.parametrize(("name", "edition"), MODELS.items())
+def test_similarity_takes_any_size_and_its_heads_know_the_scene(
+    name: str, edition: Edition
+) -> None:
+    clip = load(name)
+    pictures = [pair.first for pair in pairs(1_000_300, 64, edition=edition)]
     images = (
         torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2).float() / 255
     )
-    large = torch.nn.functional.interpolate(images, size=(128, 128), mode="nearest")
+    large = torch.nn.functional.interpolate(images, scale_factor=2, mode="nearest")
     captions = [picture.caption for picture in pictures]
     # Halving an exact doubling with an antialiased triangle mixes neighbours a little; the answer
     # stays close.
