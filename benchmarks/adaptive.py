@@ -18,6 +18,7 @@ from results import UNITS, Estimate, Row, images, model_options, on_model, quali
 from rich.progress import Progress
 
 import diffalign as da
+from diffalign.embedded.load import reward_of
 from diffalign.eval.evidence import Config, Measured, compare
 
 CANDIDATES = (
@@ -31,7 +32,8 @@ def main() -> None:
     parser = model_options(__doc__, runs_folder="runs/evidence", threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    (pipe, judge), clip = on_model(options), da.rewards.load("emoji-clip")
+    pipe, judge = on_model(options)
+    clip = da.rewards.load(reward_of(options.model))
     steps, scale = options.steps, options.scale
 
     with Progress() as bar:

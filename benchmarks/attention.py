@@ -20,6 +20,7 @@ from results import UNITS, Estimate, Row, images, model_options, on_model, quali
 from rich.progress import Progress
 
 import diffalign as da
+from diffalign.embedded.load import reward_of
 from diffalign.eval.evidence import Config, Measured, compare
 
 
@@ -35,7 +36,8 @@ def main() -> None:
         nag_cost.study(options)
     if options.only == "cost":
         return
-    (pipe, judge), clip = on_model(options), da.rewards.load("emoji-clip")
+    pipe, judge = on_model(options)
+    clip = da.rewards.load(reward_of(options.model))
     scale, default = options.scale, da.PLADIS().strength
     strengths = (0.0, default) if options.few else (0.0, 0.5, 1.0, 2.0)
     scales = (1.0, scale) if options.few else (1.0, scale, 2.0, 3.0)

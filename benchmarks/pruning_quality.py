@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffalign as da
 from diffalign.core.technique import Technique
 from diffalign.core.types import Json
-from diffalign.embedded.load import MODELS, load
+from diffalign.embedded.load import MODELS, load, reward_of
 from diffalign.eval.evidence import (
     Config,
     Measured,
@@ -320,7 +320,7 @@ def study(options: Namespace) -> None:
     """Run every way, measure and save."""
     torch.set_num_threads(1)
     entry = MODELS[options.model]
-    pipe, clip = load(options.model), da.rewards.load("emoji-clip")
+    pipe, clip = load(options.model), da.rewards.load(reward_of(options.model))
     judges = Judges(load(entry.judge), clip.image_features)
     options.scale = entry.defaults["scale"] if options.scale is None else options.scale
     options.work = str(Path(options.work) / options.model)

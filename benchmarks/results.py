@@ -259,5 +259,5 @@ UNITS = {
     "NFE": "denoiser evaluations per image",
     "seconds": "processor seconds per image",
     "score": "share of correct images, mean over GenEval's six tags",
-    "CLIP": "cosine of image and prompt by emoji-clip",
+    "CLIP": "cosine of image and prompt by the edition's emoji-clip",
 }
