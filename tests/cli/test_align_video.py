@@ -10,7 +10,8 @@ from PIL import Image
 from diffalign.cli.align import resumable
 from diffalign.drawing.video import read_frames, save_gif, save_mp4
 
-SHORT = ("-s", 1, "--size", 32, "--frames", 9, "--method", "tree-of-frames:branch=(2,1),keep=(1)")
+METHOD = "tree-of-frames:branch=(2,1),keep=(1)"
+SHORT = ("-s", 1, "--size", 32, "--frames", 9, "--method", METHOD, "--reward", "emoji-clip")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,8 @@ def test_without_pyav_nothing_runs(run, videos, clips, tmp_path, monkeypatch):
     ],
 )
 def test_a_model_of_images_has_no_frames(run, folder, tmp_path, options, text):
-    result = run("align", "a dog", "-m", folder, "-s", 2, "-o", tmp_path / "new", *options)
+    common = ("-s", 2, "-o", tmp_path / "new", "--reward", "emoji-clip")
+    result = run("align", "a dog", "-m", folder, *common, *options)
     assert result.exit_code == 2
     assert text in result.stderr
 
