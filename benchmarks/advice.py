@@ -70,9 +70,8 @@ def dynamic(result: Result) -> str:
         row = result.row(method, set="evidence")
         ratio = row["processor time / CFG"]
         part = f"{kind} {row['vs CFG']:+.3f} at {ratio:.2f} times the processor time"
-        if row.get("vs its mean"):  # not measured on the first revision of emoji
-            mean = f"CFG {row['mean weight']:.2f}, the mean of its choices"
-            part += f", {row['vs its mean']:+.3f} to {mean}"
+        mean = f"CFG {row['mean weight']:.2f}, the mean of its choices"
+        part += f", {row['vs its mean']:+.3f} to {mean}"
         parts.append(part)
     return (
         f"candidates {tuple(facts['candidates'])} from progress {facts['start']:g} on, chosen on "
