@@ -84,7 +84,8 @@ def align(
     if text is not None:
         options = dataclasses.replace(options, prompt=[text, *(options.prompt or [])])
     techniques = techniques_of(options.technique)
-    limits, wanted = read_budget(budget), reward or usual_reward(options.model)
+    limits = read_budget(budget)
+    reward = reward or usual_reward(options.model)
     check_folder(options.output, resume)
     start = None if clip is None else read_clip(clip)
     from diffalign.alignment.door import align as search
@@ -107,7 +108,7 @@ def align(
             request.model.pipe,
             prompts if len(prompts) > 1 else prompts[0],
             method=method,
-            reward=wanted,
+            reward=reward,
             budget=limits,
             techniques=techniques,
             judges=judge or (),

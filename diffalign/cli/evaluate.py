@@ -283,13 +283,13 @@ def score(
         with checking():
             share = Share.of(shard)
             device, _ = place(driver_device(engine, options.device), None)
-            named = load_scorer(scorer, device) if scorer else None
+            who = load_scorer(scorer, device) if scorer else None
         if benchmark is None or output is None:
             target = RunFolder.open(folder)
             usual = judge_of(target.settings["model"]["name"]) or "emoji-judge"
         else:
             target, usual = adopt(folder, benchmark, writable(output)), "emoji-judge"
-        who = named or load_scorer(usual, device)
+        who = who or load_scorer(usual, device)
         reward = (target.settings.get("search") or {}).get("reward")
         items = [item for item, _ in target.entries()]
         check_scorer(who, items, reward)

@@ -127,9 +127,9 @@ def spoilt(latents: Tensor, scenes: Sequence[Scene], rng: torch.Generator) -> Te
     half and half with what an object of the next scene is, or flooded with noise of 1 to 2 standard
     deviations. This is how generators fail. Shapes as in ``codes``."""
     result, size = latents.clone(), len(scenes)
-    picked = [int(torch.randint(len(scene.layout), (1,), generator=rng)) for scene in scenes]
-    places = [scene.layout[k] for scene, k in zip(scenes, picked, strict=True)]
-    names = [scene.objects[k].name for scene, k in zip(scenes, picked, strict=True)]
+    rows = [int(torch.randint(len(scene.layout), (1,), generator=rng)) for scene in scenes]
+    places = [scene.layout[k] for scene, k in zip(scenes, rows, strict=True)]
+    names = [scene.objects[k].name for scene, k in zip(scenes, rows, strict=True)]
     for index, place in enumerate(places):
         x, y, count = (number // STRIDE for number in place)
         cell = result[index, COLOURS:, y : y + count, x : x + count]

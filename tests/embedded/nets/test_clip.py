@@ -3,6 +3,7 @@ held-out pairs; open_clip alone."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections import Counter
@@ -253,7 +254,7 @@ def test_hard_prompts_are_new_and_of_the_named_kinds() -> None:
     assert list(others)[:40] == list(records)[20:]
 
 
-def options(**changes: int | str) -> object:
+def options(**changes: int | str) -> argparse.Namespace:
     found = parser().parse_args(
         [
             "--out",
@@ -276,11 +277,11 @@ def options(**changes: int | str) -> object:
 
 @pytest.mark.slow
 def test_a_resumed_run_repeats_the_bits() -> None:
-    straight = ClipTrainer(options(), VOCAB)  # type: ignore[arg-type]
+    straight = ClipTrainer(options(), VOCAB)
     losses = [straight.step() for _ in range(3)]
-    first = ClipTrainer(options(), VOCAB)  # type: ignore[arg-type]
+    first = ClipTrainer(options(), VOCAB)
     again = [first.step()]
-    second = ClipTrainer(options(seed=77), VOCAB)  # type: ignore[arg-type]
+    second = ClipTrainer(options(seed=77), VOCAB)
     second.options.seed = first.options.seed
     second.load(first.state())
     again += [second.step() for _ in range(2)]
@@ -306,7 +307,7 @@ def test_ranking_pushes_right_above_wrong() -> None:
     right = torch.tensor([[True, False, False, True]])
     trainer = ClipTrainer(
         options(updates=0), VOCAB, samples=Samples(images, ("a photo of a dog",), right)
-    )  # type: ignore[arg-type]
+    )
     losses = []
     for _ in range(4):
         scores, _, right = trainer.compared(torch.tensor(10.0))
@@ -355,7 +356,7 @@ def test_the_last_phase_asks_for_the_opposite_only_of_relations() -> None:
     captions = ("a photo of a cat left of a dog", "a photo of two dogs")
     samples = Samples(images, captions, torch.tensor([[True, False]] * 2))
     phase = options(updates=0, last_updates=5, groups=6)
-    trainer = ClipTrainer(phase, VOCAB, samples=samples)  # type: ignore[arg-type]
+    trainer = ClipTrainer(phase, VOCAB, samples=samples)
     with torch.no_grad():
         scores, opposite, right = trainer.compared(torch.tensor(10.0))
     assert scores.shape == opposite.shape == right.shape == (6, 2)
@@ -369,7 +370,7 @@ def test_the_last_phase_asks_for_the_opposite_only_of_relations() -> None:
 def test_the_last_phases_have_rates_of_their_own() -> None:
     phases = {"updates": 100, "vae_updates": 100, "sample_updates": 100}
     phases |= {"drill_updates": 100, "last_updates": 200}
-    trainer, rates = ClipTrainer(options(**phases), VOCAB), {}  # type: ignore[arg-type]
+    trainer, rates = ClipTrainer(options(**phases), VOCAB), {}
     for done in (0, 99, 100, 199, 200, 299, 300, 350, 399, 400, 419, 440, 599):
         trainer.done = done
         rates[done] = (trainer.phase, trainer.rate())
@@ -389,7 +390,7 @@ def test_the_drill_turns_relations_round() -> None:
     assert len(changed) > 100
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     assert all(opposite[str(p.first.relation)] == p.second.relation for p in changed)
-    trainer = ClipTrainer(options(updates=0, drill_updates=5), VOCAB)  # type: ignore[arg-type]
+    trainer = ClipTrainer(options(updates=0, drill_updates=5), VOCAB)
     pictures, ids, *_ = trainer.batch()  # no autoencoder, nothing spoilt
     assert len(pictures) == len(ids) == 4
     assert set(trainer.losses()) == {"contrast", "choice", "objects", "places"}
@@ -399,7 +400,7 @@ def test_a_run_goes_on_from_exported_weights(tmp_path: Path) -> None:
     """It has their count of updates, their seconds and their log, and does not begin twice."""
     folder, out = FOLDER / "emoji-clip", tmp_path / "out"
     vocab = load("emoji-clip").tokenizer.tokenizer.get_vocab()
-    trainer = ClipTrainer(options(), vocab)  # type: ignore[arg-type]
+    trainer = ClipTrainer(options(), vocab)
     begin(trainer, folder, out)
     state = load_state(out / STATE)
     record = json.loads((folder / "training.json").read_text())
@@ -411,7 +412,7 @@ def test_a_run_goes_on_from_exported_weights(tmp_path: Path) -> None:
         pairs_ = zip(module.state_dict().values(), twin.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs_)
     (out / "log.jsonl").write_text("later\n")
-    begin(ClipTrainer(options(), vocab), folder, out)  # type: ignore[arg-type]
+    begin(ClipTrainer(options(), vocab), folder, out)
     assert (out / "log.jsonl").read_text() == "later\n"
 
 
@@ -420,7 +421,7 @@ def test_the_second_edition_starts_with_the_eyes_of_the_first(tmp_path: Path) ->
     shipped ones give on the pictures themselves."""
     vocab = load("emoji-clip").tokenizer.tokenizer.get_vocab()
     second = options(edition="second")
-    trainer = ClipTrainer(second, vocab)  # type: ignore[arg-type]
+    trainer = ClipTrainer(second, vocab)
     begin(trainer, FOLDER / "emoji-clip", tmp_path / "out")
     state = load_state(tmp_path / "out" / STATE)
     assert state is not None
@@ -440,7 +441,7 @@ def test_the_second_edition_spoils_and_redraws_by_codes() -> None:
     decoder's."""
     vae = AutoencoderTiny.from_pretrained(FOLDER / "emoji-dit" / "vae")
     later = options(edition="second", updates=0, vae_updates=5, pairs=4, spoilt=4)
-    trainer = ClipTrainer(later, VOCAB, vae)  # type: ignore[arg-type]
+    trainer = ClipTrainer(later, VOCAB, vae)
     pictures, ids, truth, _, sources = trainer.batch()
     assert pictures.shape == (12, 3, 128, 128)
     assert (len(ids), truth.shape, len(sources)) == (8, (8, 5, 6), 4)
@@ -452,7 +453,7 @@ def test_the_second_edition_spoils_and_redraws_by_codes() -> None:
 
 def test_later_phases_ask_for_what_they_need() -> None:
     with pytest.raises(ValueError, match="pass --vae"):
-        ClipTrainer(options(updates=0, vae_updates=1), VOCAB).step()  # type: ignore[arg-type]
+        ClipTrainer(options(updates=0, vae_updates=1), VOCAB).step()
 
 
 @pytest.mark.parametrize("name", MODELS)
